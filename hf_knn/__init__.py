@@ -1,0 +1,41 @@
+"""Image classifiers that also remember: k-NN over a datastore beside a head, in one model."""
+
+from importlib import import_module
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_knn import KnnConfig
+from .modeling_knn import KnnForImageClassification
+
+_LAZY = {
+    "Datastore": "datastore",
+    "KnnImageClassifierOutput": "modeling_knn",
+    "KnnTrainer": "trainer",
+    "KnnTrainingArguments": "training_args",
+    "Neighbors": "datastore",
+    "blend_log_probs": "functional",
+    "extract_features": "features",
+    "knn_log_probs": "functional",
+    "knn_loss_weights": "functional",
+    "tune": "tuning",
+}
+
+__all__ = ["KnnConfig", "KnnForImageClassification", *_LAZY]
+__version__ = "0.1.0"
+
+AutoConfig.register(KnnConfig.model_type, KnnConfig)
+AutoModel.register(KnnConfig, KnnForImageClassification)
+AutoModelForImageClassification.register(KnnConfig, KnnForImageClassification)
+KnnConfig.register_for_auto_class()
+KnnForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hf_knn' has no attribute {name!r}")
+    return getattr(import_module(f"hf_knn.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,274 @@
+"""Any vision model of transformers, or of timm through transformers, as a source of features.
+
+One feature is one vector per image, by an explicit pooling of the last hidden state; when the
+datastore pools differently from the head, it is ``[head part | datastore part]``, split here and
+nowhere else.
+"""
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration_knn import KnnConfig, Pooling
+
+# arguments of timm.create_model that only shape the network; others can name files, URLs or repos
+_TIMM_SHAPE_ARGUMENTS = frozenset(
+    {"act_layer", "class_token", "depth", "dim", "drop_path_rate", "drop_rate", "dynamic_img_size"}
+    | {"embed_dim", "global_pool", "img_size", "in_chans", "init_values", "mlp_ratio"}
+    | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
+    | {"window_size"}
+)
+
+
+def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
+    """Builds the architecture with random weights, without network and without foreign code.
+
+    Args:
+        config: the vision model's configuration.
+        poolings: the poolings that will be used; a pooler nobody needs is not built.
+
+    Raises:
+        ValueError: for a timm configuration that names files or repos, or for a configuration
+            without a vision model.
+    """
+    if config.model_type == "timm_wrapper":
+        _check_timm(config)
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"Expected `backbone_config` of a vision model, but got {type(config).__name__}."
+        )
+    options = {}
+    takes_pooler = "add_pooling_layer" in inspect.signature(_model_class(config)).parameters
+    if takes_pooler and Pooling.POOLER not in list(poolings):
+        options["add_pooling_layer"] = False
+    return AutoModel.from_config(config, trust_remote_code=False, **options)
+
+
+def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
+    """Loads a pretrained vision model.
+
+    Args:
+        name: a Hub id, a local folder, or the name of a timm model (loaded as `timm/<name>`).
+        hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, ….
+
+    Raises:
+        ValueError: for a model without a vision tower.
+        OSError: if it cannot be found.
+    """
+    config = AutoConfig.from_pretrained(name, **hub_options)
+    vision_config = getattr(config, "vision_config", None)
+    if vision_config is None:
+        return AutoModel.from_pretrained(name, config=config, **hub_options)
+    if type(vision_config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"Expected {name!r} to have a vision tower that loads alone, "
+            f"but {type(vision_config).__name__} does not; choose another backbone."
+        )
+    return _model_class(vision_config).from_pretrained(name, **hub_options)
+
+
+def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a backbone's configuration without the path or repo it came from."""
+    config = copy.deepcopy(config)
+    config.name_or_path = ""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+def extract(
+    backbone: PreTrainedModel, pixel_values: Tensor, config: KnnConfig, **outputs: bool
+) -> tuple[Tensor, BaseModelOutput]:
+    """Runs the backbone and pools.
+
+    Args:
+        backbone: the vision model.
+        pixel_values: [B, 3, H, W].
+        config: names the poolings.
+        outputs: `output_hidden_states` and `output_attentions`, if wanted.
+
+    Returns:
+        Features [B, D], or [B, 2 D] as [head part | datastore part] when the poolings differ, and
+        the backbone's own output.
+    """
+    output = backbone(pixel_values=pixel_values, return_dict=True, **outputs)
+    head_part = pool(backbone, output, pixel_values, config.pooling)
+    if config.store_pooling == config.pooling:
+        return head_part, output
+    store_part = pool(backbone, output, pixel_values, config.store_pooling)
+    return torch.cat([head_part, store_part], dim=1), output
+
+
+def split_features(features: Tensor, config: KnnConfig) -> tuple[Tensor, Tensor]:
+    """Splits features into what the head and what the datastore sees.
+
+    Args:
+        features: [B, D_head] or [B, D_head + D_store], see `extract`.
+        config: names the poolings and the widths.
+
+    Returns:
+        [B, D_head] and [B, D_store].
+
+    Raises:
+        ValueError: for another width.
+    """
+    wanted = feature_width(config)
+    if features.ndim != 2 or features.shape[1] != wanted:
+        raise ValueError(
+            f"Expected `features` to be [B, {wanted}], but got {tuple(features.shape)}."
+        )
+    if config.store_pooling == config.pooling:
+        return features, features
+    width = head_width(config)
+    return features[:, :width], features[:, width:]
+
+
+def head_width(config: KnnConfig) -> int:
+    """Width of the head's part of a feature."""
+    return config.feature_dim * (2 if config.pooling == Pooling.CLS_MEAN else 1)
+
+
+def feature_width(config: KnnConfig) -> int:
+    """Width of a whole feature, both parts."""
+    store_width = config.feature_dim * (2 if config.store_pooling == Pooling.CLS_MEAN else 1)
+    return head_width(config) + (store_width if config.store_pooling != config.pooling else 0)
+
+
+def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
+    """Pools the last hidden state into one vector per image.
+
+    Args:
+        backbone: the vision model, for the number of its prefix tokens.
+        output: its output: `last_hidden_state` [B, T, D] or [B, D, H, W], maybe `pooler_output`.
+        pixel_values: [B, 3, H, W], for the number of patches.
+        pooling: see `Pooling`; `mean` and `max` are over patch tokens or spatial positions.
+
+    Returns:
+        [B, D], or [B, 2 D] for `cls_mean`.
+
+    Raises:
+        ValueError: if the model has no such token or output.
+    """
+    if pooling == Pooling.POOLER:
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(
+                "Expected a backbone with a pooler for pooling='pooler', but it has none; "
+                "use 'cls' or 'mean'."
+            )
+        return pooled.flatten(1)  # [B, D] also from [B, D, 1, 1]
+    hidden = output.last_hidden_state
+    if hidden.ndim == 4:
+        tokens, prefix = _spatial_tokens(backbone, hidden), 0  # [B, H*W, D]
+    else:
+        tokens, prefix = hidden, _count_prefix_tokens(backbone, pixel_values, hidden.shape[1])
+    if pooling in (Pooling.CLS, Pooling.CLS_MEAN) and prefix == 0:
+        raise ValueError(
+            f"Expected a backbone with a CLS token for pooling={pooling!r}, but "
+            f"{type(backbone).__name__} has none; use 'mean'."
+        )
+    match Pooling(pooling):
+        case Pooling.CLS:
+            return tokens[:, 0]
+        case Pooling.MEAN:
+            return tokens[:, prefix:].mean(dim=1)
+        case Pooling.MAX:
+            return tokens[:, prefix:].amax(dim=1)
+        case _:
+            return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
+
+
+def default_pooling(backbone: PreTrainedModel) -> str:
+    """The pooling that suits a model: `cls` where there is a CLS token, else `mean`."""
+    output, pixel_values = _probe(backbone)
+    hidden = output.last_hidden_state
+    if hidden.ndim == 3 and _count_prefix_tokens(backbone, pixel_values, hidden.shape[1]):
+        return str(Pooling.CLS)
+    return str(Pooling.MEAN)
+
+
+def measure_width(backbone: PreTrainedModel) -> int:
+    """Width D of one pooled feature, by running the model once on an empty image."""
+    output, _ = _probe(backbone)
+    hidden = output.last_hidden_state
+    return (_spatial_tokens(backbone, hidden) if hidden.ndim == 4 else hidden).shape[2]
+
+
+def digest(module: nn.Module) -> str:
+    """Fingerprint of a module's weights in memory, as `dtype:sha256`."""
+    state = module.state_dict()
+    dtypes = {str(value.dtype) for value in state.values() if value.is_floating_point()}
+    return f"{'+'.join(sorted(dtypes))}:{hash_tensors(sorted(state.items()))}"
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The hex sha256 over names, dtypes, shapes and bytes, in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in named:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    return MODEL_MAPPING[type(config)]
+
+
+def _probe(backbone: PreTrainedModel) -> tuple[Any, Tensor]:
+    size = getattr(backbone.config, "image_size", None)
+    if size is None:  # timm keeps it in its own configuration
+        size = (getattr(backbone.config, "pretrained_cfg", None) or {}).get("input_size", [224])[-1]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(backbone.config, "num_channels", 3)
+    parameter = next(backbone.parameters())
+    pixels = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            return backbone(pixel_values=pixels, return_dict=True), pixels
+    finally:
+        backbone.train(was_training)
+
+
+def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    if hidden.shape[1] != width and hidden.shape[-1] == width:
+        return hidden.flatten(1, 2)
+    return hidden.flatten(2).transpose(1, 2)
+
+
+def _count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens: int) -> int:
+    """How many tokens (CLS, registers, distillation) come before the patches."""
+    timm_count = getattr(getattr(backbone, "timm_model", None), "num_prefix_tokens", None)
+    if timm_count is not None:
+        return timm_count
+    patch = getattr(backbone.config, "patch_size", None)
+    if patch is None:
+        return 0
+    down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
+    return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches
+
+
+def _check_timm(config: PreTrainedConfig) -> None:
+    if ":" in config.architecture or "/" in config.architecture:
+        raise ValueError(
+            f"Expected `architecture` to be the plain name of a timm model, "
+            f"but got {config.architecture!r}, which names a place to load from; refused."
+        )
+    foreign = sorted(set(config.model_args or {}) - _TIMM_SHAPE_ARGUMENTS)
+    if foreign:
+        raise ValueError(
+            f"Expected `model_args` of a timm backbone to shape the network only, "
+            f"but got {foreign}; refused."
+        )

@@ -1,0 +1,183 @@
+"""The configuration of a k-NN image classifier."""
+
+from enum import StrEnum
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .functional import Metric, Weighting
+
+_CODE_KEYS = frozenset(
+    {"auto_map", "_name_or_path", "attn_implementation", "_attn_implementation"}
+    | {"experts_implementation", "_experts_implementation"}
+)
+"""Keys of a nested configuration that can name code or another repo; they are dropped."""
+
+
+class Pooling(StrEnum):
+    """How a backbone's last hidden state becomes one feature vector."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    MAX = "max"
+    POOLER = "pooler"
+    CLS_MEAN = "cls_mean"
+
+
+class Normalization(StrEnum):
+    """What is done to stored and query features before they are compared."""
+
+    L2_CENTERED = "l2_centered"
+    L2 = "l2"
+    NONE = "none"
+
+
+class Head(StrEnum):
+    """The classifier beside the datastore."""
+
+    LINEAR = "linear"
+
+
+class KnnConfig(PreTrainedConfig):
+    """Configuration of `KnnForImageClassification`.
+
+    Args:
+        backbone_config: the configuration of the vision model, as object or dict with `model_type`.
+        feature_dim: width of one pooled backbone feature (D).
+        k: how many neighbours vote, >= 1.
+        knn_temperature: divides squared distances in the votes, > 0 (0.14 here is DINO's 0.07).
+        knn_weight: λ of the blend in [0, 1]; 0 is the head alone, 1 the neighbours alone.
+        knn_weighting: `softmax`, `uniform`, `inverse_distance` or `rank`.
+        pooling: feature of the head: `cls`, `mean`, `max`, `pooler` or `cls_mean`.
+        knn_pooling: feature of the datastore; None means the same as `pooling`.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        head: `linear`.
+        num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
+        has_datastore: whether a checkpoint with this configuration comes with a datastore.
+
+    Raises:
+        ValueError: for a value outside these ranges.
+    """
+
+    model_type = "hf_knn"
+
+    backbone_config: PreTrainedConfig | dict[str, Any] | None = None
+    feature_dim: int = 0
+    k: int = 20
+    knn_temperature: float = 0.14
+    knn_weight: float = 0.5
+    knn_weighting: str = "softmax"
+    pooling: str = "cls"
+    knn_pooling: str | None = None
+    metric: str = "cosine"
+    normalization: str = "l2_centered"
+    head: str = "linear"
+    num_head_labels: int | None = None
+    has_datastore: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Builds the backbone configuration and checks every value."""
+        super().__post_init__(**kwargs)
+        self.backbone_config = _build_backbone_config(self.backbone_config)
+        if self.num_head_labels is None:
+            self.num_head_labels = self.num_labels
+        self.check()
+
+    def check(self) -> None:
+        """Checks every value; called again before use, since attributes can be assigned.
+
+        Raises:
+            ValueError: naming the value, its range and what was found.
+        """
+        _check_choice("pooling", self.pooling, Pooling)
+        if self.knn_pooling is not None:
+            _check_choice("knn_pooling", self.knn_pooling, Pooling)
+        _check_choice("metric", self.metric, Metric)
+        _check_choice("normalization", self.normalization, Normalization)
+        _check_choice("knn_weighting", self.knn_weighting, Weighting)
+        _check_choice("head", self.head, Head)
+        check_metric(self.metric, self.normalization)
+        if self.k < 1:
+            raise ValueError(f"Expected `k` to be >= 1, but got {self.k}.")
+        if not 0 < self.knn_temperature < float("inf"):
+            raise ValueError(
+                f"Expected `knn_temperature` to be > 0, but got {self.knn_temperature}."
+            )
+        if not 0 <= self.knn_weight <= 1:
+            raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
+        if self.feature_dim < 0:
+            raise ValueError(f"Expected `feature_dim` to be >= 0, but got {self.feature_dim}.")
+        if not 1 <= self.head_classes <= self.classes:
+            raise ValueError(
+                f"Expected `num_head_labels` to be in [1, num_labels = {self.classes}], "
+                f"but got {self.head_classes}."
+            )
+
+    @property
+    def classes(self) -> int:
+        """C: how many classes there are, `num_labels` as a number."""
+        return int(self.num_labels or 0)
+
+    @property
+    def head_classes(self) -> int:
+        """C_head: how many of them the head was trained on."""
+        return int(self.num_head_labels or 0)
+
+    @property
+    def backbone(self) -> PreTrainedConfig:
+        """The backbone's configuration, which a model needs and a bare configuration may lack.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not isinstance(self.backbone_config, PreTrainedConfig):
+            raise ValueError(
+                "Expected `backbone_config` to describe a vision model, but got None; build the "
+                "model with KnnForImageClassification.from_backbone."
+            )
+        return self.backbone_config
+
+    @property
+    def store_pooling(self) -> str:
+        """The pooling of the datastore's features."""
+        return self.knn_pooling or self.pooling
+
+
+def check_metric(metric: str, normalization: str) -> None:
+    """Refuses the combination that has no meaning.
+
+    Args:
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+
+    Raises:
+        ValueError: for `cosine` on vectors that are not normalised.
+    """
+    if Metric(metric) is Metric.COSINE and Normalization(normalization) is Normalization.NONE:
+        raise ValueError(
+            "Expected `normalization` to be 'l2' or 'l2_centered' with metric='cosine', but got "
+            "'none'; use metric='l2' for features that must not be normalised."
+        )
+
+
+def _check_choice(name: str, value: str, choices: type[StrEnum]) -> None:
+    allowed = [str(choice) for choice in choices]
+    if value not in allowed:
+        raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {value!r}.")
+
+
+def _build_backbone_config(
+    config: PreTrainedConfig | dict[str, Any] | None,
+) -> PreTrainedConfig | None:
+    """A library configuration from a dict; code named by it is never loaded."""
+    if config is None or isinstance(config, PreTrainedConfig):
+        return config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"Expected `backbone_config['model_type']` to be a model type of transformers, "
+            f"but got {model_type!r}; upgrade transformers or choose another backbone."
+        )
+    values = {key: value for key, value in config.items() if key not in _CODE_KEYS}
+    return CONFIG_MAPPING[model_type].from_dict(values)

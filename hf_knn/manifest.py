@@ -1,0 +1,302 @@
+"""The manifest of a datastore: what a checkpoint promises about its files, and the check of it.
+
+`datastore.json` is the commit point of a save: files that it does not name are litter, files that
+it names are exactly what it says, or the datastore is refused.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .configuration_knn import Normalization, Pooling, check_metric
+from .functional import Metric
+from .storage import HASH_BLOCK, hash_blocks
+
+FORMAT = "hf_knn.datastore"
+FORMAT_VERSION = 1
+STORAGE_DTYPES = ("float16", "float32")
+
+MANIFEST_NAME = "datastore.json"
+FAISS_NAME = "datastore.faiss"
+BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_LARGEST_COUNT = 2**48
+_LARGEST_MANIFEST = 64 * 2**20
+
+
+class DatastoreError(ValueError):
+    """A datastore on disk that is damaged, incomplete or not what it says it is."""
+
+
+class StaleDatastoreError(DatastoreError):
+    """A datastore whose features were made by other weights, processor settings or pooling."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> "FileRecord":
+        """Measures a file.
+
+        Args:
+            path: the file.
+            name: the name it will have, if not its present one.
+        """
+        sha256, blocks = hash_blocks(path)
+        return cls(name or path.name, path.stat().st_size, sha256, blocks)
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        if path is None or not path.is_file():
+            raise DatastoreError(
+                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
+                "download or save the checkpoint again."
+            )
+        size = path.stat().st_size
+        if size != self.size:
+            raise DatastoreError(
+                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
+                "the file is truncated or from another save, download or save it again."
+            )
+        sha256, _ = hash_blocks(path)
+        if sha256 != self.sha256:
+            raise DatastoreError(
+                f"Expected {self.name} to have sha256 {self.sha256[:12]}…, but got {sha256[:12]}…; "
+                "the file is damaged or from another save, download or save it again."
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The checkpoint a datastore belongs to.
+
+    Attributes:
+        fingerprint: sha256 over stored backbone tensors, processor settings and pooling.
+        weights: sha256 of the backbone's stored tensors, in the order of their stored names.
+        processor: sha256 of the image processor's settings; empty without a processor.
+        pooling: pooling of the stored features.
+        dtype: dtype of the stored backbone.
+        files: `config.json` and the weight files.
+    """
+
+    fingerprint: str
+    weights: str
+    processor: str
+    pooling: str
+    dtype: str
+    files: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `datastore.json`.
+
+    Attributes:
+        num_rows: n, rows over all blobs.
+        dim: d, width of a row.
+        dtype: storage dtype, `float16` or `float32`.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        index: the index specification, `flat` or a faiss factory string.
+        blobs: the row files, in row order.
+        faiss_index: the serialized index, if one was written.
+        binding: the checkpoint it belongs to; None for a datastore saved alone.
+        source: dataset id, revision and split the rows came from, as far as known.
+    """
+
+    num_rows: int
+    dim: int
+    dtype: str
+    metric: str
+    normalization: str
+    index: str
+    blobs: list[FileRecord]
+    faiss_index: FileRecord | None = None
+    binding: Binding | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `datastore.json`."""
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
+        return json.dumps(header | asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Reads and checks `datastore.json`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            DatastoreError: naming the field, what was wanted and what was found.
+        """
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Any) -> "Manifest":
+        """Checks the decoded JSON field by field; nothing is trusted because of where it came from.
+
+        Args:
+            values: the decoded JSON.
+
+        Raises:
+            DatastoreError: naming the field, what was wanted and what was found.
+        """
+        fields = _Fields(values, "")
+        if fields.text("format") != FORMAT:
+            raise fields.wrong("format", FORMAT)
+        version = fields.count("format_version")
+        if version != FORMAT_VERSION:
+            raise DatastoreError(
+                f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
+                f"{version}; upgrade hf_knn."
+            )
+        if fields.count("block_size") != HASH_BLOCK:
+            raise fields.wrong("block_size", str(HASH_BLOCK))
+        metric = fields.choice("metric", list(Metric))
+        normalization = fields.choice("normalization", list(Normalization))
+        try:
+            check_metric(metric, normalization)
+        except ValueError as error:
+            raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
+        faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        manifest = cls(
+            num_rows=fields.count("num_rows"),
+            dim=fields.count("dim"),
+            dtype=fields.choice("dtype", STORAGE_DTYPES),
+            metric=metric,
+            normalization=normalization,
+            index=fields.text("index"),
+            blobs=[
+                _parse_file(blob, f"blobs[{i}]", BLOB_PATTERN)
+                for i, blob in enumerate(fields.items("blobs"))
+            ],
+            faiss_index=None
+            if faiss_index is None
+            else _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME))),
+            binding=None if binding is None else _parse_binding(binding),
+            source=fields.texts("source"),
+        )
+        stored = manifest.num_rows * manifest.dim * (2 if manifest.dtype == "float16" else 4)
+        available = sum(blob.size for blob in manifest.blobs)
+        if not manifest.blobs or stored > available:
+            raise DatastoreError(
+                f"Expected the blobs of {MANIFEST_NAME} to hold {manifest.num_rows} x "
+                f"{manifest.dim} {manifest.dtype} values ({stored} bytes), but they have "
+                f"{available} bytes."
+            )
+        return manifest
+
+
+class _Fields:
+    """Typed access to one JSON object, with the field's full name in each error."""
+
+    def __init__(self, values: Any, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise DatastoreError(
+                f"Expected {MANIFEST_NAME} {prefix or 'itself'} to be an object, "
+                f"but got {type(values).__name__}."
+            )
+        self.values, self.prefix = values, prefix
+
+    def get(self, name: str) -> Any:
+        if name not in self.values:
+            raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
+        return self.values[name]
+
+    def wrong(self, name: str, wanted: str) -> DatastoreError:
+        shown = repr(self.values.get(name))[:80]
+        return DatastoreError(
+            f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
+        )
+
+    def count(self, name: str) -> int:
+        value = self.get(name)
+        if type(value) is not int or not 0 <= value <= _LARGEST_COUNT:
+            raise self.wrong(name, f"a whole number in [0, {_LARGEST_COUNT}]")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        value = self.text(name)
+        if not pattern.fullmatch(value):
+            raise self.wrong(name, f"a name like {pattern.pattern}")
+        return value
+
+    def choice(self, name: str, choices: Any) -> str:
+        value = self.text(name)
+        if value not in list(choices):
+            raise self.wrong(name, f"one of {[str(choice) for choice in choices]}")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, "a list")
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        value = self.get(name)
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise self.wrong(name, "an object of strings")
+        return value
+
+
+def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
+    fields = _Fields(values, f"{prefix}.")
+    size = fields.count("size")
+    blocks = fields.items("blocks")
+    if len(blocks) != -(-size // HASH_BLOCK):
+        raise fields.wrong("blocks", f"one hash per {HASH_BLOCK} bytes of {size}")
+    if not all(isinstance(block, str) and _SHA256.fullmatch(block) for block in blocks):
+        raise fields.wrong("blocks", "a list of sha256 sums")
+    return FileRecord(
+        fields.matching("name", pattern), size, fields.matching("sha256", _SHA256), blocks
+    )
+
+
+def _parse_binding(values: Any) -> Binding:
+    fields = _Fields(values, "binding.")
+    return Binding(
+        fingerprint=fields.matching("fingerprint", _SHA256),
+        weights=fields.matching("weights", _SHA256),
+        processor=fields.text("processor"),
+        pooling=fields.choice("pooling", list(Pooling)),
+        dtype=fields.text("dtype"),
+        files=[
+            _parse_file(file, f"binding.files[{i}]", _PLAIN_NAME)
+            for i, file in enumerate(fields.items("files"))
+        ],
+    )

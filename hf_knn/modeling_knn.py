@@ -1,0 +1,362 @@
+"""The model: a vision backbone, a head and a datastore, with both voices blended."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+
+from .backbone import (
+    build_backbone,
+    default_pooling,
+    detached_config,
+    digest,
+    extract,
+    head_width,
+    load_backbone,
+    measure_width,
+    split_features,
+)
+from .checkpoint import CheckpointReader, load_processor, write_checkpoint
+from .configuration_knn import KnnConfig
+from .datastore import Datastore, Neighbors
+from .functional import blend_log_probs, floor_log_probs, knn_log_probs
+
+_PUSH_OPTIONS = (
+    "repo_id", "commit_message", "commit_description", "private",
+    "token", "create_pr", "revision", "tags",
+)  # fmt: skip
+
+
+@dataclass
+class KnnImageClassifierOutput(ModelOutput):
+    """What `KnnForImageClassification` returns.
+
+    Attributes:
+        loss: mean cross-entropy of the head, if labels were given.
+        logits: [B, C] float32 log-probabilities: the blend in `eval()` mode, the head's in
+            `train()` mode; floored at log(1e-12).
+        head_logits: [B, C_head] the head alone.
+        knn_log_probs: [B, C] float32 the neighbours alone, -inf for a class without one; None
+            without a datastore and in `train()` mode.
+        neighbors: `Neighbors` of [B, k'], if asked for.
+        pooler_output: [B, D] the features.
+        hidden_states: of the backbone, if asked for.
+        attentions: of the backbone, if asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    head_logits: Tensor | None = None
+    knn_log_probs: Tensor | None = None
+    neighbors: Neighbors | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class KnnHead(nn.Module):
+    """A linear classifier on standardised features.
+
+    Args:
+        dim: width of a feature.
+        num_labels: number of classes.
+    """
+
+    def __init__(self, dim: int, num_labels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.classifier = nn.Linear(dim, num_labels)
+
+    mean: Tensor
+    scale: Tensor
+
+    def standardize(self, features: Tensor) -> None:
+        """Fixes what is subtracted and divided, so that learning rates mean the same everywhere.
+
+        Args:
+            features: [N, D] training features.
+        """
+        mean = features.double().mean(dim=0)
+        deviation = (features.double() - mean).pow(2).mean().sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(deviation if deviation > 0 else torch.ones(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C_head] logits."""
+        return self.classifier((features - self.mean) / self.scale)
+
+
+class KnnForImageClassification(PreTrainedModel):
+    """An image classifier that also remembers.
+
+    A backbone makes features, a head classifies them, a datastore of training features votes by its
+    nearest neighbours, and `logits` is the blend of both. With no datastore, or an empty one, the
+    model is its head alone.
+
+    Attributes:
+        datastore: the `Datastore`, or None; a plain attribute that no device move, cast or
+            distributed wrapper touches.
+        image_processor: the image processor that goes with the backbone, or None.
+    """
+
+    config_class = KnnConfig
+    config: KnnConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: KnnConfig) -> None:
+        super().__init__(config)
+        poolings = (config.pooling, config.store_pooling)
+        self.backbone = build_backbone(config.backbone, poolings)
+        self.head = KnnHead(head_width(config), config.head_classes)
+        self.datastore: Datastore | None = None
+        self.image_processor: Any = None
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        labels: list[str] | int,
+        *,
+        pooling: str | None = None,
+        image_processor: Any = None,
+        hub_options: dict[str, Any] | None = None,
+        **config_values: Any,
+    ) -> Self:
+        """Puts a new head and no datastore on a pretrained backbone.
+
+        Args:
+            backbone: a Hub id, a local folder, the name of a timm model, or a vision model.
+            labels: the class names, or how many classes there are.
+            pooling: how the backbone's output becomes a feature; None chooses `cls` where there is
+                a CLS token and `mean` elsewhere.
+            image_processor: None loads the one that comes with the backbone, if there is one.
+            hub_options: `revision`, `token`, `cache_dir`, `trust_remote_code`, … for loading.
+            config_values: further `KnnConfig` values (`k`, `knn_pooling`, `normalization`, …).
+
+        Raises:
+            ValueError: for doubled or empty class names, or a bad configuration value.
+        """
+        options = hub_options or {}
+        source = backbone
+        if not isinstance(backbone, PreTrainedModel):
+            name = str(backbone)
+            if "/" not in name and not Path(name).exists():
+                name = f"timm/{name}"
+            source = load_backbone(name, **options)
+            image_processor = image_processor or load_processor(name, **options)
+            if not Path(name).exists():
+                config_values["base_model"] = name
+        assert isinstance(source, PreTrainedModel)
+        config = KnnConfig(
+            backbone_config=detached_config(source.config),
+            feature_dim=measure_width(source),
+            pooling=pooling or default_pooling(source),
+            **_label_maps(labels),
+            **config_values,
+        )
+        model = cls(config)
+        nn.Module.to(model, dtype=source.dtype)
+        _copy_weights(source, model.backbone)
+        model.image_processor = image_processor
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        load_datastore: bool = True,
+        allow_stale: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a checkpoint with its datastore and image processor.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            model_args: see `PreTrainedModel.from_pretrained`.
+            load_datastore: False gives the plain classifier.
+            allow_stale: True accepts a datastore whose features were made by other weights,
+                processor settings or pooling.
+            kwargs: see `PreTrainedModel.from_pretrained`; `revision`, `token`, `cache_dir`,
+                `subfolder`, … hold for every file of the checkpoint.
+
+        Raises:
+            DatastoreError: for a damaged or incomplete datastore, naming the file.
+            StaleDatastoreError: for a datastore of other weights, with both fingerprints.
+        """
+        reader = CheckpointReader(pretrained_model_name_or_path, kwargs)
+        kwargs["revision"] = reader.revision
+        while True:
+            reader.start()
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.image_processor = reader.read_processor()
+            if load_datastore and model.config.has_datastore:
+                store = reader.read_datastore(model.config.store_pooling, allow_stale)
+                if store is None:
+                    continue  # the checkpoint was replaced while it was read
+                model.datastore = store
+                store.digest = digest(model.backbone)
+            return loaded
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves weights, configuration, processor, datastore and code as one version.
+
+        The folder is built beside and put in place in one step: a kill at any moment leaves the old
+        version or the new one.
+
+        Args:
+            save_directory: the folder; other files in it are kept.
+            is_main_process: False does nothing: only the main process saves.
+            push_to_hub: also push, in one commit; `repo_id`, `commit_message`, `private`, `token`,
+                `create_pr` and `revision` go to `push_to_hub`.
+            kwargs: see `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            OSError: if something could not be written; the old version is intact.
+        """
+        if not is_main_process:
+            return
+        push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        self.config.check()
+        write_checkpoint(self, Path(save_directory), super().save_pretrained, kwargs)
+        if push_to_hub:
+            repo_id = push_options.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **push_options)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        return_neighbors: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> KnnImageClassifierOutput | tuple[Any, ...]:
+        """Classifies images, or features computed before.
+
+        In `train()` mode nothing is searched and `logits` is the head alone.
+
+        Args:
+            pixel_values: [B, 3, H, W].
+            labels: [B] int64; the loss is the head's cross-entropy, over the classes it has.
+            features: [B, D] instead of `pixel_values`, as in `pooler_output`.
+            sample_ids: [B] int64; the stored row with that id is no neighbour of that image
+                (-1 = none).
+            return_neighbors: also return the neighbours.
+            output_hidden_states: also return the backbone's hidden states.
+            output_attentions: also return the backbone's attentions.
+            return_dict: False returns a tuple.
+            kwargs: ignored values that generic callers pass (`num_items_in_batch`, …).
+
+        Raises:
+            ValueError: unless exactly one of `pixel_values` and `features` is given.
+        """
+        if (pixel_values is None) == (features is None):
+            raise ValueError("Expected exactly one of `pixel_values` and `features`.")
+        body = BaseModelOutput()
+        if pixel_values is not None:
+            wanted = {"output_hidden_states": output_hidden_states}
+            wanted["output_attentions"] = output_attentions
+            asked = {name: True for name, value in wanted.items() if value}
+            features, body = extract(self.backbone, pixel_values, self.config, **asked)
+        assert features is not None
+        head_part, store_part = split_features(features, self.config)
+        head_logits = self.head(head_part.to(self.head.mean.dtype))  # [B, C_head]
+        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
+        votes, neighbors = None, None
+        if not self.training:
+            votes, neighbors = self._ask_neighbors(store_part, sample_ids)
+        if votes is not None:
+            log_probs = blend_log_probs(log_probs, votes, self.config.knn_weight)
+        elif self.config.classes > log_probs.shape[1]:
+            missing = self.config.classes - log_probs.shape[1]
+            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
+        output = KnnImageClassifierOutput(
+            loss=None if labels is None else self._head_loss(head_logits, labels),
+            logits=floor_log_probs(log_probs),  # [B, C]
+            head_logits=head_logits,
+            knn_log_probs=votes,
+            neighbors=neighbors if return_neighbors else None,
+            pooler_output=features,
+            hidden_states=body.get("hidden_states"),
+            attentions=body.get("attentions"),
+        )
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+    def _ask_neighbors(
+        self, features: Tensor, sample_ids: Tensor | None
+    ) -> tuple[Tensor | None, Neighbors | None]:
+        if self.datastore is None or len(self.datastore) == 0:
+            return None, None
+        config = self.config
+        neighbors = self.datastore.search(features.float(), config.k, sample_ids)
+        votes = knn_log_probs(
+            neighbors.similarities,
+            neighbors.labels,
+            config.classes,
+            config.knn_temperature,
+            metric=self.datastore.metric,
+            weighting=config.knn_weighting,
+        )
+        return votes, neighbors
+
+    def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
+        known = labels < head_logits.shape[1]  # a class taught later has no logit to train
+        if known.all():
+            return functional.cross_entropy(head_logits.float(), labels)
+        kept = functional.cross_entropy(head_logits[known].float(), labels[known], reduction="sum")
+        return kept / known.sum().clamp_min(1)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, KnnHead):
+            init.zeros_(module.mean)
+            init.ones_(module.scale)
+
+
+def _label_maps(labels: list[str] | int) -> dict[str, Any]:
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    if not names:
+        raise ValueError("Expected `labels` to name at least one class, but got none.")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("Expected every label to be a name, but got an empty one or a number.")
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    report = target.load_state_dict(source.state_dict(), strict=False)
+    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
+    if report.missing_keys or unexpected:
+        raise ValueError(
+            f"Expected the backbone's weights to fit {type(target).__name__}, but "
+            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
+        )

@@ -1,0 +1,199 @@
+"""Files that survive a kill: locks, durable writes, hashes and the exchange of whole folders.
+
+Nothing here knows what the files mean; names and formats belong to the callers.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:  # a dependency of torch; inside `try` because remote-code users are not asked to install it
+    from filelock import FileLock
+except ImportError as error:  # pragma: no cover
+    raise ImportError(
+        "hf_knn needs filelock to save safely; run `pip install filelock`."
+    ) from error
+
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Holds the writers' lock of a folder; it ends with the process, however that ends.
+
+    The lock file lies beside the folder, since the folder itself may be exchanged, and is removed
+    while the lock is held.
+
+    Args:
+        folder: the folder to be written; it need not exist, its parent is created.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file beside `path` and renames it into place once it is on disk.
+
+    Args:
+        path: where the file goes; an old version is replaced in one step.
+        write: called with the temporary path, writes the content.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def give_default_mode(path: Path) -> None:
+    """Sets the permissions a new file has by default (safetensors leaves 0600)."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    try:
+        shutil.copymode(probe, path)
+    finally:
+        probe.unlink()
+
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The hex sha256 of the file and of each block.
+    """
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+
+@contextmanager
+def replaced_folder(folder: Path, is_owned: Callable[[str], bool]) -> Iterator[Path]:
+    """Builds a new version of a folder beside it and puts it in place in one step.
+
+    A kill at any moment leaves the old version or the new one, and at most one staging folder,
+    which the next call clears. Files of the old version that the new one neither wrote nor owns
+    (a user's notes, the runs of a trainer) are carried over as hard links.
+
+    Args:
+        folder: the folder to be replaced; need not exist.
+        is_owned: tells by name which files belong to the version, so that old ones must go.
+
+    Yields:
+        The empty staging folder to be filled.
+
+    Raises:
+        NotADirectoryError: if `folder` is a file.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"Expected {folder} to be a folder, but got a file; choose another."
+        )
+    if folder.is_symlink():
+        folder = folder.resolve()
+    with exclusive_lock(folder):
+        staging = folder.parent / f".{folder.name}.staging"
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir()
+        try:
+            yield staging
+            if folder.exists():
+                shutil.copymode(folder, staging)
+                _carry_over(folder, staging, is_owned)
+            _fsync_tree(staging)
+            _swap_in(staging, folder)
+        finally:
+            # the half-built version after an error, the old version after success
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path, is_owned: Callable[[str], bool]) -> None:
+    for entry in os.scandir(old):
+        target = new / entry.name
+        if target.exists() or is_owned(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.copytree(entry.path, target, symlinks=True, copy_function=link_or_copy)
+        else:
+            link_or_copy(entry.path, str(target))
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Hard-links a file, or copies it where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path, _, files in os.walk(folder):
+        for name in files:
+            if not os.path.islink(os.path.join(path, name)):
+                fsync_path(Path(path, name))
+        fsync_path(Path(path))
+
+
+def _swap_in(staging: Path, folder: Path) -> None:
+    working_directory = _cwd_below(folder)
+    if not folder.exists():
+        os.rename(staging, folder)
+    elif not _exchange(staging, folder):
+        discarded = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(discarded, ignore_errors=True)
+        os.rename(folder, discarded)
+        os.rename(staging, folder)
+        shutil.rmtree(discarded)
+    fsync_path(folder.parent)
+    if working_directory is not None:
+        os.chdir(working_directory)  # the old folder, where we stood, is about to be deleted
+
+
+def _cwd_below(folder: Path) -> Path | None:
+    current = Path.cwd()
+    return current if current == folder or folder in current.parents else None
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders atomically; False where the system cannot (other than Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    first_bytes, second_bytes = os.fsencode(first), os.fsencode(second)
+    return rename(_AT_FDCWD, first_bytes, _AT_FDCWD, second_bytes, _RENAME_EXCHANGE) == 0

@@ -1,0 +1,361 @@
+"""The offline tasks and backbones: counts, subsets, splits, and folders that survive a kill."""
+
+import io
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cache
+import numpy as np
+import pytest
+import tasks
+import timm
+import torch
+from backbones import build_backbone, efficientnet_lite0, rename_in_order
+from cache import build_once, cache_root, versioned
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+from tasks import TASKS, load_task, match_emoji, read_emoji, select_rows, split_indices
+from transformers import AutoImageProcessor, AutoModel
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+# openmoji
+
+
+def test_match_emoji_by_eye():
+    labels = {"category": "Symbols", "subcategory": "heart"}
+    entries = [
+        {"unified": "2665-FE0F", "name": "HEART", **labels},
+        {"unified": "0023-FE0F-20E3", "name": "HASH KEY", **labels},
+        {"unified": "1F3FB", "name": "TONE", **labels, "category": "Component"},
+        {"unified": "1FFFF", "name": "UNDRAWN", **labels},
+    ]
+    matched = match_emoji(entries, {"2665", "0023-FE0F-20E3", "0023-20E3", "1F3FB"})
+    assert [(emoji.hexcode, emoji.annotation) for emoji in matched] == [
+        ("2665", "heart"),
+        ("0023-FE0F-20E3", "hash key"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "classes", "rows"), [("subcategory", 70, 1748), ("category", 9, 1898)]
+)
+def test_openmoji_counts(column, classes, rows):
+    emoji = read_emoji()
+    assert len(emoji) == len({e.hexcode for e in emoji}) == 1898
+    kept, names = select_rows([getattr(e, column) for e in emoji])
+    assert (len(names), len(kept)) == (classes, rows)
+
+
+def test_openmoji_tasks_share_one_drawing(tmp_path, monkeypatch):
+    emoji = [e for e in read_emoji() if e.subcategory in ("cat-face", "heart", "hotel")]
+    drawn = []
+    render = tasks.render_openmoji
+
+    def counted(hexcode):
+        drawn.append(hexcode)
+        return render(hexcode)
+
+    monkeypatch.setattr(tasks, "read_emoji", lambda: emoji)
+    monkeypatch.setattr(tasks, "render_openmoji", counted)
+    fine, coarse = load_task("openmoji", tmp_path), load_task("openmoji-categories", tmp_path)
+    assert sorted(drawn) == sorted(e.hexcode for e in emoji)
+    assert fine.features["label"].names == ["cat-face", "heart"]  # two hotels are no class
+    assert coarse.features["label"].names == ["Smileys & Emotion"]
+    expected = {f"{e.hexcode} {e.annotation}": e.subcategory for e in emoji}
+    for row in fine:
+        assert fine.features["label"].int2str(row["label"]) == expected[row["name"]]
+    name, picture = fine[0]["name"], fine[0]["image"]
+    assert (picture.mode, picture.size, picture.format) == ("RGB", (256, 256), "PNG")
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    with Image.open(io.BytesIO(render(name.split()[0]))) as again:
+        assert again.tobytes() == picture.tobytes()
+
+
+# digits
+
+
+def test_digits_are_those_of_sklearn(shared_cache, no_network):
+    dataset, digits = load_task("digits", shared_cache), load_digits()
+    assert dataset["label"][:] == digits.target.tolist()
+    assert dataset.features["label"].names == [str(digit) for digit in range(10)]
+    assert (dataset["name"][0], dataset["name"][1796]) == ("digit-0000", "digit-1796")
+    pixels = np.stack([np.asarray(picture) for picture in dataset["image"]])
+    assert pixels.shape == (1797, 8, 8, 3)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    np.testing.assert_array_equal(np.round(pixels[..., 1] * (16 / 255)), digits.images)
+
+
+@pytest.mark.parametrize(
+    ("limit", "counts"), [(100, [10] * 10), (43, [9, 9, 9, 8, 8]), (8, [8]), (5000, None)]
+)
+def test_limit_takes_the_same_balanced_subset(shared_cache, limit, counts):
+    subset = load_task("digits", shared_cache, limit)
+    whole = load_task("digits", shared_cache)
+    if counts is None:
+        assert len(subset) == len(whole)
+        return
+    label = subset.features["label"]
+    sizes = Counter(subset["label"][:])
+    assert sorted(sizes) == list(range(label.num_classes))
+    assert sorted(sizes.values(), reverse=True) == counts
+    assert subset["name"][:] == load_task("digits", shared_cache, limit)["name"][:]
+    names = dict(zip(whole["name"][:], whole["label"][:], strict=True))
+    assert [label.int2str(row["label"]) for row in subset] == [
+        str(names[n]) for n in subset["name"]
+    ]
+
+
+def test_loading_leaves_the_drawn_folder_as_it_is(shared_cache):
+    load_task("digits", shared_cache)
+    before = sorted(shared_cache.rglob("*"))
+    load_task("digits", shared_cache, limit=80)
+    assert sorted(shared_cache.rglob("*")) == before
+
+
+# subsets and splits
+
+
+@given(st.lists(st.sampled_from("abcdefg"), max_size=120), st.integers(8, 130))
+def test_select_rows_properties(values, limit):
+    rows, names = select_rows(values, limit)
+    counts = Counter(values[row] for row in rows)
+    assert rows == sorted(set(rows))
+    assert sorted(counts) == names
+    assert len(rows) <= limit
+    assert all(count >= 8 for count in counts.values())
+    total = Counter(values)
+    for name, count in counts.items():  # a class that got less than another is used up
+        assert count == total[name] or count >= max(counts.values()) - 1
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=150),
+    st.integers(0, 5),
+    st.sampled_from([(0.5, 0.2, 0.3), (0.05, 0.05, 0.9), (0.1, 0.6, 0.3)]),
+)
+def test_split_properties(labels, seed, fractions):
+    parts = split_indices(labels, seed, fractions)
+    assert [part.dtype for part in parts] == [np.int64] * 3
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    for label, count in Counter(labels).items():
+        sizes = [sum(labels[row] == label for row in part) for part in parts]
+        assert sizes[0] >= 1
+        assert count < 3 or min(sizes) >= 1
+        slack = 1 if count * min(fractions) >= 1 else 3
+        assert np.abs(np.array(sizes) - count * np.array(fractions)).max() < slack
+    again = split_indices(np.array(labels), seed, fractions)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(8, [4, 2, 2]), (10, [5, 2, 3]), (3, [1, 1, 1]), (1, [1, 0, 0])]
+)
+def test_split_sizes_by_eye(count, sizes):
+    assert [len(part) for part in split_indices([7] * count, seed=0)] == sizes
+
+
+def test_split_depends_on_the_seed():
+    labels = [0] * 20 + [1] * 20
+    assert not np.array_equal(split_indices(labels, 0)[0], split_indices(labels, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "fractions", "message"),
+    [
+        (["cat"], (0.5, 0.2, 0.3), "Expected labels"),
+        ([[0, 1]], (0.5, 0.2, 0.3), "Expected labels"),
+        ([0], (0.5, 0.5, 0.0), "Expected fractions"),
+        ([0], (0.5, 0.2, 0.2), "Expected fractions"),
+    ],
+)
+def test_split_refuses(labels, fractions, message):
+    with pytest.raises(ValueError, match=message):
+        split_indices(labels, 0, fractions)
+
+
+# names and cache
+
+
+def test_unknown_names_are_answered_with_near_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"'openmojis'; do you mean openmoji or openmoji-categ"):
+        load_task("openmojis", tmp_path)
+    with pytest.raises(ValueError, match=r"do you mean digits or openmoji or openmoji-categories"):
+        load_task("zzz", tmp_path)
+    with pytest.raises(ValueError, match=r"do you mean efficientnet-lite0\?"):
+        build_backbone("efficientnet_lite0", tmp_path)
+    with pytest.raises(ValueError, match=r"Expected limit .* but got 7"):
+        load_task("digits", tmp_path, limit=7)
+
+
+def test_tasks_are_named_by_their_key():
+    assert [task.name for task in TASKS.values()] == list(TASKS)
+
+
+def test_versioned_changes_with_the_builder_and_names_what_is_missing():
+    assert re.fullmatch(r"digits_scikit-learn-[\d.]+_r1", versioned("digits", ["scikit-learn"], 1))
+    with pytest.raises(ModuleNotFoundError, match="do `pip install no-such-package`"):
+        versioned("digits", ["no-such-package"], 1)
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_KNN_CACHE", str(tmp_path / "env"))
+    assert cache_root() == tmp_path / "env"
+    assert cache_root(tmp_path) == tmp_path
+    monkeypatch.setenv("HF_KNN_CACHE", "")
+    assert cache_root() == Path.home() / ".cache" / "hf_knn"
+
+
+def write_whole(folder: Path) -> None:
+    assert not list(folder.iterdir())
+    (folder / "first").write_text("1")
+    (folder / "second").write_text("2")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_builder_that_raises_leaves_nothing_to_reuse(tmp_path):
+    def fail_midway(folder: Path) -> None:
+        (folder / "first").write_text("half")
+        raise OSError("disk full")
+
+    wanted = tmp_path / "made"
+    with pytest.raises(OSError, match="disk full"):
+        build_once(wanted, fail_midway)
+    assert not wanted.exists()
+    assert contents(build_once(wanted, write_whole)) == {"first": "1", "second": "2"}
+
+
+def test_a_killed_builder_leaves_nothing_to_reuse(tmp_path):
+    wanted = tmp_path / "made"
+    program = f"""
+import sys, time
+from pathlib import Path
+from cache import build_once
+
+def build(folder):
+    (folder / "first").write_text("half")
+    print("half", flush=True)
+    time.sleep(60)
+
+build_once(Path({str(wanted)!r}), build)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(cache.__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        process.kill()
+    assert not wanted.exists()
+    assert any(tmp_path.rglob("first"))  # the kill did come in the middle
+    assert contents(build_once(wanted, write_whole)) == {"first": "1", "second": "2"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["made"]
+
+
+def test_concurrent_builders_build_once(tmp_path):
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        write_whole(folder)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: contents(build_once(tmp_path / "made", build)), range(16)))
+    assert made == [{"first": "1", "second": "2"}] * 16
+    assert len(built) == 1
+
+
+# backbones
+
+
+def test_efficientnet_opens_offline_and_equals_timm(shared_cache, no_network):
+    state = torch.get_rng_state()
+    folder = build_backbone("efficientnet-lite0", shared_cache)
+    assert torch.equal(torch.get_rng_state(), state)
+    model = AutoModel.from_pretrained(folder).eval()
+    full = efficientnet_lite0()
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model(pixels).pooler_output
+        logits = full.get_submodule("classifier")(features)
+        torch.testing.assert_close(logits, full(pixels))
+    assert features.shape == (2, 1280)
+    assert build_backbone("efficientnet-lite0", shared_cache) == folder
+
+
+@pytest.mark.parametrize(("photograph", "imagenet"), [("flower.jpg", 985), ("china.jpg", 698)])
+def test_efficientnet_knows_a_daisy_and_a_palace(shared_cache, photograph, imagenet):
+    processor = AutoImageProcessor.from_pretrained(
+        build_backbone("efficientnet-lite0", shared_cache)
+    )
+    assert "Timm" not in type(processor).__name__
+    picture = Image.fromarray(load_sample_image(photograph))
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    with torch.no_grad():
+        assert efficientnet_lite0()(pixels).argmax(-1).item() == imagenet
+
+
+def test_efficientnet_processor_agrees_with_timm(shared_cache):
+    processor = AutoImageProcessor.from_pretrained(
+        build_backbone("efficientnet-lite0", shared_cache)
+    )
+    picture = Image.fromarray(load_sample_image("flower.jpg")[:, :427])  # one-sided crops round
+    config = timm.data.resolve_data_config({}, model=efficientnet_lite0())
+    expected = timm.data.create_transform(**config)(picture)
+    pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert (pixels - expected).abs().mean() < 0.01  # PIL and torchvision round differently
+
+
+def test_rename_in_order_refuses_what_does_not_fit():
+    model = torch.nn.Linear(3, 2)
+    weight, bias = torch.zeros(2, 3), torch.zeros(2)
+    assert list(rename_in_order({"fc.weight": weight, "fc.bias": bias}, model)) == [
+        "weight",
+        "bias",
+    ]
+    with pytest.raises(ValueError, match="Expected 2 tensors in the weights, but got 1"):
+        rename_in_order({"fc.weight": weight}, model)
+    with pytest.raises(ValueError, match=r"for weight \[2, 3\], but got fc.weight \[3, 2\]"):
+        rename_in_order({"fc.weight": weight.T, "fc.bias": bias}, model)
+    with pytest.raises(ValueError, match=r"for bias \[2\], but got fc.mean \[2\]"):
+        rename_in_order({"fc.weight": weight, "fc.mean": bias}, model)
+
+
+def test_tiny_vit_is_the_same_wherever_it_is_built(tmp_path, shared_cache, no_network):
+    folders = []
+    for seed, root in enumerate((tmp_path, shared_cache)):
+        torch.manual_seed(seed)
+        folders.append(build_backbone("tiny-vit-digits", root))
+    first, second = (AutoModel.from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    processor = AutoImageProcessor.from_pretrained(folders[0])
+    scan = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert("RGB")
+    pixels = processor(scan, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 8, 8)
+    assert (pixels == 1).all()
