@@ -1,0 +1,257 @@
+"""Pictures with labels, from wherever `datasets` can read them. The only file that imports it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from torch import Tensor
+
+from .images import BadImageError, decode_image
+
+IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
+PREDICTION_FEATURES = Features(
+    {"predictions": List(Value("float32")), "references": Value("int64")}
+)
+"""What the metrics read: a row of log-probabilities and a label per picture."""
+
+_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
+
+
+class BadRow(NamedTuple):
+    """A row that could not be used, and why."""
+
+    row: int
+    sample_id: int
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Some rows, decoded and processed.
+
+    Attributes:
+        pixel_values: [B, 3, H, W] float32; without the bad rows.
+        rows: the row numbers of what was decoded, length B.
+        bad: the rows that could not be decoded.
+    """
+
+    pixel_values: Tensor | None
+    rows: list[int]
+    bad: list[BadRow]
+
+
+def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
+    """Opens a set of labelled pictures.
+
+    Args:
+        source: a folder with one sub-folder per label (or with `metadata.csv`, or with `train`,
+            `validation` and `test` inside), a csv of `path,label` or `file_name,label`, a parquet
+            file, a folder written by `Dataset.save_to_disk`, or a Hub id.
+        options: `revision`, `name`, `token`, … for a Hub id.
+
+    Returns:
+        The splits by name, each with `image`, `label` (ClassLabel) and `sample_id`; a source
+        without splits is one split, `train`.
+
+    Raises:
+        FileNotFoundError: if a local source is not there.
+        ValueError: if it holds no pictures or no labels, listing the columns there are.
+    """
+    path = Path(source)
+    if path.is_dir():
+        splits = _load_folder(path)
+    elif path.suffix == ".csv" and path.is_file():
+        splits = {"train": _load_csv(path)}
+    elif path.suffix == ".parquet" and path.is_file():
+        splits = load_dataset("parquet", data_files=str(path))
+    elif path.suffix or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"Expected {source} to be a folder, a csv, a parquet file or a Hub id, "
+            "but there is nothing there."
+        )
+    else:
+        splits = load_dataset(str(source), **options)
+    named = {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
+    return {name: prepare(rows) for name, rows in named.items()}
+
+
+def prepare(dataset: Dataset) -> Dataset:
+    """Brings a dataset to `image` (undecoded), `label` (ClassLabel) and a stable `sample_id`.
+
+    Args:
+        dataset: with one image column and one label column, whatever they are called.
+
+    Returns:
+        The dataset; `sample_id` is the row number unless there is one already.
+
+    Raises:
+        ValueError: if there is no image or label column, listing the columns there are.
+    """
+    dataset = _rename(dataset, IMAGE, _find_images(dataset))
+    dataset = _rename(dataset, LABEL, _find_labels(dataset))
+    kind = dataset.features[LABEL]
+    if not isinstance(kind, ClassLabel):
+        if not isinstance(kind, Value):
+            raise ValueError(
+                f"Expected `{LABEL}` to be one class per picture, but got {kind}; "
+                "pictures with several labels are not supported."
+            )
+        dataset = dataset.class_encode_column(LABEL)
+    if SAMPLE_ID not in dataset.column_names:
+        dataset = dataset.add_column(SAMPLE_ID, np.arange(len(dataset), dtype=np.int64))
+    return dataset.cast_column(IMAGE, Image(decode=False))
+
+
+def label_names(dataset: Dataset) -> list[str]:
+    """The class names of a prepared dataset, in the order of their numbers."""
+    return list(dataset.features[LABEL].names)
+
+
+def labels_of(dataset: Dataset) -> Tensor:
+    """[N] int64 labels of a prepared dataset.
+
+    Raises:
+        ValueError: if some picture has no label (-1 or missing).
+    """
+    labels = dataset.with_format("numpy")[LABEL][:]
+    labels = torch.from_numpy(np.asarray(labels, dtype=np.float64)).nan_to_num(-1).long()
+    if len(labels) and int(labels.min()) < 0:
+        missing = (labels < 0).nonzero().flatten().tolist()
+        raise ValueError(f"Expected a label for every picture, but rows {missing[:10]} have none.")
+    return labels
+
+
+def ids_of(dataset: Dataset) -> Tensor:
+    """[N] int64 sample ids of a prepared dataset."""
+    return torch.from_numpy(np.asarray(dataset.with_format("numpy")[SAMPLE_ID][:], np.int64))
+
+
+def paths_of(dataset: Dataset) -> list[str]:
+    """Where each picture lies, relative to the folder that holds them all; empty if unknown."""
+    paths = [path or "" for path in dataset.flatten()[f"{IMAGE}.path"][:]]
+    parents = {str(Path(path).parent) for path in paths if path}
+    if not parents or any(not path for path in paths):
+        return [Path(path).name for path in paths]
+    root = _common_root(sorted(parents))
+    return [str(Path(path).relative_to(root)) if root else path for path in paths]
+
+
+def fingerprint_of(dataset: Any) -> str | None:
+    """What `datasets` calls the content of a dataset; None for other kinds of dataset."""
+    return getattr(dataset, "_fingerprint", None)
+
+
+def read_batch(dataset: Dataset, rows: Sequence[int], processor: Any) -> Batch:
+    """Decodes some rows and runs the image processor on them.
+
+    Args:
+        dataset: prepared.
+        rows: row numbers.
+        processor: an image processor.
+    """
+    entries = dataset[list(rows)]
+    pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
+    items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
+    pixels, good, bad = process_rows(items, processor)
+    numbers = [int(row) for row in rows]
+    return Batch(
+        pixels, [numbers[i] for i in good], [row._replace(row=numbers[row.row]) for row in bad]
+    )
+
+
+def process_rows(items: list[dict[str, Any]], processor: Any) -> Batch:
+    """Decodes rows that were read already; row numbers are places in the list.
+
+    Args:
+        items: rows of a prepared dataset.
+        processor: an image processor.
+    """
+    images, good, bad = [], [], []
+    for place, item in enumerate(items):
+        try:
+            images.append(_decode(item[IMAGE]))
+            good.append(place)
+        except (BadImageError, FileNotFoundError) as error:
+            path = (item[IMAGE] or {}).get("path") or ""
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+    return Batch(pixels, good, bad)
+
+
+def _decode(entry: dict[str, Any] | None) -> Any:
+    if entry is None:
+        raise BadImageError("the row has no picture")
+    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])
+
+
+def _load_folder(path: Path) -> Any:
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        return saved if isinstance(saved, DatasetDict) else {"train": saved}
+    try:
+        return load_dataset("imagefolder", data_dir=str(path.resolve()), drop_labels=False)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"Expected {path} to hold one sub-folder of pictures per label, or a metadata.csv, "
+            f"but: {error}"
+        ) from error
+
+
+def _load_csv(path: Path) -> Dataset:
+    rows = load_dataset("csv", data_files=str(path), split="train")
+    places = next((name for name in ("path", "file_name", IMAGE) if name in rows.column_names), "")
+    if not places or LABEL not in rows.column_names:
+        raise ValueError(
+            f"Expected {path} to have the columns path,label, but it has {rows.column_names}."
+        )
+    files = [str((path.parent / place).resolve()) for place in rows[places]]
+    missing = [file for file in files if not Path(file).is_file()]
+    if len(missing) == len(files):
+        raise ValueError(f"Expected the paths in {path} to exist, but {missing[0]} does not.")
+    pictures = {IMAGE: files, LABEL: [str(label) for label in rows[LABEL]]}
+    return Dataset.from_dict(pictures).cast_column(IMAGE, Image(decode=False))
+
+
+def _find_images(dataset: Dataset) -> str:
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
+    if not found:
+        raise ValueError(
+            f"Expected a column of pictures, but the columns are {dataset.column_names}."
+        )
+    return IMAGE if IMAGE in found else found[0]
+
+
+def _find_labels(dataset: Dataset) -> str:
+    if LABEL in dataset.column_names:
+        return LABEL
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected a column `{LABEL}` or exactly one ClassLabel column, "
+            f"but the columns are {dataset.column_names}; rename yours."
+        )
+    return found[0]
+
+
+def _rename(dataset: Dataset, name: str, present: str) -> Dataset:
+    return dataset if present == name else dataset.rename_column(present, name)
+
+
+def _common_root(parents: list[str]) -> str:
+    """The folder above all label folders, so that a path keeps its label."""
+    common = os.path.commonpath(parents)
+    return common if len(parents) > 1 else str(Path(common).parent)

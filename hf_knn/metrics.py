@@ -1,0 +1,146 @@
+"""What is measured, as `evaluate.Metric` objects that work offline.
+
+Each metric reads log-probabilities [N, C] as `predictions` and labels [N] as `references`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import evaluate
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import recall_score, roc_auc_score, top_k_accuracy_score
+from torch import Tensor
+
+from .data import PREDICTION_FEATURES
+from .functional import PROBABILITY_FLOOR
+
+CALIBRATION_BINS = 15
+
+Scores = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+
+def top_k_accuracy(log_probs: Scores, labels: Labels, k: int) -> float:
+    """Share of pictures whose label is among the k most probable classes.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N].
+        k: from 1; more than C counts as C.
+    """
+    if k == 1:
+        return float((log_probs.argmax(axis=1) == labels).mean())
+    classes = np.arange(log_probs.shape[1])
+    if k >= len(classes):
+        return 1.0
+    return float(top_k_accuracy_score(labels, log_probs, k=k, labels=classes))
+
+
+def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
+    """Mean over the classes that occur of their top-1 accuracy."""
+    predicted = log_probs.argmax(axis=1)
+    present = np.unique(labels)
+    return float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0))
+
+
+def negative_log_likelihood(log_probs: Scores, labels: Labels) -> float:
+    """Mean of ``-log p(label)``, each p floored at 1e-12."""
+    own = log_probs[np.arange(len(labels)), labels]
+    return float(-np.maximum(own, np.log(PROBABILITY_FLOOR)).mean())
+
+
+def expected_calibration_error(
+    log_probs: Scores, labels: Labels, bins: int = CALIBRATION_BINS
+) -> float:
+    """Mean gap between confidence and accuracy over bins of equal mass.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N].
+        bins: how many bins of (nearly) the same number of pictures.
+    """
+    confidence = np.exp(log_probs.max(axis=1))
+    correct = (log_probs.argmax(axis=1) == labels).astype(np.float64)
+    order = np.argsort(confidence, kind="stable")
+    parts = np.array_split(order, min(bins, len(order)))
+    gaps = [len(p) * abs(confidence[p].mean() - correct[p].mean()) for p in parts]
+    return float(sum(gaps) / len(order))
+
+
+def auroc(log_probs: Scores, labels: Labels) -> float:
+    """Area under the ROC curve of class 1 of two; NaN if only one class occurs."""
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    return float(roc_auc_score(labels, log_probs[:, 1] - log_probs[:, 0]))
+
+
+@dataclass(frozen=True)
+class _Definition:
+    name: str
+    compute: Callable[[Scores, Labels], float]
+    description: str
+
+
+_DEFINITIONS = (
+    _Definition("top1", lambda p, y: top_k_accuracy(p, y, 1), "top-1 accuracy"),
+    _Definition("top5", lambda p, y: top_k_accuracy(p, y, 5), "top-5 accuracy"),
+    _Definition("mean_class", mean_class_accuracy, "mean per-class accuracy"),
+    _Definition("nll", negative_log_likelihood, "negative log-likelihood, p floored at 1e-12"),
+    _Definition("ece", expected_calibration_error, "expected calibration error, equal-mass bins"),
+    _Definition("auroc", auroc, "area under the ROC curve, two classes"),
+)
+
+
+class LogProbMetric(evaluate.Metric):
+    """One number from log-probabilities and labels.
+
+    Args:
+        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece` or `auroc`.
+        kwargs: see `evaluate.Metric`.
+
+    Raises:
+        ValueError: for another name.
+    """
+
+    def __init__(self, config_name: str, **kwargs: Any) -> None:
+        known = {definition.name: definition for definition in _DEFINITIONS}
+        if config_name not in known:
+            raise ValueError(f"Expected a metric of {sorted(known)}, but got {config_name!r}.")
+        self.definition = known[config_name]
+        super().__init__(config_name=config_name, keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.definition.description,
+            citation="",
+            inputs_description="predictions: log-probabilities [N, C]; references: labels [N]",
+            features=PREDICTION_FEATURES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        log_probs = np.asarray(predictions, dtype=np.float64)
+        labels = np.asarray(references, dtype=np.int64)
+        return {self.definition.name: self.definition.compute(log_probs, labels)}
+
+
+def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics of one voice.
+
+    Args:
+        log_probs: [N, C], floored log-probabilities.
+        labels: [N] int64.
+
+    Returns:
+        `top1`, `top5`, `mean_class`, `nll`, `ece`, and `auroc` for two classes.
+    """
+    results: dict[str, float] = {}
+    predictions = log_probs.float().cpu().numpy()
+    references = labels.cpu().numpy()
+    for definition in _DEFINITIONS:
+        if definition.name == "auroc" and log_probs.shape[1] != 2:
+            continue
+        metric = LogProbMetric(definition.name)
+        results |= metric.compute(predictions=predictions, references=references)
+    return results

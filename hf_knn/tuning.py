@@ -1,0 +1,306 @@
+"""k, temperature and the blend's weight from one search at the largest k.
+
+Every cell of the grid is derived from the same neighbours: a cell's k takes the first k of them,
+its temperature weighs their votes, its weight λ blends them with the head. Cells are compared on
+held-out rows only: a validation split, or folds in which neither voice has seen the row.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .datastore import Neighbors
+from .functional import PROBABILITY_FLOOR, Metric, Weighting, neighbor_log_weights
+
+TEMPERATURES = (
+    1e-4, 1e-3, *(i / 100 for i in range(1, 10)), *(i / 10 for i in range(1, 10)), 1.0, 10.0,
+)  # fmt: skip
+KNN_WEIGHTS = tuple(i / 20 for i in range(21))
+COARSE_TEMPERATURES = (0.03, 0.07, 0.14, 0.3, 1.0)
+COARSE_KNN_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+COARSE_K = (1, 5, 10, 20, 50)
+LARGEST_K = 512
+FIXED_K, FIXED_TEMPERATURE, FIXED_KNN_WEIGHT = 20, 0.14, 0.5
+FEW_LABELS = 16
+"""Below this many labels per class, accuracies of cells differ by chance alone."""
+
+_ROW_BLOCK = 2048
+
+
+class Criterion(StrEnum):
+    """What makes a cell the best."""
+
+    ONE_STANDARD_ERROR = "one_standard_error"
+    ACCURACY = "accuracy"
+    MEAN_CLASS = "mean_class"
+    LOG_LIKELIHOOD = "log_likelihood"
+
+
+class Grid(NamedTuple):
+    """The cells that are tried: every combination."""
+
+    k: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    knn_weights: tuple[float, ...]
+
+
+class Cell(NamedTuple):
+    """One combination and what it scored on the held-out rows.
+
+    Attributes:
+        k: neighbours that really voted, at most as many as there are.
+        temperature: divides squared distances.
+        knn_weight: λ.
+        accuracy: top-1.
+        mean_class: mean per-class accuracy.
+        log_likelihood: mean ``log p(label)``, p floored at 1e-12.
+    """
+
+    k: int
+    temperature: float
+    knn_weight: float
+    accuracy: float
+    mean_class: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What `tune` found.
+
+    Attributes:
+        k: of the chosen cell.
+        temperature: of the chosen cell.
+        knn_weight: of the chosen cell.
+        score: the criterion's own number of the chosen cell: accuracy, mean-per-class accuracy or
+            log-likelihood.
+        criterion: what was maximised.
+        table: every cell.
+        best_knn: the best cell of the neighbours alone (λ = 1).
+        head: the head alone (λ = 0).
+        fixed: the fixed cell (λ 0.5, k 20, T 0.14) on the same rows.
+    """
+
+    k: int
+    temperature: float
+    knn_weight: float
+    score: float
+    criterion: str
+    table: list[Cell]
+    best_knn: Cell
+    head: Cell
+    fixed: Cell
+
+
+def default_grid(num_rows: int, num_labels: int, *, coarse: bool = False) -> Grid:
+    """The published grid, or a coarse one for few labels.
+
+    Args:
+        num_rows: N, rows of the datastore.
+        num_labels: C.
+        coarse: few cells, for when there are too few labels to tell many apart.
+    """
+    if coarse:
+        return Grid(_clip(COARSE_K, num_rows), COARSE_TEMPERATURES, COARSE_KNN_WEIGHTS)
+    powers = [2**i for i in range(LARGEST_K.bit_length())]
+    wanted = [*powers, num_rows // max(1, num_labels), num_labels]
+    ks = [k for k in wanted if 1 <= k <= LARGEST_K]
+    return Grid(_clip(ks, num_rows), TEMPERATURES, KNN_WEIGHTS)
+
+
+def has_few_labels(num_rows: int, num_labels: int) -> bool:
+    """Whether the coarse grid and the log-likelihood are the default."""
+    return num_rows < FEW_LABELS * num_labels
+
+
+def tune(
+    neighbors: Neighbors,
+    head_log_probs: Tensor,
+    labels: Tensor,
+    num_labels: int,
+    criterion: str | None = None,
+    *,
+    metric: str = Metric.COSINE,
+    weighting: str = Weighting.SOFTMAX,
+    grid: Grid | None = None,
+) -> TuneResult:
+    """Chooses k, temperature and λ on held-out rows.
+
+    Args:
+        neighbors: [N, K] of each row among rows that both voices were made from, the row itself
+            never among them; K at least the largest k wanted.
+        head_log_probs: [N, C_head] of a head that has not seen the rows.
+        labels: [N] int64 in [0, num_labels).
+        num_labels: C.
+        criterion: `one_standard_error` (of the cells within one standard error of the best
+            accuracy the one with the best log-likelihood), `accuracy`, `mean_class` or
+            `log_likelihood`; None is the first, and the last below 16 labels a class. Ties go to
+            the smaller λ, then k, then temperature.
+        metric: of the similarities.
+        weighting: of the votes; only `softmax` has a temperature.
+        grid: the cells to try; None is the published grid, or a coarse one below 16 labels a class.
+
+    Raises:
+        ValueError: for no rows, shapes that disagree or a bad option.
+    """
+    count = len(labels)
+    if count == 0 or len(head_log_probs) != count or len(neighbors.labels) != count:
+        raise ValueError(
+            f"Expected neighbours, head and labels of the same rows, but got "
+            f"{len(neighbors.labels)}, {len(head_log_probs)} and {count}."
+        )
+    few = has_few_labels(count, num_labels)
+    grid = grid or default_grid(neighbors.labels.shape[1], num_labels, coarse=few)
+    if Weighting(weighting) is not Weighting.SOFTMAX:
+        grid = grid._replace(temperatures=grid.temperatures[:1])
+    chosen_by = Criterion(criterion or ("log_likelihood" if few else "one_standard_error"))
+    scorer = _Scorer(neighbors, head_log_probs, labels, num_labels, metric, weighting)
+    table = scorer.score(grid._replace(k=_clip(grid.k, neighbors.labels.shape[1])))
+    best, score = _choose(table, chosen_by, count)
+    pure = [cell for cell in table if cell.knn_weight == 1] or table
+    lone = Grid(_clip([FIXED_K], neighbors.labels.shape[1]), (FIXED_TEMPERATURE,), (0.0,))
+    return TuneResult(
+        k=best.k,
+        temperature=best.temperature,
+        knn_weight=best.knn_weight,
+        score=score,
+        criterion=str(chosen_by),
+        table=table,
+        best_knn=_choose(pure, chosen_by, count)[0],
+        head=scorer.score(lone)[0],
+        fixed=scorer.score(lone._replace(knn_weights=(FIXED_KNN_WEIGHT,)))[0],
+    )
+
+
+class _Scorer:
+    """Scores cells without ever building [N, C] votes.
+
+    A class can only win a row if one of its neighbours has it or if it is the head's first choice.
+    So each row keeps one slot per class among its neighbours, in the order of first appearance.
+    """
+
+    def __init__(
+        self,
+        neighbors: Neighbors,
+        head_log_probs: Tensor,
+        labels: Tensor,
+        num_labels: int,
+        metric: str,
+        weighting: str,
+    ) -> None:
+        self.similarities = neighbors.similarities
+        self.neighbor_labels = neighbors.labels
+        self.head = head_log_probs.double().exp()  # [N, C_head]
+        self.labels, self.num_labels = labels, num_labels
+        self.metric, self.weighting = metric, weighting
+
+    def score(self, grid: Grid) -> list[Cell]:
+        """The cells of a grid, k fastest, then temperature, then weight."""
+        shape = (len(grid.knn_weights), len(grid.temperatures), len(grid.k))
+        correct = torch.zeros(*shape, self.num_labels, dtype=torch.float64)
+        likelihood = torch.zeros(shape, dtype=torch.float64)
+        for start in range(0, len(self.labels), _ROW_BLOCK):
+            self._score_rows(slice(start, start + _ROW_BLOCK), grid, correct, likelihood)
+        counts = torch.bincount(self.labels, minlength=self.num_labels).double()
+        present = counts > 0
+        accuracy = correct.sum(-1) / counts.sum()
+        mean_class = (correct[..., present] / counts[present]).mean(-1)
+        likelihood /= counts.sum()
+        return [
+            Cell(
+                k, temperature, weight,
+                float(accuracy[w, t, i]), float(mean_class[w, t, i]), float(likelihood[w, t, i]),
+            )
+            for w, weight in enumerate(grid.knn_weights)
+            for t, temperature in enumerate(grid.temperatures)
+            for i, k in enumerate(grid.k)
+        ]  # fmt: skip
+
+    def _score_rows(self, rows: slice, grid: Grid, correct: Tensor, likelihood: Tensor) -> None:
+        targets = self.labels[rows]  # [B]
+        slots, slot_labels = _assign_slots(self.neighbor_labels[rows], self.num_labels)
+        head = self.head[rows]  # [B, C_head]
+        width = head.shape[1]
+        is_taught = slot_labels >= width  # [B, S], includes padding, which gets no votes
+        head_slots = head.gather(1, slot_labels.clamp(max=width - 1)).masked_fill(is_taught, 0)
+        head_best, head_choice = head.max(dim=1)
+        head_target = head.gather(1, targets.clamp(max=width - 1).unsqueeze(1)).squeeze(1)
+        head_target = head_target.masked_fill(targets >= width, 0)
+        at_target = slot_labels == targets.unsqueeze(1)  # [B, S]
+        for t, temperature in enumerate(grid.temperatures):
+            weights = neighbor_log_weights(
+                self.similarities[rows], temperature, metric=self.metric, weighting=self.weighting
+            ).exp()  # [B, K]
+            votes = torch.zeros(slots.shape[0], slot_labels.shape[1], dtype=torch.float64)
+            done = 0
+            for i, k in enumerate(grid.k):
+                votes.scatter_add_(1, slots[:, done:k], weights[:, done:k].double())
+                done = k
+                total = votes.sum(dim=1, keepdim=True)
+                shares = votes / total.clamp_min(torch.finfo(torch.float64).tiny)  # [B, S]
+                has_votes = total.squeeze(1) > 0
+                rest = 1 - (shares * is_taught).sum(dim=1)  # 1 - q
+                target_share = (shares * at_target).sum(dim=1)
+                for w, weight in enumerate(grid.knn_weights):
+                    head_scale = torch.where(has_votes, (1 - weight) * rest, 1.0)
+                    scores = torch.where(is_taught, shares, weight * shares)
+                    scores = scores + head_scale.unsqueeze(1) * head_slots
+                    choice = _argmax(scores, slot_labels, head_scale * head_best, head_choice)
+                    hit = (choice == targets).double()
+                    correct[w, t, i].scatter_add_(0, targets, hit)
+                    own = torch.where(targets >= width, target_share, weight * target_share)
+                    own = own + head_scale * head_target
+                    likelihood[w, t, i] += own.clamp_min(PROBABILITY_FLOOR).log().sum()
+
+
+def _argmax(scores: Tensor, labels: Tensor, head_score: Tensor, head_choice: Tensor) -> Tensor:
+    """The best class per row, the lowest of equal ones, over slots and the head's first choice."""
+    best = torch.maximum(scores.max(dim=1).values, head_score) if scores.shape[1] else head_score
+    nobody = torch.iinfo(torch.int64).max
+    winners = labels.masked_fill(scores < best.unsqueeze(1), nobody)
+    lowest = winners.min(dim=1).values if scores.shape[1] else torch.full_like(head_choice, nobody)
+    return torch.where(head_score == best, torch.minimum(lowest, head_choice), lowest)
+
+
+def _assign_slots(neighbor_labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """[B, K] labels -> the slot of each neighbour [B, K] and the class of each slot [B, S].
+
+    Unused slots carry the class `num_labels`, which no row has.
+    """
+    rows, width = neighbor_labels.shape
+    if width == 0:
+        return neighbor_labels, neighbor_labels
+    ordered, order = neighbor_labels.sort(dim=1, stable=True)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    ranks = starts.cumsum(dim=1) - 1  # [B, K] slot of each sorted neighbour
+    slots = torch.empty_like(ranks).scatter_(1, order, ranks)
+    classes = torch.full((rows, int(ranks.max()) + 1), num_labels, dtype=torch.int64)
+    classes.scatter_(1, ranks, ordered)
+    return slots, classes
+
+
+def _choose(table: list[Cell], criterion: Criterion, count: int) -> tuple[Cell, float]:
+    def tie_break(cell: Cell) -> tuple[float, int, float]:
+        return (-cell.knn_weight, -cell.k, -cell.temperature)
+
+    def by(name: str, cells: list[Cell]) -> Cell:
+        return max(cells, key=lambda cell: (getattr(cell, name), *tie_break(cell)))
+
+    if criterion is not Criterion.ONE_STANDARD_ERROR:
+        best = by(str(criterion), table)
+        return best, float(getattr(best, str(criterion)))
+    top = max(cell.accuracy for cell in table)
+    error = math.sqrt(top * (1 - top) / count)
+    best = by("log_likelihood", [cell for cell in table if cell.accuracy >= top - error])
+    return best, best.accuracy
+
+
+def _clip(ks: Sequence[int], width: int) -> tuple[int, ...]:
+    """The distinct effective k, ascending."""
+    return tuple(sorted({min(int(k), width) for k in ks})) if width else (0,)
