@@ -120,6 +120,12 @@ class KnnConfig(PreTrainedConfig):
         return int(self.num_labels or 0)
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of their numbers."""
+        names = {int(number): str(name) for number, name in (self.id2label or {}).items()}
+        return [names[number] for number in range(self.classes)]
+
+    @property
     def head_classes(self) -> int:
         """C_head: how many of them the head was trained on."""
         return int(self.num_head_labels or 0)

@@ -15,6 +15,7 @@ from datasets import (
     Image,
     List,
     Value,
+    disable_progress_bars,
     load_dataset,
     load_from_disk,
 )
@@ -52,6 +53,11 @@ class Batch(NamedTuple):
     pixel_values: Tensor | None
     rows: list[int]
     bad: list[BadRow]
+
+
+def hide_progress_bars() -> None:
+    """Turns off the bars of `datasets` for this process."""
+    disable_progress_bars()
 
 
 def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:

@@ -137,7 +137,8 @@ class KnnForImageClassification(PreTrainedModel):
         """Puts a new head and no datastore on a pretrained backbone.
 
         Args:
-            backbone: a Hub id, a local folder, the name of a timm model, or a vision model.
+            backbone: a Hub id, a local folder, the name of a timm model, or a vision model; of a
+                k-NN checkpoint its backbone is taken.
             labels: the class names, or how many classes there are.
             pooling: how the backbone's output becomes a feature; None chooses `cls` where there is
                 a CLS token and `mean` elsewhere.
@@ -158,6 +159,8 @@ class KnnForImageClassification(PreTrainedModel):
             image_processor = image_processor or load_processor(name, **options)
             if not Path(name).exists():
                 config_values["base_model"] = name
+        if isinstance(source, KnnForImageClassification):
+            source = source.backbone
         assert isinstance(source, PreTrainedModel)
         config = KnnConfig(
             backbone_config=detached_config(source.config),

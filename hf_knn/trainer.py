@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import speed_metrics
 
 from .backbone import digest, split_features
@@ -96,6 +96,7 @@ class KnnTrainer(Trainer):
             self._prepare_probe()
         output = super().train(*args, **kwargs)
         self.build_datastore()
+        self.model.eval()  # in train mode nobody asks the neighbours
         return output
 
     def build_datastore(self) -> Datastore:
@@ -316,6 +317,7 @@ class KnnTrainer(Trainer):
         model.head.apply(model._init_weights)
         with tempfile.TemporaryDirectory() as folder:
             trainer = KnnTrainer(model, _quiet(self.args, folder), train_dataset=features)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         return model
 

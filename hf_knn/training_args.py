@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .functional import LossNormalization
@@ -64,6 +65,8 @@ class KnnTrainingArguments(TrainingArguments):
             ValueError: naming the field, its range and what was found.
         """
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         if not (self.knn_loss_alpha >= 0 and math.isfinite(self.knn_loss_alpha)):
             raise ValueError(
                 f"Expected `knn_loss_alpha` to be >= 0, but got {self.knn_loss_alpha}."
