@@ -1,6 +1,7 @@
 """Pictures with labels, from wherever `datasets` can read them. The only file that imports it."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ PREDICTION_FEATURES = Features(
 )
 """What the metrics read: a row of log-probabilities and a label per picture."""
 
+_HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -84,7 +86,7 @@ def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
         splits = {"train": _load_csv(path)}
     elif path.suffix == ".parquet" and path.is_file():
         splits = load_dataset("parquet", data_files=str(path))
-    elif path.suffix or str(source).startswith((".", "/", "~")):
+    elif not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(
             f"Expected {source} to be a folder, a csv, a parquet file or a Hub id, "
             "but there is nothing there."

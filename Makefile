@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow faults lint bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## Make .venv with everything (CPU; for a GPU see README)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,dev]'
+	touch $@
+
+quickstart: setup ## The main job on real pictures, without network: table, picture, checkpoint
+	$(BIN)/python benchmark/run.py
+
+test: lint ## Lint and all fast tests
+	$(BIN)/python -m pytest
+
+test-slow: setup ## Tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+faults: setup ## Kills, mutated files and long property runs
+	$(BIN)/python -m pytest -m faults --timeout 7200
+
+lint: setup ## ruff (lint and format) and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: setup ## Speed against named peers, as ratios
+	$(BIN)/python benchmark/speed/search.py
+
+clean: ## Remove .venv and what the runs wrote
+	rm -rf .venv outputs

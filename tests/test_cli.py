@@ -1,0 +1,159 @@
+"""The commands as a user types them: in a process of their own, on real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+ROOT = Path(__file__).parent.parent
+BROKEN = "disc/007.jpg"
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    config = ViTConfig(
+        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """300 files: discs, squares and stripes, one of them broken, and one lone cross."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:24, :24]
+    shapes = {
+        "disc": lambda x, y, r: (rows - y) ** 2 + (columns - x) ** 2 < r**2,
+        "square": lambda x, y, r: (abs(rows - y) < r) & (abs(columns - x) < r),
+        "stripes": lambda x, y, r: (rows + y) // r % 2 == 0,
+        "cross": lambda x, y, r: (abs(rows - y) < 2) | (abs(columns - x) < 2),
+    }
+    for name, count in {"disc": 100, "square": 100, "stripes": 99, "cross": 1}.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            x, y, r = generator.integers((9, 9, 4), (15, 15, 8))
+            mask = shapes[name](x, y, r)[:, :, None]
+            pixels = np.where(mask, generator.integers(150, 256, 3), generator.integers(0, 80, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:03d}.jpg")
+    broken = folder / BROKEN
+    broken.write_bytes(broken.read_bytes()[:300])
+    return folder
+
+
+def hf_knn(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    # a wide terminal, so that rich does not break the lines that are looked for
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_knn_cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(backbone, pictures, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("out") / "knn-model"
+    done = hf_knn("train", pictures, "--backbone", backbone, "-o", output, "--epochs", 20)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_train_says_what_it_did_about_a_broken_picture_and_a_lone_class(trained):
+    output, said = trained
+    assert f"Skipped {BROKEN}" in said or f"{BROKEN}: the picture cannot be decoded" in said
+    assert "Class cross has one picture" in said
+    report = json.loads((output / "report.json").read_text())
+    assert [Path(row["path"]).name for row in report["skipped"]] == ["007.jpg"]
+
+
+def test_train_measures_all_three_voices_and_names_the_next_command(trained):
+    output, said = trained
+    for voice in ("head alone", "neighbours alone", "blend"):
+        assert voice in said
+    assert f"hf-knn predict {output}" in said
+    metrics = json.loads((output / "report.json").read_text())["metrics"]
+    # shapes are easy: a head or a store that learned nothing would be near a third
+    assert metrics["eval_blend_top1"] > 0.6
+    assert "accuracy" in (output / "README.md").read_text()
+
+
+def test_every_usable_picture_is_used_once(trained):
+    from hf_knn import Datastore
+
+    output, _ = trained
+    store = Datastore.load(output)
+    held_out = 20 + 20 + 20  # a fifth of 99, 100 and 99 pictures, none of the lone class
+    assert len(store) == 299 - held_out
+    assert store.paths is not None
+    assert "cross/000.jpg" in store.paths
+    assert BROKEN not in store.paths
+
+
+def test_predict_shows_both_voices_and_the_neighbours(trained, pictures):
+    output, _ = trained
+    done = hf_knn("predict", output, pictures / "square" / "003.jpg", "--json")
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)
+    total = sum(row["probability"] for row in answer["classes"])
+    assert total == pytest.approx(1, abs=1e-5)
+    assert len(answer["neighbors"]) == 5
+    assert answer["neighbors"][0]["path"].split("/")[0] == answer["neighbors"][0]["label"]
+    similarities = [row["similarity"] for row in answer["neighbors"]]
+    assert similarities == sorted(similarities, reverse=True)
+    table = hf_knn("predict", output, pictures / "square" / "003.jpg").stdout
+    assert "nearest training pictures" in table
+    assert answer["neighbors"][0]["path"] in table
+
+
+def test_a_checkpoint_can_be_the_backbone_of_another(trained, pictures, tmp_path):
+    output, _ = trained
+    table = tmp_path / "some.csv"
+    lines = [
+        f"{pictures}/{name}/{i:03d}.jpg,{name}" for name in ("disc", "square") for i in range(6)
+    ]
+    table.write_text("\n".join(["path,label", *lines]) + "\n")
+    done = hf_knn("train", table, "--backbone", output, "-o", tmp_path / "second", "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "no-such-folder/"), "there is nothing there"),
+        (("predict", "no-such-checkpoint/", "x.jpg"), "no-such-checkpoint"),
+        (("train", ".", "--alpha", "-1"), "--alpha"),
+        (("train", ".", "--precision", "fp8"), "fp8"),
+    ],
+)
+def test_bad_input_is_one_message_without_traceback(arguments, message, tmp_path):
+    done = hf_knn(*arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_on_something_that_is_no_picture(trained, tmp_path):
+    output, _ = trained
+    (tmp_path / "notes.jpg").write_text("not a picture")
+    done = hf_knn("predict", output, tmp_path / "notes.jpg")
+    assert done.returncode == 1
+    assert "notes.jpg" in done.stderr
+    assert "not a picture in one of the formats" in done.stderr
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, hf_knn_cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
