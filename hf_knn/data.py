@@ -1,8 +1,9 @@
 """Pictures with labels, from wherever `datasets` can read them. The only file that imports it."""
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .images import BadImageError, decode_image
@@ -94,7 +96,11 @@ def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
     else:
         splits = load_dataset(str(source), **options)
     named = {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
-    return {name: prepare(rows) for name, rows in named.items()}
+    columns = {name: _with_columns(rows) for name, rows in named.items()}
+    classes = None
+    if not all(isinstance(rows.features[LABEL], ClassLabel) for rows in columns.values()):
+        classes = _class_names(value for rows in columns.values() for value in rows[LABEL][:])
+    return {name: _with_labels(rows, classes) for name, rows in columns.items()}
 
 
 def prepare(dataset: Dataset) -> Dataset:
@@ -109,19 +115,10 @@ def prepare(dataset: Dataset) -> Dataset:
     Raises:
         ValueError: if there is no image or label column, listing the columns there are.
     """
-    dataset = _rename(dataset, IMAGE, _find_images(dataset))
-    dataset = _rename(dataset, LABEL, _find_labels(dataset))
-    kind = dataset.features[LABEL]
-    if not isinstance(kind, ClassLabel):
-        if not isinstance(kind, Value):
-            raise ValueError(
-                f"Expected `{LABEL}` to be one class per picture, but got {kind}; "
-                "pictures with several labels are not supported."
-            )
-        dataset = dataset.class_encode_column(LABEL)
-    if SAMPLE_ID not in dataset.column_names:
-        dataset = dataset.add_column(SAMPLE_ID, np.arange(len(dataset), dtype=np.int64))
-    return dataset.cast_column(IMAGE, Image(decode=False))
+    dataset = _with_columns(dataset)
+    if isinstance(dataset.features[LABEL], ClassLabel):
+        return _with_labels(dataset, None)
+    return _with_labels(dataset, _class_names(dataset[LABEL][:]))
 
 
 def label_names(dataset: Dataset) -> list[str]:
@@ -150,17 +147,28 @@ def ids_of(dataset: Dataset) -> Tensor:
 
 def paths_of(dataset: Dataset) -> list[str]:
     """Where each picture lies, relative to the folder that holds them all; empty if unknown."""
-    paths = [path or "" for path in dataset.flatten()[f"{IMAGE}.path"][:]]
+    paths = _raw_paths(dataset)
     parents = {str(Path(path).parent) for path in paths if path}
     if not parents or any(not path for path in paths):
         return [Path(path).name for path in paths]
+    if not all(Path(path).is_absolute() for path in paths):
+        return [Path(path).name if Path(path).is_absolute() else path for path in paths]
     root = _common_root(sorted(parents))
     return [str(Path(path).relative_to(root)) if root else path for path in paths]
 
 
 def fingerprint_of(dataset: Any) -> str | None:
-    """What `datasets` calls the content of a dataset; None for other kinds of dataset."""
-    return getattr(dataset, "_fingerprint", None)
+    """A name for the content of a dataset, its files included; None for other kinds of dataset."""
+    known = getattr(dataset, "_fingerprint", None)
+    if known is None:
+        return None
+    # `datasets` knows files by their paths only: one that was replaced has another size or time
+    total = hashlib.sha256(known.encode())
+    for path in _raw_paths(dataset):
+        if os.path.isfile(path):
+            status = os.stat(path)
+            total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return total.hexdigest()
 
 
 def read_batch(dataset: Dataset, rows: Sequence[int], processor: Any) -> Batch:
@@ -193,7 +201,7 @@ def process_rows(items: list[dict[str, Any]], processor: Any) -> Batch:
         try:
             images.append(_decode(item[IMAGE]))
             good.append(place)
-        except (BadImageError, FileNotFoundError) as error:
+        except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
             bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
     pixels = processor(images=images, return_tensors="pt")["pixel_values"] if images else None
@@ -220,7 +228,14 @@ def _load_folder(path: Path) -> Any:
 
 
 def _load_csv(path: Path) -> Dataset:
-    rows = load_dataset("csv", data_files=str(path), split="train")
+    try:
+        rows = load_dataset("csv", data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(
+            f"Expected {path} to be a csv of path,label with at least one row, but: {error}"
+        ) from error
+    if len(rows) == 0:
+        raise ValueError(f"Expected {path} to have at least one row, but it has none.")
     places = next((name for name in ("path", "file_name", IMAGE) if name in rows.column_names), "")
     if not places or LABEL not in rows.column_names:
         raise ValueError(
@@ -230,8 +245,70 @@ def _load_csv(path: Path) -> Dataset:
     missing = [file for file in files if not Path(file).is_file()]
     if len(missing) == len(files):
         raise ValueError(f"Expected the paths in {path} to exist, but {missing[0]} does not.")
-    pictures = {IMAGE: files, LABEL: [str(label) for label in rows[LABEL]]}
+    pictures = {IMAGE: files, LABEL: rows[LABEL][:]}
     return Dataset.from_dict(pictures).cast_column(IMAGE, Image(decode=False))
+
+
+def _raw_paths(dataset: Dataset) -> list[str]:
+    """The path that each picture came with; empty strings where there is none."""
+    column = dataset.data.column(IMAGE).combine_chunks()
+    chunks = getattr(column, "chunks", [column])
+    paths = [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
+    if dataset._indices is None:
+        return paths
+    return [paths[row] for row in dataset._indices.column(0).to_pylist()]
+
+
+def _with_columns(dataset: Dataset) -> Dataset:
+    dataset = _rename(dataset, IMAGE, _find_images(dataset))
+    dataset = _rename(dataset, LABEL, _find_labels(dataset))
+    kind = dataset.features[LABEL]
+    if not isinstance(kind, ClassLabel | Value):
+        raise ValueError(
+            f"Expected `{LABEL}` to be one class per picture, but got {kind}; "
+            "pictures with several labels are not supported."
+        )
+    if SAMPLE_ID not in dataset.column_names:
+        dataset = dataset.add_column(SAMPLE_ID, np.arange(len(dataset), dtype=np.int64))
+    # a cast renames the content for `datasets`, so none that changes nothing
+    if dataset.features[IMAGE].decode:
+        dataset = dataset.cast_column(IMAGE, Image(decode=False))
+    return dataset
+
+
+def _class_names(values: Iterable[Any]) -> list[Any]:
+    """The classes of a plain label column: numbers in their order, names in theirs.
+
+    Whole numbers from 0 on stay what they are, also where one of them does not occur.
+    """
+    found = {value for value in values if not _is_missing(value)}
+    if found and all(isinstance(value, int) and not isinstance(value, bool) for value in found):
+        highest = max(found)
+        return list(range(highest + 1)) if highest < 2 * len(found) + 100 else sorted(found)
+    return sorted({str(value) for value in found})
+
+
+def _with_labels(dataset: Dataset, classes: list[Any] | None) -> Dataset:
+    """Numbers the labels by the list of classes; -1 where a label is missing."""
+    kind = dataset.features[LABEL]
+    if isinstance(kind, ClassLabel):
+        if classes is None or [str(name) for name in classes] == kind.names:
+            return dataset
+        values: list[Any] = [kind.names[v] if v is not None and v >= 0 else None
+                             for v in dataset[LABEL][:]]  # fmt: skip
+    else:
+        values = dataset[LABEL][:]
+    assert classes is not None
+    numbers = {str(name): number for number, name in enumerate(classes)}
+    labels = [-1 if _is_missing(value) else numbers[str(value)] for value in values]
+    names = ClassLabel(names=[str(name) for name in classes])
+    columns = dataset.column_names
+    dataset = dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=names)
+    return dataset.select_columns(columns)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == -1 or value != value  # NaN is what a csv's empty cell becomes
 
 
 def _find_images(dataset: Dataset) -> str:

@@ -123,6 +123,8 @@ def neighbor_log_weights(
                 f"Expected `reliability` to have the shape of `similarities` "
                 f"{tuple(similarities.shape)}, but got {tuple(reliability.shape)}."
             )
+        if not ((reliability >= 0) & (reliability <= 1)).all():
+            raise ValueError("Expected `reliability` to be in [0, 1], but got values outside.")
         scores = scores + reliability.to(scores.dtype).log()
     return _log_normalize(scores)
 
@@ -192,6 +194,11 @@ def blend_log_probs(head_log_probs: Tensor, knn_log_probs: Tensor, knn_weight: f
     """
     if not 0 <= knn_weight <= 1:
         raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {knn_weight}.")
+    if head_log_probs.ndim != 2 or knn_log_probs.ndim != 2:
+        raise ValueError(
+            "Expected `head_log_probs` and `knn_log_probs` to be [B, C_head] and [B, C], but got "
+            f"{tuple(head_log_probs.shape)} and {tuple(knn_log_probs.shape)}."
+        )
     rows, head_width = head_log_probs.shape
     if knn_log_probs.shape[0] != rows or knn_log_probs.shape[1] < head_width:
         raise ValueError(
@@ -242,7 +249,7 @@ def knn_loss_weights(
     if not clamp > 0:
         raise ValueError(f"Expected `clamp` to be > 0, but got {clamp}.")
     surprise = (-_at_labels(knn_log_probs, labels)).clamp(max=clamp)  # [B]
-    factors = 1 + alpha * surprise
+    factors = 1 + alpha * surprise if alpha else torch.ones_like(surprise)
     if LossNormalization(normalize) is LossNormalization.MEAN:
         factors = factors / factors.mean()
     return factors
@@ -320,6 +327,11 @@ def _log_scatter_sum(log_weights: Tensor, labels: Tensor, num_labels: int) -> Te
 
 
 def _at_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
+    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"Expected `labels` to be [B] for log-probabilities [B, C], "
+            f"but got {tuple(labels.shape)} for {tuple(log_probs.shape)}."
+        )
     _check_labels(labels, log_probs.shape[1], "labels")
     return log_probs.detach().gather(1, labels.unsqueeze(1)).squeeze(1)  # [B]
 

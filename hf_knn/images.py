@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -14,7 +15,8 @@ MAX_PIXELS = 64 * 10**6
 # what Pillow's format plug-ins raise on malformed files
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError,
-    OverflowError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
+    OverflowError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -47,8 +49,7 @@ def decode_image(
         FileNotFoundError: if there is no such file.
     """
     if isinstance(source, Image.Image):
-        _check_pixels(source, max_pixels)
-        return _to_rgb(source)
+        return _decode_opened(source, formats, max_pixels)
     data = source if isinstance(source, bytes) else _read(Path(source), max_bytes)
     if not data:
         raise BadImageError("the file is empty")
@@ -56,10 +57,7 @@ def decode_image(
         raise BadImageError(f"the file has {len(data)} bytes, more than {max_bytes}")
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            _check_pixels(image, max_pixels)
-            image.seek(0)
-            image.load()
-            return _to_rgb(image)
+            return _decode_opened(image, formats, max_pixels)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -68,7 +66,23 @@ def decode_image(
         raise BadImageError(f"the picture cannot be decoded ({error})") from error
 
 
+def _decode_opened(image: Image.Image, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+    kind = "JPEG" if image.format == "MPO" else image.format  # phones put several JPEGs into one
+    if kind is not None and kind not in formats:
+        raise BadImageError(f"not a picture in one of the formats {', '.join(formats)}")
+    _check_pixels(image, max_pixels)
+    try:
+        if kind is not None:  # one made in memory has a single frame
+            image.seek(0)
+        image.load()
+        return _to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise BadImageError(f"the picture cannot be decoded ({error})") from error
+
+
 def _read(path: Path, max_bytes: int) -> bytes:
+    if path.is_dir():
+        raise BadImageError("it is a folder")
     with path.open("rb") as file:
         return file.read(max_bytes + 1)
 
@@ -81,14 +95,24 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
+    if upright.mode.startswith("I"):
+        upright = _to_8_bits(upright)
+    elif upright.has_transparency_data:
         layer = upright.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, "white")
         upright = Image.alpha_composite(canvas, layer)
-    elif upright.mode.startswith("I"):  # 16-bit greyscale: keep the high byte, do not clip
-        upright = upright.convert("I").point(lambda value: value / 256).convert("L")
     rgb = upright.convert("RGB")
     if rgb is image:
         rgb = image.copy()
     rgb.info = {}
     return rgb
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale keeps its high byte; Pillow's own conversion clips."""
+    values = np.asarray(image.convert("I"))
+    grey = (values.clip(0, 65535) >> 8).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey = np.where(values == key, np.uint8(255), grey)  # a transparent grey, over white
+    return Image.fromarray(grey)
