@@ -8,12 +8,20 @@ nowhere else.
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_knn import KnnConfig, Pooling
@@ -75,7 +83,26 @@ def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
 
 
 def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of a backbone's configuration without the path or repo it came from."""
+    """A copy of a backbone's configuration without the path or repo it came from.
+
+    A masked autoencoder becomes the plain ViT it is without its mask: it would drop three quarters
+    of the patches at random, in `eval()` mode too.
+
+    Args:
+        config: of a vision model.
+
+    Raises:
+        ValueError: for a model that is not a vision model alone.
+    """
+    if getattr(config, "vision_config", None) is not None:
+        raise ValueError(
+            f"Expected a vision backbone, but got {type(config).__name__}, which has other towers "
+            "too; pass its vision tower (`model.vision_model`), or its id or folder."
+        )
+    if config.model_type == "vit_mae":
+        known = set(ViTConfig().to_dict())
+        values = {name: value for name, value in config.to_dict().items() if name in known}
+        config = ViTConfig.from_dict(values | {"model_type": "vit"})
     config = copy.deepcopy(config)
     config.name_or_path = ""
     if hasattr(config, "auto_map"):
@@ -121,26 +148,14 @@ def split_features(features: Tensor, config: KnnConfig) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: for another width.
     """
-    wanted = feature_width(config)
+    wanted = config.feature_dim + config.extra_dim
     if features.ndim != 2 or features.shape[1] != wanted:
         raise ValueError(
             f"Expected `features` to be [B, {wanted}], but got {tuple(features.shape)}."
         )
     if config.store_pooling == config.pooling:
         return features, features
-    width = head_width(config)
-    return features[:, :width], features[:, width:]
-
-
-def head_width(config: KnnConfig) -> int:
-    """Width of the head's part of a feature."""
-    return config.feature_dim * (2 if config.pooling == Pooling.CLS_MEAN else 1)
-
-
-def feature_width(config: KnnConfig) -> int:
-    """Width of a whole feature, both parts."""
-    store_width = config.feature_dim * (2 if config.store_pooling == Pooling.CLS_MEAN else 1)
-    return head_width(config) + (store_width if config.store_pooling != config.pooling else 0)
+    return features[:, : config.feature_dim], features[:, config.feature_dim :]
 
 
 def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
@@ -196,18 +211,52 @@ def default_pooling(backbone: PreTrainedModel) -> str:
     return str(Pooling.MEAN)
 
 
-def measure_width(backbone: PreTrainedModel) -> int:
-    """Width D of one pooled feature, by running the model once on an empty image."""
-    output, _ = _probe(backbone)
-    hidden = output.last_hidden_state
-    return (_spatial_tokens(backbone, hidden) if hidden.ndim == 4 else hidden).shape[2]
+def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
+    """Width D of one pooled feature, by running the model once on an empty image.
+
+    Args:
+        backbone: the vision model.
+        pooling: how its output is pooled; None as `default_pooling` says.
+    """
+    output, pixel_values = _probe(backbone)
+    return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
 
 
-def digest(module: nn.Module) -> str:
-    """Fingerprint of a module's weights in memory, as `dtype:sha256`."""
-    state = module.state_dict()
-    dtypes = {str(value.dtype) for value in state.values() if value.is_floating_point()}
-    return f"{'+'.join(sorted(dtypes))}:{hash_tensors(sorted(state.items()))}"
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def weight_marks(module: nn.Module) -> str:
+    """Two fingerprints of a module's weights in memory, one of which outlives a cast.
+
+    Rounding to bfloat16 gives the same for float32 weights and their cast to bfloat16, rounding to
+    float16 the same for their cast to float16; training changes both.
+    """
+    state = sorted(module.state_dict().items())
+    kept = [(name, value) for name, value in state if not name.endswith("num_batches_tracked")]
+    marks = [
+        hash_tensors((name, _rounded(value, dtype)) for name, value in kept)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return ":".join(marks)
+
+
+def same_weights(first: str, second: str) -> bool:
+    """Whether two `weight_marks` are of the same weights, up to a cast."""
+    return any(a == b for a, b in zip(first.split(":"), second.split(":"), strict=True))
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -225,20 +274,22 @@ def _model_class(config: PreTrainedConfig) -> Any:
 
 
 def _probe(backbone: PreTrainedModel) -> tuple[Any, Tensor]:
-    size = getattr(backbone.config, "image_size", None)
-    if size is None:  # timm keeps it in its own configuration
-        size = (getattr(backbone.config, "pretrained_cfg", None) or {}).get("input_size", [224])[-1]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    height, width = _image_size(backbone.config)
     channels = getattr(backbone.config, "num_channels", 3)
     parameter = next(backbone.parameters())
     pixels = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            return backbone(pixel_values=pixels, return_dict=True), pixels
-    finally:
-        backbone.train(was_training)
+    with evaluating(backbone):
+        return backbone(pixel_values=pixels, return_dict=True), pixels
+
+
+def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = getattr(config, "image_size", None)
+    if size is None:  # timm keeps it in its own settings
+        arguments = getattr(config, "model_args", None) or {}
+        size = arguments.get("img_size")
+    if size is None:
+        size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", [3, 224, 224])[1:]
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -4,16 +4,20 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoImageProcessor
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    cached_file,
+)
 from transformers.utils.hub import resolve_revision
 
-from .backbone import digest, hash_tensors
+from .backbone import hash_tensors, same_weights, weight_marks
 from .datastore import Datastore
 from .manifest import (
     BLOB_PATTERN,
@@ -25,7 +29,8 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
-from .storage import give_default_mode, replaced_folder
+from .processors import load_processor
+from .storage import give_default_mode, identity, replaced_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +43,28 @@ AUTO_MAP = {
 _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
-_OWN_CODE = re.compile(
-    r"(\w+_knn|backbone|blobs|checkpoint|datastore|functional|manifest|rows|search|storage)\.py"
-)
-# what the processor is called and where it runs does not change its pixels by intent
-_PROCESSOR_NAMES = ("image_processor_type", "feature_extractor_type", "processor_class", "device")
+OWN_CODE = (
+    "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
+    "faiss_index.py", "first_pass.py", "functional.py", "indexing.py", "manifest.py",
+    "modeling_knn.py", "processors.py", "rows.py", "search.py", "storage.py",
+)  # fmt: skip
+"""The files that travel with a checkpoint for `trust_remote_code`."""
+
+# where the processor runs does not change its pixels by intent
+_PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
+_BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
+STALE = "stale"
+"""What a datastore that was forced onto other weights remembers as its maker."""
+
 _READ_ATTEMPTS = 3
 
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
-        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
+        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *OWN_CODE)
         or name.startswith(".datastore-")
-        or any(p.fullmatch(name) for p in (_WEIGHTS_PATTERN, BLOB_PATTERN, _OWN_CODE))
+        or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
 
 
@@ -105,13 +118,19 @@ class CheckpointReader:
         self.options = {key: options[key] for key in names if options.get(key) is not None}
         places = {key: self.options[key] for key in names[:3] if key in self.options}
         self.revision = resolve_revision(self.name, options.get("revision"), **places)
-        self.attempts = 0
-        self.seen: bytes | None = None
 
-    def start(self) -> None:
-        """Notes which version is there before anything is read."""
-        self.attempts += 1
-        self.seen = self._manifest_bytes()
+    def attempts(self) -> Iterator["CheckpointAttempt"]:
+        """Attempts to read the checkpoint, until one saw a single version.
+
+        Raises:
+            DatastoreError: if the checkpoint was replaced during every attempt.
+        """
+        for _ in range(_READ_ATTEMPTS):
+            yield CheckpointAttempt(self)
+        raise DatastoreError(
+            f"Expected to read one version of {self.name}, but it was replaced {_READ_ATTEMPTS} "
+            "times meanwhile; try again when nobody writes it."
+        )
 
     def resolve(self, name: str) -> Path | None:
         """Finds a file of the checkpoint by name; None if it has none."""
@@ -125,87 +144,116 @@ class CheckpointReader:
         """The checkpoint's image processor, or None."""
         return load_processor(self.name, revision=self.revision, **self.options)
 
-    def read_datastore(self, pooling: str, allow_stale: bool) -> Datastore | None:
-        """Reads the datastore that belongs to the weights.
+
+class CheckpointAttempt:
+    """One attempt to read a checkpoint: notes which version is there before anything is read.
+
+    Args:
+        reader: finds the files.
+
+    Attributes:
+        manifest: of the datastore; None if there is none.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.reader = reader
+        self.seen = self._manifest_identity()
+        self.manifest: Manifest | None = None
+        self.is_stale = False
+
+    def verify(self, allow_stale: bool) -> None:
+        """Compares the files beside the datastore with those it was saved with.
 
         Args:
-            pooling: the pooling of the model's datastore features.
-            allow_stale: accept features made by other weights, settings or pooling.
-
-        Returns:
-            The datastore; None if the checkpoint was replaced meanwhile and must be read again.
+            allow_stale: warn instead of refusing.
 
         Raises:
-            DatastoreError: for damaged, missing or disagreeing files.
-            StaleDatastoreError: for another fingerprint.
+            DatastoreError: for damaged, missing or disagreeing files, naming them.
+            StaleDatastoreError: for a datastore of other weights, settings or pooling.
         """
-        try:
-            store = self._read_datastore(pooling, allow_stale)
-        except (DatastoreError, OSError):
-            if self._was_replaced():
-                return None
-            raise
-        return None if self._was_replaced() else store
-
-    def _read_datastore(self, pooling: str, allow_stale: bool) -> Datastore:
-        path = self.resolve(MANIFEST_NAME)
+        path = self.reader.resolve(MANIFEST_NAME)
         if path is None:
-            raise DatastoreError(
-                f"Expected {self.name} to hold {MANIFEST_NAME}, as its {CONFIG_NAME} says, but it "
-                "is missing; pass load_datastore=False for the plain classifier."
-            )
-        manifest = Manifest.read(path)
-        if manifest.binding is not None:
-            self._check_binding(manifest.binding, pooling, allow_stale)
-        return Datastore.from_manifest(manifest, self.resolve)
-
-    def _check_binding(self, binding: Binding, pooling: str, allow_stale: bool) -> None:
-        """Compares the files beside the datastore with those it was saved with."""
-        problem: Exception | None = None
-        for record in binding.files:
-            try:
-                record.verify(self.resolve(record.name))
-            except DatastoreError as error:
-                problem = problem or error
-        weights = [self.resolve(r.name) for r in binding.files if r.name.endswith(".safetensors")]
-        found = _fingerprint([w for w in weights if w], self.resolve(IMAGE_PROCESSOR_NAME), pooling)
-        if found[0] != binding.fingerprint:
-            parts = ("weights", "processor settings", "pooling")
-            was = (binding.weights, binding.processor, binding.pooling)
-            changed = [p for p, a, b in zip(parts, found[1:], was, strict=True) if a != b]
-            problem = StaleDatastoreError(
-                f"Expected a datastore made by the backbone beside it, fingerprint "
-                f"{found[0][:12]}…, but it was made by {binding.fingerprint[:12]}… (other "
-                f"{', '.join(changed)}); build it again, or pass allow_stale=True to use it anyway."
-            )
+            return
+        self.manifest = Manifest.read(path)
+        if self.manifest.binding is None:
+            return
+        problem = self._find_problem(self.manifest.binding)
         if problem is not None and not allow_stale:
             raise problem
         if problem is not None:
+            self.is_stale = isinstance(problem, StaleDatastoreError)
             logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
 
-    def _manifest_bytes(self) -> bytes | None:
-        path = self.resolve(MANIFEST_NAME)
-        try:
-            return None if path is None else path.read_bytes()
-        except FileNotFoundError:
+    def read_datastore(self, model: Any) -> Datastore | None:
+        """Reads the datastore that belongs to a model.
+
+        Args:
+            model: the model that was loaded from this checkpoint.
+
+        Returns:
+            The datastore; None if the checkpoint has none.
+
+        Raises:
+            DatastoreError: for damaged, missing or disagreeing files.
+        """
+        if self.manifest is None:
+            if model.config.has_datastore:
+                raise DatastoreError(
+                    f"Expected {self.reader.name} to hold {MANIFEST_NAME}, as its {CONFIG_NAME} "
+                    "says, but it is missing; pass load_datastore=False for the plain classifier."
+                )
             return None
+        store = Datastore.from_manifest(self.manifest, self.reader.resolve)
+        store.digest = STALE if self.is_stale else weight_marks(model.backbone)
+        binding = self.manifest.binding
+        dtype = str(model.dtype).removeprefix("torch.")
+        if binding is not None and dtype != binding.dtype:
+            logger.warning(
+                "The backbone is loaded as %s, but %s made the datastore's features; similarities "
+                "can differ a little.", dtype, binding.dtype,
+            )  # fmt: skip
+        return store
 
-    def _was_replaced(self) -> bool:
-        return self._manifest_bytes() != self.seen and self.attempts < _READ_ATTEMPTS
+    def was_replaced(self) -> bool:
+        """Whether another version is there than when this attempt began."""
+        return self._manifest_identity() != self.seen
 
+    def _find_problem(self, binding: Binding) -> DatastoreError | None:
+        damaged: list[DatastoreError] = []
+        found: dict[str, Path] = {}
+        for record in binding.files:
+            path = self.reader.resolve(record.name)
+            if path is not None:
+                found[record.name] = path
+            try:
+                record.verify(path)
+            except DatastoreError as error:
+                damaged.append(error)
+        names = [record.name for record in binding.files if record.name.endswith(".safetensors")]
+        if any(name not in found for name in names):
+            return damaged[0]
+        processor = self.reader.resolve(IMAGE_PROCESSOR_NAME)
+        try:
+            pooling = _stored_pooling(self.reader.resolve(CONFIG_NAME), binding.pooling)
+            now = _fingerprint([found[name] for name in names], processor, pooling)
+        except (SafetensorError, ValueError):
+            # not a readable file: which one, the hashes say
+            return damaged[0] if damaged else None
+        if now[0] == binding.fingerprint:
+            return damaged[0] if damaged else None
+        parts = ("weights", "processor settings", "pooling")
+        was = (binding.weights, binding.processor, binding.pooling)
+        changed = [p for p, a, b in zip(parts, now[1:], was, strict=True) if a != b]
+        changed += [record.name for record in binding.files if record.name in str(damaged)]
+        return StaleDatastoreError(
+            f"Expected a datastore made by the backbone beside it, fingerprint {now[0][:12]}…, but "
+            f"{MANIFEST_NAME} names {binding.fingerprint[:12]}… (other {', '.join(changed)}); "
+            f"build it again, or pass allow_stale=True to use it anyway."
+        )
 
-def load_processor(name: str, **options: Any) -> Any:
-    """The image processor that comes with a model, or None if there is none.
-
-    Args:
-        name: a folder or a Hub id.
-        options: `revision`, `token`, `cache_dir`, ….
-    """
-    lookup = {key: value for key, value in options.items() if key != "trust_remote_code"}
-    found = cached_file(
-        name, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **lookup
-    )
-    return None if found is None else AutoImageProcessor.from_pretrained(name, **options)
+    def _manifest_identity(self) -> tuple[int, int, int] | None:
+        path = self.reader.resolve(MANIFEST_NAME)
+        return None if path is None else identity(path)
 
 
 def _bind(model: Any, folder: Path) -> Binding:
@@ -214,20 +262,22 @@ def _bind(model: Any, folder: Path) -> Binding:
     pooling = model.config.store_pooling
     found = _fingerprint(weights, folder / IMAGE_PROCESSOR_NAME, pooling)
     fingerprint, weight_sum, processor_sum, _ = found
-    now, then = digest(model.backbone), model.datastore.digest
-    if then is not None and then != now:
-        if then.partition(":")[0] == now.partition(":")[0]:
-            logger.warning(
-                "The backbone was trained since the datastore was built; it is saved as stale. "
-                "Build it again before you save."
-            )
-            weight_sum = hashlib.sha256(then.encode()).hexdigest()
-            fingerprint = _combine(weight_sum, processor_sum, pooling)
-        else:
-            logger.warning("The backbone is saved with another dtype than built the datastore.")
-    names = [CONFIG_NAME, *(path.name for path in weights)]
-    files = [FileRecord.of(folder / name) for name in names]
+    then = model.datastore.digest
+    if then is not None and (then == STALE or not same_weights(then, weight_marks(model.backbone))):
+        logger.warning(
+            "The datastore was not made by the backbone as it is now; it is saved as stale. "
+            "Build it again before you save."
+        )
+        weight_sum = hashlib.sha256(then.encode()).hexdigest()
+        fingerprint = _combine(weight_sum, processor_sum, pooling)
     dtype = str(model.dtype).removeprefix("torch.")
+    before = model.datastore.manifest and model.datastore.manifest.binding
+    if before and before.dtype != dtype:
+        logger.warning("The backbone is saved as %s, another dtype than %s.", dtype, before.dtype)
+    names = [CONFIG_NAME, *(path.name for path in weights)]
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        names.append(SAFE_WEIGHTS_INDEX_NAME)
+    files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum, processor_sum, pooling, dtype, files)
 
 
@@ -239,10 +289,20 @@ def _fingerprint(
     processor_sum = ""
     if processor is not None and processor.is_file():
         settings = json.loads(processor.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_NAMES}
+        kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_PLACES}
+        kind = str(kept.get("image_processor_type", ""))
+        kept["image_processor_type"] = _BACKEND_SUFFIX.sub("", kind)
         text = json.dumps(kept, sort_keys=True)
         processor_sum = hashlib.sha256(text.encode()).hexdigest()
     return _combine(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
+
+
+def _stored_pooling(config: Path | None, fallback: str) -> str:
+    """The pooling that the configuration beside the datastore asks for."""
+    if config is None:
+        return fallback
+    values = json.loads(config.read_text(encoding="utf-8"))
+    return str(values.get("knn_pooling") or values.get("pooling") or fallback)
 
 
 def _combine(*parts: str) -> str:

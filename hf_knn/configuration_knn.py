@@ -13,6 +13,9 @@ _CODE_KEYS = frozenset(
 )
 """Keys of a nested configuration that can name code or another repo; they are dropped."""
 
+_MODEL_KEYS = ("backbone", "use_pretrained_backbone", "backbone_kwargs")
+"""Keys of a nested configuration that make it load another model; they are refused."""
+
 
 class Pooling(StrEnum):
     """How a backbone's last hidden state becomes one feature vector."""
@@ -43,7 +46,8 @@ class KnnConfig(PreTrainedConfig):
 
     Args:
         backbone_config: the configuration of the vision model, as object or dict with `model_type`.
-        feature_dim: width of one pooled backbone feature (D).
+        feature_dim: width of one pooled feature of the head (D).
+        knn_feature_dim: width of the datastore's, if it pools differently; None is the same.
         k: how many neighbours vote, >= 1.
         knn_temperature: divides squared distances in the votes, > 0 (0.14 here is DINO's 0.07).
         knn_weight: λ of the blend in [0, 1]; 0 is the head alone, 1 the neighbours alone.
@@ -64,6 +68,7 @@ class KnnConfig(PreTrainedConfig):
 
     backbone_config: PreTrainedConfig | dict[str, Any] | None = None
     feature_dim: int = 0
+    knn_feature_dim: int | None = None
     k: int = 20
     knn_temperature: float = 0.14
     knn_weight: float = 0.5
@@ -78,7 +83,9 @@ class KnnConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Builds the backbone configuration and checks every value."""
-        super().__post_init__(**kwargs)
+        # a file may not choose an attention kernel from the Hub
+        named = {key: value for key, value in kwargs.items() if not _names_hub_code(key, value)}
+        super().__post_init__(**named)
         self.backbone_config = _build_backbone_config(self.backbone_config)
         if self.num_head_labels is None:
             self.num_head_labels = self.num_labels
@@ -98,8 +105,12 @@ class KnnConfig(PreTrainedConfig):
         _check_choice("knn_weighting", self.knn_weighting, Weighting)
         _check_choice("head", self.head, Head)
         check_metric(self.metric, self.normalization)
-        if self.k < 1:
-            raise ValueError(f"Expected `k` to be >= 1, but got {self.k}.")
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+            raise ValueError(f"Expected `k` to be a whole number >= 1, but got {self.k!r}.")
+        for name in ("knn_temperature", "knn_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"Expected `{name}` to be a number, but got {value!r}.")
         if not 0 < self.knn_temperature < float("inf"):
             raise ValueError(
                 f"Expected `knn_temperature` to be > 0, but got {self.knn_temperature}."
@@ -145,6 +156,13 @@ class KnnConfig(PreTrainedConfig):
         return self.backbone_config
 
     @property
+    def extra_dim(self) -> int:
+        """Width that the datastore's part adds to a feature: 0 when the poolings agree."""
+        if self.store_pooling == self.pooling:
+            return 0
+        return self.feature_dim if self.knn_feature_dim is None else self.knn_feature_dim
+
+    @property
     def store_pooling(self) -> str:
         """The pooling of the datastore's features."""
         return self.knn_pooling or self.pooling
@@ -185,5 +203,15 @@ def _build_backbone_config(
             f"Expected `backbone_config['model_type']` to be a model type of transformers, "
             f"but got {model_type!r}; upgrade transformers or choose another backbone."
         )
+    foreign = [key for key in _MODEL_KEYS if config.get(key)]
+    if foreign:
+        raise ValueError(
+            f"Expected `backbone_config` to describe one vision model, but its {foreign} names "
+            "another one to load; refused."
+        )
     values = {key: value for key, value in config.items() if key not in _CODE_KEYS}
     return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _names_hub_code(key: str, value: Any) -> bool:
+    return key in _CODE_KEYS and key != "_name_or_path" and "/" in str(value)

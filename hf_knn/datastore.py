@@ -1,12 +1,9 @@
-"""The memory of the classifier: rows of (features, label, id) with exact search.
-
-The only file that imports faiss, the only one that normalises features or turns them into
-similarities, and the only one that knows the files of a stored datastore.
-"""
+"""The memory of the classifier: rows of (features, label, id) that are searched by similarity."""
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,9 +13,31 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .blobs import RowTable, read_row_files, write_row_files
+from .blobs import (
+    Resolve,
+    RowTable,
+    Shard,
+    append_to_shards,
+    change_shards,
+    open_files,
+    split_into_shards,
+    verify_files,
+    write_files,
+)
 from .configuration_knn import Normalization, check_metric
+from .faiss_index import FaissApproximate, has_faiss, serialized_flat
+from .first_pass import Ints
 from .functional import Metric
+from .indexing import (
+    AUTO,
+    FLAT,
+    MIN_RECALL,
+    StoredLists,
+    build_searcher,
+    choose_index,
+    is_rebuildable,
+    parse_memory,
+)
 from .manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -27,6 +46,7 @@ from .manifest import (
     Binding,
     DatastoreError,
     FileRecord,
+    IndexInfo,
     Manifest,
 )
 from .rows import (
@@ -39,18 +59,18 @@ from .rows import (
     shown,
     to_storage,
 )
-from .search import ExactSearcher, FirstPass, Ints, TorchFirstPass, normalize_rows
-from .storage import exclusive_lock, write_durably
-
-try:
-    import faiss
-except ImportError:  # a missing CUDA runtime of faiss-gpu is a RuntimeError, and stays one
-    faiss = None  # type: ignore[assignment]
+from .search import RowSpace, Searcher
+from .storage import exclusive_lock, fsync_path, identity, stage_file
 
 logger = logging.getLogger(__name__)
 
-FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
 LARGEST_FAISS_FILE = 100 * 10**6
+LARGEST_VERIFIED_AT_ONCE = 256 * 2**20
+
+SCRATCH = ".datastore.staging"
+"""Folder inside a datastore's folder for files that are not whole yet."""
+
+_LOAD_ATTEMPTS = 10
 
 
 class Neighbors(NamedTuple):
@@ -68,16 +88,11 @@ class Neighbors(NamedTuple):
     ids: Tensor
 
 
-class _FaissFirstPass:
-    """Exhaustive search with faiss."""
+class _Unverified(NamedTuple):
+    """What it takes to check a datastore that was only mapped."""
 
-    def __init__(self, rows: NDArray[np.float32]) -> None:
-        self.index = faiss.IndexFlatIP(rows.shape[1])
-        self.index.add(rows)
-
-    def candidates(self, queries: NDArray[np.float32], count: int) -> tuple[NDArray, Ints]:
-        """See `FirstPass.candidates`."""
-        return self.index.search(queries, count)
+    resolve: Resolve
+    read_paths: Callable[[], list[str] | None]
 
 
 class Datastore:
@@ -94,10 +109,13 @@ class Datastore:
         mean: [D] float32, subtracted by `l2_centered`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
-        index: `flat`.
+        index: `auto`, `flat` or a faiss factory string.
         paths: where each row's picture lies, relative to its dataset, if known.
+        max_memory: what the index may take, such as `"2GB"`; None for no limit.
+        min_recall: recall at 20 that an approximate index is set to reach.
 
     Attributes:
+        mean: [D] float32.
         manifest: what was read from disk; None for a datastore built in memory.
         digest: fingerprint of the in-memory backbone that made the features, if known.
         source: dataset id, revision and split of the rows, as far as known.
@@ -115,8 +133,10 @@ class Datastore:
         *,
         metric: str = Metric.COSINE,
         normalization: str = Normalization.L2_CENTERED,
-        index: str = "flat",
+        index: str = FLAT,
         paths: Sequence[str] | None = None,
+        max_memory: str | int | None = None,
+        min_recall: float = MIN_RECALL,
     ) -> None:
         check_metric(metric, normalization)
         if str(features.dtype).removeprefix("torch.") not in STORAGE_DTYPES or features.ndim != 2:
@@ -129,15 +149,28 @@ class Datastore:
                 f"Expected `mean` to have shape {tuple(features.shape[1:])}, "
                 f"but got {tuple(mean.shape)}."
             )
+        if not len(features) == len(labels) == len(ids):
+            raise ValueError(
+                f"Expected one label and one id per row ({len(features)}), "
+                f"but got {len(labels)} labels and {len(ids)} ids."
+            )
+        if not 0 < min_recall <= 1:
+            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
         self.metric, self.normalization = str(metric), str(normalization)
-        self.index = _resolve_index(index)
-        self.features, self.mean = features.contiguous(), mean.float()
-        self.labels, self.ids = check_row_numbers(labels, ids, len(features))
-        self.paths = check_paths(paths, len(features))
+        self.max_memory = None if max_memory is None else parse_memory(max_memory)
+        self.min_recall = min_recall
+        self.mean = mean.float()
         self.manifest: Manifest | None = None
         self.digest: str | None = None
         self.source: dict[str, str] = {}
-        self._searcher: ExactSearcher | None = None
+        self._features, self._labels, self._ids = features.contiguous(), labels, ids
+        self._paths = check_paths(paths, len(features))
+        self._shards = split_into_shards(len(features), self.dim * features.element_size())
+        self._index = self._choose_index(index)
+        self._lists: StoredLists | None = None
+        self._searcher: Searcher | None = None
+        self._unverified: _Unverified | None = None
+        self._home: Path | None = None
 
     @classmethod
     def from_features(
@@ -147,8 +180,10 @@ class Datastore:
         ids: Values | None = None,
         metric: str = "cosine",
         normalization: str = "l2_centered",
-        index: str = "auto",
+        index: str = AUTO,
         paths: Sequence[str] | None = None,
+        max_memory: str | int | None = None,
+        min_recall: float = MIN_RECALL,
     ) -> Self:
         """Builds a datastore; fixes the mean that centring uses.
 
@@ -160,43 +195,83 @@ class Datastore:
             metric: `cosine` (inner product of unit vectors) or `l2` (negative squared distance).
             normalization: `l2_centered` (subtract the mean of these rows, then length 1), `l2`
                 (length 1) or `none`.
-            index: `auto` or `flat`.
+            index: `flat` searches exactly, `auto` does up to 200,000 rows and uses an inverted
+                file above; or any faiss factory string.
             paths: [N] where each row's picture lies, relative to its dataset.
+            max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.
+            min_recall: recall at 20 that an approximate index is set to reach, by measurement.
 
         Raises:
             ValueError: for NaN or infinite features (with the row numbers), shapes that disagree,
                 negative, float or doubled ids or labels, or a bad option.
+            ImportError: for a faiss index without faiss.
         """
         stored = to_storage(as_features(features, "features"), torch.float16)
-        count = len(stored)
-        numbers = torch.arange(count) if ids is None else as_whole_numbers(ids, "ids")
-        wanted = as_whole_numbers(labels, "labels")
-        zeros = torch.zeros(stored.shape[1])
+        numbers = torch.arange(len(stored)) if ids is None else as_whole_numbers(ids, "ids")
+        wanted, numbers = check_row_numbers(
+            as_whole_numbers(labels, "labels"), numbers, len(stored)
+        )
         store = cls(
-            stored, wanted, numbers, zeros,
-            metric=metric, normalization=normalization, index=index, paths=paths,
+            stored, wanted, numbers, torch.zeros(stored.shape[1]), metric=metric,
+            normalization=normalization, index=index, paths=paths, max_memory=max_memory,
+            min_recall=min_recall,
         )  # fmt: skip
         store.recenter()
         return store
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self._features)
 
     @property
     def dim(self) -> int:
         """Width of a row (D)."""
-        return self.features.shape[1]
+        return self._features.shape[1]
 
     @property
     def dtype(self) -> str:
         """Storage dtype, `float16` or `float32`."""
-        return str(self.features.dtype).removeprefix("torch.")
+        return str(self._features.dtype).removeprefix("torch.")
+
+    @property
+    def features(self) -> Tensor:
+        """[N, D] the stored raw features."""
+        self.verify()
+        return self._features
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64."""
+        self.verify()
+        return self._labels
+
+    @property
+    def ids(self) -> Tensor:
+        """[N] int64."""
+        self.verify()
+        return self._ids
+
+    @property
+    def paths(self) -> list[str] | None:
+        """Where each row's picture lies, relative to its dataset; None if nobody said."""
+        self.verify()
+        return self._paths
+
+    @property
+    def index(self) -> IndexInfo:
+        """Which index is used, with its parameters and measured recall once it was built."""
+        return self._index
 
     def __repr__(self) -> str:
         return (
             f"Datastore({len(self)} x {self.dim} {self.dtype}, metric={self.metric!r}, "
-            f"normalization={self.normalization!r}, index={self.index!r})"
+            f"normalization={self.normalization!r}, index={self._index.spec!r})"
         )
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._searcher = None  # an index is changed in place, so each store has its own
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return copy.copy(self)  # rows are replaced, never written in place, so they can be shared
@@ -207,7 +282,7 @@ class Datastore:
         k: int = 20,
         exclude_ids: Values | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, exactly.
+        """Finds the k nearest rows of each query.
 
         Args:
             queries: [B, D] finite raw features of any float dtype and device.
@@ -217,11 +292,13 @@ class Datastore:
 
         Returns:
             Neighbors [B, min(k, N)], or [B, min(k, N - 1)] with `exclude_ids`, on the device of the
-            queries, ordered by similarity (compared in float64), then id.
+            queries, ordered by similarity (compared in float64), then id. Exact for `flat`; other
+            indexes may miss some, see `index.recall`.
 
         Raises:
             ValueError: for NaN or infinite queries (with the row numbers), another width, k < 1, or
                 exclude_ids of another length.
+            DatastoreError: if the files behind the rows turn out to be damaged.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"Expected `k` to be a whole number >= 1, but got {k!r}.")
@@ -239,15 +316,51 @@ class Datastore:
             similarities = np.zeros((len(wanted), width))
             positions = np.zeros((len(wanted), width), np.int64)
         else:
-            similarities, positions = self._get_searcher().search(wanted, width, excluded)
+            similarities, positions = self.build_index().search(wanted, width, excluded)
         device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
         largest = torch.finfo(torch.float32).max
         rows = torch.from_numpy(positions)
         return Neighbors(
             torch.from_numpy(similarities).clamp(-largest, largest).float().to(device),
-            self.labels[rows].to(device),
-            self.ids[rows].to(device),
+            self._labels[rows].to(device),
+            self._ids[rows].to(device),
         )
+
+    def leave_one_out(self, k: int = 20, batch_size: int = 4096) -> Iterator[Neighbors]:
+        """The neighbours of each stored row among the others, in row order, chunk by chunk.
+
+        Args:
+            k: how many.
+            batch_size: rows per chunk, which bounds the memory.
+
+        Yields:
+            Neighbors of the next rows.
+        """
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.search(self.features[part], k, self._ids[part])
+
+    def build_index(self) -> Searcher:
+        """Builds the index now instead of at the first search.
+
+        Returns:
+            The searcher.
+
+        Raises:
+            ValueError: for an index that cannot be built from these rows.
+            DatastoreError: if the files behind the rows turn out to be damaged.
+        """
+        self.verify()
+        if self._searcher is None:
+            features = self._features.numpy()
+            space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, features)
+            had_lists = self._lists is not None
+            self._searcher, self._index, self._lists = build_searcher(
+                features, self._ids.numpy(), space, self._index, self._lists, self.min_recall
+            )
+            if self._lists is not None and not had_lists:
+                self._shards = [Shard(shard.rows) for shard in self._shards]
+        return self._searcher
 
     def add(
         self,
@@ -276,27 +389,36 @@ class Datastore:
         numbers = torch.arange(first, first + len(added))
         if ids is not None:
             numbers = as_whole_numbers(ids, "ids")
-        known = numbers[torch.isin(numbers, self.ids)]
+        known = numbers[torch.isin(numbers, self._ids)]
         if len(known):
             raise ValueError(
                 f"Expected `ids` that the datastore does not have, but it has {shown(known)}; "
                 "remove them first or leave `ids` out."
             )
-        stored = to_storage(added, self.features.dtype)
-        old = self.features.to(stored.dtype)  # widened when the new rows need float32
-        old_paths, new_paths = self.paths, check_paths(paths, len(added))
-        all_paths = None
-        if old_paths is not None or new_paths is not None:
-            all_paths = (old_paths or [""] * len(self)) + (new_paths or [""] * len(added))
         row_labels, row_ids = check_row_numbers(
             as_whole_numbers(labels, "labels"), numbers, len(added)
         )
-        self._replace_rows(
-            torch.cat([old, stored]),
-            torch.cat([self.labels, row_labels]),
-            torch.cat([self.ids, row_ids]),
-            all_paths,
+        new_paths = check_paths(paths, len(added))
+        stored = to_storage(added, self._features.dtype)
+        all_paths = None
+        if self._paths is not None or new_paths is not None:
+            blank = [""] * len(added)
+            all_paths = (self._paths or [""] * len(self)) + (new_paths or blank)
+        all_features = torch.cat([self._features.to(stored.dtype), stored])
+        all_ids = torch.cat([self._ids, row_ids])
+        row_bytes = self.dim * stored.element_size()
+        if stored.dtype == self._features.dtype and (all_paths is None) == (self._paths is None):
+            shards = append_to_shards(self._shards, len(added), row_bytes)
+        else:
+            shards = split_into_shards(len(all_ids), row_bytes)
+        follows = self._searcher is not None and self._searcher.add(
+            all_features.numpy(), all_ids.numpy()
         )
+        self._lists = self._lists_after_add(len(added), follows)
+        self._features, self._ids, self._paths = all_features, all_ids, all_paths
+        self._labels, self._shards = torch.cat([self._labels, row_labels]), shards
+        if not follows:
+            self._drop_index()
         return row_ids
 
     def remove(self, ids: Values) -> None:
@@ -311,10 +433,19 @@ class Datastore:
         rows = self._positions(ids)
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[rows] = False
-        paths = None
-        if self.paths is not None:
-            paths = [path for path, kept in zip(self.paths, keep.tolist(), strict=True) if kept]
-        self._replace_rows(self.features[keep], self.labels[keep], self.ids[keep], paths)
+        if self._paths is not None:
+            kept = keep.tolist()
+            self._paths = [path for path, stays in zip(self._paths, kept, strict=True) if stays]
+        self._shards = change_shards(self._shards, ~keep, keep)
+        self._features, self._labels = self._features[keep], self._labels[keep]
+        self._ids = self._ids[keep]
+        if self._lists is not None:
+            mask = keep.numpy()
+            self._lists = StoredLists(self._lists.centroids, self._lists.lists[mask])
+        if self._searcher is not None and not self._searcher.remove(
+            self._features.numpy(), self._ids.numpy(), keep.numpy()
+        ):
+            self._drop_index()
 
     def relabel(self, ids: Values, labels: Values) -> None:
         """Gives rows other labels, all or none.
@@ -332,16 +463,66 @@ class Datastore:
             raise ValueError(
                 f"Expected one of `labels` per id ({len(rows)}), but got {len(wanted)}."
             )
-        changed = self.labels.clone()
-        changed[rows] = wanted
-        self.labels = changed
+        changed = torch.zeros(len(self), dtype=torch.bool)
+        changed[rows] = True
+        self._shards = change_shards(self._shards, changed, torch.ones_like(changed))
+        self._labels = self._labels.clone()
+        self._labels[rows] = wanted
+
+    def subset(self, ids: Values) -> Self:
+        """A datastore of some of the rows, with the same mean.
+
+        Args:
+            ids: [M] unique ids that the datastore has, in the order wanted.
+
+        Raises:
+            ValueError: for an id that it does not have.
+        """
+        rows = self._positions(ids)
+        paths = None if self._paths is None else [self._paths[row] for row in rows.tolist()]
+        part = type(self)(
+            self._features[rows], self._labels[rows], self._ids[rows], self.mean,
+            metric=self.metric, normalization=self.normalization, index=self._index.requested,
+            paths=paths, max_memory=self.max_memory, min_recall=self.min_recall,
+        )  # fmt: skip
+        part.digest, part.source = self.digest, dict(self.source)
+        return part
+
+    def merge(self, other: "Datastore", *, renumber: bool = False) -> Tensor:
+        """Adds all rows of another datastore, all or none. The mean does not move.
+
+        Args:
+            other: made by the same backbone, with the same metric and normalisation.
+            renumber: give the new rows new ids instead of refusing ids that exist in both.
+
+        Returns:
+            The ids of the new rows.
+
+        Raises:
+            ValueError: for another width, metric, normalisation or backbone, or ids in both.
+        """
+        for name in ("dim", "metric", "normalization"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
+        if self.digest and other.digest and self.digest != other.digest:
+            raise ValueError("Expected rows of the same backbone, but the other's is another one.")
+        ids = None if renumber else other.ids
+        return self.add(other.features, other.labels, ids, other.paths)
 
     def recenter(self) -> None:
         """Sets the mean that `l2_centered` subtracts to the mean of the present rows."""
         mean = torch.zeros(self.dim)
         if len(self):
-            mean = torch.from_numpy(self.features.numpy().mean(axis=0, dtype=np.float64)).float()
-        self.mean, self._searcher = mean, None
+            order = self.ids.argsort().numpy()  # the same sum whatever the order of insertion
+            total = np.zeros(self.dim)
+            for start in range(0, len(order), 65_536):
+                rows = self._features.numpy()[order[start : start + 65_536]]
+                total += rows.sum(axis=0, dtype=np.float64)
+            mean = torch.from_numpy(total / len(order)).float()
+        self.mean = mean
+        self._shards[0] = Shard(self._shards[0].rows)
+        self._drop_index()
 
     def path_of(self, row_id: int) -> str:
         """Where the picture of a row lies, relative to its dataset; empty if not known.
@@ -353,17 +534,41 @@ class Datastore:
             ValueError: for an id that it does not have.
         """
         row = int(self._positions([row_id])[0])
-        return self.paths[row] if self.paths is not None else ""
+        return self._paths[row] if self._paths is not None else ""
+
+    def verify(self) -> None:
+        """Hashes the files behind the rows and checks their content, once.
+
+        Called by itself before the first search and before anything reads or changes rows.
+
+        Raises:
+            DatastoreError: naming the file that is damaged, or what is wrong with its rows.
+        """
+        if self._unverified is None:
+            return
+        assert self.manifest is not None
+        resolve, read_paths = self._unverified
+        verify_files(self.manifest, resolve)
+        try:
+            check_row_numbers(self._labels, self._ids, len(self))
+            refuse_non_finite(self._features, "features")
+            refuse_non_finite(self.mean.unsqueeze(0), "mean")
+        except ValueError as error:
+            raise DatastoreError(f"The datastore is not usable: {error}") from error
+        self._paths = read_paths()
+        self._unverified = None
 
     def save(
         self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
     ) -> Manifest:
         """Writes the datastore into a folder; `datastore.json`, renamed last, is the commit point.
 
+        Only files whose rows changed are written; the others stay or are hard-linked.
+
         Args:
             folder: where to; created if needed, other files in it are left alone.
             binding: the checkpoint that the datastore belongs to.
-            reuse: a folder whose unchanged blobs are hard-linked instead of written.
+            reuse: a further folder in which unchanged files may lie.
 
         Returns:
             The manifest that was written.
@@ -372,26 +577,35 @@ class Datastore:
             OSError: if something could not be written; the version that was there is intact.
         """
         target = Path(folder).absolute()
+        if is_rebuildable(self._index.spec) and len(self):
+            self.build_index()  # its centroids and lists are part of what is saved
+        self.verify()
         try:
             with exclusive_lock(target):
                 target.mkdir(parents=True, exist_ok=True)
-                return self._write(target, binding, reuse)
+                manifest = self._write(target, binding, reuse)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Could not save the datastore to {folder}: {error}. The version that was there is "
                 "intact; free space or choose another folder."
             ) from error
+        rows = [shard.rows for shard in self._shards]
+        self._shards = [Shard(n, record) for n, record in zip(rows, manifest.blobs, strict=True)]
+        return manifest
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Reads a datastore and checks every byte against its manifest.
+    def load(cls, folder: str | Path, *, verify: str = "auto") -> Self:
+        """Opens a datastore; large ones are mapped into memory, not read.
 
         Args:
             folder: a folder written by `save`.
+            verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
+                first search.
 
         Raises:
             FileNotFoundError: if there is no datastore in the folder.
             DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
+            ValueError: for another `verify`.
         """
 
         def resolve(name: str) -> Path | None:
@@ -403,32 +617,39 @@ class Datastore:
             raise FileNotFoundError(
                 f"Expected {folder} to hold a datastore, but it has no {MANIFEST_NAME}."
             )
-        attempts = 3  # a writer may replace the version that is being read
-        while True:
-            before = manifest_path.read_bytes()
+        for attempt in range(_LOAD_ATTEMPTS):
+            before = identity(manifest_path)
             try:
-                return cls.from_manifest(Manifest.read(manifest_path), resolve)
-            except DatastoreError:
-                attempts -= 1
-                now = manifest_path.read_bytes() if manifest_path.is_file() else before
-                if now == before or not attempts:
+                store = cls.from_manifest(Manifest.read(manifest_path), resolve, verify=verify)
+            except (DatastoreError, FileNotFoundError):
+                # a writer may have replaced the version that was being read
+                if identity(manifest_path) == before or attempt + 1 == _LOAD_ATTEMPTS:
                     raise
+            else:
+                store._home = Path(folder).absolute()
+                return store
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, resolve: Callable[[str], Path | None]) -> Self:
-        """Reads the blobs that a manifest names.
+    def from_manifest(cls, manifest: Manifest, resolve: Resolve, *, verify: str = "auto") -> Self:
+        """Opens the files that a manifest names.
 
         Args:
             manifest: the checked manifest.
             resolve: finds a file by name (in a folder, or in the Hub's cache); None if missing.
+            verify: see `load`.
 
         Raises:
             DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
         """
-        table = read_row_files(manifest, resolve)
+        if verify not in ("auto", "full"):
+            raise ValueError(f"Expected `verify` to be 'auto' or 'full', but got {verify!r}.")
+        size = sum(record.size for record in manifest.blobs)
+        at_once = verify == "full" or size < LARGEST_VERIFIED_AT_ONCE
+        if at_once:
+            verify_files(manifest, resolve)
+        table, shards, read_paths = open_files(manifest, resolve)
         try:
-            refuse_non_finite(table.features, "features")
-            refuse_non_finite(table.mean.unsqueeze(0), "mean")
             store = cls(
                 table.features,
                 table.labels,
@@ -436,92 +657,124 @@ class Datastore:
                 table.mean,
                 metric=manifest.metric,
                 normalization=manifest.normalization,
-                index=manifest.index,
-                paths=table.paths,
             )
         except ValueError as error:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
         store.manifest, store.source = manifest, dict(manifest.source)
+        store._index = manifest.index
+        store._shards = shards
+        store._lists = _lists_of(table, manifest)
+        store._unverified = _Unverified(resolve, read_paths)
+        if at_once:
+            store.verify()
         return store
 
     def _write(self, folder: Path, binding: Binding | None, reuse: Path | None) -> Manifest:
-        table = RowTable(self.features, self.labels, self.ids, self.mean, self.paths)
-        blobs = write_row_files(folder, table, reuse)
-        manifest = Manifest(
-            len(self), self.dim, self.dtype, self.metric, self.normalization, self.index,
-            blobs, self._write_faiss(folder), binding, self.source,
+        lists = self._lists
+        table = RowTable(
+            self._features, self._labels, self._ids, self.mean, self._paths,
+            None if lists is None else torch.from_numpy(lists.centroids),
+            None if lists is None else torch.from_numpy(lists.lists),
         )  # fmt: skip
-        text = manifest.to_json()
-        write_durably(folder / MANIFEST_NAME, lambda path: _write_bytes(path, text.encode()))
-        named = {blob.name for blob in manifest.blobs}
-        for entry in folder.iterdir():
-            is_litter = BLOB_PATTERN.fullmatch(entry.name) and entry.name not in named
-            if is_litter or entry.name.startswith(".datastore-"):
-                entry.unlink(missing_ok=True)
+        places = [place for place in (reuse, self._home) if place is not None]
+        _clear_litter(folder, None)
+        scratch = folder / SCRATCH
+        scratch.mkdir()
+        try:
+            blobs = write_files(folder, scratch, table, self._shards, places)
+            index = self._stage_faiss(folder, scratch)
+            manifest = Manifest(
+                len(self), self.dim, self.dtype, self.metric, self.normalization, self._index,
+                blobs, None if index is None else FileRecord.of(index).renamed(FAISS_NAME),
+                binding, self.source,
+            )  # fmt: skip
+            text = manifest.to_json().encode()
+            target = folder / MANIFEST_NAME
+            staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
+            if index is not None:
+                index.replace(folder / FAISS_NAME)
+            fsync_path(folder)
+            staged.replace(target)  # the commit point
+            fsync_path(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if index is None:
+            (folder / FAISS_NAME).unlink(missing_ok=True)
+        _clear_litter(folder, {record.name for record in blobs})
         return manifest
 
-    def _write_faiss(self, folder: Path) -> FileRecord | None:
-        """The serialized index, for users of faiss; never read back by default."""
-        path = folder / FAISS_NAME
-        if not has_faiss() or len(self) * self.dim * 4 >= LARGEST_FAISS_FILE:
-            path.unlink(missing_ok=True)
+    def _stage_faiss(self, folder: Path, scratch: Path) -> Path | None:
+        """The serialized index, for users of faiss; never read back."""
+        too_large = len(self) * self.dim * 4 >= LARGEST_FAISS_FILE
+        if not has_faiss() or too_large or self._index.spec != FLAT:
             return None
-        features, mean = self.features.numpy(), self.mean.double().numpy()
-        is_l2 = self.metric == Metric.L2
-        flat = faiss.IndexFlatL2(self.dim) if is_l2 else faiss.IndexFlatIP(self.dim)
-        index = faiss.IndexIDMap2(flat)
-        rows = normalize_rows(features, mean, self.normalization).astype(np.float32)
-        index.add_with_ids(rows, self.ids.numpy())
-        data = faiss.serialize_index(index).tobytes()
-        write_durably(path, lambda temporary: _write_bytes(temporary, data))
-        return FileRecord.of(path)
+        space = RowSpace(
+            self.mean.double().numpy(), self.metric, self.normalization, self._features.numpy()
+        )
+        rows = space.normalize(self._features.numpy()).astype(np.float32)
+        data = serialized_flat(rows, self._ids.numpy(), space.is_l2)
+        return stage_file(folder / FAISS_NAME, lambda path: _write_bytes(path, data), scratch)
 
-    def _get_searcher(self) -> ExactSearcher:
-        if self._searcher is None:
-            first_pass: Callable[[NDArray[np.float32]], FirstPass] = TorchFirstPass
-            if has_faiss():
-                first_pass = _FaissFirstPass
-            else:
-                logger.warning("faiss is not installed, searching with torch; %s.", FAISS_HINT)
-            self._searcher = ExactSearcher(
-                self.features.numpy(), self.ids.numpy(), self.mean.double().numpy(),
-                self.metric, self.normalization, first_pass,
-            )  # fmt: skip
-        return self._searcher
+    def _choose_index(self, requested: str) -> IndexInfo:
+        width = self.dim + (self.metric == Metric.L2)
+        return choose_index(requested, len(self), width, self.max_memory)
 
-    def _replace_rows(
-        self, features: Tensor, labels: Tensor, ids: Tensor, paths: list[str] | None
-    ) -> None:
-        self.features, self.labels, self.ids, self.paths = features, labels, ids, paths
-        self._searcher = None
+    def _lists_after_add(self, count: int, follows: bool) -> StoredLists | None:
+        """The stored lists with those of rows that the index has just taken in."""
+        if self._lists is None or not follows or self._searcher is None:
+            return None
+        index, space = self._searcher.first_pass, self._searcher.space
+        assert isinstance(index, FaissApproximate)
+        rows = space.first_pass_rows(self._searcher.features[-count:]) if count else None
+        added = np.empty(0, np.int64) if rows is None else index.lists_of(rows)
+        return StoredLists(self._lists.centroids, np.concatenate([self._lists.lists, added]))
+
+    def _drop_index(self) -> None:
+        """Forgets the index, which is built again, for the present number of rows, when needed."""
+        if self._lists is not None:
+            self._shards = [Shard(shard.rows) for shard in self._shards]
+        self._searcher, self._lists = None, None
+        self._index = self._choose_index(self._index.requested)
 
     def _positions(self, ids: Values) -> Tensor:
         wanted = as_whole_numbers(ids, "ids")
         if len(wanted.unique()) != len(wanted):
             raise ValueError("Expected `ids` to name each row once, but some are doubled.")
         order = self.ids.argsort()
-        places = torch.searchsorted(self.ids[order], wanted).clamp(max=max(0, len(self) - 1))
+        places = torch.searchsorted(self._ids[order], wanted).clamp(max=max(0, len(self) - 1))
         rows = order[places] if len(self) else wanted[:0]
-        if len(rows) != len(wanted) or not torch.equal(self.ids[rows], wanted):
-            missing = wanted[~torch.isin(wanted, self.ids)]
+        if len(rows) != len(wanted) or not torch.equal(self._ids[rows], wanted):
+            missing = wanted[~torch.isin(wanted, self._ids)]
             raise ValueError(
                 f"Expected `ids` that the datastore has, but it does not have {shown(missing)}."
             )
         return rows
 
 
-def has_faiss() -> bool:
-    """Whether faiss can be used for search."""
-    return faiss is not None
-
-
-def _resolve_index(index: str) -> str:
-    if index not in ("auto", "flat"):
-        raise ValueError(
-            f"Expected `index` to be 'auto' or 'flat', but got {index!r}; other faiss indexes are "
-            "not supported by this version."
+def _lists_of(table: RowTable, manifest: Manifest) -> StoredLists | None:
+    if not is_rebuildable(manifest.index.spec):
+        return None
+    if table.centroids is None or table.lists is None or len(table.lists) != manifest.num_rows:
+        raise DatastoreError(
+            f"Expected the blobs to hold centroids and {manifest.num_rows} lists for the index "
+            f"{manifest.index.spec}, but they do not; save the datastore again."
         )
-    return "flat"
+    lists, count = table.lists, len(table.centroids)
+    if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= count):
+        raise DatastoreError(f"Expected lists in [0, {count}) in {manifest.blobs[0].name}.")
+    return StoredLists(table.centroids.numpy(), lists.numpy())
+
+
+def _clear_litter(folder: Path, named: set[str] | None) -> None:
+    """Removes what a killed save left, and, once there is a new manifest, what it does not name."""
+    for entry in folder.iterdir():
+        unnamed = named is not None and entry.name not in named
+        if entry.name == SCRATCH:
+            shutil.rmtree(entry)
+        elif entry.name.startswith((".datastore", "..datastore")) or (
+            unnamed and BLOB_PATTERN.fullmatch(entry.name)
+        ):
+            entry.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .backbone import default_pooling, digest, extract, feature_width, measure_width
+from .backbone import default_pooling, evaluating, extract, hash_tensors, measure_width
 from .configuration_knn import KnnConfig
 from .data import (
     BadRow,
@@ -189,9 +189,8 @@ class _Runner:
         parts: list[Tensor] = []
         good: list[int] = []
         bad: list[BadRow] = []
-        was_training = self.backbone.training
-        self.backbone.eval()
-        try:
+        context = torch.autocast(parameter.device.type, autocast) if autocast else nullcontext()
+        with evaluating(self.backbone), context:
             for start in range(numbers.start, numbers.stop, self.batch_size):
                 wanted = range(start, min(start + self.batch_size, numbers.stop))
                 batch = read_batch(rows, wanted, self.processor)
@@ -199,18 +198,10 @@ class _Runner:
                 bad += batch.bad
                 if batch.pixel_values is not None:
                     pixels = batch.pixel_values.to(parameter.device, parameter.dtype)
-                    context = (
-                        torch.autocast(parameter.device.type, autocast)
-                        if autocast
-                        else nullcontext()
-                    )
-                    with torch.inference_mode(), context:
-                        features, _ = extract(self.backbone, pixels, self.config)
+                    features, _ = extract(self.backbone, pixels, self.config)
                     parts.append(features.float().cpu())
                 on_batch(len(wanted))
-        finally:
-            self.backbone.train(was_training)
-        empty = torch.empty(0, feature_width(self.config))
+        empty = torch.empty(0, self.config.feature_dim + self.config.extra_dim)
         return torch.cat([empty, *parts]), good, bad
 
 
@@ -230,6 +221,7 @@ class _Shards:
         self.parts = {start: part for start, part in cached.items() if part is not None}
         missing = [start for start in mine if start not in self.parts]
         total = sum(min(SHARD_ROWS, len(rows) - start) for start in missing)
+        computed = 0
         shown = progress and total > 0 and state.is_main_process
         with transformers_logging.tqdm(
             total=total, desc="Extracting features", unit="img", disable=not shown
@@ -245,12 +237,13 @@ class _Shards:
                     )
                 part = {
                     "features": features,
-                    "rows": torch.tensor(good),
+                    "rows": torch.tensor(good, dtype=torch.int64),
                     "bad": list(map(list, bad)),
                 }
                 self._write(start, part)
                 self.parts[start] = part
-        return total
+                computed += len(good)
+        return computed
 
     def gather(self) -> list[dict[str, Any]]:
         """All ranks' shards that hold features, in row order."""
@@ -278,9 +271,9 @@ class _Shards:
         if self.folder is None:
             return
         text = torch.frombuffer(bytearray(json.dumps(part["bad"]).encode()), dtype=torch.uint8)
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".shard-{start:09d}.{os.getpid()}.tmp"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_file(part | {"bad": text}, temporary)
             sha256, _ = hash_blocks(temporary)
             temporary.replace(self.folder / f"shard-{start:09d}-{sha256[:16]}.safetensors")
@@ -288,7 +281,8 @@ class _Shards:
             logger.warning("Features are not cached, %s cannot be written: %s", self.folder, error)
             self.folder = None
         finally:
-            temporary.unlink(missing_ok=True)
+            if temporary.exists():
+                temporary.unlink()
 
 
 def cache_root() -> Path:
@@ -309,11 +303,12 @@ def _cache_folder(
         return None
     key = {
         "data": fingerprint,
-        "backbone": digest(backbone),
-        "architecture": type(backbone).__name__,
+        "backbone": hash_tensors(sorted(backbone.state_dict().items())),
+        "architecture": backbone.config.to_dict() | {"_name_or_path": ""},
         "poolings": [config.pooling, config.store_pooling],
         "processor": processor.to_dict(),
         "precision": precision,
+        "shard_rows": SHARD_ROWS,
         "format": 1,
     }
     text = json.dumps(key, sort_keys=True, default=str)
@@ -326,7 +321,8 @@ def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
         if pooling is not None:
             raise ValueError("Expected no `pooling` for a k-NN model, which has its own.")
         return model.config
-    return KnnConfig(pooling=pooling or default_pooling(model), feature_dim=measure_width(model))
+    pooling = pooling or default_pooling(model)
+    return KnnConfig(pooling=pooling, feature_dim=measure_width(model, pooling))
 
 
 def _check_options(batch_size: int, precision: str, on_bad_image: str) -> None:

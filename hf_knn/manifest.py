@@ -4,9 +4,10 @@
 it names are exactly what it says, or the datastore is refused.
 """
 
+import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,17 @@ class FileRecord:
     blocks: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, path: Path, name: str | None = None) -> "FileRecord":
-        """Measures a file.
-
-        Args:
-            path: the file.
-            name: the name it will have, if not its present one.
-        """
+    def of(cls, path: Path) -> "FileRecord":
+        """Measures a file."""
         sha256, blocks = hash_blocks(path)
-        return cls(name or path.name, path.stat().st_size, sha256, blocks)
+        return cls(path.name, path.stat().st_size, sha256, blocks)
 
-    def verify(self, path: Path | None) -> Path:
-        """Compares a file with its record.
+    def renamed(self, name: str) -> "FileRecord":
+        """The same file under another name."""
+        return replace(self, name=name)
+
+    def verify_size(self, path: Path | None) -> Path:
+        """Compares a file's size with its record, without reading it.
 
         Args:
             path: where the file should be; None if it could not be found.
@@ -78,6 +78,21 @@ class FileRecord:
                 f"Expected {self.name} to have {self.size} bytes, but got {size}; "
                 "the file is truncated or from another save, download or save it again."
             )
+        return path
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record, byte for byte.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        path = self.verify_size(path)
         sha256, _ = hash_blocks(path)
         if sha256 != self.sha256:
             raise DatastoreError(
@@ -85,6 +100,24 @@ class FileRecord:
                 "the file is damaged or from another save, download or save it again."
             )
         return path
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """Which index a datastore has.
+
+    Attributes:
+        requested: what was asked for: `auto`, `flat` or a faiss factory string.
+        spec: what was built: `flat` or a faiss factory string.
+        parameters: search parameters, such as `nprobe`.
+        recall: share of the 20 nearest rows that was found on a sample; None for an exact index, or
+            one that was not built yet.
+    """
+
+    requested: str
+    spec: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +151,7 @@ class Manifest:
         dtype: storage dtype, `float16` or `float32`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
-        index: the index specification, `flat` or a faiss factory string.
+        index: which index it has.
         blobs: the row files, in row order.
         faiss_index: the serialized index, if one was written.
         binding: the checkpoint it belongs to; None for a datastore saved alone.
@@ -130,7 +163,7 @@ class Manifest:
     dtype: str
     metric: str
     normalization: str
-    index: str
+    index: IndexInfo
     blobs: list[FileRecord]
     faiss_index: FileRecord | None = None
     binding: Binding | None = None
@@ -138,8 +171,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
-        return json.dumps(header | asdict(self), indent=2) + "\n"
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
+        values |= asdict(self)
+        return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -155,7 +189,7 @@ class Manifest:
             raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
         return cls.parse(values)
 
@@ -178,6 +212,12 @@ class Manifest:
                 f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
                 f"{version}; upgrade hf_knn."
             )
+        checksum = fields.matching("checksum", _SHA256)
+        if checksum != _checksum({k: v for k, v in values.items() if k != "checksum"}):
+            raise DatastoreError(
+                f"Expected {MANIFEST_NAME} to match its own checksum {checksum[:12]}…, but it does "
+                "not; the file is damaged, download or save it again."
+            )
         if fields.count("block_size") != HASH_BLOCK:
             raise fields.wrong("block_size", str(HASH_BLOCK))
         metric = fields.choice("metric", list(Metric))
@@ -193,7 +233,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=fields.text("index"),
+            index=_parse_index(fields.get("index")),
             blobs=[
                 _parse_file(blob, f"blobs[{i}]", BLOB_PATTERN)
                 for i, blob in enumerate(fields.items("blobs"))
@@ -215,14 +255,19 @@ class Manifest:
         return manifest
 
 
+def _checksum(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class _Fields:
     """Typed access to one JSON object, with the field's full name in each error."""
 
     def __init__(self, values: Any, prefix: str) -> None:
         if not isinstance(values, dict):
             raise DatastoreError(
-                f"Expected {MANIFEST_NAME} {prefix or 'itself'} to be an object, "
-                f"but got {type(values).__name__}."
+                f"Expected {f'`{prefix[:-1]}` in ' if prefix else ''}{MANIFEST_NAME} to be an "
+                f"object, but got {type(values).__name__}."
             )
         self.values, self.prefix = values, prefix
 
@@ -284,6 +329,20 @@ def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecor
         raise fields.wrong("blocks", "a list of sha256 sums")
     return FileRecord(
         fields.matching("name", pattern), size, fields.matching("sha256", _SHA256), blocks
+    )
+
+
+def _parse_index(values: Any) -> IndexInfo:
+    fields = _Fields(values, "index.")
+    recall, parameters = fields.get("recall"), fields.get("parameters")
+    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
+        raise fields.wrong("recall", "a number in [0, 1] or null")
+    named = _Fields(parameters, "index.parameters.")
+    return IndexInfo(
+        fields.text("requested"),
+        fields.text("spec"),
+        {name: named.count(name) for name in named.values},
+        recall,
     )
 
 

@@ -1,11 +1,13 @@
 """The model: a vision backbone, a head and a datastore, with both voices blended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import transformers.initialization as init
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -15,17 +17,16 @@ from .backbone import (
     build_backbone,
     default_pooling,
     detached_config,
-    digest,
     extract,
-    head_width,
     load_backbone,
     measure_width,
     split_features,
 )
-from .checkpoint import CheckpointReader, load_processor, write_checkpoint
+from .checkpoint import CheckpointReader, write_checkpoint
 from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs
+from .processors import load_processor, portable
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private",
@@ -118,7 +119,7 @@ class KnnForImageClassification(PreTrainedModel):
         super().__init__(config)
         poolings = (config.pooling, config.store_pooling)
         self.backbone = build_backbone(config.backbone, poolings)
-        self.head = KnnHead(head_width(config), config.head_classes)
+        self.head = KnnHead(config.feature_dim, config.head_classes)
         self.datastore: Datastore | None = None
         self.image_processor: Any = None
         self.post_init()
@@ -127,7 +128,7 @@ class KnnForImageClassification(PreTrainedModel):
     def from_backbone(
         cls,
         backbone: str | Path | PreTrainedModel,
-        labels: list[str] | int,
+        labels: Sequence[str] | int,
         *,
         pooling: str | None = None,
         image_processor: Any = None,
@@ -156,23 +157,28 @@ class KnnForImageClassification(PreTrainedModel):
             if "/" not in name and not Path(name).exists():
                 name = f"timm/{name}"
             source = load_backbone(name, **options)
-            image_processor = image_processor or load_processor(name, **options)
+            if image_processor is None:
+                image_processor = load_processor(name, source.config, **options)
             if not Path(name).exists():
                 config_values["base_model"] = name
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
         assert isinstance(source, PreTrainedModel)
+        backbone_config = detached_config(source.config)
+        pooling = pooling or default_pooling(source)
+        knn_pooling = config_values.get("knn_pooling")
         config = KnnConfig(
-            backbone_config=detached_config(source.config),
-            feature_dim=measure_width(source),
-            pooling=pooling or default_pooling(source),
+            backbone_config=backbone_config,
+            feature_dim=measure_width(source, pooling),
+            knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
+            pooling=pooling,
             **_label_maps(labels),
             **config_values,
         )
         model = cls(config)
         nn.Module.to(model, dtype=source.dtype)
         _copy_weights(source, model.backbone)
-        model.image_processor = image_processor
+        model.image_processor = portable(image_processor)
         return model.eval()
 
     @classmethod
@@ -201,18 +207,25 @@ class KnnForImageClassification(PreTrainedModel):
         """
         reader = CheckpointReader(pretrained_model_name_or_path, kwargs)
         kwargs["revision"] = reader.revision
-        while True:
-            reader.start()
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.image_processor = reader.read_processor()
-            if load_datastore and model.config.has_datastore:
-                store = reader.read_datastore(model.config.store_pooling, allow_stale)
-                if store is None:
-                    continue  # the checkpoint was replaced while it was read
-                model.datastore = store
-                store.digest = digest(model.backbone)
-            return loaded
+        kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
+        for attempt in reader.attempts():
+            try:
+                if load_datastore:
+                    attempt.verify(allow_stale)
+                loaded = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, **kwargs
+                )
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.image_processor = reader.read_processor()
+                if load_datastore:
+                    model.datastore = attempt.read_datastore(model)
+            except (OSError, ValueError, SafetensorError):
+                if attempt.was_replaced():
+                    continue
+                raise
+            if not attempt.was_replaced():
+                return loaded
+        raise AssertionError("unreachable: attempts() ends with an error")
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -327,6 +340,11 @@ class KnnForImageClassification(PreTrainedModel):
         return votes, neighbors
 
     def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
+        if len(labels) and int(labels.max()) >= self.config.classes:
+            raise ValueError(
+                f"Expected `labels` below {self.config.classes}, the number of classes, "
+                f"but got {int(labels.max())}."
+            )
         known = labels < head_logits.shape[1]  # a class taught later has no logit to train
         if known.all():
             return functional.cross_entropy(head_logits.float(), labels)
@@ -340,15 +358,17 @@ class KnnForImageClassification(PreTrainedModel):
             init.ones_(module.scale)
 
 
-def _label_maps(labels: list[str] | int) -> dict[str, Any]:
+def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
+    if isinstance(labels, str):
+        raise ValueError(f"Expected `labels` to be a list of names, but got the text {labels!r}.")
     names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
     if not names:
         raise ValueError("Expected `labels` to name at least one class, but got none.")
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("Expected every label to be a name, but got an empty one or a number.")
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},

@@ -36,9 +36,9 @@ def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> 
         if isinstance(values, Tensor)
         else torch.from_numpy(np.ascontiguousarray(values))
     )
-    if rows.ndim != 2 or not rows.dtype.is_floating_point:
+    if rows.ndim != 2 or rows.shape[1] == 0 or not rows.dtype.is_floating_point:
         raise ValueError(
-            f"Expected `{name}` to be [N, D] of a float dtype, "
+            f"Expected `{name}` to be [N, D] of a float dtype with D >= 1, "
             f"but got shape {tuple(rows.shape)} {rows.dtype}."
         )
     if dim is not None and rows.shape[1] != dim:
@@ -72,7 +72,7 @@ def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
     """Brings labels or ids of any integer dtype to the CPU.
 
     Args:
-        values: [N] whole numbers.
+        values: [N] whole numbers; copied.
         name: of the argument, for the message.
         lowest: the smallest value allowed.
 
@@ -82,15 +82,17 @@ def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
     Raises:
         ValueError: for floats, booleans, another shape or values below `lowest`.
     """
-    numbers = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    if numbers.numel() == 0:
+    if isinstance(values, Tensor) and (values.is_floating_point() or values.is_complex()):
+        raise ValueError(f"Expected `{name}` to be whole numbers, but got {values.dtype}.")
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size == 0:
         return torch.empty(0, dtype=torch.int64)
-    if numbers.ndim != 1 or numbers.dtype.is_floating_point or numbers.dtype == torch.bool:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(
             f"Expected `{name}` to be a list of whole numbers, "
-            f"but got shape {tuple(numbers.shape)} {numbers.dtype}."
+            f"but got shape {array.shape} {array.dtype}."
         )
-    numbers = numbers.detach().cpu().to(torch.int64)
+    numbers = torch.from_numpy(array.astype(np.int64))  # a copy: the caller may change theirs
     if int(numbers.min()) < lowest:
         raise ValueError(f"Expected `{name}` to be >= {lowest}, but got {int(numbers.min())}.")
     return numbers
@@ -143,7 +145,7 @@ def to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
             "the datastore stores float32, twice the size.", _FLOAT16_LIMIT,
         )  # fmt: skip
         dtype = torch.float32
-    return features.to(dtype)
+    return features.to(dtype, copy=True)
 
 
 def _fits_float16(features: Tensor) -> bool:

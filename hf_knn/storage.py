@@ -52,15 +52,50 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
         path: where the file goes; an old version is replaced in one step.
         write: called with the temporary path, writes the content.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = stage_file(path, write)
     try:
-        write(temporary)
-        fsync_path(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def stage_file(path: Path, write: Callable[[Path], None], scratch: Path | None = None) -> Path:
+    """Writes what `path` shall become and flushes it; the caller renames it into place.
+
+    Args:
+        path: where the file will go.
+        write: called with the temporary path, writes the content.
+        scratch: a folder of the same file system for it; None is the folder of `path`.
+
+    Returns:
+        The temporary path.
+    """
+    temporary = (scratch or path.parent) / f".{path.name}.tmp"
+    try:
+        write(temporary)
+        fsync_path(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Tells a file from one that was renamed over it, even with the same content.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Inode, time and size; None if there is no file.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def fsync_path(path: Path) -> None:
@@ -122,10 +157,12 @@ def replaced_folder(folder: Path, is_owned: Callable[[str], bool]) -> Iterator[P
         raise NotADirectoryError(
             f"Expected {folder} to be a folder, but got a file; choose another."
         )
-    if folder.is_symlink():
-        folder = folder.resolve()
+    folder = folder.resolve()  # the link stays, what it points to is replaced
     with exclusive_lock(folder):
         staging = folder.parent / f".{folder.name}.staging"
+        discarded = _discarded(folder)
+        if discarded.exists() and not folder.exists():
+            os.rename(discarded, folder)  # a kill between two renames
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
@@ -144,9 +181,13 @@ def replaced_folder(folder: Path, is_owned: Callable[[str], bool]) -> Iterator[P
 def _carry_over(old: Path, new: Path, is_owned: Callable[[str], bool]) -> None:
     for entry in os.scandir(old):
         target = new / entry.name
-        if target.exists() or is_owned(entry.name):
+        if is_owned(entry.name):
             continue
-        if entry.is_dir(follow_symlinks=False):
+        if target.is_dir() and entry.is_dir(follow_symlinks=False):
+            _carry_over(Path(entry.path), target, lambda _: False)
+        elif target.exists():
+            continue
+        elif entry.is_dir(follow_symlinks=False):
             shutil.copytree(entry.path, target, symlinks=True, copy_function=link_or_copy)
         else:
             link_or_copy(entry.path, str(target))
@@ -173,18 +214,29 @@ def _swap_in(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(staging, folder)
     elif not _exchange(staging, folder):
-        discarded = folder.with_name(f".{folder.name}.old")
+        discarded = _discarded(folder)
         shutil.rmtree(discarded, ignore_errors=True)
         os.rename(folder, discarded)
-        os.rename(staging, folder)
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            os.rename(discarded, folder)
+            raise
         shutil.rmtree(discarded)
     fsync_path(folder.parent)
     if working_directory is not None:
         os.chdir(working_directory)  # the old folder, where we stood, is about to be deleted
 
 
+def _discarded(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _cwd_below(folder: Path) -> Path | None:
-    current = Path.cwd()
+    try:
+        current = Path.cwd()
+    except FileNotFoundError:  # it was deleted long ago
+        return None
     return current if current == folder or folder in current.parents else None
 
 

@@ -5,8 +5,6 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import speed_metrics
 
-from .backbone import digest, split_features
+from .backbone import evaluating, split_features, weight_marks
 from .collator import KnnCollator
 from .data import labels_of, prepare
 from .datastore import Datastore, Neighbors
@@ -110,7 +108,7 @@ class KnnTrainer(Trainer):
             features = self._features_of(self.train_dataset)
             self.train_features = features
         self.model.datastore = self._store_of(features)
-        self.model.datastore.digest = digest(self.model.backbone)
+        self.model.datastore.digest = weight_marks(self.model.backbone)
         self._datastore_step = self.state.global_step
         return self.model.datastore
 
@@ -263,7 +261,7 @@ class KnnTrainer(Trainer):
     def _measure(self, features: ImageFeatures) -> dict[str, float]:
         voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
         classes = self.model.config.classes
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for rows in torch.arange(len(features)).split(_EVAL_ROWS):
                 batch = features.features[rows].to(self.args.device)
                 output = self.model(features=batch)
@@ -288,7 +286,7 @@ class KnnTrainer(Trainer):
         store = model.datastore
         assert store is not None
         grid = _grid(len(store), len(features), model.config.classes)
-        with _evaluating(model):
+        with evaluating(model):
             logits = model.head(head_part.to(self.args.device)).float()
         head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
         return store.search(store_part, max(grid.k)), head_log_probs, features.labels
@@ -344,18 +342,6 @@ class KnnTrainer(Trainer):
         assert best is not None
         self._load_from_checkpoint(best)
         self._datastore_step = self.state.best_global_step or -1
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _checked(dataset: Any, model: KnnForImageClassification) -> Any:

@@ -1,0 +1,31 @@
+"""No network, and every cache in a folder of its own.
+
+The Hub libraries read their variables when they are imported, so these are set before that.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+_CACHE = tempfile.mkdtemp(prefix="hf-knn-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
+os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHE, "modules")
+os.environ["HF_EVALUATE_CACHE"] = os.path.join(_CACHE, "evaluate")
+
+# the tensors here are tiny: threads only wait for each other, minutes of it on a busy machine
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def knn_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's features are cached; empty at first."""
+    folder = tmp_path / "hf-knn-cache"
+    monkeypatch.setenv("HF_KNN_CACHE", str(folder))
+    return folder
