@@ -57,6 +57,7 @@ STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
 _READ_ATTEMPTS = 3
+_LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, mapped datastore
 
 
 def is_checkpoint_file(name: str) -> bool:
@@ -83,6 +84,8 @@ def write_checkpoint(
         OSError: if something could not be written; the old version is intact.
     """
     store = model.datastore
+    if store is not None:
+        check_fits(store, model.config)
     model.config.has_datastore = store is not None
     model.config.auto_map = dict(AUTO_MAP)
     try:
@@ -99,6 +102,46 @@ def write_checkpoint(
             f"Could not save the checkpoint to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+
+
+def made_by(model: Any) -> str:
+    """Fingerprint of what makes a model's datastore features: weights, processor and pooling."""
+    settings = "" if model.image_processor is None else model.image_processor.to_json_string()
+    processor_sum = _hash_settings(json.loads(settings)) if settings else ""
+    return "|".join([weight_marks(model.backbone), processor_sum, model.config.store_pooling])
+
+
+def _is_same_maker(first: str, second: str) -> bool:
+    """Whether two `made_by` agree, up to a cast of the weights."""
+    if STALE in (first, second):
+        return False
+    (weights, *rest), (other_weights, *other_rest) = first.split("|"), second.split("|")
+    return rest == other_rest and same_weights(weights, other_weights)
+
+
+def check_fits(store: Datastore, config: Any) -> None:
+    """Refuses a datastore that a model cannot use.
+
+    Args:
+        store: the datastore.
+        config: the model's `KnnConfig`.
+
+    Raises:
+        ValueError: naming what disagrees and both values.
+    """
+    width = config.extra_dim or config.feature_dim
+    pairs = [("width", store.dim, width), ("metric", store.metric, config.metric)]
+    pairs.append(("normalization", store.normalization, config.normalization))
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise ValueError(
+                f"Expected a datastore of {name} {wanted}, as the model has, but got {found}."
+            )
+    if len(store) and int(store.labels.max()) >= config.classes:
+        raise ValueError(
+            f"Expected labels below {config.classes} in the datastore, the number of classes of "
+            f"the model, but got {int(store.labels.max())}."
+        )
 
 
 class CheckpointReader:
@@ -204,7 +247,9 @@ class CheckpointAttempt:
                 )
             return None
         store = Datastore.from_manifest(self.manifest, self.reader.resolve)
-        store.digest = STALE if self.is_stale else weight_marks(model.backbone)
+        if len(store) < _LABELS_CHECKED_AT_ONCE:
+            check_fits(store, model.config)
+        store.digest = STALE if self.is_stale else made_by(model)
         binding = self.manifest.binding
         dtype = str(model.dtype).removeprefix("torch.")
         if binding is not None and dtype != binding.dtype:
@@ -263,9 +308,10 @@ def _bind(model: Any, folder: Path) -> Binding:
     found = _fingerprint(weights, folder / IMAGE_PROCESSOR_NAME, pooling)
     fingerprint, weight_sum, processor_sum, _ = found
     then = model.datastore.digest
-    if then is not None and (then == STALE or not same_weights(then, weight_marks(model.backbone))):
+    if then is not None and not _is_same_maker(then, made_by(model)):
         logger.warning(
-            "The datastore was not made by the backbone as it is now; it is saved as stale. "
+            "The datastore was not made by the backbone, image processor and pooling as they are "
+            "now; it is saved as stale. "
             "Build it again before you save."
         )
         weight_sum = hashlib.sha256(then.encode()).hexdigest()
@@ -289,12 +335,16 @@ def _fingerprint(
     processor_sum = ""
     if processor is not None and processor.is_file():
         settings = json.loads(processor.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_PLACES}
-        kind = str(kept.get("image_processor_type", ""))
-        kept["image_processor_type"] = _BACKEND_SUFFIX.sub("", kind)
-        text = json.dumps(kept, sort_keys=True)
-        processor_sum = hashlib.sha256(text.encode()).hexdigest()
+        processor_sum = _hash_settings(settings)
     return _combine(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
+
+
+def _hash_settings(settings: dict[str, Any]) -> str:
+    kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_PLACES}
+    kept["image_processor_type"] = _BACKEND_SUFFIX.sub(
+        "", str(kept.get("image_processor_type", ""))
+    )
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:

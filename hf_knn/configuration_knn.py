@@ -13,8 +13,11 @@ _CODE_KEYS = frozenset(
 )
 """Keys of a nested configuration that can name code or another repo; they are dropped."""
 
-_MODEL_KEYS = ("backbone", "use_pretrained_backbone", "backbone_kwargs")
-"""Keys of a nested configuration that make it load another model; they are refused."""
+_MODEL_KEYS = (
+    "backbone", "backbone_config", "backbone_kwargs", "use_pretrained_backbone",
+    "vision_config", "text_config",
+)  # fmt: skip
+"""Keys of a nested configuration that bring another model along; they are refused."""
 
 
 class Pooling(StrEnum):
@@ -206,8 +209,8 @@ def _build_backbone_config(
     foreign = [key for key in _MODEL_KEYS if config.get(key)]
     if foreign:
         raise ValueError(
-            f"Expected `backbone_config` to describe one vision model, but its {foreign} names "
-            "another one to load; refused."
+            f"Expected `backbone_config` to describe one vision model, but its {foreign} brings "
+            "another one along; refused."
         )
     values = {key: value for key, value in config.items() if key not in _CODE_KEYS}
     return CONFIG_MAPPING[model_type].from_dict(values)

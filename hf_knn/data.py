@@ -98,27 +98,41 @@ def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
     named = {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
     columns = {name: _with_columns(rows) for name, rows in named.items()}
     classes = None
-    if not all(isinstance(rows.features[LABEL], ClassLabel) for rows in columns.values()):
-        classes = _class_names(value for rows in columns.values() for value in rows[LABEL][:])
+    kinds = [rows.features[LABEL] for rows in columns.values()]
+    if not all(isinstance(kind, ClassLabel) and kind.names == kinds[0].names for kind in kinds):
+        classes = _class_names(value for rows in columns.values() for value in _values(rows))
     return {name: _with_labels(rows, classes) for name, rows in columns.items()}
 
 
-def prepare(dataset: Dataset) -> Dataset:
+def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
     """Brings a dataset to `image` (undecoded), `label` (ClassLabel) and a stable `sample_id`.
 
     Args:
         dataset: with one image column and one label column, whatever they are called.
+        names: the classes in the order of their numbers; named labels are numbered by it, plain
+            numbers and names of which none is among them stay as they are.
 
     Returns:
         The dataset; `sample_id` is the row number unless there is one already.
 
     Raises:
-        ValueError: if there is no image or label column, listing the columns there are.
+        ValueError: if there is no image or label column, listing the columns there are, or if some
+            labels are among `names` and others are not.
     """
     dataset = _with_columns(dataset)
+    if names is not None:
+        own = {str(value) for value in _values(dataset) if not _is_missing(value)}
+        if own & set(names):
+            foreign = sorted(own - set(names))
+            if foreign:
+                raise ValueError(
+                    f"Expected the labels to be among the model's {len(names)} classes, but got "
+                    f"{foreign[:10]} too; drop those pictures or train with them."
+                )
+            return _with_labels(dataset, list(names))
     if isinstance(dataset.features[LABEL], ClassLabel):
         return _with_labels(dataset, None)
-    return _with_labels(dataset, _class_names(dataset[LABEL][:]))
+    return _with_labels(dataset, _class_names(_values(dataset)))
 
 
 def label_names(dataset: Dataset) -> list[str]:
@@ -282,6 +296,9 @@ def _class_names(values: Iterable[Any]) -> list[Any]:
     Whole numbers from 0 on stay what they are, also where one of them does not occur.
     """
     found = {value for value in values if not _is_missing(value)}
+    negative = sorted(value for value in found if isinstance(value, int) and value < 0)
+    if negative:
+        raise ValueError(f"Expected labels >= 0, but got {negative[:10]}.")
     if found and all(isinstance(value, int) and not isinstance(value, bool) for value in found):
         highest = max(found)
         return list(range(highest + 1)) if highest < 2 * len(found) + 100 else sorted(found)
@@ -291,20 +308,26 @@ def _class_names(values: Iterable[Any]) -> list[Any]:
 def _with_labels(dataset: Dataset, classes: list[Any] | None) -> Dataset:
     """Numbers the labels by the list of classes; -1 where a label is missing."""
     kind = dataset.features[LABEL]
-    if isinstance(kind, ClassLabel):
-        if classes is None or [str(name) for name in classes] == kind.names:
-            return dataset
-        values: list[Any] = [kind.names[v] if v is not None and v >= 0 else None
-                             for v in dataset[LABEL][:]]  # fmt: skip
-    else:
-        values = dataset[LABEL][:]
+    if isinstance(kind, ClassLabel) and (
+        classes is None or [str(name) for name in classes] == kind.names
+    ):
+        return dataset
     assert classes is not None
     numbers = {str(name): number for number, name in enumerate(classes)}
-    labels = [-1 if _is_missing(value) else numbers[str(value)] for value in values]
+    labels = [-1 if _is_missing(value) else numbers[str(value)] for value in _values(dataset)]
     names = ClassLabel(names=[str(name) for name in classes])
     columns = dataset.column_names
     dataset = dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=names)
     return dataset.select_columns(columns)
+
+
+def _values(dataset: Dataset) -> list[Any]:
+    """The labels as names, or as the plain values there are; None where one is missing."""
+    values = dataset.with_format(None)[LABEL][:]
+    kind = dataset.features[LABEL]
+    if not isinstance(kind, ClassLabel):
+        return values
+    return [None if value is None or value < 0 else kind.names[value] for value in values]
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """`KnnTrainer`: the Hugging Face Trainer with a datastore, a reweighted loss and three voices."""
 
 import copy
+import dataclasses
 import json
 import logging
 import tempfile
@@ -14,7 +15,8 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import speed_metrics
 
-from .backbone import evaluating, split_features, weight_marks
+from .backbone import evaluating, split_features
+from .checkpoint import made_by
 from .collator import KnnCollator
 from .data import labels_of, prepare
 from .datastore import Datastore, Neighbors
@@ -71,12 +73,22 @@ class KnnTrainer(Trainer):
     ) -> None:
         processor = processing_class or model.image_processor
         model.image_processor = processor
-        if args.freeze_backbone:
-            model.backbone.requires_grad_(False)
+        for dataset in (train_dataset, eval_dataset):
+            if processor is None and not isinstance(dataset, ImageFeatures | None):
+                raise ValueError(
+                    "Expected `processing_class` to turn pictures into tensors, but got None and "
+                    "the model has no image processor."
+                )
+        if isinstance(train_dataset, ImageFeatures) and not args.freeze_backbone:
+            raise ValueError(
+                "Expected pictures to train a backbone on, but got features; pass the pictures, or "
+                "set freeze_backbone=True."
+            )
         kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image))
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self._datastore_step = -1
+        self._known_features: dict[int, tuple[Any, ImageFeatures]] = {}
         super().__init__(
             model=model,
             args=args,
@@ -90,9 +102,19 @@ class KnnTrainer(Trainer):
         """Trains, then leaves a datastore of the final weights; see `Trainer.train`."""
         if self.train_dataset is None:
             raise ValueError("Expected `train_dataset` to train on, but got None.")
+        trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
+        pictures = self.train_dataset
         if self.args.freeze_backbone:
+            self.model.backbone.requires_grad_(False)
             self._prepare_probe()
-        output = super().train(*args, **kwargs)
+        else:
+            self.model.datastore = None  # of weights that are about to change
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.train_dataset = pictures
+            for parameter, was_trained in trained:
+                parameter.requires_grad_(was_trained)
         self.build_datastore()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
@@ -103,12 +125,14 @@ class KnnTrainer(Trainer):
         Returns:
             The datastore, which is now `model.datastore`.
         """
+        if self.train_dataset is None:
+            raise ValueError("Expected `train_dataset` to build a datastore from, but got None.")
         features = self.train_features
         if features is None or not self.args.freeze_backbone:
             features = self._features_of(self.train_dataset)
             self.train_features = features
         self.model.datastore = self._store_of(features)
-        self.model.datastore.digest = weight_marks(self.model.backbone)
+        self.model.datastore.digest = made_by(self.model)
         self._datastore_step = self.state.global_step
         return self.model.datastore
 
@@ -129,7 +153,8 @@ class KnnTrainer(Trainer):
         if self.model.datastore is None:
             self.build_datastore()
         if dataset is not None:
-            held_out = self._ask(self.model, self._features_of(dataset))
+            features = self._features_of(_checked(dataset, self.model))
+            held_out = self._ask(self.model, features, self._grid(len(features)))
         elif self.args.freeze_backbone:
             held_out = self._ask_folds()
         else:
@@ -147,7 +172,7 @@ class KnnTrainer(Trainer):
             criterion or self.args.tune_criterion,
             metric=config.metric,
             weighting=config.knn_weighting,
-            grid=_grid(len(self._datastore()), len(labels), config.classes),
+            grid=self._grid(len(labels)),
         )
         config.k, config.knn_temperature = result.k, result.temperature
         config.knn_weight = result.knn_weight
@@ -177,6 +202,11 @@ class KnnTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("Expected `eval_dataset` to evaluate on, but got None.")
+        if isinstance(dataset, dict):
+            found: dict[str, float] = {}
+            for name, rows in dataset.items():
+                found |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
         started = time.time()
         trains_backbone = self.is_in_train and not self.args.freeze_backbone
         if trains_backbone and self._datastore_step != self.state.global_step:
@@ -226,13 +256,17 @@ class KnnTrainer(Trainer):
         head_part, _ = split_features(features.features, self.model.config)
         self.model.head.standardize(head_part)
         if self.args.knn_loss_alpha:
-            features.knn_log_probs = _leave_one_out(store, features, self.model.config)
-        self.train_dataset = features
+            own = _leave_one_out(store, features, self.model.config)
+            features = dataclasses.replace(features, knn_log_probs=own)  # the caller's stay
+        self.train_features = self.train_dataset = features
 
     def _features_of(self, dataset: Any) -> ImageFeatures:
         if isinstance(dataset, ImageFeatures):
             return dataset
-        return extract_features(
+        known = self._known_features.get(id(dataset))
+        if known is not None:
+            return known[1]
+        features = extract_features(
             self.model,
             dataset,
             self.processing_class,
@@ -242,6 +276,9 @@ class KnnTrainer(Trainer):
             use_cache=self.args.feature_cache and self.args.freeze_backbone,
             progress=not self.args.disable_tqdm,
         )
+        if self.args.freeze_backbone:
+            self._known_features[id(dataset)] = (dataset, features)
+        return features
 
     def _store_of(self, features: ImageFeatures) -> Datastore:
         config = self.model.config
@@ -255,8 +292,10 @@ class KnnTrainer(Trainer):
             paths=features.paths or None,
         )
 
-    def _datastore(self) -> Datastore:
-        return self.model.datastore or self.build_datastore()
+    def _grid(self, held_out_rows: int) -> Grid:
+        store = self.model.datastore
+        rows, classes = 0 if store is None else len(store), self.model.config.classes
+        return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
     def _measure(self, features: ImageFeatures) -> dict[str, float]:
         voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
@@ -279,13 +318,12 @@ class KnnTrainer(Trainer):
         return results | {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
 
     def _ask(
-        self, model: KnnForImageClassification, features: ImageFeatures
+        self, model: KnnForImageClassification, features: ImageFeatures, grid: Grid
     ) -> tuple[Neighbors, Tensor, Tensor]:
         """Neighbours at the largest k and the head's log-probabilities, of rows held out."""
         head_part, store_part = split_features(features.features, model.config)
         store = model.datastore
         assert store is not None
-        grid = _grid(len(store), len(features), model.config.classes)
         with evaluating(model):
             logits = model.head(head_part.to(self.args.device)).float()
         head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
@@ -296,10 +334,11 @@ class KnnTrainer(Trainer):
         everything = self.train_features
         if everything is None:
             everything = self.train_features = self._features_of(self.train_dataset)
+        grid = self._grid(len(everything))
         parts = []
         for fold in stratified_folds(everything.labels, self.args.tune_folds, self.args.seed):
             model = self._fit_fold(everything.select(fold.fitted))
-            parts.append(self._ask(model, everything.select(fold.held_out)))
+            parts.append(self._ask(model, everything.select(fold.held_out), grid))
         width = min(neighbors.labels.shape[1] for neighbors, _, _ in parts)
         fields = zip(*(neighbors for neighbors, _, _ in parts), strict=True)
         neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
@@ -326,7 +365,15 @@ class KnnTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        store = self.model.datastore
+        if self.is_in_train and not self.args.freeze_backbone:
+            # one of other weights does not belong into this checkpoint
+            is_current = self._datastore_step == self.state.global_step
+            self.model.datastore = store if is_current else None
+        try:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+        finally:
+            self.model.datastore = store
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
@@ -351,7 +398,9 @@ def _checked(dataset: Any, model: KnnForImageClassification) -> Any:
     if isinstance(dataset, dict):
         return {name: _checked(rows, model) for name, rows in dataset.items()}
     if not isinstance(dataset, ImageFeatures):
-        dataset = prepare(dataset)
+        if len(dataset) == 0:
+            raise ValueError("Expected a dataset with at least one picture, but it is empty.")
+        dataset = prepare(dataset, model.config.class_names)
     if len(dataset) == 0:
         raise ValueError("Expected a dataset with at least one picture, but it is empty.")
     is_features = isinstance(dataset, ImageFeatures)
@@ -362,10 +411,6 @@ def _checked(dataset: Any, model: KnnForImageClassification) -> Any:
             f"but got {int(labels.max())}."
         )
     return dataset
-
-
-def _grid(store_rows: int, held_out_rows: int, classes: int) -> Grid:
-    return default_grid(store_rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
 def _leave_one_out(store: Datastore, features: ImageFeatures, config: Any) -> Tensor:

@@ -109,7 +109,7 @@ def default_grid(num_rows: int, num_labels: int, *, coarse: bool = False) -> Gri
         return Grid(_clip(COARSE_K, num_rows), COARSE_TEMPERATURES, COARSE_KNN_WEIGHTS)
     powers = [2**i for i in range(LARGEST_K.bit_length())]
     wanted = [*powers, num_rows // max(1, num_labels), num_labels]
-    ks = [k for k in wanted if 1 <= k <= LARGEST_K]
+    ks = [k for k in wanted if k >= 1]
     return Grid(_clip(ks, num_rows), TEMPERATURES, KNN_WEIGHTS)
 
 

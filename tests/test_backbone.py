@@ -481,7 +481,8 @@ def test_from_a_local_folder(family, tmp_path, offline):
 def test_from_the_folder_of_a_fine_tuned_classifier(tmp_path):
     """The usual ViT on the Hub has its head on; the encoder must come through the renaming."""
     torch.manual_seed(0)
-    source = ViTForImageClassification(FAMILIES["vit"]())
+    config: Any = FAMILIES["vit"]()
+    source = ViTForImageClassification(config)
     perturb(source, 0)
     source.save_pretrained(tmp_path / "classifier")
     model = KnnForImageClassification.from_backbone(tmp_path / "classifier", 2)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import assert_same_store
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -160,6 +162,62 @@ def test_several_shards(folder: Path, with_paths: bool, monkeypatch: pytest.Monk
     assert_same_store(Datastore.load(folder), store)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="the first shard has the mean: dropped when its rows are all removed"
+)
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_rows_of_the_first_shard_can_be_removed(
+    folder: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs, "SHARD_BYTES", 12)
+    store = make_store()
+    store.save(folder)
+    store.remove(list(range(count)))
+    store.save(folder)
+    assert_same_store(Datastore.load(folder), store)
+
+
+CHANGES = ["add", "add", "add without paths", "remove", "remove", "relabel", "recenter", "widen"]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    changes=st.lists(st.sampled_from(CHANGES), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+    large=st.sampled_from([1, 13, 1000]),
+    reloads=st.booleans(),
+    with_paths=st.booleans(),
+)
+def test_files_that_are_not_written_again_hold_the_rows_of_now(
+    changes: list[str], seed: int, large: int, reloads: bool, with_paths: bool
+) -> None:
+    generator = random.Random(seed)
+    store = make_store(count=7) if with_paths else make_store(count=7, paths=None)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as place:
+        patch.setattr(datastore, "has_faiss", lambda: False)
+        patch.setattr(blobs, "SHARD_BYTES", 18)  # three rows
+        patch.setattr(blobs, "SMALL_SHARD_BYTES", large)
+        for step, change in enumerate(changes):
+            # the first row stays: see test_all_rows_of_the_first_shard_can_be_removed
+            some = generator.sample(store.ids.tolist()[1:], k=min(2, len(store) - 1))
+            if change.startswith("add"):
+                paths = [f"new {step}"] * 2 if change == "add" else None
+                store.add(torch.full((2, 3), step + 0.5), [step, step], paths=paths)
+            elif change == "widen":
+                store.add(torch.full((1, 3), 1e5 + step), [step])
+            elif change == "remove":
+                store.remove(some)
+            elif change == "relabel":
+                store.relabel(some, [50 + step] * len(some))
+            else:
+                store.recenter()
+            if generator.random() < 0.7 or step + 1 == len(changes):
+                store.save(place)
+                assert_same_store(Datastore.load(place), store)
+                if reloads:
+                    store = Datastore.load(place)
+
+
 def test_source_and_binding_are_kept(folder: Path) -> None:
     files = [FileRecord("model.safetensors", 3, "b" * 64, ["c" * 64])]
     binding = Binding("a" * 64, "d" * 64, "", "cls", "float32", files)
@@ -255,11 +313,13 @@ def blob_of_version(folder: Path, version: int) -> str:
 
 
 @pytest.mark.usefixtures("without_faiss")
-@pytest.mark.parametrize("name", [".datastore.faiss.tmp", "..datastore-rows.tmp.mode"])
-def test_every_temporary_file_of_a_killed_save_is_cleared(saved: Path, name: str) -> None:
-    (saved / name).write_text("x")
+def test_what_a_killed_save_left_is_cleared(saved: Path) -> None:
+    scratch = saved / datastore.SCRATCH
+    (scratch / "deep").mkdir(parents=True)
+    for name in ("rows", ".tmpAbCdEf", f".{FAISS}.tmp", "deep/file"):
+        (scratch / name).write_text("x")
     Datastore.load(saved).save(saved)
-    assert name not in names_in(saved)
+    assert names_in(saved) == {MANIFEST, blob_of_version(saved, 0)}
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o027, 0o640), (0o077, 0o600), (0o022, 0o644)])
@@ -454,6 +514,92 @@ def test_a_size_that_differs_is_told_with_both_numbers(saved: Path) -> None:
         file.write(b"more")
     with pytest.raises(DatastoreError, match=rf"{size} bytes, but got {size + 4}"):
         Datastore.load(saved)
+
+
+# stores that are hashed later
+
+
+@pytest.fixture
+def hashed_later(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datastore, "LARGEST_VERIFIED_AT_ONCE", 0)
+    return saved
+
+
+USES: dict[str, Callable[[Datastore], object]] = {
+    "search": lambda store: store.search(torch.ones(1, 3), 2),
+    "leave_one_out": lambda store: next(store.leave_one_out(2)),
+    "features": lambda store: store.features,
+    "labels": lambda store: store.labels,
+    "ids": lambda store: store.ids,
+    "paths": lambda store: store.paths,
+    "path_of": lambda store: store.path_of(0),
+    "add": lambda store: store.add(torch.ones(1, 3), [0]),
+    "remove": lambda store: store.remove([0]),
+    "relabel": lambda store: store.relabel([0], [1]),
+    "recenter": lambda store: store.recenter(),
+    "subset": lambda store: store.subset([0]),
+    "merge": lambda store: make_store(7).merge(store),
+    "copy": lambda store: copy.deepcopy(store).search(torch.ones(1, 3), 2),
+    "save": lambda store: store.save("elsewhere"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_nothing_is_used_before_it_is_hashed(
+    hashed_later: Path, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blob = blob_of(hashed_later)
+    USES[use](Datastore.load(hashed_later))
+    data = blob.read_bytes()
+    blob.unlink()  # a file of its own, not the one that is mapped
+    blob.write_bytes(flipped(data, len(data) - 1, 0))
+    store = Datastore.load(hashed_later)
+    assert len(store) == 6
+    for _ in range(2):  # and it does not become right by asking again
+        with pytest.raises(DatastoreError, match=re.escape(blob.name)):
+            USES[use](store)
+    with pytest.raises(DatastoreError, match=re.escape(blob.name)):
+        Datastore.load(hashed_later, verify="full")
+
+
+def test_what_needs_no_hash_is_found_at_once(hashed_later: Path) -> None:
+    blob = blob_of(hashed_later)
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1])
+    with pytest.raises(DatastoreError, match=rf"{blob.name} to have {len(data)} bytes"):
+        Datastore.load(hashed_later)
+    blob.unlink()
+    with pytest.raises(DatastoreError, match=rf"{blob.name}.*missing"):
+        Datastore.load(hashed_later)
+    with pytest.raises(ValueError, match=r"`verify`.*'none'"):
+        Datastore.load(hashed_later, verify="none")
+
+
+def test_files_hashed_later_are_hashed_once(
+    hashed_later: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify, seen = FileRecord.verify, []
+
+    def count(record: FileRecord, path: Path | None) -> Path:
+        seen.append(record.name)
+        return verify(record, path)
+
+    monkeypatch.setattr(FileRecord, "verify", count)
+    store = Datastore.load(hashed_later)
+    assert not seen
+    for _ in range(2):
+        store.search(torch.ones(1, 3), 2)
+    assert len(seen) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="verify() looks the file up again by name; the mapped one is whole"
+)
+def test_a_version_that_was_opened_stays_usable_when_it_is_replaced(hashed_later: Path) -> None:
+    store = Datastore.load(hashed_later)
+    make_store(1).save(hashed_later)
+    assert version_of(store) == 0
 
 
 # lies in the manifest
@@ -708,7 +854,7 @@ BAD_TENSORS: list[Any] = [
     ("few paths", {"path_ends": torch.tensor([3, 60])}, r"datastore-|path per row \(6\).*2"),
     ("paths beyond", {"path_ends": SIX * 1000}, "paths.*order"),
     ("square path ends", {"path_ends": SIX.reshape(2, 3)}, "`path_ends`.*list"),
-    ("paths in disorder", {"path_ends": torch.tensor([9, 3, 9, 9, 9, 54])}, "paths.*order"),
+    ("paths in disorder", {"path_ends": torch.tensor([9, 3, 9, 9, 9, 60])}, "paths.*order"),
 ]
 UNCHECKED: list[Any] = [
     ("scalar mean", {"mean": torch.tensor(0.0)}, "`mean`"),
@@ -797,9 +943,10 @@ def test_golden_files_load_and_save_to_the_same_bytes(tmp_path: Path) -> None:
         "cosine", "l2_centered", "float16",
     )  # fmt: skip
     assert loaded.source == {"dataset": "golden", "split": "train"}
-    loaded.save(tmp_path / "again")
     assert len(content(GOLDEN)) == 2
-    assert content(tmp_path / "again") == content(GOLDEN)
+    loaded.save(tmp_path / "again")
+    golden_store().save(tmp_path / "anew")  # has no file to link, writes every byte
+    assert content(tmp_path / "again") == content(tmp_path / "anew") == content(GOLDEN)
 
 
 # processes
@@ -878,19 +1025,16 @@ def kill_saves(folder: Path, kills: int, seed: int) -> set[int]:
     """Kills saves of versions 0 and 1 at random moments; returns the versions found."""
     stores = [make_store(0), make_store(1)]
     stores[0].save(folder)
-    generator, found, most = random.Random(seed), set(), 0
+    generator, found = random.Random(seed), set()
     for _ in range(kills):
         child = Fork.repeating(lambda number: stores[number % 2].save(folder))
         child.kill_at_random(generator)
         found.add(version_of(Datastore.load(folder)))
-        # safetensors' own temporary file has another name in every save, see the next test
-        names = {name for name in names_in(folder) if not re.fullmatch(r"\.tmp\w{6}", name)}
-        most = max(most, len(names))
+        litter = names_in(folder) - {MANIFEST, FAISS, datastore.SCRATCH}
+        assert len(litter) <= 2  # the blobs of both versions
         assert names_in(folder.parent) <= {folder.name, f".{folder.name}.lock"}
-    assert most <= 6  # manifest, two blobs, index and one temporary file with its mode probe
     stores[1].save(folder)
-    names = {name for name in names_in(folder) if not re.fullmatch(r"\.tmp\w{6}", name)}
-    assert names == {MANIFEST, FAISS, blob_of_version(folder, 1)}
+    assert names_in(folder) == {MANIFEST, FAISS, blob_of_version(folder, 1)}
     assert names_in(folder.parent) == {folder.name}
     return found
 
@@ -909,9 +1053,10 @@ def test_a_kill_while_safetensors_writes_leaves_no_litter(folder: Path) -> None:
     small.save(folder)
     child = Fork.repeating(lambda _: big.save(folder))
     end = time.monotonic() + 20
-    while time.monotonic() < end and not any(name.startswith(".tmp") for name in names_in(folder)):
-        pass
+    while not list(folder.rglob(".tmp??????")):  # its own temporary file, of a random name
+        assert time.monotonic() < end
     child.kill()
+    assert names_in(folder) <= {MANIFEST, FAISS, datastore.SCRATCH, blob_of_version(folder, 0)}
     small.save(folder)
     assert names_in(folder) == {MANIFEST, FAISS, blob_of_version(folder, 0)}
 

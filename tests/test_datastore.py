@@ -20,7 +20,7 @@ from oracles import assert_nearest, assert_same_store
 from torch import Tensor
 
 from hf_knn import datastore as datastore_module
-from hf_knn import first_pass, indexing, search
+from hf_knn import faiss_index, first_pass, indexing, search
 from hf_knn.datastore import Datastore, Neighbors
 from hf_knn.functional import knn_log_probs
 
@@ -129,14 +129,27 @@ def test_search_equals_brute_force(
     assert_nearest(hits, store, queries, k, exclude_ids)
 
 
+FIRST_PASSES = {
+    "faiss": faiss_index.FaissFlat,
+    "torch": first_pass.TorchFirstPass,
+    "bfloat16": first_pass.BFloat16FirstPass,
+}
+with_every_library = pytest.mark.parametrize("library", FIRST_PASSES)
+
+
+def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "_exact_first_pass", lambda count: FIRST_PASSES[library])
+    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 64)
+    monkeypatch.setattr(first_pass, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(search, "_RESCORE_BYTES", 40_000)  # several chunks of queries
+
+
 @in_every_space
-@pytest.mark.parametrize("library", ["faiss", "torch"])
+@with_every_library
 def test_continuous_data_has_exactly_the_ids_of_brute_force(
     metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, lambda: library == "faiss")
-    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 64)
-    monkeypatch.setattr(search, "_RESCORE_BYTES", 40_000)  # several chunks of queries
+    use(library, monkeypatch)
     store = Datastore.from_features(
         normal(0, 700, 16) + 1, torch.arange(700) % 7, None, metric, normalization
     )
@@ -160,17 +173,72 @@ def test_continuous_data_has_exactly_the_ids_of_brute_force(
 
 
 @in_every_space
-@pytest.mark.parametrize("library", ["faiss", "torch"])
+@with_every_library
 def test_differences_below_float32_are_seen(
     metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, lambda: library == "faiss")
+    use(library, monkeypatch)
     # 400 rows in one direction but for 1e-5: cosines with the query differ by about 1e-10
     close = torch.ones(1, 8) + 1e-5 * normal(3, 400, 8)
     features = torch.cat([close, normal(4, 400, 8)])
     store = stored_as_given(features, metric=metric, normalization=normalization)
     queries = torch.ones(3, 8) + 1e-5 * normal(5, 3, 8)
     assert_nearest(store.search(queries, 30), store, queries, 30)
+
+
+@pytest.mark.parametrize(
+    ("count", "has_faiss", "is_fast", "wanted"),
+    [
+        (10, True, True, "faiss"),
+        (10, False, True, "torch"),
+        (10**6, True, False, "faiss"),
+        (10**6, False, False, "torch"),
+        (10**6, True, True, "bfloat16"),
+        (10**6, False, True, "bfloat16"),
+    ],
+)
+def test_the_library_is_chosen_by_what_there_is(
+    count: int, has_faiss: bool, is_fast: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, lambda: has_faiss)
+    monkeypatch.setattr(indexing, "has_fast_bfloat16", lambda: is_fast)
+    assert indexing._exact_first_pass(count) is FIRST_PASSES[wanted]
+
+
+@in_every_space
+@with_every_library
+def test_an_index_that_follows_changes_stays_exact(
+    metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(library, monkeypatch)
+    features = normal(0, 400, 6)
+    features[200:250] = features[:50]
+    store = Datastore.from_features(
+        features[:300], torch.arange(300) % 5, None, metric, normalization
+    )
+    queries = torch.cat([features[:4], normal(1, 4, 6), features[300:304]])
+    searcher = store.build_index()
+    changes: list[Callable[[], object]] = [
+        lambda: store.add(features[300:], torch.arange(100) % 5),
+        lambda: store.remove(range(0, 90, 2)),
+        lambda: store.add(features[:30], [7] * 30),  # duplicates of rows that went or stayed
+        lambda: store.remove([400, 3, 399]),
+        lambda: store.add(normal(2, 2, 6) * 50, [8, 8]),  # longer than every row before
+        lambda: store.remove(store.ids[50:250]),  # more than half of what is there
+        lambda: store.add(normal(3, 100, 6), [9] * 100),
+    ]
+    followed = 0
+    for change in changes:
+        change()
+        followed += store._searcher is searcher
+        exclude_ids = np.array([*range(4), *[-1] * 4, *range(300, 304)])
+        for k in (1, 9):
+            hits = store.search(queries, k, exclude_ids)
+            assert_nearest(hits, store, queries, k, exclude_ids)
+        # the same as an index built now, bit for bit
+        anew = copy.deepcopy(store)
+        assert_equal_hits(hits, anew.search(queries, 9, exclude_ids))
+    assert followed >= 4
 
 
 @in_every_space

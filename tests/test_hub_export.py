@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import hf_knn
 from hf_knn import KnnForImageClassification
 
-FAMILIES = {"vit": {}, "resnet": {"knn_pooling": "max", "k": 5}}
+FAMILIES: dict[str, dict[str, Any]] = {"vit": {}, "resnet": {"knn_pooling": "max", "k": 5}}
 ENTRY_POINTS = ("configuration_knn", "modeling_knn")
 ALLOWED = {"torch", "transformers", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 PICKLE_ENDINGS = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

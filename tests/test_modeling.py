@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from hf_knn import Datastore, KnnConfig, KnnForImageClassification, storage
-from hf_knn.checkpoint import is_checkpoint_file
+from hf_knn.checkpoint import is_checkpoint_file, made_by
 from hf_knn.manifest import DatastoreError, StaleDatastoreError
 
 FLOOR = math.log(1e-12)
@@ -68,7 +68,9 @@ def templates(tmp_path_factory: pytest.TempPathFactory, vit: KnnForImageClassifi
     vit.save_pretrained(root / "this")
     other = tiny_model("vit", seed=7, k=7)
     assert other.image_processor is not None
+    assert other.datastore is not None
     other.image_processor.image_mean = [0.1, 0.2, 0.3]
+    other.datastore.digest = made_by(other)
     other.save_pretrained(root / "other")
     return root
 
@@ -179,6 +181,8 @@ def test_an_empty_datastore_survives(tmp_path):
 def test_a_model_without_processor(tmp_path):
     model = tiny_model("vit")
     model.image_processor = None
+    assert model.datastore is not None
+    model.datastore.digest = made_by(model)
     model.save_pretrained(tmp_path / "saved")
     assert open_model(tmp_path / "saved").image_processor is None
 
@@ -302,7 +306,7 @@ def test_features_equal_pixels(family, values):
 
 def test_votes_are_counted_in_the_metric_of_the_datastore():
     """Negative squared distances read as cosines would all be d = 2 - 2 s > 2."""
-    values = {"metric": "l2", "normalization": "l2", "knn_temperature": 0.5}
+    values: dict[str, Any] = {"metric": "l2", "normalization": "l2", "knn_temperature": 0.5}
     cosine, l2 = (
         tiny_model("vit", knn_temperature=0.5, normalization="l2"),
         tiny_model("vit", **values),
@@ -350,6 +354,7 @@ def test_a_nan_feature_is_refused(vit):
 def taught_model() -> KnnForImageClassification:
     """The head knows ant and bee; the datastore also cat and dog."""
     model = tiny_model("vit", num_head_labels=2, knn_weight=0.3, k=6)
+    assert model.datastore is not None
     assert set(model.datastore.labels.tolist()) == {0, 1, 2, 3}
     return model
 
@@ -1218,6 +1223,9 @@ def versions() -> list[KnnForImageClassification]:
     """Two versions that differ in every file."""
     made = [tiny_model("vit", seed=seed, k=5 + seed) for seed in (0, 1)]
     made[1].image_processor.image_mean = [0.1, 0.2, 0.3]
+    made[1].datastore = tiny_store(made[1], seed=1)
+    assert made[1].datastore is not None
+    made[1].datastore.digest = made_by(made[1])
     return made
 
 

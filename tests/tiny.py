@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_knn import Datastore, KnnForImageClassification
-from hf_knn.backbone import weight_marks
+from hf_knn.checkpoint import made_by
 
 SIZE = 32
 LABELS = ["ant", "bee", "cat", "dog"]
@@ -116,7 +116,7 @@ def processor() -> ViTImageProcessor:
 
 def tiny_model(
     family: str = "vit",
-    labels: list[str] | int = LABELS,
+    labels: Any = LABELS,
     *,
     seed: int = 0,
     rows: int = 40,
@@ -153,7 +153,7 @@ def tiny_store(model: KnnForImageClassification, rows: int = 40, seed: int = 0) 
         ids=torch.randperm(1000, generator=generator)[:rows],
         paths=[f"train/{seed}/{row}.png" for row in range(rows)],
     )
-    store.digest = weight_marks(model.backbone)
+    store.digest = made_by(model)
     return store
 
 
