@@ -70,7 +70,9 @@ def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
         ValueError: for a model without a vision tower.
         OSError: if it cannot be found.
     """
-    config = AutoConfig.from_pretrained(name, **hub_options)
+    hub_options.setdefault("use_safetensors", True)  # a pickle is not opened unless asked for
+    lookup = {key: value for key, value in hub_options.items() if key != "use_safetensors"}
+    config = AutoConfig.from_pretrained(name, **lookup)
     vision_config = getattr(config, "vision_config", None)
     if vision_config is None:
         return AutoModel.from_pretrained(name, config=config, **hub_options)

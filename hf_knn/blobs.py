@@ -89,8 +89,10 @@ def change_shards(shards: Sequence[Shard], changed: Tensor, kept: Tensor) -> lis
         touched = rows < shard.rows or bool(changed[part].any())
         result.append(Shard(rows, None if touched else shard.record))
         start += shard.rows
-    filled = [shard for shard in result if shard.rows]
-    return filled or [Shard(0)]
+    filled = [shard for shard in result if shard.rows] or [Shard(0)]
+    if filled[0] is not result[0]:
+        filled[0] = Shard(filled[0].rows)  # the first file is the one with the mean
+    return filled
 
 
 def write_files(
@@ -130,11 +132,14 @@ class OpenedFiles(NamedTuple):
         table: the rows, without paths.
         shards: how they are divided.
         read_paths: reads the paths; raises DatastoreError where they disagree with their file.
+        verify: hashes the files, those that were opened even if others took their names since;
+            raises DatastoreError naming the file that is not what the manifest says.
     """
 
     table: RowTable
     shards: list[Shard]
     read_paths: Callable[[], list[str] | None]
+    verify: Callable[[], None]
 
 
 def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
@@ -147,6 +152,8 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
     Raises:
         DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
     """
+    # opened before they are mapped, so that what is hashed is what is mapped
+    handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
     files = [_open(record, resolve) for record in manifest.blobs]
     features = _concatenate(files, "features", manifest)
     shape = (manifest.num_rows, manifest.dim)
@@ -171,21 +178,12 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
     def read_paths() -> list[str] | None:
         return _decode_paths(files, manifest) if "path_ends" in files[0] else None
 
-    return OpenedFiles(table, shards, read_paths)
+    def verify() -> None:
+        for record, handle in zip(manifest.blobs, handles, strict=True):
+            record.verify_stream(handle)
+            handle.close()
 
-
-def verify_files(manifest: Manifest, resolve: Resolve) -> None:
-    """Hashes every file that a manifest names.
-
-    Args:
-        manifest: the checked manifest.
-        resolve: finds a file by name.
-
-    Raises:
-        DatastoreError: naming the file that is not what the manifest says.
-    """
-    for record in manifest.blobs:
-        record.verify(resolve(record.name))
+    return OpenedFiles(table, shards, read_paths, verify)
 
 
 def _tensors(table: RowTable, part: slice) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ _WEIGHTS_PATTERN = re.compile(
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
     "faiss_index.py", "first_pass.py", "functional.py", "indexing.py", "manifest.py",
-    "modeling_knn.py", "processors.py", "rows.py", "search.py", "storage.py",
+    "modeling_knn.py", "persistence.py", "processors.py", "rows.py", "search.py", "storage.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 

@@ -122,6 +122,12 @@ class KnnConfig(PreTrainedConfig):
             raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
         if self.feature_dim < 0:
             raise ValueError(f"Expected `feature_dim` to be >= 0, but got {self.feature_dim}.")
+        names = {int(number): str(name) for number, name in (self.id2label or {}).items()}
+        if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
+            raise ValueError(
+                "Expected `id2label` to number the classes from 0 on, each with a name of its own, "
+                f"but got {str(names)[:200]}."
+            )
         if not 1 <= self.head_classes <= self.classes:
             raise ValueError(
                 f"Expected `num_head_labels` to be in [1, num_labels = {self.classes}], "

@@ -33,6 +33,7 @@ PREDICTION_FEATURES = Features(
 """What the metrics read: a row of log-probabilities and a label per picture."""
 
 _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
+_GENERIC_NAME = re.compile(r"LABEL_\d+")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -109,20 +110,24 @@ def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
 
     Args:
         dataset: with one image column and one label column, whatever they are called.
-        names: the classes in the order of their numbers; named labels are numbered by it, plain
-            numbers and names of which none is among them stay as they are.
+        names: the classes in the order of their numbers; named labels are numbered by it. Plain
+            numbers, and classes of a ClassLabel of which none is among them, stay as they are.
 
     Returns:
         The dataset; `sample_id` is the row number unless there is one already.
 
     Raises:
-        ValueError: if there is no image or label column, listing the columns there are, or if some
-            labels are among `names` and others are not.
+        ValueError: if there is no image or label column, listing the columns there are, or for
+            named labels that are not among `names`.
     """
     dataset = _with_columns(dataset)
     if names is not None:
         own = {str(value) for value in _values(dataset) if not _is_missing(value)}
-        if own & set(names):
+        is_text = not isinstance(dataset.features[LABEL], ClassLabel) and any(
+            isinstance(value, str) for value in _values(dataset)
+        )
+        has_names = not all(_GENERIC_NAME.fullmatch(name) for name in names)
+        if own & set(names) or (is_text and has_names):
             foreign = sorted(own - set(names))
             if foreign:
                 raise ValueError(

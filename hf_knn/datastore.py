@@ -2,8 +2,7 @@
 
 import copy
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .blobs import (
+    OpenedFiles,
     Resolve,
     RowTable,
     Shard,
@@ -21,11 +21,9 @@ from .blobs import (
     change_shards,
     open_files,
     split_into_shards,
-    verify_files,
-    write_files,
 )
 from .configuration_knn import Normalization, check_metric
-from .faiss_index import FaissApproximate, has_faiss, serialized_flat
+from .faiss_index import FaissApproximate
 from .first_pass import Ints
 from .functional import Metric
 from .indexing import (
@@ -39,16 +37,14 @@ from .indexing import (
     parse_memory,
 )
 from .manifest import (
-    BLOB_PATTERN,
-    FAISS_NAME,
     MANIFEST_NAME,
     STORAGE_DTYPES,
     Binding,
     DatastoreError,
-    FileRecord,
     IndexInfo,
     Manifest,
 )
+from .persistence import Contents, write_datastore
 from .rows import (
     Values,
     as_features,
@@ -60,15 +56,11 @@ from .rows import (
     to_storage,
 )
 from .search import RowSpace, Searcher
-from .storage import exclusive_lock, fsync_path, identity, stage_file
+from .storage import exclusive_lock, identity
 
 logger = logging.getLogger(__name__)
 
-LARGEST_FAISS_FILE = 100 * 10**6
 LARGEST_VERIFIED_AT_ONCE = 256 * 2**20
-
-SCRATCH = ".datastore.staging"
-"""Folder inside a datastore's folder for files that are not whole yet."""
 
 _LOAD_ATTEMPTS = 10
 
@@ -86,13 +78,6 @@ class Neighbors(NamedTuple):
     similarities: Tensor
     labels: Tensor
     ids: Tensor
-
-
-class _Unverified(NamedTuple):
-    """What it takes to check a datastore that was only mapped."""
-
-    resolve: Resolve
-    read_paths: Callable[[], list[str] | None]
 
 
 class Datastore:
@@ -169,7 +154,7 @@ class Datastore:
         self._index = self._choose_index(index)
         self._lists: StoredLists | None = None
         self._searcher: Searcher | None = None
-        self._unverified: _Unverified | None = None
+        self._unverified: OpenedFiles | None = None
         self._home: Path | None = None
 
     @classmethod
@@ -546,16 +531,14 @@ class Datastore:
         """
         if self._unverified is None:
             return
-        assert self.manifest is not None
-        resolve, read_paths = self._unverified
-        verify_files(self.manifest, resolve)
+        self._unverified.verify()
         try:
             check_row_numbers(self._labels, self._ids, len(self))
             refuse_non_finite(self._features, "features")
             refuse_non_finite(self.mean.unsqueeze(0), "mean")
         except ValueError as error:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
-        self._paths = read_paths()
+        self._paths = self._unverified.read_paths()
         self._unverified = None
 
     def save(
@@ -583,7 +566,8 @@ class Datastore:
         try:
             with exclusive_lock(target):
                 target.mkdir(parents=True, exist_ok=True)
-                manifest = self._write(target, binding, reuse)
+                places = [place for place in (reuse, self._home) if place is not None]
+                manifest = write_datastore(target, self._contents(binding), places)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Could not save the datastore to {folder}: {error}. The version that was there is "
@@ -646,9 +630,8 @@ class Datastore:
             raise ValueError(f"Expected `verify` to be 'auto' or 'full', but got {verify!r}.")
         size = sum(record.size for record in manifest.blobs)
         at_once = verify == "full" or size < LARGEST_VERIFIED_AT_ONCE
-        if at_once:
-            verify_files(manifest, resolve)
-        table, shards, read_paths = open_files(manifest, resolve)
+        opened = open_files(manifest, resolve)
+        table = opened.table
         try:
             store = cls(
                 table.features,
@@ -662,58 +645,23 @@ class Datastore:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
         store.manifest, store.source = manifest, dict(manifest.source)
         store._index = manifest.index
-        store._shards = shards
+        store._shards = opened.shards
         store._lists = _lists_of(table, manifest)
-        store._unverified = _Unverified(resolve, read_paths)
+        store._unverified = opened
         if at_once:
             store.verify()
         return store
 
-    def _write(self, folder: Path, binding: Binding | None, reuse: Path | None) -> Manifest:
+    def _contents(self, binding: Binding | None) -> Contents:
         lists = self._lists
         table = RowTable(
             self._features, self._labels, self._ids, self.mean, self._paths,
             None if lists is None else torch.from_numpy(lists.centroids),
             None if lists is None else torch.from_numpy(lists.lists),
         )  # fmt: skip
-        places = [place for place in (reuse, self._home) if place is not None]
-        _clear_litter(folder, None)
-        scratch = folder / SCRATCH
-        scratch.mkdir()
-        try:
-            blobs = write_files(folder, scratch, table, self._shards, places)
-            index = self._stage_faiss(folder, scratch)
-            manifest = Manifest(
-                len(self), self.dim, self.dtype, self.metric, self.normalization, self._index,
-                blobs, None if index is None else FileRecord.of(index).renamed(FAISS_NAME),
-                binding, self.source,
-            )  # fmt: skip
-            text = manifest.to_json().encode()
-            target = folder / MANIFEST_NAME
-            staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
-            if index is not None:
-                index.replace(folder / FAISS_NAME)
-            fsync_path(folder)
-            staged.replace(target)  # the commit point
-            fsync_path(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if index is None:
-            (folder / FAISS_NAME).unlink(missing_ok=True)
-        _clear_litter(folder, {record.name for record in blobs})
-        return manifest
-
-    def _stage_faiss(self, folder: Path, scratch: Path) -> Path | None:
-        """The serialized index, for users of faiss; never read back."""
-        too_large = len(self) * self.dim * 4 >= LARGEST_FAISS_FILE
-        if not has_faiss() or too_large or self._index.spec != FLAT:
-            return None
-        space = RowSpace(
-            self.mean.double().numpy(), self.metric, self.normalization, self._features.numpy()
+        return Contents(
+            table, self._shards, self.metric, self.normalization, self._index, binding, self.source
         )
-        rows = space.normalize(self._features.numpy()).astype(np.float32)
-        data = serialized_flat(rows, self._ids.numpy(), space.is_l2)
-        return stage_file(folder / FAISS_NAME, lambda path: _write_bytes(path, data), scratch)
 
     def _choose_index(self, requested: str) -> IndexInfo:
         width = self.dim + (self.metric == Metric.L2)
@@ -763,19 +711,3 @@ def _lists_of(table: RowTable, manifest: Manifest) -> StoredLists | None:
     if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= count):
         raise DatastoreError(f"Expected lists in [0, {count}) in {manifest.blobs[0].name}.")
     return StoredLists(table.centroids.numpy(), lists.numpy())
-
-
-def _clear_litter(folder: Path, named: set[str] | None) -> None:
-    """Removes what a killed save left, and, once there is a new manifest, what it does not name."""
-    for entry in folder.iterdir():
-        unnamed = named is not None and entry.name not in named
-        if entry.name == SCRATCH:
-            shutil.rmtree(entry)
-        elif entry.name.startswith((".datastore", "..datastore")) or (
-            unnamed and BLOB_PATTERN.fullmatch(entry.name)
-        ):
-            entry.unlink(missing_ok=True)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -9,11 +9,11 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .configuration_knn import Normalization, Pooling, check_metric
 from .functional import Metric
-from .storage import HASH_BLOCK, hash_blocks
+from .storage import HASH_BLOCK, hash_blocks, hash_stream
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
@@ -93,13 +93,25 @@ class FileRecord:
             DatastoreError: naming the file, what was promised and what was found.
         """
         path = self.verify_size(path)
-        sha256, _ = hash_blocks(path)
+        with path.open("rb") as file:
+            self.verify_stream(file)
+        return path
+
+    def verify_stream(self, file: BinaryIO) -> None:
+        """Compares an open file with its record, byte for byte.
+
+        Args:
+            file: open for reading, at its start.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        sha256, _ = hash_stream(file)
         if sha256 != self.sha256:
             raise DatastoreError(
                 f"Expected {self.name} to have sha256 {self.sha256[:12]}…, but got {sha256[:12]}…; "
                 "the file is damaged or from another save, download or save it again."
             )
-        return path
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The model: a vision backbone, a head and a datastore, with both voices blended."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,8 +197,8 @@ class KnnForImageClassification(PreTrainedModel):
             pretrained_model_name_or_path: a folder or a Hub id.
             model_args: see `PreTrainedModel.from_pretrained`.
             load_datastore: False gives the plain classifier.
-            allow_stale: True accepts a datastore whose features were made by other weights,
-                processor settings or pooling.
+            allow_stale: True accepts, with a warning, a datastore whose features were made by other
+                weights, processor settings or pooling, and files beside it that were changed.
             kwargs: see `PreTrainedModel.from_pretrained`; `revision`, `token`, `cache_dir`,
                 `subfolder`, … hold for every file of the checkpoint.
 
@@ -366,7 +367,7 @@ def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
         raise ValueError("Expected `labels` to name at least one class, but got none.")
     if not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
-    doubled = sorted({name for name in names if names.count(name) > 1})
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubled:
         raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
     return {

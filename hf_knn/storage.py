@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 try:  # a dependency of torch; inside `try` because remote-code users are not asked to install it
     from filelock import FileLock
@@ -126,11 +127,16 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
     Returns:
         The hex sha256 of the file and of each block.
     """
-    whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            whole.update(block)
-            blocks.append(hashlib.sha256(block).hexdigest())
+        return hash_stream(file)
+
+
+def hash_stream(file: BinaryIO) -> tuple[str, list[str]]:
+    """Hashes an open file from where it stands, as `hash_blocks` does."""
+    whole, blocks = hashlib.sha256(), []
+    while block := file.read(HASH_BLOCK):
+        whole.update(block)
+        blocks.append(hashlib.sha256(block).hexdigest())
     return whole.hexdigest(), blocks
 
 

@@ -150,6 +150,10 @@ class KnnTrainer(Trainer):
             ValueError: without a validation set if the backbone was trained: it has seen every row.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            raise ValueError(
+                f"Expected one validation set to tune on, but got {list(dataset)}; pass one."
+            )
         if self.model.datastore is None:
             self.build_datastore()
         if dataset is not None:
@@ -350,8 +354,10 @@ class KnnTrainer(Trainer):
         shared = {id(self.model.backbone): self.model.backbone}
         model = copy.deepcopy(self.model, shared)
         head = self.model.head
-        model.head = KnnHead(head.classifier.in_features, head.classifier.out_features)
-        model.head.apply(model._init_weights)
+        with torch.random.fork_rng(devices=[]):  # the same folds whatever was drawn before
+            torch.manual_seed(self.args.seed)
+            model.head = KnnHead(head.classifier.in_features, head.classifier.out_features)
+            model.head.apply(model._init_weights)
         with tempfile.TemporaryDirectory() as folder:
             trainer = KnnTrainer(model, _quiet(self.args, folder), train_dataset=features)
             trainer.remove_callback(PrinterCallback)

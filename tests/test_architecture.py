@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
     {"configuration_knn", "functional", "storage", "manifest", "rows", "blobs", "processors"}
-    | {"first_pass", "faiss_index", "search", "indexing"},
+    | {"first_pass", "faiss_index", "search", "indexing", "persistence"},
     {"datastore", "backbone"},
     {"checkpoint"},
     {"modeling_knn"},

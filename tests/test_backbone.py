@@ -599,6 +599,15 @@ def test_a_folder_without_weights_is_an_oserror(tmp_path):
         load_backbone(str(source))
 
 
+def test_a_backbone_is_not_read_from_a_pickle(tmp_path):
+    backbone = tiny_backbone("vit")
+    backbone.save_pretrained(tmp_path / "backbone")
+    (tmp_path / "backbone" / "model.safetensors").unlink()
+    torch.save(backbone.state_dict(), tmp_path / "backbone" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        KnnForImageClassification.from_backbone(tmp_path / "backbone", 2)
+
+
 def test_code_in_a_backbone_folder_does_not_run(tmp_path):
     """`auto_map` in a local folder: refused or ignored unless the user passes trust_remote_code."""
     source = tmp_path / "backbone"

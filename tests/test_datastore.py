@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from oracles import assert_nearest, assert_same_store
 from torch import Tensor
 
-from hf_knn import datastore as datastore_module
-from hf_knn import faiss_index, first_pass, indexing, search
+from hf_knn import faiss_index, first_pass, indexing, persistence, search
 from hf_knn.datastore import Datastore, Neighbors
 from hf_knn.functional import knn_log_probs
 
@@ -36,7 +35,7 @@ in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has_faiss: Callable[[], bool]) -> None:
     """Makes the package believe that faiss is there, or is not."""
-    for module in (datastore_module, indexing):
+    for module in (persistence, indexing):
         monkeypatch.setattr(module, "has_faiss", has_faiss)
 
 
@@ -909,7 +908,8 @@ import sys
 if {hide}:
     sys.modules["faiss"] = None  # `import faiss` raises ImportError
 import torch
-from hf_knn.datastore import Datastore, has_faiss
+from hf_knn.datastore import Datastore
+from hf_knn.faiss_index import has_faiss
 assert has_faiss() != {hide}
 rows = torch.randn(3000, 24, generator=torch.Generator().manual_seed(0))
 rows[2000:2900] = rows[:900]

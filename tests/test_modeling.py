@@ -584,6 +584,12 @@ def test_a_k_that_is_no_whole_number_is_refused(k):
         KnnConfig(k=k)
 
 
+@pytest.mark.parametrize("names", [{0: "a", 5: "b"}, {0: "a", 1: "a"}], ids=["gap", "doubled"])
+def test_class_names_with_a_gap_or_a_double_are_refused(names):
+    with pytest.raises(ValueError, match="id2label"):
+        KnnConfig(id2label=names)
+
+
 def test_values_assigned_later_are_checked_when_saved(tmp_path):
     model = tiny_model("vit")
     model.config.knn_weight = 2.0

@@ -600,6 +600,17 @@ def test_several_held_out_sets(tmp_path: Path) -> None:
     assert {"eval_near_accuracy", "eval_far_accuracy"} <= found.keys()
 
 
+def test_several_held_out_sets_are_none_to_tune_on(tmp_path: Path) -> None:
+    sets = {"near": cloud(12, seed=1), "far": cloud(12, seed=2)}
+    trainer = KnnTrainer(
+        small_model(CLASSES), probe(tmp_path), train_dataset=cloud(), eval_dataset=sets
+    )
+    trainer.train()
+    with pytest.raises(ValueError, match=r"near.*far"):
+        trainer.tune()
+    assert trainer.tune(sets["near"]).k >= 1
+
+
 # tune
 
 
@@ -649,6 +660,7 @@ def test_folds_never_ask_about_what_they_have_seen(
     )
     trainer.train()
     heads: list[KnnHead] = []
+    first_weights: list[Tensor] = []
     learned: list[tuple[KnnHead, set[int]]] = []
     asked_heads: list[tuple[KnnHead, set[int]]] = []
     asked_stores: list[tuple[Datastore, set[int]]] = []
@@ -658,6 +670,8 @@ def test_folds_never_ask_about_what_they_have_seen(
         return {row_of[row.numpy().tobytes()] for row in queries.detach()}
 
     def spied_forward(head: KnnHead, rows: Tensor) -> Tensor:
+        if all(head is not other for other in heads):
+            first_weights.append(head.classifier.weight.detach().clone())
         heads.append(head)  # keeps each alive, so that none takes the place of another
         (learned if head.training else asked_heads).append((head, numbers(rows)))
         return forward(head, rows)
@@ -684,6 +698,11 @@ def test_folds_never_ask_about_what_they_have_seen(
             fold_store.mean, part.half().float().mean(0), rtol=1e-3, atol=1e-3
         )
         torch.testing.assert_close(head.mean, part.mean(0), rtol=1e-4, atol=1e-5)
+    # no fold starts from the head that has seen every row
+    trained = trainer.model.head.classifier.weight
+    assert len(first_weights) == 3
+    assert trained.abs().max() > 0.15
+    assert all(weight.abs().max() < 0.1 for weight in first_weights)
     everyone = sorted(number for _, held_out in asked_heads for number in held_out)
     assert everyone == list(range(40))  # each once, and the lone rows never
     # the model itself is as it was, but for what was chosen
@@ -706,6 +725,16 @@ def test_folds_search_as_far_as_the_whole_would(tmp_path: Path) -> None:
     result = trainer.tune()
     assert len({cell.temperature for cell in result.table}) == 22  # the fine grid
     assert max(cell.k for cell in result.table) == 160
+
+
+def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=cloud(30))
+    trainer.train()
+    tables = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        tables.append(trainer.tune().table)
+    assert tables[0] == tables[1]
 
 
 def test_folds_of_nothing_but_lone_rows_are_refused(tmp_path: Path) -> None:
@@ -861,6 +890,13 @@ def test_the_best_model_comes_back_whole(frozen: bool, tmp_path: Path) -> None:
         train_dataset=pictures(),
         eval_dataset=pictures(12, seed=1),
     )
+    at_end: list[Tensor] = []
+
+    class Watching(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            at_end.append(store_of(trainer).features)
+
+    trainer.add_callback(Watching())
     trainer.train()
     folder = tmp_path / "run"
     assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-6")
@@ -874,6 +910,7 @@ def test_the_best_model_comes_back_whole(frozen: bool, tmp_path: Path) -> None:
     assert len(trained) == (2 if frozen else len(list(model.parameters())))
     store = store_of(trainer)
     assert torch.equal(store.features, best.datastore.features)
+    assert torch.equal(at_end[0], best.datastore.features)  # restored, before it is built again
     assert torch.equal(store.ids, best.datastore.ids)
     assert frozen or not torch.equal(store.features, last.datastore.features)
     assert not model.training
@@ -1065,6 +1102,12 @@ def test_named_labels_are_those_of_the_model(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_knn_top1"] == 1
 
 
+def test_names_the_model_has_none_of(tmp_path: Path) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=cloud())
+    with pytest.raises(ValueError, match="dog"):
+        trainer.evaluate(string_dataset(["dog", "eel"] * 3))
+
+
 def test_labels_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows \[1\] have none"):
         KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=dataset_of([0, -1, 2]))
@@ -1110,8 +1153,7 @@ def test_a_single_row(tmp_path: Path) -> None:
     trainer = KnnTrainer(model, options, train_dataset=random_features([1]))
     losses = recording(trainer)
     trainer.train()
-    start = cross_entropy(
-        torch.zeros(1, 3) + small_model(CLASSES).head.classifier.bias, torch.tensor([1])
-    )
+    bias = small_model(CLASSES).head.classifier.bias.detach().unsqueeze(0)
+    start = cross_entropy(bias, torch.tensor([1]))  # the lone row is the mean, so all zeros
     assert losses[0] == pytest.approx(float(start) * (1 + 0.1 * 100), rel=1e-4)  # the clamp
     assert trainer.evaluate(random_features([1, 1], seed=2))["eval_knn_top1"] == 1

@@ -149,6 +149,24 @@ def test_ties_go_to_the_lowest_class() -> None:
     }
 
 
+@pytest.mark.parametrize(("votes", "head", "winner"), [
+    ([0, 1], [0.25, 0.0, 0.75], 0),  # .375 .25 .375: a neighbour's class before the head's own
+    ([1, 2], [0.75, 0.25, 0.0], 0),  # .375 .375 .25: the head's own, which no neighbour has
+    ([1, 2], [0.25, 0.25, 0.5], 2),  # .125 .375 .5: no tie
+])  # fmt: skip
+def test_ties_between_a_neighbour_and_the_first_choice_of_the_head(
+    votes: list[int], head: list[float], winner: int
+) -> None:
+    neighbors = Neighbors(torch.full((1, 2), 0.9), torch.tensor([votes]), torch.zeros(1, 2))
+    grid = Grid((2,), (0.14,), (0.5,))
+    for label in range(3):
+        result = tune(
+            neighbors, torch.tensor([head]).log(), torch.tensor([label]), 3,
+            grid=grid, weighting="uniform",
+        )  # fmt: skip
+        assert result.table[0].accuracy == float(label == winner), label
+
+
 def test_many_rows_are_scored_in_blocks() -> None:
     neighbors, head, labels = planted(rows=5000, width=5, head_classes=5)
     grid = Grid((2, 5), (0.14,), (0.0, 0.5))
@@ -221,18 +239,19 @@ CRITERIA = ["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
 def test_each_criterion_picks_by_its_rule() -> None:
     picked: dict[str, set[tuple[float, ...]]] = {name: set() for name in CRITERIA}
     tied = 0  # how often the order of equal cells decided
-    for seed in range(8):
-        neighbors, head, labels = planted(rows=100, seed=seed)
+    for seed in range(16):
+        rows = 100 if seed % 2 else 25  # few rows have many ties
+        neighbors, head, labels = planted(rows=rows, seed=seed)
         for name in CRITERIA:
             result = tune(neighbors, head, labels, 6, name, grid=GRID)
-            best = by_rule(result.table, name, 100)
+            best = by_rule(result.table, name, rows)
             chosen = (result.k, result.temperature, result.knn_weight)
             assert chosen == best[:3]
             score = best.accuracy if name == "one_standard_error" else getattr(best, name)
             assert result.score == score
             assert result.criterion == name
             pure = [cell for cell in result.table if cell.knn_weight == 1]
-            assert result.best_knn == by_rule(pure, name, 100)
+            assert result.best_knn == by_rule(pure, name, rows)
             picked[name].add((seed, *chosen))
             if name == "accuracy":
                 tied += sum(cell.accuracy == best.accuracy for cell in result.table) > 1

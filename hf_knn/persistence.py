@@ -1,0 +1,130 @@
+"""Writing a datastore into a folder: everything staged first, the manifest renamed last."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .blobs import RowTable, Shard, write_files
+from .faiss_index import has_faiss, serialized_flat
+from .indexing import FLAT
+from .manifest import (
+    BLOB_PATTERN,
+    FAISS_NAME,
+    MANIFEST_NAME,
+    Binding,
+    FileRecord,
+    IndexInfo,
+    Manifest,
+)
+from .search import RowSpace
+from .storage import fsync_path, stage_file
+
+LARGEST_FAISS_FILE = 100 * 10**6
+SCRATCH = ".datastore.staging"
+"""Folder inside a datastore's folder for files that are not whole yet."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a stored datastore consists of.
+
+    Attributes:
+        table: the rows.
+        shards: how they are divided over files.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        index: which index it has.
+        binding: the checkpoint it belongs to, or None.
+        source: where the rows came from, as far as known.
+    """
+
+    table: RowTable
+    shards: Sequence[Shard]
+    metric: str
+    normalization: str
+    index: IndexInfo
+    binding: Binding | None
+    source: dict[str, str]
+
+
+def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
+    """Writes a datastore; the caller holds the lock of the folder.
+
+    Args:
+        folder: an existing folder; other files in it are left alone.
+        contents: what to write.
+        places: folders in which unchanged files may lie.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        OSError: if something could not be written; the version that was there is intact.
+    """
+    table = contents.table
+    _clear_litter(folder, None)
+    scratch = folder / SCRATCH
+    scratch.mkdir()
+    try:
+        blobs = write_files(folder, scratch, table, contents.shards, places)
+        index = _stage_faiss(folder, scratch, contents)
+        count, dim = table.features.shape
+        manifest = Manifest(
+            num_rows=count,
+            dim=dim,
+            dtype=str(table.features.dtype).removeprefix("torch."),
+            metric=contents.metric,
+            normalization=contents.normalization,
+            index=contents.index,
+            blobs=blobs,
+            faiss_index=None if index is None else FileRecord.of(index).renamed(FAISS_NAME),
+            binding=contents.binding,
+            source=contents.source,
+        )
+        text = manifest.to_json().encode()
+        target = folder / MANIFEST_NAME
+        staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
+        if index is not None:
+            index.replace(folder / FAISS_NAME)
+        fsync_path(folder)
+        staged.replace(target)  # the commit point
+        fsync_path(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if index is None:
+        (folder / FAISS_NAME).unlink(missing_ok=True)
+    _clear_litter(folder, {record.name for record in blobs})
+    return manifest
+
+
+def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
+    """The serialized index, for users of faiss; never read back."""
+    table = contents.table
+    count, dim = table.features.shape
+    too_large = count * dim * 4 >= LARGEST_FAISS_FILE
+    if not has_faiss() or too_large or contents.index.spec != FLAT:
+        return None
+    features = table.features.numpy()
+    space = RowSpace(table.mean.double().numpy(), contents.metric, contents.normalization, features)
+    rows = space.normalize(features).astype(np.float32)
+    data = serialized_flat(rows, table.ids.numpy(), space.is_l2)
+    return stage_file(folder / FAISS_NAME, lambda path: _write_bytes(path, data), scratch)
+
+
+def _clear_litter(folder: Path, named: set[str] | None) -> None:
+    """Removes what a killed save left, and, once there is a new manifest, what it does not name."""
+    for entry in folder.iterdir():
+        unnamed = named is not None and entry.name not in named
+        if entry.name == SCRATCH:
+            shutil.rmtree(entry)
+        elif entry.name.startswith((".datastore", "..datastore")) or (
+            unnamed and BLOB_PATTERN.fullmatch(entry.name)
+        ):
+            entry.unlink(missing_ok=True)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
