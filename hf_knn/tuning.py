@@ -30,6 +30,7 @@ FEW_LABELS = 16
 """Below this many labels per class, accuracies of cells differ by chance alone."""
 
 _ROW_BLOCK = 2048
+_TIE = 1e-7  # the head comes as float32 log-probabilities, which tell no smaller difference
 
 
 class Criterion(StrEnum):
@@ -261,10 +262,11 @@ class _Scorer:
 def _argmax(scores: Tensor, labels: Tensor, head_score: Tensor, head_choice: Tensor) -> Tensor:
     """The best class per row, the lowest of equal ones, over slots and the head's first choice."""
     best = torch.maximum(scores.max(dim=1).values, head_score) if scores.shape[1] else head_score
+    enough = best - _TIE
     nobody = torch.iinfo(torch.int64).max
-    winners = labels.masked_fill(scores < best.unsqueeze(1), nobody)
+    winners = labels.masked_fill(scores < enough.unsqueeze(1), nobody)
     lowest = winners.min(dim=1).values if scores.shape[1] else torch.full_like(head_choice, nobody)
-    return torch.where(head_score == best, torch.minimum(lowest, head_choice), lowest)
+    return torch.where(head_score >= enough, torch.minimum(lowest, head_choice), lowest)
 
 
 def _assign_slots(neighbor_labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:

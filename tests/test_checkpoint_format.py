@@ -1,5 +1,6 @@
 """The stored datastore: round trips, damage, lies, kills, full disks and two writers at once."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -195,8 +196,7 @@ def test_files_that_are_not_written_again_hold_the_rows_of_now(
         patch.setattr(blobs, "SHARD_BYTES", 18)  # three rows
         patch.setattr(blobs, "SMALL_SHARD_BYTES", large)
         for step, change in enumerate(changes):
-            # the first row stays: see test_all_rows_of_the_first_shard_can_be_removed
-            some = generator.sample(store.ids.tolist()[1:], k=min(2, len(store) - 1))
+            some = generator.sample(store.ids.tolist(), k=min(3, len(store)))
             if change.startswith("add"):
                 paths = [f"new {step}"] * 2 if change == "add" else None
                 store.add(torch.full((2, 3), step + 0.5), [step, step], paths=paths)
@@ -213,6 +213,21 @@ def test_files_that_are_not_written_again_hold_the_rows_of_now(
                 assert_same_store(Datastore.load(place), store)
                 if reloads:
                     store = Datastore.load(place)
+
+
+def test_added_rows_leave_large_files_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "SMALL_SHARD_BYTES", 36)  # six rows, as the store has
+    store = make_store()
+    name = store.save(folder).blobs[0].name
+    inode = (folder / name).stat().st_ino
+    store.add(torch.ones(1, 3), [1])
+    two = store.save(folder).blobs
+    assert (len(two), two[0].name, (folder / name).stat().st_ino) == (2, name, inode)
+    store.add(torch.ones(2, 3), [1, 2])
+    more = store.save(folder).blobs
+    assert (len(more), more[0].name) == (2, name)  # the second file was small, it grew
+    assert more[1].name != two[1].name
+    assert_same_store(Datastore.load(folder), store)
 
 
 def test_source_and_binding_are_kept(folder: Path) -> None:
@@ -588,6 +603,31 @@ def test_files_hashed_later_are_hashed_once(
     for _ in range(2):
         store.search(torch.ones(1, 3), 2)
     assert len(seen) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="verify closes each file when it was hashed: asked again, it is closed"
+)
+def test_damage_in_a_later_file_is_found_each_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datastore, "LARGEST_VERIFIED_AT_ONCE", 0)
+    monkeypatch.setattr(blobs, "SHARD_BYTES", 12)
+    blob = folder / make_store().save(folder).blobs[1].name
+    blob.write_bytes(flipped(blob.read_bytes(), blob.stat().st_size - 1, 0))
+    store = Datastore.load(folder)
+    for _ in range(3):
+        with pytest.raises(DatastoreError, match=re.escape(blob.name)):
+            store.search(torch.ones(1, 3), 2)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="copies share the open files: the second to be hashed finds them closed"
+)
+def test_a_store_and_its_copy_are_both_hashed(hashed_later: Path) -> None:
+    store = Datastore.load(hashed_later)
+    twin = copy.deepcopy(store)
+    assert version_of(store) == version_of(twin) == 0
 
 
 def test_a_version_that_was_opened_stays_usable_when_it_is_replaced(hashed_later: Path) -> None:
@@ -1047,8 +1087,11 @@ def test_a_kill_while_safetensors_writes_leaves_no_litter(folder: Path) -> None:
     small.save(folder)
     child = Fork.repeating(lambda _: big.save(folder))
     end = time.monotonic() + 20
-    while not list(folder.rglob(".tmp??????")):  # its own temporary file, of a random name
+    while True:  # until it has its own temporary file, of a random name
         assert time.monotonic() < end
+        with contextlib.suppress(FileNotFoundError):  # the scratch folder comes and goes
+            if list((folder / persistence.SCRATCH).glob(".tmp??????")):
+                break
     child.kill()
     assert names_in(folder) <= {MANIFEST, FAISS, persistence.SCRATCH, blob_of_version(folder, 0)}
     small.save(folder)
@@ -1183,12 +1226,37 @@ def test_a_version_replaced_and_put_back_is_read_anew(
     assert version_of(Datastore.load(saved)) == 0
 
 
-def test_a_damaged_version_is_not_read_for_ever(saved: Path) -> None:
-    blob_of(saved).unlink()
-    start = time.monotonic()
+def test_a_blob_that_vanishes_while_it_is_opened_is_read_anew(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (FileNotFoundError, RuntimeError):  # as safetensors says it, and torch
+        calls: list[Path] = []
+
+        def load(path: Path, error: type[Exception] = error, calls: list = calls) -> Any:
+            calls.append(path)
+            if len(calls) == 1:
+                assert not outcome(lambda: make_store(1).save(saved))
+                raise error(f"unable to open file <{path}>")
+            return load_file(path)
+
+        make_store(0).save(saved)
+        monkeypatch.setattr(blobs, "load_file", load)
+        assert version_of(Datastore.load(saved)) == 1
+
+
+def test_a_damaged_version_is_read_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = blob_of(saved).read_bytes()
+    blob_of(saved).write_bytes(flipped(data, len(data) - 1, 3))
+    verify, calls = FileRecord.verify_stream, []
+
+    def count(record: FileRecord, file: BinaryIO) -> None:
+        calls.append(record.name)
+        verify(record, file)
+
+    monkeypatch.setattr(FileRecord, "verify_stream", count)
     with pytest.raises(DatastoreError):
         Datastore.load(saved)
-    assert time.monotonic() - start < 5
+    assert len(calls) == 1
 
 
 def test_writers_wait_for_each_other(folder: Path) -> None:

@@ -185,6 +185,50 @@ def test_differences_below_float32_are_seen(
     assert_nearest(store.search(queries, 30), store, queries, 30)
 
 
+@with_every_library
+def test_rows_that_are_nearly_orthogonal_to_the_query(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(library, monkeypatch)
+    # cosines of about 4e-4 with a query that bfloat16 holds exactly: as large as what the rows lose
+    rows = normal(9, 640, 16)
+    rows -= rows.mean(dim=1, keepdim=True)
+    rows += 4e-4 * normal(10, 640, 1)
+    store = stored_as_given(
+        torch.cat([rows, -torch.eye(16).repeat(4, 1)]), metric="cosine", normalization="l2"
+    )
+    queries = torch.full((1, 16), 0.25)
+    assert_nearest(store.search(queries, 10), store, queries, 10)
+
+
+@with_every_library
+def test_near_rows_that_lie_far_apart_in_the_store(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(library, monkeypatch)
+    rows = normal(11, 2400, 16)
+    rows -= rows.mean(dim=1, keepdim=True)
+    rows[::40] = 1 + 1e-3 * normal(12, 60, 16)  # 60 neighbours, no two in one block of 32
+    store = stored_as_given(rows, metric="cosine", normalization="l2")
+    queries = 1 + 1e-3 * normal(13, 3, 16)
+    hits = store.search(queries, 30)
+    assert (hits.ids % 40 == 0).all()
+    assert_nearest(hits, store, queries, 30)
+
+
+@with_every_library
+def test_an_index_is_built_anew_for_rows_beyond_its_scale(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(library, monkeypatch)
+    store = stored_as_given(normal(14, 300, 4), metric="l2", normalization="none")
+    store.build_index()
+    far = 1e4 + 1e-2 * normal(15, 400, 4)  # at the scale of the first rows float32 sees one point
+    store.add(far, [1] * 400)
+    queries = 1e4 + 1e-2 * normal(16, 3, 4)
+    assert_nearest(store.search(queries, 10), store, queries, 10)
+
+
 @pytest.mark.parametrize(
     ("count", "has_faiss", "is_fast", "wanted"),
     [

@@ -150,18 +150,18 @@ def test_ties_go_to_the_lowest_class() -> None:
 
 
 @pytest.mark.parametrize(("votes", "head", "winner"), [
-    ([0, 1], [0.25, 0.0, 0.75], 0),  # .375 .25 .375: a neighbour's class before the head's own
-    ([1, 2], [0.75, 0.25, 0.0], 0),  # .375 .375 .25: the head's own, which no neighbour has
-    ([1, 2], [0.25, 0.25, 0.5], 2),  # .125 .375 .5: no tie
+    ([0, 1], [0.0, 0.0, 0.5, 0.5], 0),  # four times .25: a neighbour's class is the lowest
+    ([2, 3], [0.5, 0.5, 0.0, 0.0], 0),  # four times .25: the head's choice is
+    ([1, 2], [0.25, 0.25, 0.5, 0.0], 2),  # .125 .375 .5 0: no tie
 ])  # fmt: skip
 def test_ties_between_a_neighbour_and_the_first_choice_of_the_head(
     votes: list[int], head: list[float], winner: int
 ) -> None:
     neighbors = Neighbors(torch.full((1, 2), 0.9), torch.tensor([votes]), torch.zeros(1, 2))
     grid = Grid((2,), (0.14,), (0.5,))
-    for label in range(3):
+    for label in range(4):
         result = tune(
-            neighbors, torch.tensor([head]).log(), torch.tensor([label]), 3,
+            neighbors, torch.tensor([head]).log(), torch.tensor([label]), 4,
             grid=grid, weighting="uniform",
         )  # fmt: skip
         assert result.table[0].accuracy == float(label == winner), label
