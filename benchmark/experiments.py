@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from backbones import build_backbone
+from datasets import disable_progress_bars, enable_progress_bars
 from tasks import load_task, split_indices
 from transformers import PrinterCallback
+from transformers.utils import logging
 
 from hf_knn import (
     KnnForImageClassification,
@@ -89,6 +91,12 @@ class TaskResult:
             self.model, self.test_rows = model, test_rows
 
 
+def hide_progress_bars() -> None:
+    """Hides the short bars of loading and casting; drawing and extracting show theirs."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def run_frozen(
     task: str,
     backbone: str,
@@ -110,14 +118,18 @@ def run_frozen(
         say: told what happens.
     """
     result = TaskResult(task, backbone, f"linear head, {epochs} epochs, frozen backbone")
+    enable_progress_bars()
     with result.phase("pictures"):
         rows = load_task(task, cache_dir, limit)
+    hide_progress_bars()
     folder = build_backbone(backbone, cache_dir)
     names = rows.features["label"].names
     with result.phase("features"):
         model = KnnForImageClassification.from_backbone(folder, names)
+        logging.enable_progress_bar()
         cache = None if cache_dir is None else cache_dir / "features"
         features = extract_features(model, rows, cache_dir=cache)
+    hide_progress_bars()
     result.images = features.computed
     features.paths = list(rows["name"])
     for seed in range(seeds):
@@ -157,8 +169,10 @@ def run_from_scratch(
         say: told what happens.
     """
     result = TaskResult(task, backbone, f"trained from scratch, {epochs} epochs")
+    enable_progress_bars()
     with result.phase("pictures"):
         rows = load_task(task, cache_dir, limit)
+    hide_progress_bars()
     folder = build_backbone(backbone, cache_dir)
     rows = rows.add_column("sample_id", list(range(len(rows))))
     for seed in range(seeds):

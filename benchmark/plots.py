@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib as mpl
+import torch
 from datasets import Dataset
 from experiments import TaskResult
 
@@ -29,7 +30,8 @@ def draw_neighbors(result: TaskResult, rows: Dataset, path: Path) -> None:
     step = max(1, len(result.test_rows) // QUERIES)
     chosen = result.test_rows[::step][:QUERIES]
     features = extract_features(model, rows.select(chosen), use_cache=False, progress=False)
-    output = model(features=features.features.to(model.device), return_neighbors=True)
+    with torch.inference_mode():
+        output = model(features=features.features.to(model.device), return_neighbors=True)
     figure, axes = plt.subplots(
         len(chosen), NEIGHBORS + 1, figsize=(1.7 * (NEIGHBORS + 1), 1.95 * len(chosen)),
         squeeze=False, layout="constrained",

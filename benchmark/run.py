@@ -12,13 +12,11 @@ from typing import Annotated
 
 import typer
 from accelerate import PartialState
-from datasets import disable_progress_bars
 from experiments import TaskResult, run_from_scratch, run_frozen
 from plots import draw_neighbors
 from results import results_table, seconds_table, write_results
 from rich.console import Console
 from tasks import load_task
-from transformers.utils import logging
 
 DEFAULT_TASKS = ["openmoji", "digits"]
 FROZEN = {"openmoji": "efficientnet-lite0", "openmoji-categories": "efficientnet-lite0"}
@@ -47,8 +45,6 @@ def main(
     started = time.perf_counter()
     state = PartialState()
     console = Console(quiet=not state.is_main_process)
-    disable_progress_bars()
-    logging.disable_progress_bar()
     tasks = task or DEFAULT_TASKS
     unknown = sorted(set(tasks) - set(FROZEN | FROM_SCRATCH))
     if unknown:
