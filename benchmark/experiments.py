@@ -14,7 +14,7 @@ from typing import Any
 from backbones import build_backbone
 from datasets import disable_progress_bars, enable_progress_bars
 from tasks import load_task, split_indices
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
 from hf_knn import (
@@ -134,6 +134,7 @@ def run_frozen(
     features.paths = list(rows["name"])
     for seed in range(seeds):
         say(f"{task}: split {seed + 1} of {seeds}")
+        set_seed(seed)  # of the new head
         indices = split_indices(features.labels.numpy(), seed)
         parts = [features.select(part) for part in indices]
         model = KnnForImageClassification.from_backbone(folder, names)
@@ -177,6 +178,7 @@ def run_from_scratch(
     rows = rows.add_column("sample_id", list(range(len(rows))))
     for seed in range(seeds):
         say(f"{task}: split {seed + 1} of {seeds}, training the whole model")
+        set_seed(seed)  # of the new head; the backbone's random weights are those of its folder
         indices = split_indices(rows["label"][:], seed, SCRATCH_FRACTIONS)
         parts = [rows.select(part) for part in indices]
         model = KnnForImageClassification.from_backbone(folder, rows.features["label"].names)

@@ -90,7 +90,8 @@ def _write(
     console.print(f"Numbers: {output / 'results.json'}")
     console.print(f"Picture: {output / 'neighbors.png'}")
     console.print(f"Checkpoint: {checkpoint}")
-    console.print(f"Next: [bold].venv/bin/hf-knn predict {checkpoint} {query}[/]")
+    command = f".venv/bin/hf-knn predict {checkpoint} {query}"
+    console.print(f"Next: [bold]{command}[/]", soft_wrap=True)
 
 
 if __name__ == "__main__":

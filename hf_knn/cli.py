@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .data import hide_progress_bars, load_splits
@@ -91,6 +91,7 @@ def train_pictures(options: TrainOptions) -> None:
         OSError: if the backbone cannot be found or the checkpoint cannot be written.
     """
     started = time.perf_counter()
+    set_seed(options.seed)
     splits = load_splits(options.pictures)
     names = list(splits["train"].features["label"].names)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
@@ -136,7 +137,9 @@ def train_pictures(options: TrainOptions) -> None:
         console.print(metrics_table(metrics, f"{len(rows.test)} test pictures"))
     seconds = time.perf_counter() - started
     console.print(f"Saved {options.output} ({len(model.datastore)} rows) after {seconds:.0f} s.")
-    console.print(f"Next: [bold]hf-knn predict {options.output} PICTURE.jpg[/]")
+    console.print(
+        f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
+    )
 
 
 def predict_images(

@@ -978,6 +978,29 @@ def test_fine_tuning_of_a_model_with_a_datastore_can_be_resumed(tmp_path: Path) 
     assert_same(tensors(resumed.model), tensors(model))
 
 
+def test_a_checkpoint_between_evaluations_holds_no_datastore_of_other_weights(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 3}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    trainer = KnnTrainer(
+        small_model(CLASSES),
+        arguments(tmp_path, **options),
+        train_dataset=pictures(),
+        eval_dataset=pictures(12, seed=1),
+    )
+    trainer.train()
+    found = {}
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        opened = KnnForImageClassification.from_pretrained(folder)  # refuses what is stale
+        found[step] = opened.datastore is not None
+        if opened.datastore is not None:
+            now = extract_features(opened, pictures(), use_cache=False, progress=False)
+            assert torch.equal(opened.datastore.features, now.features.half())
+    assert found == {2: False, 4: False, 6: True, 8: False}
+
+
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib"}
 
 

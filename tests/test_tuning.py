@@ -161,7 +161,7 @@ def test_ties_between_a_neighbour_and_the_first_choice_of_the_head(
     grid = Grid((2,), (0.14,), (0.5,))
     for label in range(4):
         result = tune(
-            neighbors, torch.tensor([head]).log(), torch.tensor([label]), 4,
+            neighbors, torch.tensor([head], dtype=torch.float64).log(), torch.tensor([label]), 4,
             grid=grid, weighting="uniform",
         )  # fmt: skip
         assert result.table[0].accuracy == float(label == winner), label
@@ -289,6 +289,34 @@ def test_ties_take_the_smaller_weight_then_k_then_temperature(criterion: str) ->
     grid = Grid((2, 4, 6), (0.5, 0.05, 1.0), (1.0, 0.25, 0.5))
     result = tune(certain, head, labels, 6, criterion, grid=grid)
     assert (result.knn_weight, result.k, result.temperature) == (0.25, 2, 0.05)
+
+
+def test_a_smaller_weight_comes_before_a_smaller_k() -> None:
+    # votes of 1/2, 1/3 and 1/4: with k = 1 class 0 has all of them, with k = 3 class 1 the most
+    neighbors = Neighbors(
+        torch.tensor([[0.9, 0.8, 0.7]] * 2), torch.tensor([[0, 1, 1]] * 2), torch.zeros(2, 3)
+    )
+    head = torch.tensor([[0.3, 0.0, 0.7], [0.0, 0.0, 1.0]]).log()
+    labels = torch.tensor([2, 0])  # the first is right with k = 3 and 0.4, the second with 1 and 1
+    grid = Grid((1, 3), (0.14,), (0.4, 1.0))
+    result = tune(neighbors, head, labels, 3, "accuracy", grid=grid, weighting="rank")
+    found = {(cell.knn_weight, cell.k): cell.accuracy for cell in result.table}
+    assert found == {(0.4, 1): 0, (0.4, 3): 0.5, (1.0, 1): 0.5, (1.0, 3): 0}
+    assert (result.knn_weight, result.k) == (0.4, 3)
+
+
+def test_a_smaller_k_comes_before_a_smaller_temperature() -> None:
+    distances = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.05, 0.05, 0.06, 0.5, 0.5]])
+    votes = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 1, 2, 1, 0, 0]])
+    labels = torch.tensor([1, 1])  # the first is right with k = 3 and T = 10, the second 6 and 0.1
+    grid = Grid((3, 6), (0.1, 10.0), (1.0,))
+    result = tune(
+        Neighbors(-distances, votes, votes), torch.zeros(2, 3), labels, 3, "accuracy",
+        grid=grid, metric="l2",
+    )  # fmt: skip
+    found = {(cell.k, cell.temperature): cell.accuracy for cell in result.table}
+    assert found == {(3, 0.1): 0, (3, 10.0): 0.5, (6, 0.1): 0.5, (6, 10.0): 0}
+    assert (result.k, result.temperature) == (3, 10.0)
 
 
 def test_the_weight_falls_back_to_either_pure_voice() -> None:
