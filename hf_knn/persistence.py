@@ -117,12 +117,9 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
 def _clear_litter(folder: Path, named: set[str] | None) -> None:
     """Removes what a killed save left, and, once there is a new manifest, what it does not name."""
     for entry in folder.iterdir():
-        unnamed = named is not None and entry.name not in named
         if entry.name == SCRATCH:
             shutil.rmtree(entry)
-        elif entry.name.startswith((".datastore", "..datastore")) or (
-            unnamed and BLOB_PATTERN.fullmatch(entry.name)
-        ):
+        elif named is not None and BLOB_PATTERN.fullmatch(entry.name) and entry.name not in named:
             entry.unlink(missing_ok=True)
 
 

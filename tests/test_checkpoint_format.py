@@ -307,7 +307,7 @@ def test_a_damaged_blob_is_not_reused(saved: Path, tmp_path: Path, damaged: str)
 
 
 def test_litter_goes_and_foreign_files_stay(saved: Path) -> None:
-    litter = ["datastore-0123456789ab.safetensors", ".datastore-rows.tmp"]
+    litter = ["datastore-0123456789ab.safetensors"]
     foreign = ["config.json", "datastore-notes.txt", ".hidden", "datastore-0123.safetensors"]
     for name in litter + foreign:
         (saved / name).write_text("x")
