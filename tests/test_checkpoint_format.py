@@ -1083,6 +1083,7 @@ def test_a_kill_during_save_leaves_one_version(folder: Path) -> None:
     assert kill_saves(folder, 25, 0) == {0, 1}
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_many_kills_during_save_leave_one_version(folder: Path) -> None:
     assert kill_saves(folder, 300, 1) == {0, 1}
@@ -1139,6 +1140,7 @@ def test_a_kill_during_an_exchange_leaves_one_version(folder: Path) -> None:
     assert kill_exchanges(folder, 25, 0) == {"0", "1"}
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_many_kills_during_an_exchange_leave_one_version(folder: Path) -> None:
     assert kill_exchanges(folder, 300, 1) == {"0", "1"}

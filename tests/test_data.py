@@ -1,5 +1,6 @@
 """Labelled pictures from every kind of source, with labels and ids that stay what they are."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -424,8 +425,14 @@ def test_a_replaced_picture_changes_the_fingerprint(kind: str, tmp_path: Path) -
         source.write_text("path,label\nall/ant/0.png,ant\nall/bee/0.png,bee\n")
     before = fingerprint_of(load_splits(source)["train"])
     assert fingerprint_of(load_splits(source)["train"]) == before
-    (tmp_path / "all" / "ant" / "0.png").write_bytes(encoded(picture(3, 77)))
-    assert fingerprint_of(load_splits(source)["train"]) != before
+    replaced = tmp_path / "all" / "ant" / "0.png"
+    replaced.write_bytes(encoded(picture(3, 77), "BMP"))
+    second = fingerprint_of(load_splits(source)["train"])
+    assert second != before
+    replaced.write_bytes(encoded(picture(3, 78), "BMP"))  # of the same size
+    status = replaced.stat()
+    os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    assert fingerprint_of(load_splits(source)["train"]) not in (before, second)
 
 
 def test_paths_are_relative_and_keep_the_label_folder(tmp_path: Path) -> None:

@@ -1345,6 +1345,7 @@ def test_killed_saves_leave_one_whole_version(tmp_path):
     kill_saves(tmp_path / "saved", 15)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_many_killed_saves_leave_one_whole_version(tmp_path):
     kill_saves(tmp_path / "saved", 100)
