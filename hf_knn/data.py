@@ -111,7 +111,7 @@ def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
     Args:
         dataset: with one image column and one label column, whatever they are called.
         names: the classes in the order of their numbers; named labels are numbered by it. Plain
-            numbers, and classes of a ClassLabel of which none is among them, stay as they are.
+            numbers stay as they are.
 
     Returns:
         The dataset; `sample_id` is the row number unless there is one already.
@@ -123,9 +123,7 @@ def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
     dataset = _with_columns(dataset)
     if names is not None:
         own = {str(value) for value in _values(dataset) if not _is_missing(value)}
-        is_text = not isinstance(dataset.features[LABEL], ClassLabel) and any(
-            isinstance(value, str) for value in _values(dataset)
-        )
+        is_text = not all(value.isdigit() for value in own)
         has_names = not all(_GENERIC_NAME.fullmatch(name) for name in names)
         if own & set(names) or (is_text and has_names):
             foreign = sorted(own - set(names))
@@ -270,8 +268,7 @@ def _load_csv(path: Path) -> Dataset:
 
 def _raw_paths(dataset: Dataset) -> list[str]:
     """The path that each picture came with; empty strings where there is none."""
-    column = dataset.data.column(IMAGE).combine_chunks()
-    chunks = getattr(column, "chunks", [column])
+    chunks = dataset.data.column(IMAGE).chunks  # not combined: that would copy every picture
     paths = [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
     if dataset._indices is None:
         return paths
@@ -331,7 +328,8 @@ def _values(dataset: Dataset) -> list[Any]:
     values = dataset.with_format(None)[LABEL][:]
     kind = dataset.features[LABEL]
     if not isinstance(kind, ClassLabel):
-        return values
+        # a csv column of whole numbers with an empty cell comes as floats
+        return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return [None if value is None or value < 0 else kind.names[value] for value in values]
 
 

@@ -708,6 +708,11 @@ def _lists_of(table: RowTable, manifest: Manifest) -> StoredLists | None:
             f"{manifest.index.spec}, but they do not; save the datastore again."
         )
     lists, count = table.lists, len(table.centroids)
+    if not manifest.index.spec.startswith(f"IVF{count},"):
+        raise DatastoreError(
+            f"Expected {count} lists in the index of the manifest, one per centroid, "
+            f"but got {manifest.index.spec}."
+        )
     if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= count):
         raise DatastoreError(f"Expected lists in [0, {count}) in {manifest.blobs[0].name}.")
     return StoredLists(table.centroids.numpy(), lists.numpy())

@@ -1,5 +1,6 @@
 """Search with faiss. The only file that imports it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,6 +187,11 @@ def empty_index(spec: str, width: int, count: int) -> Any:
     Raises:
         ValueError: for a string that faiss does not understand, or too few rows to train on.
     """
+    if any(int(lists) > count for lists in re.findall(r"IVF(\d+)", spec)):
+        raise ValueError(
+            f"Expected at least as many rows as lists for `index` {spec!r}, one per list, "
+            f"but got {count} rows; use index='flat'."
+        )
     try:
         index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -193,12 +199,6 @@ def empty_index(spec: str, width: int, count: int) -> Any:
             f"Expected `index` to be auto, flat or a faiss factory string, but got {spec!r}: "
             f"{str(error).splitlines()[-1]}"
         ) from error
-    lists = _inverted_lists(index)
-    if lists is not None and count < lists.nlist:
-        raise ValueError(
-            f"Expected at least {lists.nlist} rows for `index` {spec!r}, one per list, "
-            f"but got {count}; use index='flat'."
-        )
     return index
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import speed_metrics
 from .backbone import evaluating, split_features
 from .checkpoint import made_by
 from .collator import KnnCollator
-from .data import labels_of, prepare
+from .data import fingerprint_of, labels_of, prepare
 from .datastore import Datastore, Neighbors
 from .features import ImageFeatures, extract_features
 from .folds import stratified_folds
@@ -88,7 +88,7 @@ class KnnTrainer(Trainer):
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self._datastore_step = -1
-        self._known_features: dict[int, tuple[Any, ImageFeatures]] = {}
+        self._known_features: dict[str, ImageFeatures] = {}
         super().__init__(
             model=model,
             args=args,
@@ -267,9 +267,11 @@ class KnnTrainer(Trainer):
     def _features_of(self, dataset: Any) -> ImageFeatures:
         if isinstance(dataset, ImageFeatures):
             return dataset
-        known = self._known_features.get(id(dataset))
-        if known is not None:
-            return known[1]
+        name = fingerprint_of(dataset)
+        if name is not None:
+            name = f"{name}|{made_by(self.model)}"
+            if name in self._known_features:
+                return self._known_features[name]
         features = extract_features(
             self.model,
             dataset,
@@ -280,8 +282,8 @@ class KnnTrainer(Trainer):
             use_cache=self.args.feature_cache and self.args.freeze_backbone,
             progress=not self.args.disable_tqdm,
         )
-        if self.args.freeze_backbone:
-            self._known_features[id(dataset)] = (dataset, features)
+        if self.args.freeze_backbone and name is not None:
+            self._known_features[name] = features
         return features
 
     def _store_of(self, features: ImageFeatures) -> Datastore:

@@ -544,3 +544,17 @@ def test_an_empty_dataset(read: Callable[[Dataset], torch.Tensor]) -> None:
     assert read(rows).dtype == torch.int64
     assert paths_of(rows) == []
     assert np.array_equal(rows.column_names, ["image", "label", "sample_id"])
+
+
+def test_numbers_beside_an_empty_cell_keep_their_names(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 3})
+    (tmp_path / "a.csv").write_text("path,label\nant/0.png,10\nant/1.png,\nant/2.png,2\n")
+    rows = load_splits(tmp_path / "a.csv")["train"]
+    assert [label_names(rows)[label] for label in rows["label"] if label >= 0] == ["10", "2"]
+
+
+def test_class_labels_that_the_model_has_none_of_are_refused() -> None:
+    rows = relabelled(ClassLabel(names=["dog", "eel"]), [0, 1])
+    with pytest.raises(ValueError, match=r"model's 2 classes, but got \['dog', 'eel'\]"):
+        prepare(rows, ["ant", "bee"])
+    assert labels_of(prepare(rows, ["LABEL_0", "LABEL_1"])).tolist() == [0, 1]
