@@ -7,10 +7,12 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 _CACHE = tempfile.mkdtemp(prefix="hf-knn-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -18,6 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHE, "modules")
 os.environ["HF_EVALUATE_CACHE"] = os.path.join(_CACHE, "evaluate")
+
+# tqdm's own lock is shared with forked children: one that is killed while it holds it would leave
+# every later progress bar of the parent waiting for ever
+tqdm.set_lock(threading.RLock())
 
 # the tensors here are tiny: threads only wait for each other, minutes of it on a busy machine
 torch.set_num_threads(1)
