@@ -15,91 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .manifest import DatastoreError, FileRecord, Manifest
+from .row_table import RowParts, RowTable, Shard
 from .storage import fsync_path, give_default_mode, link_or_copy
 
-SHARD_BYTES = 5 * 10**9
-"""A row file holds at most this many bytes of features."""
-
-SMALL_SHARD_BYTES = 16 * 10**6
-"""Added rows go into the last row file while it is smaller than this, else into a new one."""
-
 Resolve = Callable[[str], Path | None]
-
-
-class Shard(NamedTuple):
-    """One row file: how many rows, and its record if the file holds them as they are."""
-
-    rows: int
-    record: FileRecord | None = None
-
-
-class RowTable(NamedTuple):
-    """What the files hold.
-
-    Attributes:
-        features: [N, D] float16 or float32.
-        labels: [N] int64.
-        ids: [N] int64.
-        mean: [D] float32.
-        paths: N strings, or None.
-        centroids: [n, D'] float32 of an inverted-file index, or None.
-        lists: [N] int64, each row's list, or None.
-    """
-
-    features: Tensor
-    labels: Tensor
-    ids: Tensor
-    mean: Tensor
-    paths: list[str] | None = None
-    centroids: Tensor | None = None
-    lists: Tensor | None = None
-
-
-def split_into_shards(rows: int, row_bytes: int) -> list[Shard]:
-    """Row files for new rows; one empty file for none.
-
-    Args:
-        rows: how many.
-        row_bytes: bytes of features per row.
-    """
-    most = max(1, SHARD_BYTES // max(1, row_bytes))
-    return [Shard(min(most, rows - start)) for start in range(0, max(1, rows), most)]
-
-
-def append_to_shards(shards: Sequence[Shard], rows: int, row_bytes: int) -> list[Shard]:
-    """Row files after rows were appended; large ones stay as they are."""
-    kept, last = list(shards[:-1]), shards[-1]
-    if last.rows * row_bytes < SMALL_SHARD_BYTES:
-        return [*kept, *split_into_shards(last.rows + rows, row_bytes)]
-    return [*shards, *split_into_shards(rows, row_bytes)]
-
-
-def change_shards(shards: Sequence[Shard], changed: Tensor, kept: Tensor) -> list[Shard]:
-    """Row files after some rows were changed or removed; only theirs must be written again.
-
-    Args:
-        shards: the row files before.
-        changed: [N] bool, rows with other content.
-        kept: [N] bool, rows that are still there.
-    """
-    result, start = [], 0
-    for shard in shards:
-        part = slice(start, start + shard.rows)
-        rows = int(kept[part].sum())
-        touched = rows < shard.rows or bool(changed[part].any())
-        result.append(Shard(rows, None if touched else shard.record))
-        start += shard.rows
-    filled = [shard for shard in result if shard.rows] or [Shard(0)]
-    if filled[0] is not result[0]:
-        filled[0] = Shard(filled[0].rows)  # the first file is the one with the mean
-    return filled
 
 
 def write_files(
     folder: Path,
     scratch: Path,
     table: RowTable,
-    shards: Sequence[Shard],
+    shared: dict[str, Tensor],
     places: Sequence[Path],
 ) -> list[FileRecord]:
     """Writes what is not there already.
@@ -107,19 +33,20 @@ def write_files(
     Args:
         folder: where to.
         scratch: a folder of the same file system for files that are not whole yet.
-        table: the rows.
-        shards: how they are divided; a shard with a record is reused where its file is found.
+        table: the rows; a shard with a record is reused where its file is found.
+        shared: tensors of the first file that belong to no row: `mean`, and `centroids`.
         places: folders in which unchanged files may lie; they are hard-linked.
 
     Returns:
         The records of the files, in row order.
     """
     records, start = [], 0
-    for shard in shards:
+    for shard in table.shards:
         part = slice(start, start + shard.rows)
         record = shard.record
         if record is None or not _reuse(record, folder, places):
-            record = _write(folder, scratch, _tensors(table, part), places)
+            tensors = _tensors(table, part) | (shared if part.start == 0 else {})
+            record = _write(folder, scratch, tensors, places)
         records.append(record)
         start += shard.rows
     return records
@@ -130,14 +57,14 @@ class OpenedFiles(NamedTuple):
 
     Attributes:
         table: the rows, without paths.
-        shards: how they are divided.
+        shared: what belongs to no row: `mean`, and `centroids` if there are any.
         read_paths: reads the paths; raises DatastoreError where they disagree with their file.
         verify: hashes the files, those that were opened even if others took their names since;
             raises DatastoreError naming the file that is not what the manifest says.
     """
 
     table: RowTable
-    shards: list[Shard]
+    shared: dict[str, Tensor]
     read_paths: Callable[[], list[str] | None]
     verify: Callable[[], None]
 
@@ -155,25 +82,27 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
     # opened before they are mapped, so that what is hashed is what is mapped
     handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
     files = [_open(record, resolve) for record in manifest.blobs]
-    features = _concatenate(files, "features", manifest)
+    features = _features(files, manifest)
     shape = (manifest.num_rows, manifest.dim)
-    if tuple(features.shape) != shape or str(features.dtype) != f"torch.{manifest.dtype}":
+    if features.shape != shape or str(features.dtype) != f"torch.{manifest.dtype}":
         raise DatastoreError(
             f"Expected features of {shape} {manifest.dtype} as the manifest says, "
-            f"but the blobs hold {tuple(features.shape)} {features.dtype}."
+            f"but the blobs hold {features.shape} {features.dtype}."
         )
-    has_lists = "centroids" in files[0]
+    shared = {"mean": _take_vector(files[0], "mean", torch.float32, manifest.blobs[0])}
+    lists = None
+    if "centroids" in files[0]:
+        shared["centroids"] = files[0]["centroids"]
+        lists = _vectors(files, "lists", manifest, torch.int32).long().numpy()
+    pairs = zip(files, manifest.blobs, strict=True)
     table = RowTable(
         features,
-        _concatenate(files, "labels", manifest, torch.int64),
-        _concatenate(files, "ids", manifest, torch.int64),
-        _take_vector(files[0], "mean", torch.float32, manifest.blobs[0]),
+        _vectors(files, "labels", manifest, torch.int64),
+        _vectors(files, "ids", manifest, torch.int64),
         None,
-        files[0].get("centroids"),
-        _concatenate(files, "lists", manifest, torch.int32).long() if has_lists else None,
+        lists,
+        [Shard(len(_take(tensors, "ids", record)), record) for tensors, record in pairs],
     )
-    pairs = zip(files, manifest.blobs, strict=True)
-    shards = [Shard(len(tensors["ids"]), record) for tensors, record in pairs]
 
     def read_paths() -> list[str] | None:
         return _decode_paths(files, manifest) if "path_ends" in files[0] else None
@@ -182,27 +111,22 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
         # copies of a datastore share this: what was found whole once is not read again
         for record, handle in zip(manifest.blobs, handles, strict=True):
             if not handle.closed:
-                handle.seek(0)
                 record.verify_stream(handle)
                 handle.close()
 
-    return OpenedFiles(table, shards, read_paths, verify)
+    return OpenedFiles(table, shared, read_paths, verify)
 
 
 def _tensors(table: RowTable, part: slice) -> dict[str, Tensor]:
     tensors = {
-        "features": table.features[part],
+        "features": torch.from_numpy(table.features[part]),
         "labels": table.labels[part],
         "ids": table.ids[part],
     }
-    if part.start == 0:
-        tensors["mean"] = table.mean
     if table.paths is not None:
         tensors |= _encode_paths(table.paths[part])
-    if table.centroids is not None and table.lists is not None:
-        tensors["lists"] = table.lists[part].int()
-        if part.start == 0:
-            tensors["centroids"] = table.centroids
+    if table.lists is not None:
+        tensors["lists"] = torch.from_numpy(table.lists[part]).int()
     return tensors
 
 
@@ -268,16 +192,23 @@ def _take_vector(
     return vector
 
 
-def _concatenate(
-    files: list[dict[str, Tensor]], key: str, manifest: Manifest, dtype: torch.dtype | None = None
+def _features(files: list[dict[str, Tensor]], manifest: Manifest) -> RowParts:
+    pairs = zip(files, manifest.blobs, strict=True)
+    parts = [_take(tensors, "features", record) for tensors, record in pairs]
+    kinds = {f"{list(part.shape[1:])} {part.dtype}" for part in parts}
+    if len(kinds) != 1 or parts[0].ndim != 2:
+        raise DatastoreError(
+            f"Expected features of ({manifest.num_rows}, {manifest.dim}) of one dtype in all "
+            f"blobs, but they hold {[tuple(part.shape) for part in parts]}: {sorted(kinds)}."
+        )
+    return RowParts(parts)
+
+
+def _vectors(
+    files: list[dict[str, Tensor]], key: str, manifest: Manifest, dtype: torch.dtype
 ) -> Tensor:
     pairs = zip(files, manifest.blobs, strict=True)
-    if dtype is None:
-        parts = [_take(tensors, key, record) for tensors, record in pairs]
-    else:
-        parts = [_take_vector(tensors, key, dtype, record) for tensors, record in pairs]
-    if len({(part.dtype, part.shape[1:]) for part in parts}) != 1:
-        raise DatastoreError(f"Expected `{key}` of one dtype and width in all blobs.")
+    parts = [_take_vector(tensors, key, dtype, record) for tensors, record in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

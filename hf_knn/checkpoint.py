@@ -46,7 +46,8 @@ _WEIGHTS_PATTERN = re.compile(
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
     "faiss_index.py", "first_pass.py", "functional.py", "indexing.py", "manifest.py",
-    "modeling_knn.py", "persistence.py", "processors.py", "rows.py", "search.py", "storage.py",
+    "modeling_knn.py", "persistence.py", "processors.py", "row_table.py", "rows.py", "search.py",
+    "storage.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -227,11 +228,12 @@ class CheckpointAttempt:
             self.is_stale = isinstance(problem, StaleDatastoreError)
             logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
 
-    def read_datastore(self, model: Any) -> Datastore | None:
-        """Reads the datastore that belongs to a model.
+    def read_datastore(self, model: Any, trust_faiss_index: bool) -> Datastore | None:
+        """Reads the datastore that belongs to a model; checks every byte of a downloaded one.
 
         Args:
             model: the model that was loaded from this checkpoint.
+            trust_faiss_index: see `Datastore.load`.
 
         Returns:
             The datastore; None if the checkpoint has none.
@@ -246,7 +248,12 @@ class CheckpointAttempt:
                     "says, but it is missing; pass load_datastore=False for the plain classifier."
                 )
             return None
-        store = Datastore.from_manifest(self.manifest, self.reader.resolve)
+        store = Datastore.from_manifest(
+            self.manifest,
+            self.reader.resolve,
+            verify="auto" if Path(self.reader.name).is_dir() else "full",
+            trust_faiss_index=trust_faiss_index,
+        )
         if len(store) < _LABELS_CHECKED_AT_ONCE:
             check_fits(store, model.config)
         store.digest = STALE if self.is_stale else made_by(model)

@@ -1,6 +1,7 @@
 """The memory of the classifier: rows of (features, label, id) that are searched by similarity."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,25 +12,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
-from .blobs import (
-    OpenedFiles,
-    Resolve,
-    RowTable,
-    Shard,
-    append_to_shards,
-    change_shards,
-    open_files,
-    split_into_shards,
-)
+from .blobs import OpenedFiles, Resolve, open_files
 from .configuration_knn import Normalization, check_metric
-from .faiss_index import FaissApproximate
-from .first_pass import Ints
+from .faiss_index import FaissApproximate, has_faiss
+from .first_pass import Ints, Singles
 from .functional import Metric
 from .indexing import (
     AUTO,
     FLAT,
     MIN_RECALL,
+    Placement,
     StoredLists,
     build_searcher,
     choose_index,
@@ -45,6 +39,7 @@ from .manifest import (
     Manifest,
 )
 from .persistence import Contents, write_datastore
+from .row_table import RowTable
 from .rows import (
     Values,
     as_features,
@@ -148,13 +143,13 @@ class Datastore:
         self.manifest: Manifest | None = None
         self.digest: str | None = None
         self.source: dict[str, str] = {}
-        self._features, self._labels, self._ids = features.contiguous(), labels, ids
-        self._paths = check_paths(paths, len(features))
-        self._shards = split_into_shards(len(features), self.dim * features.element_size())
+        self._table = RowTable.of(features, labels, ids, check_paths(paths, len(features)))
         self._index = self._choose_index(index)
-        self._lists: StoredLists | None = None
+        self._centroids: Singles | None = None
         self._searcher: Searcher | None = None
+        self._placement = Placement()
         self._unverified: OpenedFiles | None = None
+        self._trusted: Path | None = None
         self._home: Path | None = None
 
     @classmethod
@@ -205,41 +200,41 @@ class Datastore:
         return store
 
     def __len__(self) -> int:
-        return len(self._features)
+        return len(self._table)
 
     @property
     def dim(self) -> int:
         """Width of a row (D)."""
-        return self._features.shape[1]
+        return self._table.features.shape[1]
 
     @property
     def dtype(self) -> str:
         """Storage dtype, `float16` or `float32`."""
-        return str(self._features.dtype).removeprefix("torch.")
+        return str(self._table.features.dtype).removeprefix("torch.")
 
     @property
     def features(self) -> Tensor:
-        """[N, D] the stored raw features."""
+        """[N, D] the stored raw features; joined, in memory, if they lie in several files."""
         self.verify()
-        return self._features
+        return self._table.features.joined()
 
     @property
     def labels(self) -> Tensor:
         """[N] int64."""
         self.verify()
-        return self._labels
+        return self._table.labels
 
     @property
     def ids(self) -> Tensor:
         """[N] int64."""
         self.verify()
-        return self._ids
+        return self._table.ids
 
     @property
     def paths(self) -> list[str] | None:
         """Where each row's picture lies, relative to its dataset; None if nobody said."""
         self.verify()
-        return self._paths
+        return self._table.paths
 
     @property
     def index(self) -> IndexInfo:
@@ -249,7 +244,7 @@ class Datastore:
     def __repr__(self) -> str:
         return (
             f"Datastore({len(self)} x {self.dim} {self.dtype}, metric={self.metric!r}, "
-            f"normalization={self.normalization!r}, index={self._index.spec!r})"
+            f"normalization={self.normalization!r}, index={str(self._index)!r})"
         )
 
     def __copy__(self) -> Self:
@@ -307,23 +302,54 @@ class Datastore:
         rows = torch.from_numpy(positions)
         return Neighbors(
             torch.from_numpy(similarities).clamp(-largest, largest).float().to(device),
-            self._labels[rows].to(device),
-            self._ids[rows].to(device),
+            self._table.labels[rows].to(device),
+            self._table.ids[rows].to(device),
         )
 
-    def leave_one_out(self, k: int = 20, batch_size: int = 4096) -> Iterator[Neighbors]:
+    def leave_one_out(
+        self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
+    ) -> Iterator[Neighbors]:
         """The neighbours of each stored row among the others, in row order, chunk by chunk.
 
         Args:
             k: how many.
             batch_size: rows per chunk, which bounds the memory.
+            progress: show a progress bar.
 
         Yields:
             Neighbors of the next rows.
         """
-        for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
-            yield self.search(self.features[part], k, self._ids[part])
+        self.verify()
+        table = self._table  # the rows of now, whatever is changed between two chunks
+        with tqdm(total=len(table), unit=" rows", desc="neighbours", disable=not progress) as bar:
+            for start in range(0, len(table), batch_size):
+                part = slice(start, start + batch_size)
+                rows = table.features[part]
+                yield self.search(rows, k, table.ids[part])
+                bar.update(len(rows))
+
+    def to(
+        self, device: str | torch.device | Sequence[str | torch.device], *, float16: bool = False
+    ) -> Self:
+        """Chooses where searches run; the rows, the answers and their order stay the same.
+
+        On a device an exact search is a blocked matrix product of torch, on several they share the
+        rows; an inverted file goes to faiss-gpu where that is installed. Candidates are compared on
+        the CPU in float64 in any case.
+
+        Args:
+            device: `cpu`, `cuda`, `cuda:1`, `mps`, …, or several of one kind.
+            float16: keep half of the memory there; answers stay exact, by more candidates.
+
+        Returns:
+            This datastore.
+
+        Raises:
+            ValueError: for a device that is not here.
+        """
+        self._placement = Placement.of(device, float16)
+        self._searcher = None
+        return self
 
     def build_index(self) -> Searcher:
         """Builds the index now instead of at the first search.
@@ -337,14 +363,15 @@ class Datastore:
         """
         self.verify()
         if self._searcher is None:
-            features = self._features.numpy()
-            space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, features)
-            had_lists = self._lists is not None
-            self._searcher, self._index, self._lists = build_searcher(
-                features, self._ids.numpy(), space, self._index, self._lists, self.min_recall
-            )
-            if self._lists is not None and not had_lists:
-                self._shards = [Shard(shard.rows) for shard in self._shards]
+            table = self._table
+            mean = self.mean.double().numpy()
+            space = RowSpace(mean, self.metric, self.normalization, table.features)
+            self._searcher, self._index, lists = build_searcher(
+                table.features, table.ids.numpy(), space, self._index, self._stored_lists(),
+                self.min_recall, self._placement, self._trusted,
+            )  # fmt: skip
+            if lists is not None and table.lists is None:
+                self._centroids, self._table = lists.centroids, table.with_lists(lists.lists)
         return self._searcher
 
     def add(
@@ -374,7 +401,7 @@ class Datastore:
         numbers = torch.arange(first, first + len(added))
         if ids is not None:
             numbers = as_whole_numbers(ids, "ids")
-        known = numbers[torch.isin(numbers, self._ids)]
+        known = numbers[torch.isin(numbers, self._table.ids)]
         if len(known):
             raise ValueError(
                 f"Expected `ids` that the datastore does not have, but it has {shown(known)}; "
@@ -384,24 +411,15 @@ class Datastore:
             as_whole_numbers(labels, "labels"), numbers, len(added)
         )
         new_paths = check_paths(paths, len(added))
-        stored = to_storage(added, self._features.dtype)
-        all_paths = None
-        if self._paths is not None or new_paths is not None:
-            blank = [""] * len(added)
-            all_paths = (self._paths or [""] * len(self)) + (new_paths or blank)
-        all_features = torch.cat([self._features.to(stored.dtype), stored])
-        all_ids = torch.cat([self._ids, row_ids])
-        row_bytes = self.dim * stored.element_size()
-        if stored.dtype == self._features.dtype and (all_paths is None) == (self._paths is None):
-            shards = append_to_shards(self._shards, len(added), row_bytes)
-        else:
-            shards = split_into_shards(len(all_ids), row_bytes)
+        stored = to_storage(added, self._table.features.dtype)
+        table = self._table.append(stored, row_labels, row_ids, new_paths, None)
         follows = self._searcher is not None and self._searcher.add(
-            all_features.numpy(), all_ids.numpy()
+            table.features, table.ids.numpy()
         )
-        self._lists = self._lists_after_add(len(added), follows)
-        self._features, self._ids, self._paths = all_features, all_ids, all_paths
-        self._labels, self._shards = torch.cat([self._labels, row_labels]), shards
+        if follows and self._table.lists is not None:
+            lists = np.concatenate([self._table.lists, self._lists_of_last(len(added))])
+            table = dataclasses.replace(table, lists=lists)
+        self._table, self._trusted = table, None
         if not follows:
             self._drop_index()
         return row_ids
@@ -418,17 +436,9 @@ class Datastore:
         rows = self._positions(ids)
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[rows] = False
-        if self._paths is not None:
-            kept = keep.tolist()
-            self._paths = [path for path, stays in zip(self._paths, kept, strict=True) if stays]
-        self._shards = change_shards(self._shards, ~keep, keep)
-        self._features, self._labels = self._features[keep], self._labels[keep]
-        self._ids = self._ids[keep]
-        if self._lists is not None:
-            mask = keep.numpy()
-            self._lists = StoredLists(self._lists.centroids, self._lists.lists[mask])
+        self._table, self._trusted = self._table.keep(keep), None
         if self._searcher is not None and not self._searcher.remove(
-            self._features.numpy(), self._ids.numpy(), keep.numpy()
+            self._table.features, self._table.ids.numpy(), keep.numpy()
         ):
             self._drop_index()
 
@@ -448,11 +458,7 @@ class Datastore:
             raise ValueError(
                 f"Expected one of `labels` per id ({len(rows)}), but got {len(wanted)}."
             )
-        changed = torch.zeros(len(self), dtype=torch.bool)
-        changed[rows] = True
-        self._shards = change_shards(self._shards, changed, torch.ones_like(changed))
-        self._labels = self._labels.clone()
-        self._labels[rows] = wanted
+        self._table = self._table.relabel(rows, wanted)
 
     def subset(self, ids: Values) -> Self:
         """A datastore of some of the rows, with the same mean.
@@ -464,9 +470,11 @@ class Datastore:
             ValueError: for an id that it does not have.
         """
         rows = self._positions(ids)
-        paths = None if self._paths is None else [self._paths[row] for row in rows.tolist()]
+        table = self._table
+        paths = None if table.paths is None else [table.paths[row] for row in rows.tolist()]
         part = type(self)(
-            self._features[rows], self._labels[rows], self._ids[rows], self.mean,
+            torch.from_numpy(table.features[rows.numpy()]), table.labels[rows], table.ids[rows],
+            self.mean,
             metric=self.metric, normalization=self.normalization, index=self._index.requested,
             paths=paths, max_memory=self.max_memory, min_recall=self.min_recall,
         )  # fmt: skip
@@ -502,11 +510,10 @@ class Datastore:
             order = self.ids.argsort().numpy()  # the same sum whatever the order of insertion
             total = np.zeros(self.dim)
             for start in range(0, len(order), 65_536):
-                rows = self._features.numpy()[order[start : start + 65_536]]
+                rows = self._table.features[order[start : start + 65_536]]
                 total += rows.sum(axis=0, dtype=np.float64)
             mean = torch.from_numpy(total / len(order)).float()
-        self.mean = mean
-        self._shards[0] = Shard(self._shards[0].rows)
+        self.mean, self._table, self._trusted = mean, self._table.with_new_mean(), None
         self._drop_index()
 
     def path_of(self, row_id: int) -> str:
@@ -519,7 +526,7 @@ class Datastore:
             ValueError: for an id that it does not have.
         """
         row = int(self._positions([row_id])[0])
-        return self._paths[row] if self._paths is not None else ""
+        return self._table.paths[row] if self._table.paths is not None else ""
 
     def verify(self) -> None:
         """Hashes the files behind the rows and checks their content, once.
@@ -533,12 +540,13 @@ class Datastore:
             return
         self._unverified.verify()
         try:
-            check_row_numbers(self._labels, self._ids, len(self))
-            refuse_non_finite(self._features, "features")
+            check_row_numbers(self._table.labels, self._table.ids, len(self))
+            for part in self._table.features.parts:
+                refuse_non_finite(part, "features")
             refuse_non_finite(self.mean.unsqueeze(0), "mean")
         except ValueError as error:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
-        self._paths = self._unverified.read_paths()
+        self._table = dataclasses.replace(self._table, paths=self._unverified.read_paths())
         self._unverified = None
 
     def save(
@@ -560,9 +568,11 @@ class Datastore:
             OSError: if something could not be written; the version that was there is intact.
         """
         target = Path(folder).absolute()
-        if is_rebuildable(self._index.spec) and len(self):
-            self.build_index()  # its centroids and lists are part of what is saved
         self.verify()
+        if self._index.spec != FLAT and len(self):
+            if self._searcher is not None and self._searcher.has_removed_rows:
+                self._searcher = None  # no byte of a removed row may reach the disk
+            self.build_index()  # its lists, or the index itself, are part of what is saved
         try:
             with exclusive_lock(target):
                 target.mkdir(parents=True, exist_ok=True)
@@ -573,18 +583,24 @@ class Datastore:
                 f"Could not save the datastore to {folder}: {error}. The version that was there is "
                 "intact; free space or choose another folder."
             ) from error
-        rows = [shard.rows for shard in self._shards]
-        self._shards = [Shard(n, record) for n, record in zip(rows, manifest.blobs, strict=True)]
+        pairs = zip(self._table.shards, manifest.blobs, strict=True)
+        shards = [shard._replace(record=record) for shard, record in pairs]
+        self._table = dataclasses.replace(self._table, shards=shards)
         return manifest
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: str = "auto") -> Self:
+    def load(
+        cls, folder: str | Path, *, verify: str = "auto", trust_faiss_index: bool = False
+    ) -> Self:
         """Opens a datastore; large ones are mapped into memory, not read.
 
         Args:
             folder: a folder written by `save`.
             verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
                 first search.
+            trust_faiss_index: read `datastore.faiss` instead of building the index again, which
+                saves the time that a graph needs. Native code parses that file: say so only for
+                files of your own.
 
         Raises:
             FileNotFoundError: if there is no datastore in the folder.
@@ -604,7 +620,10 @@ class Datastore:
         for attempt in range(_LOAD_ATTEMPTS):
             before = identity(manifest_path)
             try:
-                store = cls.from_manifest(Manifest.read(manifest_path), resolve, verify=verify)
+                store = cls.from_manifest(
+                    Manifest.read(manifest_path), resolve, verify=verify,
+                    trust_faiss_index=trust_faiss_index,
+                )  # fmt: skip
             except (DatastoreError, FileNotFoundError):
                 # a writer may have replaced the version that was being read
                 if identity(manifest_path) == before or attempt + 1 == _LOAD_ATTEMPTS:
@@ -615,13 +634,21 @@ class Datastore:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, resolve: Resolve, *, verify: str = "auto") -> Self:
+    def from_manifest(
+        cls,
+        manifest: Manifest,
+        resolve: Resolve,
+        *,
+        verify: str = "auto",
+        trust_faiss_index: bool = False,
+    ) -> Self:
         """Opens the files that a manifest names.
 
         Args:
             manifest: the checked manifest.
             resolve: finds a file by name (in a folder, or in the Hub's cache); None if missing.
             verify: see `load`.
+            trust_faiss_index: see `load`.
 
         Raises:
             DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
@@ -634,80 +661,93 @@ class Datastore:
         table = opened.table
         try:
             store = cls(
-                table.features,
-                table.labels,
-                table.ids,
-                table.mean,
+                table.features.parts[0][:0],
+                table.labels[:0],
+                table.ids[:0],
+                opened.shared["mean"],
                 metric=manifest.metric,
                 normalization=manifest.normalization,
             )
         except ValueError as error:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
         store.manifest, store.source = manifest, dict(manifest.source)
-        store._index = manifest.index
-        store._shards = opened.shards
-        store._lists = _lists_of(table, manifest)
+        store._index, store._table = manifest.index, table
+        if is_rebuildable(manifest.index.spec):
+            store._centroids = _checked_centroids(opened, manifest)
+        else:
+            store._table = dataclasses.replace(table, lists=None)
         store._unverified = opened
+        if trust_faiss_index:
+            store._trusted = _verified_faiss_file(manifest, resolve)
         if at_once:
             store.verify()
         return store
 
     def _contents(self, binding: Binding | None) -> Contents:
-        lists = self._lists
-        table = RowTable(
-            self._features, self._labels, self._ids, self.mean, self._paths,
-            None if lists is None else torch.from_numpy(lists.centroids),
-            None if lists is None else torch.from_numpy(lists.lists),
-        )  # fmt: skip
+        index = None if self._searcher is None else self._searcher.first_pass
         return Contents(
-            table, self._shards, self.metric, self.normalization, self._index, binding, self.source
-        )
+            self._table, self.mean, self._centroids, self.metric, self.normalization, self._index,
+            index if isinstance(index, FaissApproximate) else None, binding, self.source,
+        )  # fmt: skip
+
+    def _stored_lists(self) -> StoredLists | None:
+        if self._centroids is None or self._table.lists is None:
+            return None
+        return StoredLists(self._centroids, self._table.lists)
 
     def _choose_index(self, requested: str) -> IndexInfo:
         width = self.dim + (self.metric == Metric.L2)
         return choose_index(requested, len(self), width, self.max_memory)
 
-    def _lists_after_add(self, count: int, follows: bool) -> StoredLists | None:
-        """The stored lists with those of rows that the index has just taken in."""
-        if self._lists is None or not follows or self._searcher is None:
-            return None
-        index, space = self._searcher.first_pass, self._searcher.space
+    def _lists_of_last(self, count: int) -> Ints:
+        """The lists of rows that the index has just taken in."""
+        assert self._searcher is not None
+        index, features = self._searcher.first_pass, self._searcher.features
         assert isinstance(index, FaissApproximate)
-        rows = space.first_pass_rows(self._searcher.features[-count:]) if count else None
-        added = np.empty(0, np.int64) if rows is None else index.lists_of(rows)
-        return StoredLists(self._lists.centroids, np.concatenate([self._lists.lists, added]))
+        added = features[len(features) - count : len(features)]
+        return index.lists_of(self._searcher.space.first_pass_rows(added))
 
     def _drop_index(self) -> None:
         """Forgets the index, which is built again, for the present number of rows, when needed."""
-        if self._lists is not None:
-            self._shards = [Shard(shard.rows) for shard in self._shards]
-        self._searcher, self._lists = None, None
+        self._searcher, self._centroids = None, None
+        self._table = self._table.with_lists(None)
         self._index = self._choose_index(self._index.requested)
 
     def _positions(self, ids: Values) -> Tensor:
         wanted = as_whole_numbers(ids, "ids")
         if len(wanted.unique()) != len(wanted):
             raise ValueError("Expected `ids` to name each row once, but some are doubled.")
-        order = self.ids.argsort()
-        places = torch.searchsorted(self._ids[order], wanted).clamp(max=max(0, len(self) - 1))
-        rows = order[places] if len(self) else wanted[:0]
-        if len(rows) != len(wanted) or not torch.equal(self._ids[rows], wanted):
-            missing = wanted[~torch.isin(wanted, self._ids)]
+        self.verify()
+        rows = self._table.positions(wanted)
+        if (rows < 0).any():
             raise ValueError(
-                f"Expected `ids` that the datastore has, but it does not have {shown(missing)}."
+                f"Expected `ids` that the datastore has, but it does not have "
+                f"{shown(wanted[rows < 0])}."
             )
         return rows
 
 
-def _lists_of(table: RowTable, manifest: Manifest) -> StoredLists | None:
-    if not is_rebuildable(manifest.index.spec):
+def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> Path | None:
+    """The serialized index of a manifest, if it can be searched as it is."""
+    record = manifest.faiss_index
+    if record is None or manifest.metric != Metric.COSINE or not has_faiss():
+        logger.warning(
+            "There is no faiss index here that can be read (none was written, the metric is not "
+            "cosine, or faiss is not installed): it is built from the rows."
+        )
         return None
-    if table.centroids is None or table.lists is None or len(table.lists) != manifest.num_rows:
+    return record.verify(resolve(record.name))
+
+
+def _checked_centroids(opened: OpenedFiles, manifest: Manifest) -> Singles:
+    table, centroids = opened.table, opened.shared.get("centroids")
+    lists = table.lists
+    if centroids is None or lists is None or len(lists) != manifest.num_rows:
         raise DatastoreError(
             f"Expected the blobs to hold centroids and {manifest.num_rows} lists for the index "
             f"{manifest.index.spec}, but they do not; save the datastore again."
         )
-    lists, count = table.lists, len(table.centroids)
+    count = len(centroids)
     if not manifest.index.spec.startswith(f"IVF{count},"):
         raise DatastoreError(
             f"Expected {count} lists in the index of the manifest, one per centroid, "
@@ -715,4 +755,4 @@ def _lists_of(table: RowTable, manifest: Manifest) -> StoredLists | None:
         )
     if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= count):
         raise DatastoreError(f"Expected lists in [0, {count}) in {manifest.blobs[0].name}.")
-    return StoredLists(table.centroids.numpy(), lists.numpy())
+    return centroids.numpy()

@@ -1,13 +1,15 @@
 """Search with faiss. The only file that imports it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .first_pass import Ints, Limits, Singles, float32_rounding, limits
+from .manifest import DatastoreError
 
 try:
     import faiss
@@ -19,7 +21,14 @@ FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an 
 _TRAINING_ROWS_PER_LIST = 64
 _KMEANS_ROUNDS = 10
 _ADD_ROWS = 131_072
-_SEARCH_PARAMETERS = ("nprobe", "efSearch")
+_CANDIDATES_IN_REACH = 4
+"""The lists that are searched hold this many times the candidates wanted, on average."""
+
+_LARGEST_ON_GPU = 2048
+"""faiss-gpu returns at most so many neighbours."""
+
+_LARGEST_NUMBER = 4096
+"""Numbers in a factory string other than the lists of an IVF: links, sub-vectors, widths."""
 
 
 def has_faiss() -> bool:
@@ -45,12 +54,18 @@ class FaissFlat:
 
     Args:
         rows: [N, D'] float32.
+        with_ids: a flat index with ids, as `write_flat` writes, whose rows come first.
     """
 
     extra = 12
 
-    def __init__(self, rows: Singles) -> None:
-        self.index = faiss.IndexFlatIP(rows.shape[1])
+    def __init__(self, rows: Singles, with_ids: Any = None) -> None:
+        self.owner = with_ids  # kept: it owns the index inside
+        self.index: Any
+        if with_ids is None:
+            self.index = faiss.IndexFlatIP(rows.shape[1])
+        else:
+            self.index = faiss.downcast_index(with_ids.index)
         self.index.add(rows)
         self.rounding = float32_rounding(rows.shape[1])
 
@@ -76,6 +91,7 @@ class FaissApproximate:
 
     def __init__(self, index: Any, parameters: Mapping[str, int]) -> None:
         self.index = index
+        self.on_gpus: Any = None
         self.parameters: dict[str, int] = {}
         self.set_parameters(parameters)
 
@@ -132,15 +148,72 @@ class FaissApproximate:
             )
         return cls(index, {})
 
+    @classmethod
+    def from_file(cls, path: Path, spec: str, width: int, count: int) -> "FaissApproximate":
+        """Reads a serialized index, which is native code's work: for trusted files only.
+
+        Args:
+            path: a file that `write` wrote.
+            spec: the factory string it must have been built from.
+            width: D' it must have.
+            count: rows it must hold.
+
+        Raises:
+            DatastoreError: for a file that faiss cannot read within the limits, or another kind,
+                width, metric or number of rows.
+        """
+        with _deserialization_limits(path.stat().st_size, count):
+            try:
+                index = faiss.read_index(str(path))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1]
+                raise DatastoreError(f"Expected {path.name} to be an index: {reason}") from error
+        _check_same_kind(path.name, index, empty_index(spec, width, count), count)
+        return cls(index, {})
+
+    def write(self, path: Path) -> None:
+        """Writes the index for users of faiss; rows are numbered in the order of the files."""
+        faiss.write_index(self.index, str(path))
+
     def add(self, rows: Singles) -> None:
         """See `FirstPass.add`."""
-        for start in range(0, len(rows), _ADD_ROWS):
-            self.index.add(rows[start : start + _ADD_ROWS])
+        for index in (self.index, self.on_gpus):
+            for start in range(0, len(rows) if index is not None else 0, _ADD_ROWS):
+                index.add(rows[start : start + _ADD_ROWS])
 
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
         """See `FirstPass.candidates`."""
-        _, positions = self.index.search(queries, count)
+        if self.on_gpus is not None and count > _LARGEST_ON_GPU:
+            raise ValueError(
+                f"Expected `k` to be at most {_LARGEST_ON_GPU - self.extra} with an index on a "
+                f"GPU, but {count} candidates are needed; do store.to('cpu') or index='flat'."
+            )
+        index = self.index if self.on_gpus is None else self.on_gpus
+        _, positions = index.search(queries, count, params=self._wide_enough(count))
         return positions, np.full(len(queries), -np.inf)
+
+    def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
+        """Searches on GPUs from now on, each of which holds a part of the rows.
+
+        Args:
+            gpus: their numbers.
+            float16: halve the memory there.
+
+        Returns:
+            False where this faiss has no GPUs, or none that can search this kind of index.
+        """
+        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+            return False
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard, options.useFloat16 = len(gpus) > 1, float16
+        resources = [faiss.StandardGpuResources() for _ in gpus]
+        try:
+            self.on_gpus = faiss.index_cpu_to_gpu_multiple_py(
+                resources, self.index, options, list(gpus)
+            )
+        except RuntimeError:  # HNSW, for one
+            return False
+        return True
 
     def set_parameters(self, parameters: Mapping[str, int]) -> None:
         """Sets search parameters.
@@ -150,7 +223,27 @@ class FaissApproximate:
         """
         for name, value in parameters.items():
             faiss.ParameterSpace().set_index_parameter(self.index, name, value)
+            if self.on_gpus is not None:
+                faiss.GpuParameterSpace().set_index_parameter(self.on_gpus, name, value)
             self.parameters[name] = value
+
+    def _wide_enough(self, count: int) -> Any:
+        """Parameters of one search: enough lists to hold that many candidates a few times over."""
+        lists = _inverted_lists(self.index)
+        if lists is None:
+            return None
+        needed = -(-_CANDIDATES_IN_REACH * count * lists.nlist // max(1, self.index.ntotal))
+        nprobe = min(lists.nlist, max(self.parameters.get("nprobe", 1), needed))
+        library: Any = faiss  # its stubs do not know these constructors
+        parameters = library.SearchParametersIVF(nprobe=nprobe)
+        kind = faiss.downcast_index(self.index)
+        if isinstance(kind, faiss.IndexIVF):
+            return parameters
+        if isinstance(kind, faiss.IndexPreTransform):
+            return library.SearchParametersPreTransform(index_params=parameters)
+        # wrappers that take no parameters of what is inside
+        faiss.ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
+        return None
 
     def tunable(self) -> tuple[str, int] | None:
         """The parameter that trades time for recall, and its largest sensible value."""
@@ -192,6 +285,11 @@ def empty_index(spec: str, width: int, count: int) -> Any:
             f"Expected at least as many rows as lists for `index` {spec!r}, one per list, "
             f"but got {count} rows; use index='flat'."
         )
+    others = re.sub(r"IVF\d+", "", spec)
+    if any(int(number) > max(_LARGEST_NUMBER, width) for number in re.findall(r"\d+", others)):
+        raise ValueError(
+            f"Expected numbers up to {max(_LARGEST_NUMBER, width)} in `index`, but got {spec!r}."
+        )
     try:
         index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -202,10 +300,11 @@ def empty_index(spec: str, width: int, count: int) -> Any:
     return index
 
 
-def serialized_flat(rows: Singles, ids: Ints, is_l2: bool) -> bytes:
-    """A flat index with ids, as bytes for users of faiss.
+def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:
+    """Writes a flat index with ids, for users of faiss.
 
     Args:
+        path: where to.
         rows: [N, D] normalised float32.
         ids: [N] int64.
         is_l2: squared distances instead of inner products.
@@ -214,8 +313,74 @@ def serialized_flat(rows: Singles, ids: Ints, is_l2: bool) -> bytes:
     flat = faiss.IndexFlatL2(width) if is_l2 else faiss.IndexFlatIP(width)
     index = faiss.IndexIDMap2(flat)
     index.add_with_ids(rows, ids)
-    data: NDArray[np.uint8] = faiss.serialize_index(index)
-    return data.tobytes()
+    faiss.write_index(index, str(path))
+
+
+def read_flat(path: Path, ids: Ints, width: int) -> FaissFlat:
+    """Reads what `write_flat` wrote for inner products: for trusted files only.
+
+    Args:
+        path: the file.
+        ids: [N] int64, which it must hold in this order.
+        width: D it must have.
+
+    Raises:
+        DatastoreError: for a file that faiss cannot read within the limits, or other rows.
+    """
+    with _deserialization_limits(path.stat().st_size, len(ids)):
+        try:
+            index: Any = faiss.read_index(str(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            raise DatastoreError(f"Expected {path.name} to be an index: {reason}") from error
+    wanted = faiss.IndexIDMap2(faiss.IndexFlatIP(width))
+    _check_same_kind(path.name, index, wanted, len(ids))
+    if not np.array_equal(faiss.vector_to_array(index.id_map), ids):
+        raise DatastoreError(f"Expected {path.name} to hold the ids of the rows; save it again.")
+    return FaissFlat(np.empty((0, width), np.float32), index)
+
+
+@contextmanager
+def _deserialization_limits(size: int, count: int) -> Iterator[None]:
+    """Lets faiss allocate what a file of that size, and that many rows, can need."""
+    byte_limit = faiss.get_deserialization_vector_byte_limit()
+    loop_limit = faiss.get_deserialization_loop_limit()
+    faiss.set_deserialization_vector_byte_limit(size)
+    faiss.set_deserialization_loop_limit(max(count, 2**16))
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(byte_limit)
+        faiss.set_deserialization_loop_limit(loop_limit)
+
+
+def _check_same_kind(name: str, index: Any, wanted: Any, count: int) -> None:
+    """Refuses an index, or one inside it, of another class, width, metric or number of rows."""
+    found: Any = faiss.downcast_index(index)
+    asked: Any = faiss.downcast_index(wanted)
+    facts = {
+        "class": (_class_of(found), _class_of(asked)),
+        "d": (found.d, asked.d),
+        "metric": (found.metric_type, asked.metric_type),
+        "ntotal": (found.ntotal, count),
+        "is_trained": (found.is_trained, True),
+        "code_size": (getattr(found, "code_size", 0), getattr(asked, "code_size", 0)),
+        "nlist": (getattr(found, "nlist", 0), getattr(asked, "nlist", 0)),
+    }
+    for fact, (mine, theirs) in facts.items():
+        if mine != theirs:
+            raise DatastoreError(f"Expected {name} to have {fact} {theirs}, but got {mine}.")
+    if isinstance(found, faiss.IndexIVF):
+        _check_same_kind(name, found.quantizer, asked.quantizer, found.nlist)
+    elif isinstance(found, faiss.IndexHNSW):
+        _check_same_kind(name, found.storage, asked.storage, count)
+    elif hasattr(asked, "index"):  # IDMap, PreTransform, Refine
+        _check_same_kind(name, found.index, asked.index, count)
+
+
+def _class_of(index: Any) -> str:
+    """Flat ones come back from a file as the class of their metric, which is compared anyway."""
+    return "IndexFlat" if type(index).__name__.startswith("IndexFlat") else type(index).__name__
 
 
 def _inverted_lists(index: Any) -> Any:

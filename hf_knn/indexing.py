@@ -4,10 +4,14 @@ import dataclasses
 import functools
 import logging
 import re
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from .faiss_index import (
     FAISS_HINT,
@@ -15,6 +19,7 @@ from .faiss_index import (
     FaissFlat,
     empty_index,
     has_faiss,
+    read_flat,
     require_faiss,
 )
 from .first_pass import (
@@ -26,7 +31,7 @@ from .first_pass import (
     has_fast_bfloat16,
 )
 from .manifest import IndexInfo
-from .search import RowSpace, Searcher, measure_recall
+from .search import Rows, RowSpace, Searcher, measure_recall
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +47,10 @@ _SMALLEST_BFLOAT16 = 20_000
 _REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
 
 
-@dataclass(frozen=True)
-class StoredLists:
+CPU = (torch.device("cpu"),)
+
+
+class StoredLists(NamedTuple):
     """What an inverted-file index is rebuilt from.
 
     Attributes:
@@ -53,6 +60,46 @@ class StoredLists:
 
     centroids: Singles
     lists: Ints
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the first pass of a search runs.
+
+    Attributes:
+        devices: at least one; several share the rows.
+        float16: halve the memory of an exact first pass on a device.
+    """
+
+    devices: tuple[torch.device, ...] = CPU
+    float16: bool = False
+
+    @classmethod
+    def of(
+        cls, device: str | torch.device | Sequence[str | torch.device], float16: bool
+    ) -> "Placement":
+        """Checks that the devices are there.
+
+        Args:
+            device: one, or several of one kind.
+            float16: see the class.
+
+        Raises:
+            ValueError: for a device that torch does not know or see, or several kinds.
+        """
+        named = [device] if isinstance(device, str | torch.device) else list(device)
+        devices = []
+        for name in named:
+            try:
+                devices.append(torch.empty(0, device=name).device)
+            except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+                raise ValueError(
+                    f"Expected `device` to be one that is here, but got {name!r}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        if len({found.type for found in devices}) != 1 or devices[0].type == "meta":
+            raise ValueError(f"Expected `device` to be one kind that holds data, but got {device}.")
+        return cls(tuple(devices), float16)
 
 
 def parse_memory(text: str | int) -> int:
@@ -102,12 +149,14 @@ def is_rebuildable(spec: str) -> bool:
 
 
 def build_searcher(
-    features: NDArray,
+    features: Rows,
     ids: Ints,
     space: RowSpace,
     info: IndexInfo,
     stored: StoredLists | None,
     min_recall: float,
+    placement: Placement,
+    trusted: Path | None,
 ) -> tuple[Searcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
@@ -118,37 +167,64 @@ def build_searcher(
         info: which index; with parameters if it was measured before.
         stored: centroids and lists to rebuild from, if there are any.
         min_recall: nprobe or efSearch is raised until this recall at 20 is measured.
+        placement: where the first pass runs.
+        trusted: a serialized index to read instead of building one; None builds it.
 
     Returns:
         The searcher, what was measured, and the lists to store (None for other kinds).
+
+    Raises:
+        DatastoreError: for a serialized index of other rows or another kind.
     """
-    if info.spec == FLAT:
-        return Searcher(features, ids, space, _exact_first_pass(len(ids))), info, None
-    if not has_faiss():
-        logger.warning(
-            "faiss is not installed: %s is searched exactly instead; %s.", info.spec, FAISS_HINT
-        )
-        return Searcher(features, ids, space, _exact_first_pass(len(ids))), info, stored
-    kept: list[StoredLists | None] = [stored]
+    if info.spec == FLAT or not has_faiss():
+        if info.spec != FLAT:
+            logger.warning(
+                "faiss is not installed: %s is searched exactly instead; %s.", info.spec, FAISS_HINT
+            )
+        if trusted is not None and placement.devices == CPU:
+            flat = read_flat(trusted, ids, features.shape[1])
+            return Searcher(features, ids, space, flat), info, stored
+        first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
+        return Searcher(features, ids, space, first_pass), info, stored
+    started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
+    if trusted is not None:
+        index = FaissApproximate.from_file(trusted, info.spec, features.shape[1], len(ids))
+        done = "read"
+    else:
+        index, stored = _approximate(space.first_pass_rows(features), info, stored)
+        done = "built"
+    seconds = time.perf_counter() - started
+    logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
+    index.set_parameters(info.parameters)
+    searcher = Searcher(features, ids, space, index)
+    # a graph is another one each time that it is built; lists are rebuilt as they were
+    if info.recall is None or is_new:
+        info = _tune(searcher, index, info, min_recall)
+    gpus = [device.index for device in placement.devices if device.type == "cuda"]
+    if gpus and not index.to_gpus(gpus, placement.float16):
+        logger.warning("index %s cannot be searched on a GPU here; the CPU searches it.", info.spec)
+    return searcher, info, stored
 
-    def approximate(rows: Singles) -> FirstPass:
-        if stored is not None:
-            index = FaissApproximate.from_lists(info.spec, rows, stored.centroids, stored.lists)
-        else:
-            index = FaissApproximate.from_rows(info.spec, rows)
-            centroids = index.centroids() if is_rebuildable(info.spec) else None
-            if centroids is not None:
-                kept[0] = StoredLists(centroids, index.lists_of(rows))
-        index.set_parameters(info.parameters)
-        return index
 
-    searcher = Searcher(features, ids, space, approximate)
-    if info.recall is None:
-        info = _tune(searcher, features, ids, space, info, min_recall)
-    return searcher, info, kept[0]
+def _approximate(
+    rows: Singles, info: IndexInfo, stored: StoredLists | None
+) -> tuple[FaissApproximate, StoredLists | None]:
+    if stored is not None:
+        index = FaissApproximate.from_lists(info.spec, rows, stored.centroids, stored.lists)
+        return index, stored
+    index = FaissApproximate.from_rows(info.spec, rows)
+    centroids = index.centroids() if is_rebuildable(info.spec) else None
+    return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
 
 
-def _exact_first_pass(count: int) -> type[FirstPass]:
+def _placed_first_pass(rows: Singles, placement: Placement) -> FirstPass:
+    if placement != Placement():
+        dtype = torch.float16 if placement.float16 else torch.float32
+        return TorchFirstPass(rows, placement.devices, dtype)
+    return _exact_first_pass(len(rows))(rows)
+
+
+def _exact_first_pass(count: int) -> Callable[[Singles], FirstPass]:
     if count >= _SMALLEST_BFLOAT16 and has_fast_bfloat16():
         return BFloat16FirstPass
     if has_faiss():
@@ -163,20 +239,18 @@ def _say_once_that_faiss_is_missing() -> None:
 
 
 def _tune(
-    searcher: Searcher,
-    features: NDArray,
-    ids: Ints,
-    space: RowSpace,
-    info: IndexInfo,
-    min_recall: float,
+    searcher: Searcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
     """Raises nprobe or efSearch until the recall on a sample of rows is reached."""
-    sample = np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE]
-    queries, own = np.asarray(features[sample]), ids[sample]
-    exact = Searcher(features, ids, space, _exact_first_pass(len(ids)))
+    features, ids, space = searcher.features, searcher.ids, searcher.space
     k = min(RECALL_K, len(ids) - 1)
-    index = searcher.first_pass
-    assert isinstance(index, FaissApproximate)
+    if k < 1:
+        return dataclasses.replace(info, recall=1.0)  # there is nothing to miss
+    sample = np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE]
+    queries, own = features[sample], ids[sample]
+    rows = space.first_pass_rows(features)
+    exact = Searcher(features, ids, space, _exact_first_pass(len(ids))(rows))
+    del rows  # as large as the index
     tunable = index.tunable()
     recall = measure_recall(searcher, exact, queries, k, own)
     if tunable is not None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from .configuration_knn import Normalization, Pooling, check_metric
 from .functional import Metric
-from .storage import HASH_BLOCK, hash_blocks, hash_stream
+from .storage import HASH_BLOCK, hash_blocks, hash_open_blocks
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
@@ -98,20 +98,22 @@ class FileRecord:
         return path
 
     def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte.
+        """Compares an open file with its record, byte for byte, several blocks at once.
 
         Args:
-            file: open for reading, at its start.
+            file: open for reading.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        sha256, _ = hash_stream(file)
-        if sha256 != self.sha256:
-            raise DatastoreError(
-                f"Expected {self.name} to have sha256 {self.sha256[:12]}…, but got {sha256[:12]}…; "
-                "the file is damaged or from another save, download or save it again."
-            )
+        found = hash_open_blocks(file, len(self.blocks))
+        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
+            if mine != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
+                    "save, download or save it again."
+                )
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class IndexInfo:
     spec: str
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
+
+    def __str__(self) -> str:
+        facts = [f"{name} {value}" for name, value in self.parameters.items()]
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
 
 @dataclass(frozen=True)
@@ -339,9 +346,10 @@ def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecor
         raise fields.wrong("blocks", f"one hash per {HASH_BLOCK} bytes of {size}")
     if not all(isinstance(block, str) and _SHA256.fullmatch(block) for block in blocks):
         raise fields.wrong("blocks", "a list of sha256 sums")
-    return FileRecord(
-        fields.matching("name", pattern), size, fields.matching("sha256", _SHA256), blocks
-    )
+    sha256 = fields.matching("sha256", _SHA256)
+    if len(blocks) == 1 and blocks != [sha256]:
+        raise fields.wrong("blocks", "the hash of the file, which is one block")
+    return FileRecord(fields.matching("name", pattern), size, sha256, blocks)
 
 
 def _parse_index(values: Any) -> IndexInfo:

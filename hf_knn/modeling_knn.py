@@ -189,6 +189,7 @@ class KnnForImageClassification(PreTrainedModel):
         *model_args: Any,
         load_datastore: bool = True,
         allow_stale: bool = False,
+        trust_faiss_index: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Opens a checkpoint with its datastore and image processor.
@@ -199,6 +200,8 @@ class KnnForImageClassification(PreTrainedModel):
             load_datastore: False gives the plain classifier.
             allow_stale: True accepts, with a warning, a datastore whose features were made by other
                 weights, processor settings or pooling, and files beside it that were changed.
+            trust_faiss_index: True lets faiss parse `datastore.faiss`, see `Datastore.load`; for
+                files of your own only.
             kwargs: see `PreTrainedModel.from_pretrained`; `revision`, `token`, `cache_dir`,
                 `subfolder`, … hold for every file of the checkpoint.
 
@@ -219,7 +222,7 @@ class KnnForImageClassification(PreTrainedModel):
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 model.image_processor = reader.read_processor()
                 if load_datastore:
-                    model.datastore = attempt.read_datastore(model)
+                    model.datastore = attempt.read_datastore(model, trust_faiss_index)
             except (OSError, ValueError, SafetensorError):
                 if attempt.was_replaced():
                     continue

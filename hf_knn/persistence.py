@@ -1,15 +1,20 @@
 """Writing a datastore into a folder: everything staged first, the manifest renamed last."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from .blobs import RowTable, Shard, write_files
-from .faiss_index import has_faiss, serialized_flat
-from .indexing import FLAT
+from .blobs import write_files
+from .faiss_index import FaissApproximate, has_faiss, write_flat
+from .functional import Metric
+from .indexing import FLAT, is_rebuildable
 from .manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -19,6 +24,7 @@ from .manifest import (
     IndexInfo,
     Manifest,
 )
+from .row_table import RowTable
 from .search import RowSpace
 from .storage import fsync_path, stage_file
 
@@ -32,20 +38,24 @@ class Contents:
     """What a stored datastore consists of.
 
     Attributes:
-        table: the rows.
-        shards: how they are divided over files.
+        table: the rows and how they are divided over files.
+        mean: [D] float32.
+        centroids: [n, D'] float32 of an inverted-file index, or None.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
         index: which index it has.
+        approximate: the index itself if it is an approximate one that stands, else None.
         binding: the checkpoint it belongs to, or None.
         source: where the rows came from, as far as known.
     """
 
     table: RowTable
-    shards: Sequence[Shard]
+    mean: Tensor
+    centroids: NDArray[np.float32] | None
     metric: str
     normalization: str
     index: IndexInfo
+    approximate: FaissApproximate | None
     binding: Binding | None
     source: dict[str, str]
 
@@ -69,7 +79,10 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
     scratch = folder / SCRATCH
     scratch.mkdir()
     try:
-        blobs = write_files(folder, scratch, table, contents.shards, places)
+        shared = {"mean": contents.mean}
+        if contents.centroids is not None:
+            shared["centroids"] = torch.from_numpy(contents.centroids)
+        blobs = write_files(folder, scratch, table, shared, places)
         index = _stage_faiss(folder, scratch, contents)
         count, dim = table.features.shape
         manifest = Manifest(
@@ -101,17 +114,26 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
 
 
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
-    """The serialized index, for users of faiss; never read back."""
-    table = contents.table
+    """The serialized index, for users of faiss; read back for those who trust it only."""
+    table, index = contents.table, contents.approximate
     count, dim = table.features.shape
-    too_large = count * dim * 4 >= LARGEST_FAISS_FILE
-    if not has_faiss() or too_large or contents.index.spec != FLAT:
+    is_large = count * dim * 4 >= LARGEST_FAISS_FILE
+    if contents.index.spec == FLAT and has_faiss() and not is_large:
+        mean = contents.mean.double().numpy()
+        space = RowSpace(mean, contents.metric, contents.normalization, table.features)
+        rows = space.normalize(table.features[:]).astype(np.float32)
+        write: Callable[[Path], None] = partial(
+            write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
+        )
+    elif (
+        index is not None
+        and contents.metric == Metric.COSINE  # others are searched in a space of our own
+        and not (is_large and is_rebuildable(contents.index.spec))
+    ):
+        write = index.write
+    else:
         return None
-    features = table.features.numpy()
-    space = RowSpace(table.mean.double().numpy(), contents.metric, contents.normalization, features)
-    rows = space.normalize(features).astype(np.float32)
-    data = serialized_flat(rows, table.ids.numpy(), space.is_l2)
-    return stage_file(folder / FAISS_NAME, lambda path: _write_bytes(path, data), scratch)
+    return stage_file(folder / FAISS_NAME, write, scratch)
 
 
 def _clear_litter(folder: Path, named: set[str] | None) -> None:

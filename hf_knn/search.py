@@ -6,16 +6,16 @@ An exact first pass says how good a row that it left out can be at most: candida
 until none of those could belong to the answer.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .configuration_knn import Normalization
 from .first_pass import FirstPass, Ints, Singles
 from .functional import Metric
+from .row_table import RowParts
 
 Floats = NDArray[np.float64]
+Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
 _ROW_BLOCK = 65_536
@@ -61,7 +61,7 @@ class RowSpace:
         features: [N, D] rows that fix the scale.
     """
 
-    def __init__(self, mean: Floats, metric: str, normalization: str, features: NDArray) -> None:
+    def __init__(self, mean: Floats, metric: str, normalization: str, features: Rows) -> None:
         self.mean, self.normalization = mean, normalization
         self.is_l2 = Metric(metric) is Metric.L2
         self.scale = self._largest_length(features) or 1.0 if self.is_l2 else 1.0
@@ -70,11 +70,11 @@ class RowSpace:
         """[N, D] raw features to the float64 vectors that are compared."""
         return normalize_rows(features, self.mean, self.normalization)
 
-    def holds(self, features: NDArray) -> bool:
+    def holds(self, features: Rows) -> bool:
         """Whether rows fit the scale that was fixed by others."""
         return not self.is_l2 or self._largest_length(features) <= self.scale
 
-    def first_pass_rows(self, features: NDArray) -> Singles:
+    def first_pass_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
         count, dim = features.shape
         rows = np.empty((count, dim + self.is_l2), np.float32)
@@ -109,7 +109,7 @@ class RowSpace:
             return -np.einsum("kd,kd->k", rows, rows)
         return np.einsum("kd,d->k", rows, query)
 
-    def _largest_length(self, features: NDArray) -> float:
+    def _largest_length(self, features: Rows) -> float:
         largest = 0.0
         for start in range(0, len(features), _ROW_BLOCK):
             rows = self.normalize(features[start : start + _ROW_BLOCK])
@@ -124,29 +124,33 @@ class Searcher:
         features: [N, D] stored raw features, float16 or float32.
         ids: [N] int64, unique.
         space: how rows are compared.
-        make_first_pass: builds the first pass from its [N, D'] float32 rows.
+        first_pass: over the rows that `space` makes of them.
     """
 
     def __init__(
         self,
-        features: NDArray,
+        features: Rows,
         ids: Ints,
         space: RowSpace,
-        make_first_pass: Callable[[Singles], FirstPass],
+        first_pass: FirstPass,
     ) -> None:
-        self.features, self.ids, self.space = features, ids, space
-        self.first_pass = make_first_pass(space.first_pass_rows(features))
+        self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
         # where each row of the first pass lies in the store; -1 once it was removed
         self.places = np.arange(len(ids))
 
-    def add(self, features: NDArray, ids: Ints) -> bool:
+    @property
+    def has_removed_rows(self) -> bool:
+        """Whether the first pass still holds rows that the store does not."""
+        return len(self.places) > len(self.ids)
+
+    def add(self, features: Rows, ids: Ints) -> bool:
         """Follows the store after rows were appended; False if it must be built again.
 
         Args:
             features: [N + M, D] the store's rows now.
             ids: [N + M].
         """
-        added = features[len(self.ids) :]
+        added = features[len(self.ids) : len(ids)]
         if not self.space.holds(added):
             return False
         self.first_pass.add(self.space.first_pass_rows(added))
@@ -154,7 +158,7 @@ class Searcher:
         self.features, self.ids = features, ids
         return True
 
-    def remove(self, features: NDArray, ids: Ints, kept: NDArray[np.bool_]) -> bool:
+    def remove(self, features: Rows, ids: Ints, kept: NDArray[np.bool_]) -> bool:
         """Follows the store after rows were removed; False if it should be built again.
 
         Args:
@@ -208,7 +212,8 @@ class Searcher:
             candidates = np.broadcast_to(np.arange(width), (len(queries), width))
         else:
             proposed, limit = self.first_pass.candidates(scaled, width)
-            candidates = np.where(proposed >= 0, self.places[proposed], -1)
+            is_row = (proposed >= 0) & (proposed < len(self.places))
+            candidates = np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1)
         similarities = self._rescore(queries, candidates)  # [B, width]
         similarities[candidates < 0] = -np.inf
         if excluded is not None:
@@ -222,11 +227,17 @@ class Searcher:
     def _rescore(self, queries: Floats, candidates: Ints) -> Floats:
         """Similarity of each query with each of its candidates, one pair at a time in float64."""
         used, places = np.unique(candidates, return_inverse=True)
-        rows = self.space.normalize(self.features[used])
         places = places.reshape(candidates.shape)
         similarities = np.empty(candidates.shape)
-        for i, query in enumerate(queries):
-            similarities[i] = self.space.compare(rows[places[i]], query)  # [width]
+        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(used), step):
+            rows = self.space.normalize(self.features[used[start : start + step]])
+            for i, query in enumerate(queries):
+                if len(used) <= step:
+                    similarities[i] = self.space.compare(rows[places[i]], query)  # [width]
+                else:
+                    here = (places[i] >= start) & (places[i] < start + step)
+                    similarities[i, here] = self.space.compare(rows[places[i, here] - start], query)
         return similarities
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,7 @@ except ImportError as error:  # pragma: no cover
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+_READ_BYTES = 2**20
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -127,17 +129,38 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
     Returns:
         The hex sha256 of the file and of each block.
     """
-    with path.open("rb") as file:
-        return hash_stream(file)
-
-
-def hash_stream(file: BinaryIO) -> tuple[str, list[str]]:
-    """Hashes an open file from where it stands, as `hash_blocks` does."""
     whole, blocks = hashlib.sha256(), []
-    while block := file.read(HASH_BLOCK):
-        whole.update(block)
-        blocks.append(hashlib.sha256(block).hexdigest())
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
     return whole.hexdigest(), blocks
+
+
+def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
+    """Hashes the blocks of an open file, as many at once as there are processors.
+
+    Args:
+        file: open for reading; its position does not matter and stays.
+        count: how many blocks; what lies beyond belongs to the last one.
+
+    Returns:
+        The hex sha256 of each block.
+    """
+    descriptor = file.fileno()
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
 
 
 @contextmanager

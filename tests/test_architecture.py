@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
-    {"configuration_knn", "functional", "storage", "manifest", "rows", "blobs", "processors"}
-    | {"first_pass", "faiss_index", "search", "indexing", "persistence"},
+    {"configuration_knn", "functional", "storage", "manifest", "rows", "row_table", "blobs"}
+    | {"processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
     {"datastore", "backbone"},
     {"checkpoint"},
     {"modeling_knn"},

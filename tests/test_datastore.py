@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ FIRST_PASSES = {
     "faiss": faiss_index.FaissFlat,
     "torch": first_pass.TorchFirstPass,
     "bfloat16": first_pass.BFloat16FirstPass,
+    "float16": partial(first_pass.TorchFirstPass, dtype=torch.float16),
+    "two devices": partial(first_pass.TorchFirstPass, devices=(torch.device("cpu"),) * 2),
 }
 with_every_library = pytest.mark.parametrize("library", FIRST_PASSES)
 
