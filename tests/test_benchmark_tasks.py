@@ -3,6 +3,7 @@
 import io
 import re
 import socket
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -21,8 +22,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
-from tasks import TASKS, load_task, match_emoji, read_emoji, select_rows, split_indices
+from tasks import (
+    TASKS,
+    load_task,
+    match_emoji,
+    read_emoji,
+    render_glyph,
+    select_rows,
+    split_indices,
+)
 from transformers import AutoImageProcessor, AutoModel
+
+
+GLYPHS = string.ascii_letters + string.digits
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +101,33 @@ def test_openmoji_tasks_share_one_drawing(tmp_path, monkeypatch):
     assert picture.getpixel((0, 0)) == (255, 255, 255)
     with Image.open(io.BytesIO(render(name.split()[0]))) as again:
         assert again.tobytes() == picture.tobytes()
+
+
+# glyphs
+
+
+def test_glyphs_are_every_character_in_every_face(shared_cache, no_network):
+    dataset = load_task("glyphs", shared_cache)
+    assert len(dataset) == 19 * 62
+    assert dataset.features["label"].names == sorted("".join(GLYPHS))
+    assert set(Counter(dataset["label"][:]).values()) == {19}
+    assert len(set(dataset["name"][:])) == len(dataset)
+
+
+def test_a_glyph_lies_whole_in_the_middle():
+    for face in ("DejaVuSans-BoldOblique", "STIXGeneral", "cmtt10"):
+        for character in "WjQ0":
+            picture = Image.open(io.BytesIO(render_glyph(face, character))).convert("L")
+            rows, columns = np.nonzero(np.asarray(picture) < 128)
+            for places in (rows, columns):
+                assert places.min() > 5
+                assert places.max() < 218
+                assert abs(places.min() + places.max() - 223) <= 6
+
+
+def test_glyphs_of_two_faces_differ():
+    faces = {render_glyph(face, "a") for face in ("DejaVuSans", "DejaVuSerif", "cmr10", "cmss10")}
+    assert len(faces) == 4
 
 
 # digits
@@ -199,7 +238,9 @@ def test_split_refuses(labels, fractions, message):
 def test_unknown_names_are_answered_with_near_ones(tmp_path):
     with pytest.raises(ValueError, match=r"'openmojis'; do you mean openmoji or openmoji-categ"):
         load_task("openmojis", tmp_path)
-    with pytest.raises(ValueError, match=r"do you mean digits or openmoji or openmoji-categories"):
+    with pytest.raises(
+        ValueError, match=r"do you mean digits or glyphs or openmoji or openmoji-categories"
+    ):
         load_task("zzz", tmp_path)
     with pytest.raises(ValueError, match=r"do you mean efficientnet-lite0\?"):
         build_backbone("efficientnet_lite0", tmp_path)

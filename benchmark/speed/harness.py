@@ -1,13 +1,16 @@
 """Times a few ways to do the same thing, alternately, and reports medians and ratios."""
 
 import json
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import faiss
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +22,7 @@ class Timing:
 
     Attributes:
         name: what was timed.
-        seconds: one value per round.
+        seconds: one value per round, for the whole work (slow ones do a part of it).
         ratio: median over the rounds of peer seconds / own seconds; above 1 is faster.
         ratio_low: the smallest ratio of a round.
         ratio_high: the largest ratio of a round.
@@ -33,7 +36,10 @@ class Timing:
 
 
 def compare(
-    contestants: Mapping[str, Callable[[], object]], peer: str, rounds: int
+    contestants: Mapping[str, Callable[[], object]],
+    peer: str,
+    rounds: int,
+    shares: Mapping[str, float] | None = None,
 ) -> list[Timing]:
     """Runs all contestants once per round, after one warm-up each.
 
@@ -41,7 +47,10 @@ def compare(
         contestants: what to time, by name.
         peer: the name that ratios refer to.
         rounds: how many rounds, >= 1.
+        shares: the part of the work that a slow contestant does, in (0, 1]; its seconds are divided
+            by it. What is not named does all.
     """
+    shares = shares or {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
         run()
@@ -49,7 +58,7 @@ def compare(
         for name, run in contestants.items():
             started = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append((time.perf_counter() - started) / shares.get(name, 1.0))
     timings = []
     for name, own in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds[peer], own, strict=True)]
@@ -77,16 +86,40 @@ def report(title: str, timings: list[Timing], peer: str, path: Path, **facts: ob
             f"{timing.ratio_low:.2f}", f"{timing.ratio_high:.2f}",
         )  # fmt: skip
     Console().print(table)
+    document: dict[str, object] = {"title": title, "peer": peer, "facts": facts}
+    document["timings"] = [asdict(timing) for timing in timings]
+    write(path, document)
+
+
+def write(path: Path, document: Mapping[str, object]) -> None:
+    """Writes a JSON document with the machine in it.
+
+    Args:
+        path: where to; folders are made.
+        document: what was measured.
+    """
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "faiss": faiss.__version__,
     }
-    document: dict[str, object] = {"title": title, "peer": peer, "machine": machine, "facts": facts}
-    document["timings"] = [asdict(timing) for timing in timings]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**document, "machine": machine}, indent=2) + "\n", "utf-8")
+
+
+def shared(found: Iterable[Iterable[int]], wanted: Iterable[Iterable[int]], k: int) -> float:
+    """Recall: the mean share of the wanted k neighbours that were found."""
+    pairs = zip(found, wanted, strict=True)
+    return float(np.mean([len(set(mine) & set(theirs)) / k for mine, theirs in pairs]))
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: `VmRSS` now, or `VmHWM` at most so far (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _processor() -> str:

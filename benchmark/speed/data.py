@@ -1,0 +1,70 @@
+"""What the speed scripts search: clusters as in the literature, and jittered real features."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the tasks lie beside this folder
+
+from backbones import build_backbone
+from tasks import load_task
+
+from hf_knn import KnnForImageClassification, extract_features
+
+DIM, CLUSTERS, SIGMA = 384, 1000, 1.2
+IMAGENET_ROWS = 1_281_167
+_JITTER = 0.5
+_BLOCK = 65_536
+
+Rows = npt.NDArray[np.float32]
+
+
+def clustered(rows: int, seed: int) -> Rows:
+    """Unit vectors around 1,000 centres: [rows, 384] float32."""
+    centres = np.random.default_rng(0).standard_normal((CLUSTERS, DIM), dtype=np.float32)
+    generator = np.random.default_rng(seed)
+    points = np.empty((rows, DIM), np.float32)
+    for start in range(0, rows, _BLOCK):
+        block = centres[generator.integers(CLUSTERS, size=min(_BLOCK, rows - start))]
+        block += SIGMA * generator.standard_normal(block.shape, dtype=np.float32)
+        points[start : start + _BLOCK] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return points
+
+
+def jittered(rows: int, seed: int) -> Rows:
+    """Features of openmoji and glyphs, each many times with noise: [rows, 384] float32.
+
+    EfficientNet-Lite0 gives 1,280 values, a fixed random projection keeps 384. The noise of a row
+    is half as long as the median distance from a picture to its nearest other picture.
+    """
+    real = _real_features()
+    distances = torch.cdist(torch.from_numpy(real), torch.from_numpy(real))
+    distances.fill_diagonal_(torch.inf)
+    length = _JITTER * float(distances.min(dim=1).values.median())
+    generator = np.random.default_rng(seed)
+    points = np.empty((rows, DIM), np.float32)
+    for start in range(0, rows, _BLOCK):
+        block = real[generator.integers(len(real), size=min(_BLOCK, rows - start))]
+        noise = generator.standard_normal(block.shape, dtype=np.float32)
+        points[start : start + _BLOCK] = block + noise * np.float32(length / DIM**0.5)
+    return points
+
+
+DATA: dict[str, Callable[[int, int], Rows]] = {"clusters": clustered, "jittered": jittered}
+
+
+def _real_features(cache_dir: Path | None = None) -> Rows:
+    parts = []
+    for name in ("openmoji", "glyphs"):
+        pictures = load_task(name, cache_dir)
+        folder = build_backbone("efficientnet-lite0", cache_dir)
+        model = KnnForImageClassification.from_backbone(folder, pictures.features["label"].names)
+        parts.append(extract_features(model, pictures, model.image_processor).features)
+    features = torch.cat(parts).numpy()
+    projection = np.random.default_rng(0).standard_normal((features.shape[1], DIM))
+    projected: Rows = (features @ projection / DIM**0.5).astype(np.float32)
+    return projected
