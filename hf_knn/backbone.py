@@ -237,6 +237,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
+    """Leaves the last blocks of a backbone, and what comes after them, to be trained.
+
+    The blocks are the list of modules that holds the most weights: the layers of a transformer, the
+    stages of a CNN. Embeddings, stem and earlier blocks are frozen.
+
+    Args:
+        backbone: a vision model.
+        count: how many blocks stay trainable, >= 1.
+
+    Raises:
+        ValueError: for more blocks than there are, or a backbone without blocks.
+    """
+    lists = [
+        module
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    ]
+    blocks = max(lists, key=_count_weights, default=None)
+    if blocks is None or not 1 <= count <= len(blocks):
+        found = 0 if blocks is None else len(blocks)
+        raise ValueError(f"Expected `trainable_blocks` to be in [1, {found}], but got {count}.")
+    first = next(iter(blocks[len(blocks) - count].parameters()))
+    is_frozen = True
+    for parameter in backbone.parameters():  # in the order in which modules were made
+        is_frozen = is_frozen and parameter is not first
+        parameter.requires_grad_(not is_frozen)
+
+
+def _count_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
+        if is_norm and not part.weight.requires_grad:
+            part.eval()
+
+
 def weight_marks(module: nn.Module) -> str:
     """Two fingerprints of a module's weights in memory, one of which outlives a cast.
 

@@ -24,6 +24,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from .augmentation import EPOCH, Augment
 from .images import BadImageError, decode_image
 
 IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
@@ -206,22 +207,31 @@ def read_batch(dataset: Dataset, rows: Sequence[int], processor: Any) -> Batch:
     )
 
 
-def process_rows(items: list[dict[str, Any]], processor: Any) -> Batch:
+def process_rows(
+    items: list[dict[str, Any]], processor: Any, augment: Augment | None = None
+) -> Batch:
     """Decodes rows that were read already; row numbers are places in the list.
 
     Args:
         items: rows of a prepared dataset.
         processor: an image processor.
+        augment: what the pictures go through first; the rows then have an `epoch`.
     """
     images, good, bad = [], [], []
     for place, item in enumerate(items):
         try:
-            images.append(_decode(item[IMAGE]))
+            image = _decode(item[IMAGE])
+            if augment is not None:
+                image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
+            images.append(image)
             good.append(place)
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
             bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
-    pixels = processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+    options = {} if augment is None else augment.processor_options
+    pixels = None
+    if images:
+        pixels = processor(images=images, return_tensors="pt", **options)["pixel_values"]
     return Batch(pixels, good, bad)
 
 

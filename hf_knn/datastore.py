@@ -99,6 +99,8 @@ class Datastore:
         manifest: what was read from disk; None for a datastore built in memory.
         digest: fingerprint of the in-memory backbone that made the features, if known.
         source: dataset id, revision and split of the rows, as far as known.
+        home: a folder whose files the next save hard-links where they did not change; None if there
+            is none.
 
     Raises:
         ValueError: for parts that do not fit, with both numbers.
@@ -150,7 +152,7 @@ class Datastore:
         self._placement = Placement()
         self._unverified: OpenedFiles | None = None
         self._trusted: Path | None = None
-        self._home: Path | None = None
+        self.home: Path | None = None
 
     @classmethod
     def from_features(
@@ -576,7 +578,7 @@ class Datastore:
         try:
             with exclusive_lock(target):
                 target.mkdir(parents=True, exist_ok=True)
-                places = [place for place in (reuse, self._home) if place is not None]
+                places = [place for place in (reuse, self.home) if place is not None]
                 manifest = write_datastore(target, self._contents(binding), places)
         except (OSError, SafetensorError) as error:
             raise OSError(
@@ -629,7 +631,7 @@ class Datastore:
                 if identity(manifest_path) == before or attempt + 1 == _LOAD_ATTEMPTS:
                     raise
             else:
-                store._home = Path(folder).absolute()
+                store.home = Path(folder).absolute()
                 return store
         raise AssertionError("unreachable: the last attempt returns or raises")
 

@@ -58,6 +58,7 @@ class ImageFeatures:
         seconds: how long the forward passes took; 0 when all came from the cache.
         computed: how many pictures went through the backbone in this call.
         knn_log_probs: [N] leave-one-out log p_knn of each row's own label, for the loss.
+        gives_ids: whether a row tells its sample id, as a trainer wants.
     """
 
     features: Tensor
@@ -69,12 +70,15 @@ class ImageFeatures:
     seconds: float = 0.0
     computed: int = 0
     knn_log_probs: Tensor | None = None
+    gives_ids: bool = False
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         item = {"features": self.features[row], "labels": self.labels[row]}
+        if self.gives_ids:
+            item["sample_ids"] = self.ids[row]
         if self.knn_log_probs is not None:
             item["knn_log_probs"] = self.knn_log_probs[row]
         return item

@@ -19,6 +19,7 @@ from .backbone import (
     default_pooling,
     detached_config,
     extract,
+    freeze_statistics,
     load_backbone,
     measure_width,
     split_features,
@@ -325,6 +326,16 @@ class KnnForImageClassification(PreTrainedModel):
         )
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; batch norms that are frozen keep their statistics in any case.
+
+        Args:
+            mode: True for training.
+        """
+        super().train(mode)
+        freeze_statistics(self.backbone)
+        return self
 
     def _ask_neighbors(
         self, features: Tensor, sample_ids: Tensor | None

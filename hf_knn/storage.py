@@ -200,7 +200,7 @@ def replaced_folder(folder: Path, is_owned: Callable[[str], bool]) -> Iterator[P
             if folder.exists():
                 shutil.copymode(folder, staging)
                 _carry_over(folder, staging, is_owned)
-            _fsync_tree(staging)
+            fsync_tree(staging)
             _swap_in(staging, folder)
         finally:
             # the half-built version after an error, the old version after success
@@ -230,7 +230,8 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Flushes every file and folder below a folder, and itself, to disk."""
     for path, _, files in os.walk(folder):
         for name in files:
             if not os.path.islink(os.path.join(path, name)):
@@ -242,7 +243,7 @@ def _swap_in(staging: Path, folder: Path) -> None:
     working_directory = _cwd_below(folder)
     if not folder.exists():
         os.rename(staging, folder)
-    elif not _exchange(staging, folder):
+    elif not exchange(staging, folder):
         discarded = _discarded(folder)
         shutil.rmtree(discarded, ignore_errors=True)
         os.rename(folder, discarded)
@@ -269,8 +270,13 @@ def _cwd_below(folder: Path) -> Path | None:
     return current if current == folder or folder in current.parents else None
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders atomically; False where the system cannot (other than Linux)."""
+def exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders atomically; False where the system cannot (other than Linux).
+
+    Args:
+        first: an existing folder.
+        second: another one, on the same file system.
+    """
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

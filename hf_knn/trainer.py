@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import speed_metrics
 
-from .backbone import evaluating, split_features
+from .augmentation import Augment, EpochRows
+from .backbone import evaluating, freeze_all_but_last, split_features
+from .callbacks import EpochCallback, RefreshCallback
 from .checkpoint import made_by
 from .collator import KnnCollator
 from .data import fingerprint_of, labels_of, prepare
 from .datastore import Datastore, Neighbors
 from .features import ImageFeatures, extract_features
 from .folds import stratified_folds
-from .functional import floor_log_probs, knn_log_probs, knn_loss_weights
+from .functional import (
+    ClassWeighting,
+    LossNormalization,
+    class_weights,
+    floor_log_probs,
+    focal_loss_weights,
+    knn_loss_weights,
+)
+from .manifest import MANIFEST_NAME
 from .metrics import measure
 from .modeling_knn import KnnForImageClassification, KnnHead
+from .resume import STAGING, newest_whole, problem_of, publish, rotate, start_staging
 from .training_args import KnnTrainingArguments
 from .tuning import Grid, TuneResult, default_grid, has_few_labels, tune
+from .votes import OwnVotes, own_log_probs
 
 logger = logging.getLogger(__name__)
 
 _EVAL_ROWS = 1024
 _VOICES = ("head", "knn", "blend")
+SNAPSHOT = "knn_snapshot"
+"""Folder in a training checkpoint with the datastore that the loss asks."""
 
 
 class KnnTrainer(Trainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
-    the whole model is trained on pictures and the datastore is built from the final weights.
+    the model is trained on pictures, the datastore that a reweighted loss asks is rebuilt on a
+    schedule, and the one that stays is built from the final weights.
 
     Args:
         model: the model, usually from `KnnForImageClassification.from_backbone`.
@@ -47,6 +64,8 @@ class KnnTrainer(Trainer):
             `freeze_backbone`.
         eval_dataset: likewise; also what k, temperature and λ are chosen on.
         processing_class: the image processor; None takes the model's own.
+        train_transform: of training pictures, instead of `augmentation`: a torchvision transform
+            that draws from torch's global generator, which is seeded for each picture and epoch.
         kwargs: see `transformers.Trainer`.
 
     Attributes:
@@ -69,6 +88,7 @@ class KnnTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        train_transform: Callable[[Any], Any] | None = None,
         **kwargs: Any,
     ) -> None:
         processor = processing_class or model.image_processor
@@ -84,7 +104,18 @@ class KnnTrainer(Trainer):
                 "Expected pictures to train a backbone on, but got features; pass the pictures, or "
                 "set freeze_backbone=True."
             )
-        kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image))
+        augment = None
+        if train_transform is not None:
+            augment = Augment(train_transform, args.seed)
+        elif not args.freeze_backbone and train_dataset is not None:
+            augment = Augment.from_processor(args.augmentation, processor, args.seed)
+        kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image, augment))
+        rows = _checked(train_dataset, model)
+        self._votes: OwnVotes | None = None
+        self._votes_store: Datastore | None = None
+        self._class_weights: Tensor | None = None
+        self._mean_factor = 1.0
+        self._staging = False
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self._datastore_step = -1
@@ -92,27 +123,50 @@ class KnnTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_checked(train_dataset, model),
+            train_dataset=rows if augment is None else EpochRows(rows),
             eval_dataset=_checked(eval_dataset, model),
             processing_class=processor,
             **kwargs,
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, then leaves a datastore of the final weights; see `Trainer.train`."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains, then leaves a datastore of the final weights; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one in `output_dir`
+                that is whole; what was skipped is said.
+            args: see `Trainer.train`.
+            kwargs: see `Trainer.train`.
+
+        Raises:
+            ValueError: without a training set, or without a whole checkpoint to resume from.
+            FloatingPointError: at a loss that is not finite, with the step and the sample ids.
+        """
         if self.train_dataset is None:
             raise ValueError("Expected `train_dataset` to train on, but got None.")
+        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
         pictures = self.train_dataset
+        if self.args.class_weights != ClassWeighting.NONE:
+            labels = _labels_in(pictures)
+            classes = self.model.config.classes
+            self._class_weights = class_weights(labels, classes, self.args.class_weights)
         if self.args.freeze_backbone:
             self.model.backbone.requires_grad_(False)
             self._prepare_probe()
         else:
             self.model.datastore = None  # of weights that are about to change
+            if self.args.trainable_blocks is not None:
+                freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
+        callbacks = self._add_callbacks()
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         finally:
             self.train_dataset = pictures
+            for callback in callbacks:
+                self.remove_callback(callback)
             for parameter, was_trained in trained:
                 parameter.requires_grad_(was_trained)
         self.build_datastore()
@@ -232,25 +286,110 @@ class KnnTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch: the plain one, or reweighted by what k-NN finds hard."""
+        """The loss of a batch: the plain one, or reweighted by what k-NN finds hard.
+
+        Raises:
+            FloatingPointError: if it is not finite, with the step and the sample ids.
+        """
+        sample_ids = inputs.pop("sample_ids", None)
         surprise = inputs.pop("knn_log_probs", None)
-        if surprise is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        outputs = model(**inputs)
-        factors = knn_loss_weights(
-            surprise.unsqueeze(1),
-            torch.zeros_like(labels),
-            self.args.knn_loss_alpha,
-            self.args.knn_loss_clamp,
-            normalize=self.args.knn_loss_normalize,
-        )  # [B]
+        if not self.args.reweights and self._class_weights is None:
+            loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            labels = inputs["labels"]
+            outputs = model(**inputs)
+            if self.args.reweights and surprise is None:
+                surprise = self._own_votes(outputs, labels, sample_ids)
+            mean = self._weighted_loss(outputs.head_logits, labels, surprise)
+            loss = (mean, outputs) if return_outputs else mean
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not value.isfinite():
+            shown = [] if sample_ids is None else sample_ids.tolist()
+            raise FloatingPointError(
+                f"Expected a finite loss, but got {float(value)} at step "
+                f"{self.state.global_step + 1}, sample ids {shown[:64]}; lower the learning rate "
+                "or look at these pictures. The last checkpoint is whole."
+            )
+        return loss
+
+    def _own_votes(self, outputs: Any, labels: Tensor, sample_ids: Tensor) -> Tensor:
+        """[B] leave-one-out log p_knn of the batch, of the last refresh or of this step."""
+        assert self._votes is not None
+        if self.args.knn_queries == "snapshot":
+            return self._votes.at(sample_ids)
+        store, config = self._votes_store, self.model.config
+        assert store is not None
+        _, queries = split_features(outputs.pooler_output.detach().float(), config)
+        cell = (self._votes.k, self._votes.temperature)
+        neighbors = store.search(queries, cell[0], exclude_ids=sample_ids)
+        return own_log_probs(neighbors, labels, store, config, cell)
+
+    def _weighted_loss(self, logits: Tensor, labels: Tensor, surprise: Tensor | None) -> Tensor:
+        known = labels < logits.shape[1]  # a class taught later has no logit to train
         losses = functional.cross_entropy(
-            outputs.head_logits.float(), labels,
+            logits[known].float(), labels[known],
             reduction="none", label_smoothing=self.args.label_smoothing_factor,
         )  # fmt: skip
-        loss = (factors * losses).mean()
-        return (loss, outputs) if return_outputs else loss
+        factors = torch.ones_like(losses)
+        if surprise is not None:
+            factors = self._factors(surprise[known]) / self._mean_factor
+        if self._class_weights is not None:
+            factors = factors * self._class_weights.to(labels.device)[labels[known]]
+        return (factors * losses).sum() / known.sum().clamp_min(1)
+
+    def _factors(self, surprise: Tensor) -> Tensor:
+        """[B] loss factors of rows with leave-one-out log p_knn `surprise` [B]."""
+        column, first = surprise.unsqueeze(1), torch.zeros(len(surprise), dtype=torch.int64)
+        first = first.to(surprise.device)
+        factors = knn_loss_weights(
+            column, first, self.args.knn_loss_alpha, self.args.knn_loss_clamp
+        )
+        if self.args.knn_loss_gamma:
+            factors = factors * focal_loss_weights(column, first, self.args.knn_loss_gamma)
+        return factors
+
+    def _set_mean_factor(self, votes: OwnVotes) -> dict[str, float]:
+        """Fixes what factors are divided by; returns what a log shows of them."""
+        factors = self._factors(votes.log_probs)
+        if self.args.knn_loss_normalize == LossNormalization.MEAN:
+            self._mean_factor = float(factors.mean()) or 1.0
+        return {
+            "knn_mean_p": float(votes.log_probs.exp().mean()),
+            "knn_loss_factor_mean": float(factors.mean()),
+            "knn_loss_factor_max": float(factors.max()),
+            "knn_loss_k": votes.k,
+            "knn_loss_temperature": votes.temperature,
+        }
+
+    def _refresh(self) -> None:
+        """A datastore of the weights as they are, and what it says about each training row."""
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # a refresh must not move the training's numbers
+            torch.manual_seed(self.args.seed)
+            store = self.build_datastore()
+            features = self.train_features
+            assert features is not None
+            cell = None
+            if self._votes is not None and not self.args.knn_refresh_tune:
+                cell = self._votes.k, self._votes.temperature
+            self._votes = OwnVotes.of(store, features, self.model.config, cell)
+        self._votes_store = store
+        facts = self._set_mean_factor(self._votes)
+        self.log(facts | {"knn_refresh_seconds": time.perf_counter() - started})
+
+    def _add_callbacks(self) -> list[Any]:
+        """Those that a run on pictures needs."""
+        callbacks: list[Any] = []
+        if self.args.freeze_backbone:
+            return callbacks
+        if isinstance(self.train_dataset, EpochRows):
+            callbacks.append(EpochCallback(self.train_dataset))
+        if self.args.reweights:
+            self._votes = self._votes_store = None
+            callbacks.append(RefreshCallback(self._refresh, lambda: self._votes is None))
+        for callback in callbacks:
+            self.add_callback(callback)
+        return callbacks
 
     def _prepare_probe(self) -> None:
         """Features once, datastore once, leave-one-out p_knn once."""
@@ -259,14 +398,19 @@ class KnnTrainer(Trainer):
         store = self.build_datastore()
         head_part, _ = split_features(features.features, self.model.config)
         self.model.head.standardize(head_part)
-        if self.args.knn_loss_alpha:
-            own = _leave_one_out(store, features, self.model.config)
+        if self.args.reweights:
+            votes = OwnVotes.of(store, features, self.model.config)
+            self._set_mean_factor(votes)
+            own = votes.at(features.ids)
             features = dataclasses.replace(features, knn_log_probs=own)  # the caller's stay
-        self.train_features = self.train_dataset = features
+        self.train_features = features
+        self.train_dataset = dataclasses.replace(features, gives_ids=True)
 
     def _features_of(self, dataset: Any) -> ImageFeatures:
         if isinstance(dataset, ImageFeatures):
             return dataset
+        if isinstance(dataset, EpochRows):
+            dataset = dataset.rows
         name = fingerprint_of(dataset)
         if name is not None:
             name = f"{name}|{made_by(self.model)}"
@@ -295,6 +439,8 @@ class KnnTrainer(Trainer):
             features.ids,
             metric=config.metric,
             normalization=config.normalization,
+            index=self.args.knn_index,
+            max_memory=self.args.knn_max_memory,
             paths=features.paths or None,
         )
 
@@ -384,12 +530,82 @@ class KnnTrainer(Trainer):
             self.model.datastore = store
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+        if self.is_in_train and self._votes is not None:
+            self._votes.save(folder)
+            if self.args.knn_queries == "live" and self._votes_store is not None:
+                self._votes_store.save(folder / SNAPSHOT)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; while one is built, a hidden folder below it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves a training checkpoint, which appears whole or not at all."""
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        known = f"checkpoint-{best}" if best else None
+        if self.args.should_save:
+            start_staging(run_folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if known is not None and (known == name or (run_folder / known).exists()):
+            self.state.best_model_checkpoint = str(run_folder / known)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(run_folder / STAGING / name / TRAINER_STATE_NAME))
+            final = publish(run_folder, name)
+            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
+                self.model.datastore.home = final  # the next one links what did not change
+            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Waits until the checkpoint is whole; `_save_checkpoint` pushes it then."""
+
+    def _whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to resume from, after a look at all its files."""
+        if not wanted:
+            return None
+        if wanted is True:
+            found, skipped = newest_whole(Path(str(self.args.output_dir)))
+            for reason in skipped:
+                logger.warning("Skipped a checkpoint that is not whole, %s.", reason)
+            if found is None:
+                raise ValueError(
+                    f"Expected a whole checkpoint in {self.args.output_dir} to resume from, but "
+                    f"got {len(skipped)} that are not whole; start without resuming."
+                )
+            logger.warning("Resuming from %s.", found)
+            return str(found)
+        problem = problem_of(Path(wanted))
+        if problem is not None:
+            raise ValueError(
+                f"Expected {wanted} to be a whole checkpoint, but {problem}; pass "
+                "resume_from_checkpoint=True for the newest one that is."
+            )
+        return str(wanted)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
-        loaded = KnnForImageClassification.from_pretrained(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        loaded = KnnForImageClassification.from_pretrained(folder)
         self.model.load_state_dict(loaded.state_dict())
         self.model.datastore = loaded.datastore
+        if self.args.freeze_backbone or not self.args.reweights:
+            return
+        self._votes = OwnVotes.load(folder)
+        if self._votes is not None:
+            self._set_mean_factor(self._votes)
+            if self.args.knn_queries == "live":
+                self._votes_store = Datastore.load(folder / SNAPSHOT)
 
     def _load_best_model(self) -> None:
         """Restores weights and datastore of the best checkpoint."""
@@ -411,8 +627,7 @@ def _checked(dataset: Any, model: KnnForImageClassification) -> Any:
         dataset = prepare(dataset, model.config.class_names)
     if len(dataset) == 0:
         raise ValueError("Expected a dataset with at least one picture, but it is empty.")
-    is_features = isinstance(dataset, ImageFeatures)
-    labels = dataset.labels if is_features else labels_of(dataset)
+    labels = _labels_in(dataset)
     if int(labels.max()) >= model.config.classes:
         raise ValueError(
             f"Expected labels below {model.config.classes}, the number of classes of the model, "
@@ -421,25 +636,10 @@ def _checked(dataset: Any, model: KnnForImageClassification) -> Any:
     return dataset
 
 
-def _leave_one_out(store: Datastore, features: ImageFeatures, config: Any) -> Tensor:
-    """[N] leave-one-out log p_knn of each row's own label, k and T chosen by its sum."""
-    _, queries = split_features(features.features, config)
-    labels = features.labels
-    grid = default_grid(len(store), config.classes)._replace(knn_weights=(1.0,))
-    neighbors = store.search(queries, max(grid.k), exclude_ids=features.ids)
-    options = {"metric": store.metric, "weighting": config.knn_weighting}
-    silent_head = torch.zeros(len(labels), config.classes)
-    best = tune(
-        neighbors, silent_head, labels, config.classes, "log_likelihood", grid=grid, **options
-    )
-    votes = knn_log_probs(
-        neighbors.similarities[:, : best.k],
-        neighbors.labels[:, : best.k],
-        config.classes,
-        best.temperature,
-        **options,
-    )
-    return votes.gather(1, labels.unsqueeze(1)).squeeze(1)
+def _labels_in(dataset: Any) -> Tensor:
+    if isinstance(dataset, EpochRows):
+        dataset = dataset.rows
+    return dataset.labels if isinstance(dataset, ImageFeatures) else labels_of(dataset)
 
 
 def _quiet(args: KnnTrainingArguments, folder: str) -> KnnTrainingArguments:

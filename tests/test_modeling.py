@@ -1407,7 +1407,7 @@ def test_an_error_while_saving_leaves_the_old_version(folder, vit, monkeypatch, 
 
 
 def test_two_renames_where_folders_cannot_be_exchanged(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(storage, "exchange", lambda first, second: False)
     (folder / "notes.txt").write_text("mine")
     model = tiny_model("vit", seed=7)
     model.save_pretrained(folder)
@@ -1417,7 +1417,7 @@ def test_two_renames_where_folders_cannot_be_exchanged(folder, monkeypatch, tmp_
 
 
 def test_a_failed_second_rename_brings_the_old_version_back(folder, vit, monkeypatch):
-    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(storage, "exchange", lambda first, second: False)
     real, calls = os.rename, []
 
     def rename(source: Path, target: Path) -> None:
@@ -1437,7 +1437,7 @@ def test_a_save_after_a_kill_between_two_renames_finds_the_old_version(folder, t
     (folder / "notes.txt").write_text("mine")
 
     def work(writer: int) -> None:
-        storage._exchange = lambda first, second: False
+        storage.exchange = lambda first, second: False
         count_file_events(lambda _: kill_self() if not folder.exists() else None)
         tiny_model("vit", seed=7).save_pretrained(folder)
 

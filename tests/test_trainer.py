@@ -205,16 +205,20 @@ def test_alpha_0_with_label_smoothing_is_the_plain_trainer(tmp_path: Path) -> No
     )
 
 
-def test_fine_tuning_is_the_plain_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("augmentation", ["paper", "flip", "none"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fine_tuning_is_the_plain_trainer(augmentation: str, workers: int, tmp_path: Path) -> None:
     data = pictures()
     models = [small_model(CLASSES), small_model(CLASSES)]
     assert_same(tensors(models[0]), tensors(models[1]))
-    trainer = KnnTrainer(models[0], arguments(tmp_path), train_dataset=data)
+    options: dict[str, Any] = {"dataloader_num_workers": workers}
+    own = arguments(tmp_path, augmentation=augmentation, **options)
+    trainer = KnnTrainer(models[0], own, train_dataset=data)
     plain = Trainer(
         models[1],
-        TrainingArguments(str(tmp_path / "plain"), remove_unused_columns=False, **QUIET),
+        TrainingArguments(str(tmp_path / "p"), remove_unused_columns=False, **QUIET, **options),
         train_dataset=trainer.train_dataset,
-        data_collator=KnnCollator(small_processor()),
+        data_collator=trainer.data_collator,
     )
     wanted = recording(plain)
     plain.train()
@@ -317,6 +321,8 @@ def test_the_reweighted_loss_by_hand(
     }
     assert len(seen) == 8
     clamped = 0
+    # the mean is that of all rows, so that it does not depend on who is in a batch
+    mean = sum(1 + alpha * min(-value, clamp) for value in surprise.tolist()) / len(surprise)
     for inputs, head, loss in seen:
         standard = (inputs["features"].double() - head["mean"]) / head["scale"]
         logits = standard @ head["classifier.weight"].double().T + head["classifier.bias"]
@@ -329,7 +335,7 @@ def test_the_reweighted_loss_by_hand(
             log_p = [float(value - logit.logsumexp(0)) for value in logit]
             losses.append(-(1 - smoothing) * log_p[int(label)] - smoothing * sum(log_p) / 3)
         if normalize == "mean":
-            factors = [factor * len(factors) / sum(factors) for factor in factors]
+            factors = [factor / mean for factor in factors]
         total = sum(a * b for a, b in zip(factors, losses, strict=True)) / len(losses)
         assert loss == pytest.approx(total, rel=2e-5)
     assert (clamped > 0) is (clamp == 1.5)
@@ -852,7 +858,8 @@ def test_a_broken_picture_in_training(tmp_path: Path) -> None:
 def test_the_collator() -> None:
     rows = [dict(row) for row in prepare(pictures(4, broken=[2]))]
     batch = KnnCollator(small_processor(), "skip")(rows)
-    assert batch.keys() == {"pixel_values", "labels"}
+    assert batch.keys() == {"pixel_values", "labels", "sample_ids"}
+    assert batch["sample_ids"].tolist() == [0, 1, 3]
     assert batch["pixel_values"].shape == (3, 3, 8, 8)
     assert batch["labels"].tolist() == [0, 1, 0]
     assert batch["labels"].dtype == torch.int64
@@ -1065,7 +1072,23 @@ def test_checkpoints_hold_the_whole_model(tmp_path: Path) -> None:
         ({"tune_folds": 1}, "`tune_folds` to be >= 2, but got 1"),
         ({"on_bad_image": "ignore"}, r"`on_bad_image` to be one of \['fail', 'skip'\]"),
         ({"feature_precision": "int8"}, r"`feature_precision` to be one of .*'bf16'.*'int8'"),
-        ({"freeze_backbone": False, "knn_loss_alpha": 0.1}, "not supported yet"),
+        ({"knn_loss_gamma": -1.0}, r"`knn_loss_gamma` to be >= 0"),
+        ({"knn_refresh": "daily"}, r"`knn_refresh` to be 'epoch', 'never' or a number"),
+        ({"knn_refresh": "0"}, r"`knn_refresh` to be 'epoch', 'never' or a number"),
+        ({"knn_queries": "dead"}, r"`knn_queries` to be one of"),
+        ({"class_weights": "some"}, r"`class_weights` to be one of"),
+        ({"augmentation": "wild"}, r"`augmentation` to be one of"),
+        ({"trainable_blocks": 1}, r"`trainable_blocks` to be >= 1, without freeze_backbone"),
+        ({"freeze_backbone": False, "trainable_blocks": 0}, r"`trainable_blocks` to be >= 1"),
+        ({"knn_max_memory": "much"}, r"`max_memory` to be like"),
+        (
+            {
+                "freeze_backbone": False,
+                "dataloader_persistent_workers": True,
+                "dataloader_num_workers": 1,
+            },
+            "would repeat its augmentation",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:

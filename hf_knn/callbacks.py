@@ -1,0 +1,53 @@
+"""What happens at the beginning of epochs and steps of a fine-tuning run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .augmentation import EpochRows
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the rows which epoch it is, before workers copy them.
+
+    Args:
+        rows: the training rows.
+    """
+
+    def __init__(self, rows: EpochRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer`; a resumed run begins in the middle of an epoch."""
+        self.rows.set_epoch(int(state.epoch or 0))
+
+
+class RefreshCallback(TrainerCallback):
+    """Rebuilds the datastore that the loss asks, on its schedule.
+
+    Args:
+        refresh: rebuilds it from the weights as they are.
+        is_missing: whether there is none yet; a resumed run has the one of its checkpoint.
+    """
+
+    def __init__(self, refresh: Callable[[], None], is_missing: Callable[[], bool]) -> None:
+        self.refresh, self.is_missing = refresh, is_missing
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer`; a resumed run begins in the middle of an epoch."""
+        is_boundary = float(state.epoch or 0).is_integer()
+        if self.is_missing() or (args.knn_refresh == "epoch" and is_boundary):
+            self.refresh()
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer` before each update."""
+        steps = args.refresh_steps
+        if steps and state.global_step and state.global_step % steps == 0:
+            self.refresh()

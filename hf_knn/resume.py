@@ -1,0 +1,164 @@
+"""Training checkpoints that are whole or invisible, and the newest one that is whole.
+
+A checkpoint is built in a hidden folder, sealed by a list of its files with their hashes, flushed
+and renamed; one that is to go is renamed away first. So a kill leaves whole checkpoints only, and
+what was damaged later is found by its seal.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from .storage import exchange, fsync_path, fsync_tree, hash_blocks, write_durably
+
+SEAL_NAME = "checkpoint_files.json"
+STAGING = ".checkpoints.staging"
+_DISCARDED = ".checkpoints.discarded"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(folder: Path) -> None:
+    """Writes down what a checkpoint consists of.
+
+    Args:
+        folder: with every file of the checkpoint.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): hash_blocks(path)[0]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL_NAME
+    }
+    text = json.dumps(files, indent=2) + "\n"
+    write_durably(folder / SEAL_NAME, lambda path: _write(path, text))
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole.
+
+    Args:
+        folder: of the checkpoint.
+    """
+    path = folder / SEAL_NAME
+    if not path.is_file():
+        return f"it has no {SEAL_NAME}: it was not finished, or not written by KnnTrainer"
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))
+        names = {str(name): str(sha256) for name, sha256 in files.items()}
+    except (ValueError, AttributeError) as error:
+        return f"{SEAL_NAME} is damaged: {error}"
+    for name, sha256 in names.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if hash_blocks(file)[0] != sha256:
+            return f"{name} is damaged or from another save"
+    return None
+
+
+def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole.
+
+    Args:
+        run_folder: the output folder of a training run.
+
+    Returns:
+        The checkpoint, or None, and what was skipped, newest first, with the reason.
+    """
+    skipped = []
+    if (run_folder / STAGING).is_dir():
+        unfinished = [path.name for path in (run_folder / STAGING).iterdir()]
+        skipped += [f"{name}: its writer was interrupted" for name in sorted(unfinished)]
+    for path in reversed(list_checkpoints(run_folder)):
+        problem = problem_of(path)
+        if problem is None:
+            return path, skipped
+        skipped.append(f"{path.name}: {problem}")
+    return None, skipped
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first.
+
+    Args:
+        run_folder: the output folder of a training run; need not exist.
+    """
+    entries = run_folder.iterdir() if run_folder.is_dir() else iter(())
+    numbered = [(int(found[1]), path) for path in entries if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if path.is_dir()]
+
+
+def start_staging(run_folder: Path) -> Path:
+    """An empty hidden folder for the next checkpoint; clears what a kill left.
+
+    Args:
+        run_folder: the output folder of a training run.
+    """
+    for name in (STAGING, _DISCARDED):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    staging = run_folder / STAGING
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(run_folder: Path, name: str) -> Path:
+    """Seals a staged checkpoint and puts it in its place.
+
+    Args:
+        run_folder: the output folder of a training run.
+        name: `checkpoint-<step>`, in the staging folder.
+
+    Returns:
+        Where it is now.
+    """
+    staged, final = run_folder / STAGING / name, run_folder / name
+    seal(staged)
+    fsync_tree(staged)
+    if not (final.exists() and exchange(staged, final)):
+        discard(run_folder, final)
+        os.rename(staged, final)
+    fsync_path(run_folder)
+    shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+    return final
+
+
+def discard(run_folder: Path, checkpoint: Path) -> None:
+    """Deletes a checkpoint, which is invisible before its first file goes.
+
+    Args:
+        run_folder: the output folder of a training run.
+        checkpoint: below it; need not exist.
+    """
+    if not checkpoint.exists():
+        return
+    grave = run_folder / _DISCARDED
+    grave.mkdir(exist_ok=True)
+    target = grave / checkpoint.name
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(checkpoint, target)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints, never the newest or the best.
+
+    Args:
+        run_folder: the output folder of a training run.
+        limit: how many may stay; None for all.
+        best: the best checkpoint, if it is known.
+    """
+    if limit is None or limit < 1:
+        return
+    checkpoints = list_checkpoints(run_folder)
+    protected = {checkpoints[-1].name} if checkpoints else set()
+    if best is not None:
+        protected.add(Path(best).name)
+    others = [path for path in checkpoints if path.name not in protected]
+    surplus = len(checkpoints) - max(limit, len(protected))
+    for path in others[: max(0, surplus)]:
+        discard(run_folder, path)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
