@@ -18,13 +18,23 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
-    {"configuration_knn", "functional", "storage", "manifest", "rows", "row_table", "blobs"}
+    {
+        "configuration_knn",
+        "functional",
+        "ridge",
+        "storage",
+        "manifest",
+        "rows",
+        "row_table",
+        "blobs",
+    }
     | {"processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
     {"datastore", "backbone"},
     {"checkpoint"},
     {"modeling_knn"},
-    {"images", "data", "collator", "features", "folds", "metrics", "probe", "tuning"},
-    {"training_args", "trainer", "callbacks", "model_card"},
+    {"augmentation", "images", "data", "collator", "features", "folds", "metrics", "probe"}
+    | {"ridge", "tuning", "votes"},
+    {"training_args", "resume", "trainer", "callbacks", "model_card"},
     {"cli"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
