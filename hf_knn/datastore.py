@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from .indexing import (
     parse_memory,
 )
 from .manifest import (
+    FAISS_NAME,
     MANIFEST_NAME,
     STORAGE_DTYPES,
     Binding,
@@ -38,7 +39,7 @@ from .manifest import (
     IndexInfo,
     Manifest,
 )
-from .persistence import Contents, write_datastore
+from .persistence import SCRATCH, Contents, write_datastore
 from .row_table import RowTable
 from .rows import (
     Values,
@@ -151,7 +152,7 @@ class Datastore:
         self._searcher: Searcher | None = None
         self._placement = Placement()
         self._unverified: OpenedFiles | None = None
-        self._trusted: Path | None = None
+        self._trusted: BinaryIO | None = None
         self.home: Path | None = None
 
     @classmethod
@@ -675,7 +676,11 @@ class Datastore:
         store.manifest, store.source = manifest, dict(manifest.source)
         store._index, store._table = manifest.index, table
         if is_rebuildable(manifest.index.spec):
-            store._centroids = _checked_centroids(opened, manifest)
+            try:
+                store._centroids = _checked_centroids(opened, manifest)
+            except DatastoreError:
+                opened.verify()  # a damaged file is named before what it seems to say
+                raise
         else:
             store._table = dataclasses.replace(table, lists=None)
         store._unverified = opened
@@ -729,16 +734,27 @@ class Datastore:
         return rows
 
 
-def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> Path | None:
-    """The serialized index of a manifest, if it can be searched as it is."""
-    record = manifest.faiss_index
-    if record is None or manifest.metric != Metric.COSINE or not has_faiss():
-        logger.warning(
-            "There is no faiss index here that can be read (none was written, the metric is not "
-            "cosine, or faiss is not installed): it is built from the rows."
-        )
-        return None
-    return record.verify(resolve(record.name))
+def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
+    """The serialized index of a manifest, open and hashed, if it can be searched as it is."""
+    record, problem = manifest.faiss_index, None
+    if record is not None and manifest.metric == Metric.COSINE and has_faiss():
+        for name in (FAISS_NAME, f"{SCRATCH}/{FAISS_NAME}"):  # where a kill left the old one
+            if (path := resolve(name)) is None:
+                continue
+            try:
+                file = record.verify_size(path).open("rb")
+                record.verify_stream(file)
+            except DatastoreError as error:
+                problem = problem or error
+            else:
+                return file
+    if problem is not None:
+        raise problem
+    logger.warning(
+        "There is no %s that can be read (none was written, it is gone, the metric is not cosine, "
+        "or faiss is not installed): the index is built from the rows.", FAISS_NAME,
+    )  # fmt: skip
+    return None
 
 
 def _checked_centroids(opened: OpenedFiles, manifest: Manifest) -> Singles:

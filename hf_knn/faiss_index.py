@@ -1,10 +1,11 @@
 """Search with faiss. The only file that imports it."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -149,11 +150,11 @@ class FaissApproximate:
         return cls(index, {})
 
     @classmethod
-    def from_file(cls, path: Path, spec: str, width: int, count: int) -> "FaissApproximate":
+    def from_file(cls, file: BinaryIO, spec: str, width: int, count: int) -> "FaissApproximate":
         """Reads a serialized index, which is native code's work: for trusted files only.
 
         Args:
-            path: a file that `write` wrote.
+            file: what `write` wrote, open for reading.
             spec: the factory string it must have been built from.
             width: D' it must have.
             count: rows it must hold.
@@ -162,18 +163,13 @@ class FaissApproximate:
             DatastoreError: for a file that faiss cannot read within the limits, or another kind,
                 width, metric or number of rows.
         """
-        with _deserialization_limits(path.stat().st_size, count):
-            try:
-                index = faiss.read_index(str(path))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1]
-                raise DatastoreError(f"Expected {path.name} to be an index: {reason}") from error
-        _check_same_kind(path.name, index, empty_index(spec, width, count), count)
+        index = _read(file, count)
+        _check_same_kind(_name_of(file), index, empty_index(spec, width, count), count)
         return cls(index, {})
 
     def write(self, path: Path) -> None:
         """Writes the index for users of faiss; rows are numbered in the order of the files."""
-        faiss.write_index(self.index, str(path))
+        _write(path, self.index)
 
     def add(self, rows: Singles) -> None:
         """See `FirstPass.add`."""
@@ -313,31 +309,53 @@ def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:
     flat = faiss.IndexFlatL2(width) if is_l2 else faiss.IndexFlatIP(width)
     index = faiss.IndexIDMap2(flat)
     index.add_with_ids(rows, ids)
-    faiss.write_index(index, str(path))
+    _write(path, index)
 
 
-def read_flat(path: Path, ids: Ints, width: int) -> FaissFlat:
+def read_flat(file: BinaryIO, ids: Ints, width: int) -> FaissFlat:
     """Reads what `write_flat` wrote for inner products: for trusted files only.
 
     Args:
-        path: the file.
+        file: open for reading.
         ids: [N] int64, which it must hold in this order.
         width: D it must have.
 
     Raises:
         DatastoreError: for a file that faiss cannot read within the limits, or other rows.
     """
-    with _deserialization_limits(path.stat().st_size, len(ids)):
+    index = _read(file, len(ids))
+    wanted = faiss.IndexIDMap2(faiss.IndexFlatIP(width))
+    _check_same_kind(_name_of(file), index, wanted, len(ids))
+    if not np.array_equal(faiss.vector_to_array(index.id_map), ids):
+        raise DatastoreError(
+            f"Expected {_name_of(file)} to hold the ids of the rows; save it again."
+        )
+    return FaissFlat(np.empty((0, width), np.float32), index)
+
+
+def _write(path: Path, index: Any) -> None:
+    """Writes through a file of Python's, whose errors say that the disk is full."""
+    with path.open("wb") as file:
+        library: Any = faiss  # its stubs do not know the callbacks
+        writer = library.PyCallbackIOWriter(file.write)
+        faiss.write_index(index, writer)
+        del writer  # what it still holds goes to the file now
+
+
+def _read(file: BinaryIO, count: int) -> Any:
+    """Reads from the open file that was hashed, whatever has its name by now."""
+    with _deserialization_limits(os.fstat(file.fileno()).st_size, count):
+        file.seek(0)
+        library: Any = faiss
         try:
-            index: Any = faiss.read_index(str(path))
+            return faiss.read_index(library.PyCallbackIOReader(file.read))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
-            raise DatastoreError(f"Expected {path.name} to be an index: {reason}") from error
-    wanted = faiss.IndexIDMap2(faiss.IndexFlatIP(width))
-    _check_same_kind(path.name, index, wanted, len(ids))
-    if not np.array_equal(faiss.vector_to_array(index.id_map), ids):
-        raise DatastoreError(f"Expected {path.name} to hold the ids of the rows; save it again.")
-    return FaissFlat(np.empty((0, width), np.float32), index)
+            raise DatastoreError(f"Expected {_name_of(file)} to be an index: {reason}") from error
+
+
+def _name_of(file: BinaryIO) -> str:
+    return Path(file.name).name
 
 
 @contextmanager

@@ -7,8 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -156,7 +155,7 @@ def build_searcher(
     stored: StoredLists | None,
     min_recall: float,
     placement: Placement,
-    trusted: Path | None,
+    trusted: BinaryIO | None,
 ) -> tuple[Searcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
@@ -168,7 +167,8 @@ def build_searcher(
         stored: centroids and lists to rebuild from, if there are any.
         min_recall: nprobe or efSearch is raised until this recall at 20 is measured.
         placement: where the first pass runs.
-        trusted: a serialized index to read instead of building one; None builds it.
+        trusted: an open file with the serialized index, to be read instead of building one; None
+            builds it.
 
     Returns:
         The searcher, what was measured, and the lists to store (None for other kinds).

@@ -20,13 +20,14 @@ from .manifest import (
     FAISS_NAME,
     MANIFEST_NAME,
     Binding,
+    DatastoreError,
     FileRecord,
     IndexInfo,
     Manifest,
 )
 from .row_table import RowTable
 from .search import RowSpace
-from .storage import fsync_path, stage_file
+from .storage import fsync_path, link_or_copy, stage_file
 
 LARGEST_FAISS_FILE = 100 * 10**6
 SCRATCH = ".datastore.staging"
@@ -75,7 +76,7 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
         OSError: if something could not be written; the version that was there is intact.
     """
     table = contents.table
-    _clear_litter(folder, None)
+    _clear_litter(folder)  # of saves that were killed
     scratch = folder / SCRATCH
     scratch.mkdir()
     try:
@@ -100,16 +101,16 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
         text = manifest.to_json().encode()
         target = folder / MANIFEST_NAME
         staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
-        if index is not None:
-            index.replace(folder / FAISS_NAME)
+        _replace_faiss(folder, scratch, index)
         fsync_path(folder)
         staged.replace(target)  # the commit point
         fsync_path(folder)
+    except BaseException:
+        if (scratch / FAISS_NAME).exists():
+            (scratch / FAISS_NAME).replace(folder / FAISS_NAME)
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if index is None:
-        (folder / FAISS_NAME).unlink(missing_ok=True)
-    _clear_litter(folder, {record.name for record in blobs})
+        _clear_litter(folder)
     return manifest
 
 
@@ -136,12 +137,29 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     return stage_file(folder / FAISS_NAME, write, scratch)
 
 
-def _clear_litter(folder: Path, named: set[str] | None) -> None:
-    """Removes what a killed save left, and, once there is a new manifest, what it does not name."""
+def _replace_faiss(folder: Path, scratch: Path, index: Path | None) -> None:
+    """Puts the new index in place; until the commit, readers of the old one find it in scratch."""
+    old = folder / FAISS_NAME
+    if old.exists():
+        link_or_copy(str(old), str(scratch / FAISS_NAME))
+        fsync_path(scratch)
+    if index is None:
+        old.unlink(missing_ok=True)
+    else:
+        index.replace(old)
+
+
+def _clear_litter(folder: Path) -> None:
+    """Removes the scratch folder, and row files that the manifest on disk does not name."""
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    try:
+        named = {record.name for record in Manifest.read(folder / MANIFEST_NAME).blobs}
+    except FileNotFoundError:
+        named = set()
+    except DatastoreError:
+        return  # whoever repairs it may need them
     for entry in folder.iterdir():
-        if entry.name == SCRATCH:
-            shutil.rmtree(entry)
-        elif named is not None and BLOB_PATTERN.fullmatch(entry.name) and entry.name not in named:
+        if BLOB_PATTERN.fullmatch(entry.name) and entry.name not in named:
             entry.unlink(missing_ok=True)
 
 

@@ -35,3 +35,24 @@ def knn_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hf-knn-cache"
     monkeypatch.setenv("HF_KNN_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a test's datastore lies; not made yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def saved(folder: Path) -> Path:
+    """The folder of a stored datastore."""
+    from stored import make_store  # imports the Hub libraries, see above
+
+    make_store().save(folder)
+    return folder
+
+
+@pytest.fixture
+def without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `datastore.faiss` is written."""
+    monkeypatch.setattr("hf_knn.persistence.has_faiss", lambda: False)
