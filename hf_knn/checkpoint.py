@@ -45,7 +45,7 @@ _WEIGHTS_PATTERN = re.compile(
 )
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
-    "faiss_index.py", "first_pass.py", "functional.py", "indexing.py", "manifest.py",
+    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "indexing.py", "manifest.py",
     "modeling_knn.py", "persistence.py", "processors.py", "row_table.py", "rows.py", "search.py",
     "storage.py",
 )  # fmt: skip

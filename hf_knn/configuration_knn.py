@@ -1,5 +1,6 @@
 """The configuration of a k-NN image classifier."""
 
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 
@@ -39,9 +40,15 @@ class Normalization(StrEnum):
 
 
 class Head(StrEnum):
-    """The classifier beside the datastore."""
+    """The classifier beside the datastore.
+
+    `mlp` has hidden layers. `ridge` is solved in closed form on features that are normalised as in
+    the datastore.
+    """
 
     LINEAR = "linear"
+    MLP = "mlp"
+    RIDGE = "ridge"
 
 
 class KnnConfig(PreTrainedConfig):
@@ -59,7 +66,9 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
-        head: `linear`.
+        head: `linear`, `mlp` or `ridge`.
+        head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
+            feature.
         num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
         has_datastore: whether a checkpoint with this configuration comes with a datastore.
 
@@ -81,6 +90,7 @@ class KnnConfig(PreTrainedConfig):
     metric: str = "cosine"
     normalization: str = "l2_centered"
     head: str = "linear"
+    head_hidden_sizes: list[int] = field(default_factory=list)
     num_head_labels: int | None = None
     has_datastore: bool = False
 
@@ -92,6 +102,8 @@ class KnnConfig(PreTrainedConfig):
         self.backbone_config = _build_backbone_config(self.backbone_config)
         if self.num_head_labels is None:
             self.num_head_labels = self.num_labels
+        if self.head == Head.MLP and not self.head_hidden_sizes and self.feature_dim > 0:
+            self.head_hidden_sizes = [self.feature_dim]
         self.check()
 
     def check(self) -> None:
@@ -107,6 +119,13 @@ class KnnConfig(PreTrainedConfig):
         _check_choice("normalization", self.normalization, Normalization)
         _check_choice("knn_weighting", self.knn_weighting, Weighting)
         _check_choice("head", self.head, Head)
+        sizes = self.head_hidden_sizes
+        are_widths = isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)
+        if not are_widths or (sizes and self.head != Head.MLP):
+            raise ValueError(
+                "Expected `head_hidden_sizes` to be widths >= 1, and empty unless head='mlp', "
+                f"but got {sizes!r} for head={self.head!r}."
+            )
         check_metric(self.metric, self.normalization)
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise ValueError(f"Expected `k` to be a whole number >= 1, but got {self.k!r}.")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers.initialization as init
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,6 +27,7 @@ from .checkpoint import CheckpointReader, write_checkpoint
 from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs
+from .heads import KnnHead
 from .processors import load_processor, portable
 
 _PUSH_OPTIONS = (
@@ -63,39 +63,6 @@ class KnnImageClassifierOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class KnnHead(nn.Module):
-    """A linear classifier on standardised features.
-
-    Args:
-        dim: width of a feature.
-        num_labels: number of classes.
-    """
-
-    def __init__(self, dim: int, num_labels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(()))
-        self.classifier = nn.Linear(dim, num_labels)
-
-    mean: Tensor
-    scale: Tensor
-
-    def standardize(self, features: Tensor) -> None:
-        """Fixes what is subtracted and divided, so that learning rates mean the same everywhere.
-
-        Args:
-            features: [N, D] training features.
-        """
-        mean = features.double().mean(dim=0)
-        deviation = (features.double() - mean).pow(2).mean().sqrt()
-        self.mean.copy_(mean)
-        self.scale.copy_(deviation if deviation > 0 else torch.ones(()))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C_head] logits."""
-        return self.classifier((features - self.mean) / self.scale)
-
-
 class KnnForImageClassification(PreTrainedModel):
     """An image classifier that also remembers.
 
@@ -121,7 +88,7 @@ class KnnForImageClassification(PreTrainedModel):
         super().__init__(config)
         poolings = (config.pooling, config.store_pooling)
         self.backbone = build_backbone(config.backbone, poolings)
-        self.head = KnnHead(config.feature_dim, config.head_classes)
+        self.head = KnnHead.from_config(config)
         self.datastore: Datastore | None = None
         self.image_processor: Any = None
         self.post_init()
@@ -369,8 +336,7 @@ class KnnForImageClassification(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, KnnHead):
-            init.zeros_(module.mean)
-            init.ones_(module.scale)
+            module.reset()
 
 
 def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:

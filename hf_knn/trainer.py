@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from .augmentation import Augment, EpochRows
 from .backbone import evaluating, freeze_all_but_last, split_features
 from .callbacks import EpochCallback, RefreshCallback
 from .checkpoint import made_by
 from .collator import KnnCollator
+from .configuration_knn import Head
 from .data import fingerprint_of, labels_of, prepare
 from .datastore import Datastore, Neighbors
 from .features import ImageFeatures, extract_features
+from .fitting import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
 from .folds import stratified_folds
 from .functional import (
     ClassWeighting,
@@ -34,9 +36,11 @@ from .functional import (
     focal_loss_weights,
     knn_loss_weights,
 )
+from .heads import KnnHead
 from .manifest import MANIFEST_NAME
 from .metrics import measure
-from .modeling_knn import KnnForImageClassification, KnnHead
+from .modeling_knn import KnnForImageClassification
+from .probe import ProbeChoice, ProbeGrid
 from .resume import STAGING, newest_whole, problem_of, publish, rotate, start_staging
 from .training_args import KnnTrainingArguments
 from .tuning import Grid, TuneResult, default_grid, has_few_labels, tune
@@ -71,6 +75,7 @@ class KnnTrainer(Trainer):
     Attributes:
         train_features: features of the training set, once they are known.
         tune_result: what `tune` found last.
+        probe_choice: which head of `probe_grid` was best, with the table of all.
 
     Raises:
         ValueError: for a dataset without pictures or labels, or labels the model does not have.
@@ -118,6 +123,7 @@ class KnnTrainer(Trainer):
         self._staging = False
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
+        self.probe_choice: ProbeChoice | None = None
         self._datastore_step = -1
         self._known_features: dict[str, ImageFeatures] = {}
         super().__init__(
@@ -146,6 +152,8 @@ class KnnTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected `train_dataset` to train on, but got None.")
+        if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
+            return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
         pictures = self.train_dataset
@@ -391,6 +399,75 @@ class KnnTrainer(Trainer):
             self.add_callback(callback)
         return callbacks
 
+    def _fit_at_once(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        """A closed-form head, or the best of many: seconds, so there is nothing to resume."""
+        is_ridge = self.model.config.head == Head.RIDGE
+        if not self.args.freeze_backbone or resume_from_checkpoint:
+            raise ValueError(
+                "Expected `freeze_backbone` to be True and no checkpoint to resume from for a head "
+                f"that is fitted at once (head={self.model.config.head!r}, "
+                f"probe_grid={self.args.probe_grid!r})."
+            )
+        if is_ridge and (self.args.reweights or self.args.probe_grid is not None):
+            raise ValueError(
+                "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a ridge head, "
+                "which has no loss to weight and no rate to choose."
+            )
+        started, pictures = time.time(), self.train_dataset
+        self._prepare_probe()
+        self.train_dataset = pictures
+        features = self.train_features
+        assert features is not None
+        if is_ridge:
+            fit = fit_closed_form(self.model, features, self.args.class_weights)
+            facts = {"regularizer": fit.regularizer, "temperature": fit.temperature}
+        else:
+            facts = self._fit_best_probe(features)
+        self.model.eval()
+        head_part, _ = split_features(features.features, self.model.config)
+        with torch.inference_mode():
+            logits = self.model.head(head_part.to(self.args.device)).float().cpu()
+        loss = float(functional.cross_entropy(logits, features.labels))
+        metrics = speed_metrics("train", started, num_samples=len(features))
+        metrics |= {f"train_{name}": value for name, value in facts.items()}
+        self.log(metrics | {"train_loss": loss})
+        return TrainOutput(0, loss, metrics)
+
+    def _fit_best_probe(self, features: ImageFeatures) -> dict[str, float]:
+        assert self.args.probe_grid is not None
+        grid, settings = PROBE_GRIDS[self.args.probe_grid]
+        sizes = self.model.config.head_hidden_sizes
+        settings = dataclasses.replace(
+            settings, seed=self.args.seed, class_weighting=self.args.class_weights,
+            label_smoothing=self.args.label_smoothing_factor, hidden_layers=len(sizes),
+            hidden_width=sizes[0] if sizes else None, knn_loss_clamp=self.args.knn_loss_clamp,
+            knn_loss_normalize=self.args.knn_loss_normalize,
+        )  # fmt: skip
+        if self.probe_choice is None:
+            parts = self._parts(features, grid)
+            progress = not self.args.disable_tqdm
+            self.probe_choice = sweep(parts, self.model, grid, settings, progress)
+        chosen = self.probe_choice.score
+        votes = own_votes(self._store_of, features, self.model, [chosen.config])
+        fit_probe(self.model, features, votes, chosen.config, settings)
+        return {
+            "learning_rate": chosen.config.learning_rate,
+            "weight_decay": chosen.config.weight_decay,
+            "alpha": chosen.config.alpha,
+            "held_out_accuracy": chosen.accuracy,
+        }
+
+    def _parts(self, features: ImageFeatures, grid: ProbeGrid) -> Iterator[Part]:
+        """What a sweep is fitted and chosen on: the validation set, or folds."""
+        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+            held_out = self._features_of(_checked(self.eval_dataset, self.model))
+            yield Part(features, held_out, own_votes(self._store_of, features, self.model, grid))
+            return
+        for fold in stratified_folds(features.labels, self.args.tune_folds, self.args.seed):
+            fitted, held_out = features.select(fold.fitted), features.select(fold.held_out)
+            votes = own_votes(self._store_of, fitted, self.model, grid)
+            yield Part(fitted, held_out, votes)
+
     def _prepare_probe(self) -> None:
         """Features once, datastore once, leave-one-out p_knn once."""
         features = self._features_of(self.train_dataset)
@@ -501,14 +578,14 @@ class KnnTrainer(Trainer):
         """A fresh head and datastore from some of the rows, by the same recipe."""
         shared = {id(self.model.backbone): self.model.backbone}
         model = copy.deepcopy(self.model, shared)
-        head = self.model.head
         with torch.random.fork_rng(devices=[]):  # the same folds whatever was drawn before
             torch.manual_seed(self.args.seed)
-            model.head = KnnHead(head.classifier.in_features, head.classifier.out_features)
+            model.head = KnnHead.from_config(model.config)
             model.head.apply(model._init_weights)
         with tempfile.TemporaryDirectory() as folder:
             trainer = KnnTrainer(model, _quiet(self.args, folder), train_dataset=features)
             trainer.remove_callback(PrinterCallback)
+            trainer.probe_choice = self.probe_choice
             trainer.train()
         return model
 

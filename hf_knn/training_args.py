@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from .augmentation import Augmentation
+from .fitting import PROBE_GRIDS
 from .functional import ClassWeighting, LossNormalization
 from .indexing import AUTO, parse_memory
 from .tuning import Criterion
@@ -31,6 +32,9 @@ class KnnTrainingArguments(TrainingArguments):
         knn_loss_normalize: `none` (published) or `mean`: factors divided by their mean over the
             training rows, so that they do not act as a larger learning rate.
         class_weights: `none`, `inverse` or `inverse_sqrt` of the class counts, for long tails.
+        probe_grid: train many heads on the cached features at once and keep the best on held-out
+            rows: `small`, `paper` or `paper_self_supervised`; None trains one head with the rates
+            and epochs given here. Needs `freeze_backbone`.
         knn_refresh: when a backbone that is being trained gets a new datastore: `epoch`, `never`
             (the one of the start stays until the end), or a number of steps.
         knn_refresh_tune: choose k and temperature of the loss anew at each refresh.
@@ -68,6 +72,9 @@ class KnnTrainingArguments(TrainingArguments):
     )
     class_weights: str = field(
         default="none", metadata={"help": "'none', 'inverse' or 'inverse_sqrt' of class counts."}
+    )
+    probe_grid: str | None = field(
+        default=None, metadata={"help": "Sweep: 'small', 'paper' or 'paper_self_supervised'."}
     )
     knn_refresh: str = field(
         default="epoch", metadata={"help": "When the datastore is rebuilt: epoch, never, N steps."}
@@ -144,6 +151,18 @@ class KnnTrainingArguments(TrainingArguments):
                 "Expected `trainable_blocks` to be >= 1, without freeze_backbone, "
                 f"but got {blocks}."
             )
+        if self.probe_grid is not None:
+            _check("probe_grid", self.probe_grid, list(PROBE_GRIDS))
+            if not self.freeze_backbone:
+                raise ValueError(
+                    "Expected `freeze_backbone` to be True with `probe_grid`, which trains heads "
+                    "on features that are computed once."
+                )
+            if self.reweights:
+                raise ValueError(
+                    "Expected `knn_loss_alpha` and `knn_loss_gamma` to be 0 with `probe_grid`, "
+                    "which has alphas of its own."
+                )
         if self.knn_max_memory is not None:
             parse_memory(self.knn_max_memory)
         if self.dataloader_persistent_workers and not self.freeze_backbone:

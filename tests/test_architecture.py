@@ -18,22 +18,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
-    {
-        "configuration_knn",
-        "functional",
-        "ridge",
-        "storage",
-        "manifest",
-        "rows",
-        "row_table",
-        "blobs",
-    }
-    | {"processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
+    {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
+    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
     {"datastore", "backbone"},
     {"checkpoint"},
     {"modeling_knn"},
     {"augmentation", "images", "data", "collator", "features", "folds", "metrics", "probe"}
-    | {"ridge", "tuning", "votes"},
+    | {"ridge", "tuning", "votes", "fitting"},
     {"training_args", "resume", "trainer", "callbacks", "model_card"},
     {"cli"},
 ]

@@ -33,7 +33,6 @@ from tasks import (
 )
 from transformers import AutoImageProcessor, AutoModel
 
-
 GLYPHS = string.ascii_letters + string.digits
 
 

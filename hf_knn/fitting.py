@@ -1,0 +1,219 @@
+"""Heads from cached features without a training loop: closed form, and the best of many."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backbone import split_features
+from .configuration_knn import Normalization
+from .datastore import Datastore
+from .features import ImageFeatures
+from .functional import ClassWeighting
+from .heads import KnnHead
+from .modeling_knn import KnnForImageClassification
+from .probe import (
+    PAPER_SELF_SUPERVISED,
+    PAPER_SETTINGS,
+    PAPER_SUPERVISED,
+    ProbeChoice,
+    ProbeConfig,
+    ProbeGrid,
+    ProbeHeads,
+    ProbeScore,
+    ProbeSettings,
+    score,
+    train_probes,
+)
+from .ridge import RidgeFit, fit_ridge
+from .votes import OwnVotes
+
+logger = logging.getLogger(__name__)
+
+_IMPOSSIBLE = -1e4
+"""Logit of a class without rows: its probability is 0 in float32."""
+
+PROBE_GRIDS: dict[str, tuple[ProbeGrid, ProbeSettings]] = {
+    "small": (
+        ProbeGrid((0.3, 0.1, 0.03, 0.01), (0.0, 1e-4, 1e-3), (0.0, 0.1)),
+        ProbeSettings(epochs=100, batch_size=512),
+    ),
+    "paper": (PAPER_SUPERVISED, PAPER_SETTINGS),
+    "paper_self_supervised": (PAPER_SELF_SUPERVISED, PAPER_SETTINGS),
+}
+"""Learning rates, weight decays and alphas that `probe_grid` names, and how heads are trained."""
+
+
+class Part(NamedTuple):
+    """Rows to fit on and rows to choose on, with what the datastore of the former says of them."""
+
+    fitted: ImageFeatures
+    held_out: ImageFeatures
+    votes: OwnVotes | None
+
+
+def fit_closed_form(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    class_weighting: str = ClassWeighting.NONE,
+) -> RidgeFit:
+    """Solves a `ridge` head and puts it into the model.
+
+    Args:
+        model: with a `ridge` head.
+        features: N rows.
+        class_weighting: see `RidgeState`.
+
+    Returns:
+        The fit, with its leave-one-out table.
+    """
+    config, head = model.config, model.head
+    rows, _ = split_features(features.features, config)
+    rows = rows.double()
+    head.mean.zero_()
+    head.scale.fill_(1.0)
+    if config.normalization == Normalization.L2_CENTERED:
+        head.mean.copy_(rows.mean(dim=0))
+    fit = fit_ridge(
+        head.prepared(rows), features.labels, config.head_classes, class_weighting=class_weighting
+    )
+    with torch.no_grad():
+        head.classifier.weight.copy_(fit.weight / fit.temperature)
+        head.classifier.bias.copy_((fit.bias / fit.temperature).clamp(min=_IMPOSSIBLE))
+    return fit
+
+
+def sweep(
+    parts: Iterator[Part],
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+    settings: ProbeSettings,
+    progress: bool,
+) -> ProbeChoice:
+    """Trains every configuration on each part and chooses on the pooled rows that were held out.
+
+    Args:
+        parts: folds, or one part with a validation set.
+        model: whose head has the widths.
+        grid: the configurations.
+        settings: what they share.
+        progress: show a progress bar.
+
+    Returns:
+        Of the configurations within one standard error of the best pooled accuracy, the one with
+        the best log-likelihood (as `tune` chooses), then the smaller learning rate.
+
+    Raises:
+        ValueError: if every configuration diverged.
+    """
+    pooled: list[ProbeScore] = []
+    total = 0
+    for part in parts:
+        heads = _train(part.fitted, part.votes, model, grid, settings, progress)
+        rows, _ = split_features(part.held_out.features, model.config)
+        found = score(heads, rows, part.held_out.labels)
+        count = len(part.held_out)
+        pooled = _pool(pooled, total, found, count)
+        total += count
+    healthy = [i for i, row in enumerate(pooled) if not row.diverged]
+    if not healthy:
+        raise ValueError(
+            f"Expected a head that did not diverge, but all {len(pooled)} did; pass smaller "
+            "learning rates."
+        )
+    highest = max(pooled[i].accuracy for i in healthy)
+    margin = (highest * (1 - highest) / max(1, total)) ** 0.5
+    best = max(
+        (i for i in healthy if pooled[i].accuracy >= highest - margin),
+        key=lambda i: (pooled[i].log_likelihood, -pooled[i].config.learning_rate, -i),
+    )
+    return ProbeChoice(best, pooled[best], pooled)
+
+
+def fit_probe(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    votes: OwnVotes | None,
+    config: ProbeConfig,
+    settings: ProbeSettings,
+) -> None:
+    """Trains one configuration on all rows and puts it into the model.
+
+    Args:
+        model: with a `linear` or `mlp` head.
+        features: N rows.
+        votes: leave-one-out votes on the rows, for an alpha or a gamma.
+        config: of the head.
+        settings: how it is trained.
+    """
+    copy_head(_train(features, votes, model, [config], settings, False), model.head)
+
+
+def copy_head(heads: ProbeHeads, target: KnnHead) -> None:
+    """Puts the only head of a collection into a model's.
+
+    Args:
+        heads: one head.
+        target: of the same widths.
+    """
+    layers = [*target.hidden, target.classifier]
+    with torch.no_grad():
+        target.mean.copy_(heads.mean)
+        target.scale.copy_(heads.scale)
+        for layer, trained in zip(layers, heads.layers, strict=True):
+            layer.weight.copy_(trained.weight[0])
+            layer.bias.copy_(trained.bias[0])
+
+
+def own_votes(
+    store: Callable[[ImageFeatures], Datastore],
+    features: ImageFeatures,
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+) -> OwnVotes | None:
+    """Leave-one-out votes where a configuration asks for them.
+
+    Args:
+        store: builds a datastore from rows.
+        features: N rows.
+        model: with their configuration.
+        grid: the configurations.
+    """
+    configs = grid.configs() if isinstance(grid, ProbeGrid) else grid
+    if not any(config.alpha or config.gamma for config in configs):
+        return None
+    return OwnVotes.of(store(features), features, model.config)
+
+
+def _train(
+    features: ImageFeatures,
+    votes: OwnVotes | None,
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+    settings: ProbeSettings,
+    progress: bool,
+) -> ProbeHeads:
+    rows, _ = split_features(features.features, model.config)
+    own: Tensor | None = None if votes is None else votes.at(features.ids)
+    classes = model.config.head_classes
+    return train_probes(rows, features.labels, classes, grid, settings, own, progress=progress)
+
+
+def _pool(
+    pooled: list[ProbeScore], rows: int, found: list[ProbeScore], count: int
+) -> list[ProbeScore]:
+    """Scores over the rows so far and `count` more."""
+    if not pooled:
+        return found
+    share = count / (rows + count)
+    return [
+        ProbeScore(
+            mine.config,
+            (1 - share) * mine.accuracy + share * new.accuracy,
+            (1 - share) * mine.log_likelihood + share * new.log_likelihood,
+            mine.diverged or new.diverged,
+        )
+        for mine, new in zip(pooled, found, strict=True)
+    ]
