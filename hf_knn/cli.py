@@ -18,12 +18,14 @@ from rich.table import Table
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .data import hide_progress_bars, load_splits
+from .data import hide_progress_bars, load_splits, prepare
 from .features import ImageFeatures, extract_features
 from .folds import split_rows
 from .images import BadImageError, decode_image
+from .metrics import COMPLEMENTARITY
 from .model_card import VOICE_NAMES, write_model_card
 from .modeling_knn import KnnForImageClassification
+from .plots import draw_tuning
 from .trainer import KnnTrainer
 from .training_args import KnnTrainingArguments
 
@@ -43,6 +45,12 @@ class TrainOptions:
     epochs: int
     learning_rate: float
     alpha: float
+    head: str
+    hidden: list[int]
+    sweep: str | None
+    class_weights: str
+    index: str
+    max_memory: str | None
     test_share: float
     pooling: str | None
     knn_pooling: str | None
@@ -96,8 +104,9 @@ def train_pictures(options: TrainOptions) -> None:
     names = list(splits["train"].features["label"].names)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
-        options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling
-    )
+        options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
+        head=options.head, head_hidden_sizes=options.hidden,
+    )  # fmt: skip
     rows = _divide(_extract(model, splits, options), options)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(
@@ -107,8 +116,9 @@ def train_pictures(options: TrainOptions) -> None:
             eval_dataset=rows.validation,
         )
         trainer.remove_callback(PrinterCallback)
-        with console.status(f"Training the head for {options.epochs} epochs …"):
-            trainer.train()
+        with console.status("Training the head …"):
+            trained = trainer.train()
+        _say_what_was_fitted(trainer, trained.metrics)
         with console.status("Choosing k, temperature and λ on held-out pictures …"):
             result = trainer.tune()
         metrics = trainer.evaluate(rows.test) if rows.test is not None else {}
@@ -136,10 +146,88 @@ def train_pictures(options: TrainOptions) -> None:
     if metrics and rows.test is not None:
         console.print(metrics_table(metrics, f"{len(rows.test)} test pictures"))
     seconds = time.perf_counter() - started
-    console.print(f"Saved {options.output} ({len(model.datastore)} rows) after {seconds:.0f} s.")
+    console.print(f"Saved {options.output} after {seconds:.0f} s: {escape(str(model.datastore))}.")
     console.print(
         f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
     )
+
+
+def evaluate_pictures(
+    checkpoint: str, pictures: str, split: str | None, on_bad_image: str, json_output: bool
+) -> None:
+    """Measures a checkpoint on labelled pictures.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        pictures: see `load_splits`.
+        split: which one; None takes `test`, else the only one there is.
+        on_bad_image: `fail` or `skip`.
+        json_output: print JSON instead of a table.
+
+    Raises:
+        ValueError: for pictures that cannot be used, or labels that the model does not have.
+        OSError: if something is not there.
+    """
+    model, rows = _open(checkpoint, pictures, split or "test", on_bad_image)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = KnnTrainer(model, _silent(folder))
+        trainer.remove_callback(PrinterCallback)
+        metrics = trainer.evaluate(rows)
+    if json_output:
+        typer.echo(json.dumps(metrics, indent=2))
+        return
+    console.print(metrics_table(metrics, f"{len(rows)} pictures"))
+    known = {name: metrics[f"eval_{name}"] for name in COMPLEMENTARITY if f"eval_{name}" in metrics}
+    if known:
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
+        console.print(f"Together: {shown}.")
+
+
+def tune_checkpoint(
+    checkpoint: str,
+    pictures: str,
+    split: str | None,
+    criterion: str | None,
+    on_bad_image: str,
+    plot: Path | None,
+) -> None:
+    """Chooses k, temperature and λ on labelled pictures and saves them into the checkpoint.
+
+    Args:
+        checkpoint: a folder.
+        pictures: see `load_splits`; none that the model was trained on.
+        split: which one; None takes `validation`, else the only one there is.
+        criterion: see `hf_knn.tune`.
+        on_bad_image: `fail` or `skip`.
+        plot: where to draw what was tried; None draws nothing.
+
+    Raises:
+        ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
+        OSError: if something is not there or cannot be written.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
+        )
+    model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
+    if model.datastore is None:
+        raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+    known = set(model.datastore.paths or [])
+    if known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
+        console.print(
+            "[yellow]Most of these pictures are named like those in the datastore.[/] If they are "
+            "the same, k-NN has seen them, and what is chosen here will favour it."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        result = KnnTrainer(model, _silent(folder)).tune(rows, criterion)
+    model.save_pretrained(checkpoint)
+    console.print(
+        f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
+        f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(checkpoint)}."
+    )
+    if plot is not None:
+        draw_tuning(result, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
 
 
 def predict_images(
@@ -185,6 +273,50 @@ def metrics_table(metrics: dict[str, float], title: str) -> Table:
     return table
 
 
+def _open(
+    checkpoint: str, pictures: str, split: str, on_bad_image: str
+) -> tuple[KnnForImageClassification, ImageFeatures]:
+    """A model and the features of one split of labelled pictures."""
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    splits = load_splits(pictures)
+    if split not in splits and len(splits) > 1:
+        raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
+    dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
+    transformers_logging.enable_progress_bar()
+    rows = extract_features(model, dataset, on_bad_image=on_bad_image)
+    transformers_logging.disable_progress_bar()
+    _say_what_was_skipped(rows)
+    return model, rows
+
+
+def _say_what_was_skipped(rows: ImageFeatures) -> None:
+    for row in rows.skipped:
+        place = escape(row.path or f"row {row.row}")
+        console.print(f"[yellow]Skipped[/] {place}: {escape(row.reason)}.")
+
+
+def _say_what_was_fitted(trainer: KnnTrainer, metrics: dict[str, float]) -> None:
+    choice = trainer.probe_choice
+    if choice is not None:
+        config = choice.score.config
+        console.print(
+            f"Best of {len(choice.table)} heads: learning rate {config.learning_rate:g}, weight "
+            f"decay {config.weight_decay:g}, alpha {config.alpha:g} "
+            f"({choice.score.accuracy:.1%} on rows held out)."
+        )
+    elif "train_regularizer" in metrics:
+        console.print(
+            f"Ridge head: regulariser {metrics['train_regularizer']:.3g}, temperature "
+            f"{metrics['train_temperature']:.3g}, by leave-one-out."
+        )
+
+
+def _silent(folder: str) -> KnnTrainingArguments:
+    return KnnTrainingArguments(
+        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no"
+    )
+
+
 def _extract(
     model: KnnForImageClassification, splits: dict[str, Any], options: TrainOptions
 ) -> dict[str, ImageFeatures]:
@@ -199,9 +331,7 @@ def _extract(
                 precision=options.precision,
                 on_bad_image=options.on_bad_image,
             )
-            for row in found[name].skipped:
-                place = escape(row.path or f"row {row.row}")
-                console.print(f"[yellow]Skipped[/] {place}: {escape(row.reason)}.")
+            _say_what_was_skipped(found[name])
     transformers_logging.disable_progress_bar()
     return found
 
@@ -244,6 +374,10 @@ def _arguments(options: TrainOptions, folder: str) -> KnnTrainingArguments:
         weight_decay=0.1,
         per_device_train_batch_size=256,
         knn_loss_alpha=options.alpha,
+        probe_grid=options.sweep,
+        class_weights=options.class_weights,
+        knn_index=options.index,
+        knn_max_memory=options.max_memory,
         seed=options.seed,
         save_strategy="no",
         logging_strategy="no",

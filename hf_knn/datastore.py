@@ -401,6 +401,8 @@ class Datastore:
         """
         added = as_features(features, "features", self.dim)
         first = int(self.ids.max()) + 1 if len(self) else 0
+        if ids is None and first + len(added) > torch.iinfo(torch.int64).max:
+            raise ValueError("Expected `ids`, since no larger ones are left; pass unused ones.")
         numbers = torch.arange(first, first + len(added))
         if ids is not None:
             numbers = as_whole_numbers(ids, "ids")
@@ -423,7 +425,13 @@ class Datastore:
             lists = np.concatenate([self._table.lists, self._lists_of_last(len(added))])
             table = dataclasses.replace(table, lists=lists)
         self._table, self._trusted = table, None
-        if not follows:
+        requested = self._index.requested
+        outgrown = (
+            self._index.spec == FLAT
+            and requested != FLAT
+            and (self._choose_index(requested, fall_back=True).spec != FLAT)
+        )
+        if outgrown or not follows:
             self._drop_index()
         return row_ids
 
@@ -478,9 +486,10 @@ class Datastore:
         part = type(self)(
             torch.from_numpy(table.features[rows.numpy()]), table.labels[rows], table.ids[rows],
             self.mean,
-            metric=self.metric, normalization=self.normalization, index=self._index.requested,
+            metric=self.metric, normalization=self.normalization, index=FLAT,
             paths=paths, max_memory=self.max_memory, min_recall=self.min_recall,
         )  # fmt: skip
+        part._index = part._choose_index(self._index.requested, fall_back=True)
         part.digest, part.source = self.digest, dict(self.source)
         return part
 
@@ -702,9 +711,8 @@ class Datastore:
             return None
         return StoredLists(self._centroids, self._table.lists)
 
-    def _choose_index(self, requested: str) -> IndexInfo:
-        width = self.dim + (self.metric == Metric.L2)
-        return choose_index(requested, len(self), width, self.max_memory)
+    def _choose_index(self, requested: str, *, fall_back: bool = False) -> IndexInfo:
+        return choose_index(requested, len(self), self.dim, self.max_memory, fall_back=fall_back)
 
     def _lists_of_last(self, count: int) -> Ints:
         """The lists of rows that the index has just taken in."""
@@ -712,13 +720,13 @@ class Datastore:
         index, features = self._searcher.first_pass, self._searcher.features
         assert isinstance(index, FaissApproximate)
         added = features[len(features) - count : len(features)]
-        return index.lists_of(self._searcher.space.first_pass_rows(added))
+        return index.lists_of(self._searcher.space.index_rows(added))
 
     def _drop_index(self) -> None:
         """Forgets the index, which is built again, for the present number of rows, when needed."""
         self._searcher, self._centroids = None, None
         self._table = self._table.with_lists(None)
-        self._index = self._choose_index(self._index.requested)
+        self._index = self._choose_index(self._index.requested, fall_back=True)
 
     def _positions(self, ids: Values) -> Tensor:
         wanted = as_whole_numbers(ids, "ids")
@@ -737,7 +745,9 @@ class Datastore:
 def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
     """The serialized index of a manifest, open and hashed, if it can be searched as it is."""
     record, problem = manifest.faiss_index, None
-    if record is not None and manifest.metric == Metric.COSINE and has_faiss():
+    # a flat index of distances is written for others; ours is built from the rows in no time
+    is_readable = manifest.metric == Metric.COSINE or manifest.index.spec != FLAT
+    if record is not None and is_readable and has_faiss():
         for name in (FAISS_NAME, f"{SCRATCH}/{FAISS_NAME}"):  # where a kill left the old one
             if (path := resolve(name)) is None:
                 continue
@@ -751,7 +761,7 @@ def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | Non
     if problem is not None:
         raise problem
     logger.warning(
-        "There is no %s that can be read (none was written, it is gone, the metric is not cosine, "
+        "There is no %s that can be read (none was written, it is gone, it is flat with metric l2, "
         "or faiss is not installed): the index is built from the rows.", FAISS_NAME,
     )  # fmt: skip
     return None
@@ -766,6 +776,11 @@ def _checked_centroids(opened: OpenedFiles, manifest: Manifest) -> Singles:
             f"{manifest.index.spec}, but they do not; save the datastore again."
         )
     count = len(centroids)
+    if centroids.dtype != torch.float32 or centroids.shape[1:] != (manifest.dim,):
+        raise DatastoreError(
+            f"Expected centroids [{count}, {manifest.dim}] float32 in {manifest.blobs[0].name}, "
+            f"but got {tuple(centroids.shape)} {centroids.dtype}; save the datastore again."
+        )
     if not manifest.index.spec.startswith(f"IVF{count},"):
         raise DatastoreError(
             f"Expected {count} lists in the index of the manifest, one per centroid, "

@@ -97,31 +97,38 @@ class FaissApproximate:
         self.set_parameters(parameters)
 
     @classmethod
-    def from_rows(cls, spec: str, rows: Singles) -> "FaissApproximate":
+    def from_rows(cls, spec: str, rows: Singles, is_l2: bool) -> "FaissApproximate":
         """Trains and fills the index that a factory string names.
 
         Args:
             spec: `IVF4096,Flat`, `HNSW32`, ….
-            rows: [N, D'] float32.
+            rows: [N, D] float32.
+            is_l2: compare by distance instead of inner product.
 
         Raises:
             ValueError: for a string that faiss does not understand, or too few rows to train on.
         """
-        index = empty_index(spec, rows.shape[1], len(rows))
+        index = empty_index(spec, rows.shape[1], len(rows), is_l2)
         lists = _inverted_lists(index)
         if lists is not None:
             lists.cp.niter = _KMEANS_ROUNDS
             lists.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
             lists.cp.seed = 1234
-        if not index.is_trained:
-            index.train(rows)
-        approximate = cls(index, {})
-        approximate.add(rows)
+        try:
+            if not index.is_trained:
+                index.train(rows)
+            approximate = cls(index, {})
+            approximate._append(rows)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected `index` {spec!r} to be one that {len(rows)} rows can be put into, but "
+                f"faiss says: {str(error).splitlines()[-1]}"
+            ) from error
         return approximate
 
     @classmethod
     def from_lists(
-        cls, spec: str, rows: Singles, centroids: Singles, lists: Ints
+        cls, spec: str, rows: Singles, centroids: Singles, lists: Ints, is_l2: bool
     ) -> "FaissApproximate":
         """Rebuilds an inverted-file index from its stored centroids and lists, without k-means.
 
@@ -130,8 +137,9 @@ class FaissApproximate:
             rows: [N, D'] float32.
             centroids: [n, D'] float32.
             lists: [N] int64, the list of each row.
+            is_l2: compare by distance instead of inner product.
         """
-        index = faiss.index_factory(rows.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(rows.shape[1], spec, _metric(is_l2))
         inverted = _inverted_lists(index)
         assert inverted is not None
         inverted.quantizer.reset()
@@ -150,21 +158,25 @@ class FaissApproximate:
         return cls(index, {})
 
     @classmethod
-    def from_file(cls, file: BinaryIO, spec: str, width: int, count: int) -> "FaissApproximate":
+    def from_file(
+        cls, file: BinaryIO, spec: str, width: int, count: int, is_l2: bool
+    ) -> "FaissApproximate":
         """Reads a serialized index, which is native code's work: for trusted files only.
 
         Args:
             file: what `write` wrote, open for reading.
             spec: the factory string it must have been built from.
-            width: D' it must have.
+            width: D it must have.
             count: rows it must hold.
+            is_l2: whether it must compare by distance.
 
         Raises:
             DatastoreError: for a file that faiss cannot read within the limits, or another kind,
                 width, metric or number of rows.
         """
         index = _read(file, count)
-        _check_same_kind(_name_of(file), index, empty_index(spec, width, count), count)
+        wanted = empty_index(spec, width, count, is_l2)
+        _check_same_kind(_name_of(file), index, wanted, count)
         return cls(index, {})
 
     def write(self, path: Path) -> None:
@@ -172,7 +184,17 @@ class FaissApproximate:
         _write(path, self.index)
 
     def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
+        """See `FirstPass.add`.
+
+        Raises:
+            NotImplementedError: for a kind that takes no rows in once it was built.
+        """
+        try:
+            self._append(rows)
+        except RuntimeError as error:
+            raise NotImplementedError(str(error).splitlines()[-1]) from error
+
+    def _append(self, rows: Singles) -> None:
         for index in (self.index, self.on_gpus):
             for start in range(0, len(rows) if index is not None else 0, _ADD_ROWS):
                 index.add(rows[start : start + _ADD_ROWS])
@@ -265,35 +287,45 @@ class FaissApproximate:
         return found[:, 0]
 
 
-def empty_index(spec: str, width: int, count: int) -> Any:
+def empty_index(spec: str, width: int, count: int, is_l2: bool) -> Any:
     """The index that a factory string names, untrained and empty.
 
     Args:
         spec: `IVF4096,Flat`, `HNSW32`, ….
-        width: D'.
+        width: D.
         count: rows that it shall hold.
+        is_l2: compare by distance instead of inner product.
 
     Raises:
-        ValueError: for a string that faiss does not understand, or too few rows to train on.
+        ValueError: for a string that faiss does not understand, numbers that it would not survive,
+            or too few rows to train on.
     """
     if any(int(lists) > count for lists in re.findall(r"IVF(\d+)", spec)):
         raise ValueError(
             f"Expected at least as many rows as lists for `index` {spec!r}, one per list, "
             f"but got {count} rows; use index='flat'."
         )
-    others = re.sub(r"IVF\d+", "", spec)
-    if any(int(number) > max(_LARGEST_NUMBER, width) for number in re.findall(r"\d+", others)):
+    others, largest = re.sub(r"IVF[1-9]\d*", "", spec), max(_LARGEST_NUMBER, width)
+    # native code allocates, divides by or loops over these numbers before it looks at them
+    if re.search(r"HNSW1(?!\d)", spec) or any(
+        not 1 <= int(number) <= largest for number in re.findall(r"\d+", others)
+    ):
         raise ValueError(
-            f"Expected numbers up to {max(_LARGEST_NUMBER, width)} in `index`, but got {spec!r}."
+            f"Expected numbers up to {largest} and above 0 in `index`, at least 2 for HNSW, "
+            f"but got {spec!r}."
         )
     try:
-        index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, spec, _metric(is_l2))
     except RuntimeError as error:
         raise ValueError(
             f"Expected `index` to be auto, flat or a faiss factory string, but got {spec!r}: "
             f"{str(error).splitlines()[-1]}"
         ) from error
     return index
+
+
+def _metric(is_l2: bool) -> int:
+    return faiss.METRIC_L2 if is_l2 else faiss.METRIC_INNER_PRODUCT
 
 
 def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:

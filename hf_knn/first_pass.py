@@ -165,6 +165,8 @@ class BFloat16FirstPass:
 
     def add(self, rows: Singles) -> None:
         """See `FirstPass.add`."""
+        if not len(rows):
+            return
         added = torch.from_numpy(rows)
         rounded = added.bfloat16()
         for block, kept in zip(added.split(_ROW_BLOCK), rounded.split(_ROW_BLOCK), strict=True):

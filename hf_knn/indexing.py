@@ -117,14 +117,17 @@ def parse_memory(text: str | int) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def choose_index(requested: str, count: int, width: int, max_memory: int | None) -> IndexInfo:
+def choose_index(
+    requested: str, count: int, width: int, max_memory: int | None, *, fall_back: bool = False
+) -> IndexInfo:
     """The index for a number of rows.
 
     Args:
         requested: `auto`, `flat` or a faiss factory string.
         count: N.
-        width: D', values per row.
+        width: D, values per row.
         max_memory: bytes that the index may take; None for no limit.
+        fall_back: search exactly, with a message, where the rows are too few for the index.
 
     Raises:
         ImportError: for a faiss index without faiss.
@@ -134,8 +137,15 @@ def choose_index(requested: str, count: int, width: int, max_memory: int | None)
         return IndexInfo(requested, FLAT)
     if requested != AUTO:
         require_faiss(f"index={requested!r}")
-        empty_index(requested, width, count)
-        return IndexInfo(requested, requested)
+        spec = re.sub(r"(?<!\d)0+(?=\d)", "", requested)
+        try:
+            empty_index(spec, width, count, is_l2=False)
+        except ValueError as error:
+            if not fall_back:
+                raise
+            logger.warning("%s They are searched exactly.", error)
+            spec = FLAT
+        return IndexInfo(requested, spec)
     lists = 2 ** round(np.log2(2 * count**0.5))
     full = count * (4 * width + 8) + lists * 4 * width
     codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
@@ -181,22 +191,24 @@ def build_searcher(
             logger.warning(
                 "faiss is not installed: %s is searched exactly instead; %s.", info.spec, FAISS_HINT
             )
-        if trusted is not None and placement.devices == CPU:
+        if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, features.shape[1])
             return Searcher(features, ids, space, flat), info, stored
         first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
         return Searcher(features, ids, space, first_pass), info, stored
     started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
     if trusted is not None:
-        index = FaissApproximate.from_file(trusted, info.spec, features.shape[1], len(ids))
+        index = FaissApproximate.from_file(
+            trusted, info.spec, features.shape[1], len(ids), space.is_l2
+        )
         done = "read"
     else:
-        index, stored = _approximate(space.first_pass_rows(features), info, stored)
+        index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
         done = "built"
     seconds = time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
-    searcher = Searcher(features, ids, space, index)
+    searcher = Searcher(features, ids, space, index, is_exact=False)
     # a graph is another one each time that it is built; lists are rebuilt as they were
     if info.recall is None or is_new:
         info = _tune(searcher, index, info, min_recall)
@@ -207,12 +219,12 @@ def build_searcher(
 
 
 def _approximate(
-    rows: Singles, info: IndexInfo, stored: StoredLists | None
+    rows: Singles, info: IndexInfo, stored: StoredLists | None, is_l2: bool
 ) -> tuple[FaissApproximate, StoredLists | None]:
     if stored is not None:
-        index = FaissApproximate.from_lists(info.spec, rows, stored.centroids, stored.lists)
+        index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
         return index, stored
-    index = FaissApproximate.from_rows(info.spec, rows)
+    index = FaissApproximate.from_rows(info.spec, rows, is_l2)
     centroids = index.centroids() if is_rebuildable(info.spec) else None
     return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
 

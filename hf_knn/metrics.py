@@ -17,6 +17,8 @@ from .data import PREDICTION_FEATURES
 from .functional import PROBABILITY_FLOOR
 
 CALIBRATION_BINS = 15
+COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
+"""What `complementarity` returns."""
 
 Scores = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -44,7 +46,7 @@ def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
 def negative_log_likelihood(log_probs: Scores, labels: Labels) -> float:
     """Mean of ``-log p(label)``, each p floored at 1e-12."""
     own = log_probs[np.arange(len(labels)), labels]
-    return float(-np.maximum(own, np.log(PROBABILITY_FLOOR)).mean())
+    return float(np.abs(np.maximum(own, np.log(PROBABILITY_FLOOR)).mean()))  # never -0
 
 
 def expected_calibration_error(
@@ -63,6 +65,13 @@ def expected_calibration_error(
     parts = np.array_split(order, min(bins, len(order)))
     gaps = [len(p) * abs(confidence[p].mean() - correct[p].mean()) for p in parts]
     return float(sum(gaps) / len(order))
+
+
+def brier_score(log_probs: Scores, labels: Labels) -> float:
+    """Mean over pictures of ``sum_c (p_c - [c = label])^2``, in [0, 2]."""
+    gaps = np.exp(log_probs)
+    gaps[np.arange(len(labels)), labels] -= 1
+    return float((gaps**2).sum(axis=1).mean())
 
 
 def auroc(log_probs: Scores, labels: Labels) -> float:
@@ -86,6 +95,7 @@ _DEFINITIONS = (
     _Definition("mean_class", mean_class_accuracy, "mean per-class accuracy"),
     _Definition("nll", negative_log_likelihood, "negative log-likelihood, p floored at 1e-12"),
     _Definition("ece", expected_calibration_error, "expected calibration error, equal-mass bins"),
+    _Definition("brier", brier_score, "Brier score over all classes"),
     _Definition("auroc", auroc, "area under the ROC curve, two classes"),
 )
 
@@ -94,7 +104,7 @@ class LogProbMetric(evaluate.Metric):
     """One number from log-probabilities and labels.
 
     Args:
-        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece` or `auroc`.
+        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier` or `auroc`.
         kwargs: see `evaluate.Metric`.
 
     Raises:
@@ -130,7 +140,7 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
         labels: [N] int64.
 
     Returns:
-        `top1`, `top5`, `mean_class`, `nll`, `ece`, and `auroc` for two classes.
+        `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier`, and `auroc` for two classes.
     """
     results: dict[str, float] = {}
     predictions = log_probs.float().cpu().numpy()
@@ -141,3 +151,24 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
         metric = LogProbMetric(definition.name)
         results |= metric.compute(predictions=predictions, references=references)
     return results
+
+
+def complementarity(head: Tensor, knn: Tensor, blend: Tensor, labels: Tensor) -> dict[str, float]:
+    """How much the two voices know that the other does not.
+
+    Args:
+        head: [N, C] log-probabilities of the head.
+        knn: [N, C] those of the neighbours.
+        blend: [N, C] those of both.
+        labels: [N] int64.
+
+    Returns:
+        `both_wrong`: share of pictures at which both err. `oracle`: accuracy of an oracle that
+        picks the right voice, 1 - both_wrong. `blend_gain`: top-1 of the blend minus the head's.
+    """
+    head_right, knn_right, blend_right = (
+        voice.argmax(dim=1) == labels.to(voice.device) for voice in (head, knn, blend)
+    )
+    both_wrong = float((~head_right & ~knn_right).double().mean())
+    gain = float(blend_right.double().mean() - head_right.double().mean())
+    return {"both_wrong": both_wrong, "oracle": 1 - both_wrong, "blend_gain": gain}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .blobs import write_files
 from .faiss_index import FaissApproximate, has_faiss, write_flat
-from .functional import Metric
 from .indexing import FLAT, is_rebuildable
 from .manifest import (
     BLOB_PATTERN,
@@ -126,11 +125,7 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
         write: Callable[[Path], None] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
         )
-    elif (
-        index is not None
-        and contents.metric == Metric.COSINE  # others are searched in a space of our own
-        and not (is_large and is_rebuildable(contents.index.spec))
-    ):
+    elif index is not None and not (is_large and is_rebuildable(contents.index.spec)):
         write = index.write
     else:
         return None

@@ -30,9 +30,7 @@ LARGEST_TEMPERATURE = 1e3
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
-_KEPT_LOGITS = (
-    2**27
-)  # numbers, a GB; beyond that they are computed again for every step of the search
+_KEPT_LOGITS = 2**27  # numbers, a GB; more are computed again for every step
 _NEWTON_STEPS = 100
 _NEWTON_PRECISION = 1e-10
 _ALMOST_ZERO = 1e-200  # a sharpness at which all classes are alike, except for impossible ones
@@ -460,7 +458,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
         weights: [N] >= 0 of the rows; None is 1 each.
 
     Raises:
-        ValueError: for no rows, shapes that disagree, NaN, or a label with logit -inf.
+        ValueError: for no rows, shapes that disagree, NaN, a label with logit -inf, or weights that
+            are negative or all 0.
     """
     if logits.ndim != 2 or len(logits) == 0 or labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -474,6 +473,11 @@ def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
             "others; leave out rows whose class has no logit."
         )
     weights = torch.ones(len(labels)) if weights is None else weights
+    if weights.shape != labels.shape or not (weights >= 0).all() or not weights.sum() > 0:
+        raise ValueError(
+            f"Expected `weights` to be [{len(labels)}] numbers >= 0 that are not all 0, but got "
+            f"others {tuple(weights.shape)}; pass None to count every row once."
+        )
     block = _Margins.of(_to_float64(logits), labels.cpu(), _to_float64(weights))
     return _search_temperature([block], len(labels))
 
@@ -642,10 +646,10 @@ def _search_temperature(blocks: Iterable[_Margins], count: int, guess: float = m
         else:
             low = sharpness
         wanted = _newton(here, sharpness, surest)
-        if not low < wanted < high:
-            wanted = 2 * low if high == math.inf else (low + high) / 2
         if abs(wanted - sharpness) <= _NEWTON_PRECISION * sharpness:
             return 1 / wanted
+        if not low < wanted < high:
+            wanted = 2 * low if high == math.inf else (low + high) / 2
         sharpness = wanted
     return 1 / sharpness
 

@@ -31,11 +31,7 @@ def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> 
     Raises:
         ValueError: for another shape, width or kind of numbers, NaN or infinities.
     """
-    rows = (
-        values.detach().cpu()
-        if isinstance(values, Tensor)
-        else torch.from_numpy(np.ascontiguousarray(values))
-    )
+    rows = values.detach().cpu() if isinstance(values, Tensor) else _as_tensor(values, name)
     if rows.ndim != 2 or rows.shape[1] == 0 or not rows.dtype.is_floating_point:
         raise ValueError(
             f"Expected `{name}` to be [N, D] of a float dtype with D >= 1, "
@@ -48,6 +44,21 @@ def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> 
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     refuse_non_finite(rows, name)
     return rows.contiguous()
+
+
+def _as_tensor(values: NDArray, name: str) -> Tensor:
+    """An array of any float kind, byte order and layout."""
+    array = np.asarray(values)
+    if array.dtype.kind != "f":
+        raise ValueError(
+            f"Expected `{name}` to be [N, D] of a float dtype with D >= 1, "
+            f"but got shape {array.shape} {array.dtype}."
+        )
+    kind = array.dtype if array.dtype.itemsize <= 8 else np.dtype(np.float64)
+    # torch knows one byte order and no negative strides; numpy's own check skips rows of one
+    is_turned = any(stride < 0 for stride in array.strides)
+    native = array.astype(kind.newbyteorder("="), order="C", copy=is_turned)
+    return torch.from_numpy(np.ascontiguousarray(native))
 
 
 def refuse_non_finite(rows: Tensor, name: str) -> None:

@@ -21,6 +21,8 @@ _RESCORE_BYTES = 128 * 2**20
 _ROW_BLOCK = 65_536
 _MOST_REMOVED = 0.3
 _SAFE_EXPONENT = 400
+_EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
+_MOST_ADDED = 0.1
 
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
@@ -50,9 +52,10 @@ def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Float
 class RowSpace:
     """How stored rows and queries look to a first pass, and how a pair is really compared.
 
-    Both metrics become one inner product for the first pass: for `l2` the rows are extended by
-    ``-|x|^2 / 2`` and the queries by 1, which keeps the order, and everything is scaled to length
-    at most 1, which bounds the rounding error by the width alone.
+    Both metrics become one inner product for an exact first pass: for `l2` the rows are extended
+    by ``-|x|^2 / 2`` and the queries by 1, which keeps the order, and everything is scaled to
+    length at most 1, which bounds the rounding error by the width alone. Approximate indexes know
+    distances themselves, and their graphs and lists would not survive the extension.
 
     Args:
         mean: [D] float64.
@@ -64,7 +67,9 @@ class RowSpace:
     def __init__(self, mean: Floats, metric: str, normalization: str, features: Rows) -> None:
         self.mean, self.normalization = mean, normalization
         self.is_l2 = Metric(metric) is Metric.L2
-        self.scale = self._largest_length(features) or 1.0 if self.is_l2 else 1.0
+        self.largest = self._largest_length(features) or 1.0 if self.is_l2 else 1.0
+        # a row of length 1 is sqrt(1 + 1/4) long once it is extended
+        self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
 
     def normalize(self, features: NDArray) -> Floats:
         """[N, D] raw features to the float64 vectors that are compared."""
@@ -72,7 +77,7 @@ class RowSpace:
 
     def holds(self, features: Rows) -> bool:
         """Whether rows fit the scale that was fixed by others."""
-        return not self.is_l2 or self._largest_length(features) <= self.scale
+        return not self.is_l2 or self._largest_length(features) <= self.largest
 
     def first_pass_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
@@ -85,6 +90,18 @@ class RowSpace:
             if self.is_l2:
                 rows[part, dim] = -0.5 * np.einsum("nd,nd->n", block, block)
         return rows
+
+    def index_rows(self, features: Rows) -> Singles:
+        """[N, D] raw features to the [N, D] float32 rows of an approximate index."""
+        rows = np.empty(features.shape, np.float32)
+        for start in range(0, len(features), _ROW_BLOCK):
+            part = slice(start, start + _ROW_BLOCK)
+            rows[part] = self.normalize(features[part]) / self.scale
+        return rows
+
+    def index_queries(self, queries: Floats) -> Singles:
+        """[B, D] normalised queries as an approximate index takes them."""
+        return (queries / self.scale).astype(np.float32)
 
     def first_pass_queries(self, queries: Floats) -> tuple[Singles, Floats]:
         """[B, D] normalised queries to [B, D'] of length 1, and the length each had."""
@@ -125,6 +142,7 @@ class Searcher:
         ids: [N] int64, unique.
         space: how rows are compared.
         first_pass: over the rows that `space` makes of them.
+        is_exact: False for an index that may miss rows.
     """
 
     def __init__(
@@ -133,8 +151,11 @@ class Searcher:
         ids: Ints,
         space: RowSpace,
         first_pass: FirstPass,
+        is_exact: bool = True,
     ) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
+        self.is_exact = is_exact
+        self.measured = len(ids)
         # where each row of the first pass lies in the store; -1 once it was removed
         self.places = np.arange(len(ids))
 
@@ -153,7 +174,15 @@ class Searcher:
         added = features[len(self.ids) : len(ids)]
         if not self.space.holds(added):
             return False
-        self.first_pass.add(self.space.first_pass_rows(added))
+        if self.is_exact:
+            self.first_pass.add(self.space.first_pass_rows(added))
+        elif len(ids) > (1 + _MOST_ADDED) * self.measured:
+            return False  # its lists and its stated recall are those of other rows
+        else:
+            try:
+                self.first_pass.add(self.space.index_rows(added))
+            except NotImplementedError:
+                return False
         self.places = np.concatenate([self.places, np.arange(len(self.ids), len(ids))])
         self.features, self.ids = features, ids
         return True
@@ -206,7 +235,10 @@ class Searcher:
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool
     ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
-        scaled, length = self.space.first_pass_queries(queries)
+        if self.is_exact:
+            scaled, length = self.space.first_pass_queries(queries)
+        else:
+            scaled, length = self.space.index_queries(queries), np.ones(len(queries))
         limit = np.full(len(queries), -np.inf)
         if every_row:
             candidates = np.broadcast_to(np.arange(width), (len(queries), width))

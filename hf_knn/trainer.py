@@ -38,7 +38,7 @@ from .functional import (
 )
 from .heads import KnnHead
 from .manifest import MANIFEST_NAME
-from .metrics import measure
+from .metrics import complementarity, measure
 from .modeling_knn import KnnForImageClassification
 from .probe import ProbeChoice, ProbeGrid
 from .resume import STAGING, newest_whole, problem_of, publish, rotate, start_staging
@@ -259,8 +259,9 @@ class KnnTrainer(Trainer):
             metric_key_prefix: of the names.
 
         Returns:
-            `eval_{head|knn|blend}_{top1|top5|mean_class|nll|ece}` (`auroc` for two classes),
-            `eval_loss` (cross-entropy of the head) and `eval_accuracy` (top-1 of the blend).
+            `eval_{head|knn|blend}_{top1|top5|mean_class|nll|ece|brier}` (`auroc` for two classes),
+            `eval_loss` (cross-entropy of the head), `eval_accuracy` (top-1 of the blend), and
+            `eval_both_wrong`, `eval_oracle`, `eval_blend_gain`.
 
         Raises:
             ValueError: without a dataset, or with labels the model does not have.
@@ -544,6 +545,9 @@ class KnnTrainer(Trainer):
             if parts:
                 scores = measure(floor_log_probs(torch.cat(parts)), features.labels)
                 results |= {f"{voice}_{name}": value for name, value in scores.items()}
+        if voices["knn"]:
+            head, knn, blend = (torch.cat(voices[voice]) for voice in _VOICES)
+            results |= complementarity(head, knn, blend, features.labels)
         return results | {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
 
     def _ask(

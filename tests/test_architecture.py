@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"modeling_knn"},
     {"augmentation", "images", "data", "collator", "features", "folds", "metrics", "probe"}
-    | {"ridge", "tuning", "votes", "fitting"},
+    | {"ridge", "tuning", "votes", "fitting", "plots"},
     {"training_args", "resume", "trainer", "callbacks", "model_card"},
     {"cli"},
 ]

@@ -40,9 +40,9 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     built: list[str] = []
     real = faiss_index.FaissApproximate.from_rows.__func__  # type: ignore[attr-defined]
 
-    def from_rows(cls: type, spec: str, values: Any) -> Any:
+    def from_rows(cls: type, spec: str, *values: Any) -> Any:
         built.append(spec)
-        return real(cls, spec, values)
+        return real(cls, spec, *values)
 
     monkeypatch.setattr(faiss_index.FaissApproximate, "from_rows", classmethod(from_rows))
     return built
