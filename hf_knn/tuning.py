@@ -261,11 +261,11 @@ class _Scorer:
 
 def _argmax(scores: Tensor, labels: Tensor, head_score: Tensor, head_choice: Tensor) -> Tensor:
     """The best class per row, the lowest of equal ones, over slots and the head's first choice."""
-    best = torch.maximum(scores.max(dim=1).values, head_score) if scores.shape[1] else head_score
+    best = torch.maximum(scores.amax(dim=1), head_score) if scores.shape[1] else head_score
     enough = best - _TIE
     nobody = torch.iinfo(torch.int64).max
     winners = labels.masked_fill(scores < enough.unsqueeze(1), nobody)
-    lowest = winners.min(dim=1).values if scores.shape[1] else torch.full_like(head_choice, nobody)
+    lowest = winners.amin(dim=1) if scores.shape[1] else torch.full_like(head_choice, nobody)
     return torch.where(head_score >= enough, torch.minimum(lowest, head_choice), lowest)
 
 

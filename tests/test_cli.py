@@ -126,6 +126,36 @@ def test_a_checkpoint_can_be_the_backbone_of_another(trained, pictures, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
+    first, _ = trained
+    output, plot = tmp_path / "ridge", tmp_path / "plots" / "tuning.png"
+    done = hf_knn("train", pictures, "--backbone", first, "-o", output, "--head", "ridge")
+    assert done.returncode == 0, done.stderr
+    assert "Ridge head: regulariser" in done.stdout
+    assert json.loads((output / "config.json").read_text())["head"] == "ridge"
+    done = hf_knn("evaluate", output, pictures, "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout[done.stdout.index("{") :])
+    assert metrics["eval_knn_top1"] > 0.6
+    assert metrics["eval_oracle"] >= metrics["eval_blend_top1"]
+    done = hf_knn("tune", output, pictures, "--criterion", "accuracy", "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert "named like those in the datastore" in done.stdout
+    config = json.loads((output / "config.json").read_text())
+    assert f"k = {config['k']}," in done.stdout
+    assert min(Image.open(plot).size) > 300
+
+
+def test_a_sweep_says_what_was_best(trained, pictures, tmp_path):
+    first, _ = trained
+    output = tmp_path / "swept"
+    options = ("--head", "mlp", "--hidden", "8", "--sweep", "small")
+    done = hf_knn("train", pictures, "--backbone", first, "-o", output, *options)
+    assert done.returncode == 0, done.stderr
+    assert "Best of 24 heads: learning rate" in done.stdout
+    assert json.loads((output / "config.json").read_text())["head_hidden_sizes"] == [8]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -133,6 +163,8 @@ def test_a_checkpoint_can_be_the_backbone_of_another(trained, pictures, tmp_path
         (("predict", "no-such-checkpoint/", "x.jpg"), "no-such-checkpoint"),
         (("train", ".", "--alpha", "-1"), "--alpha"),
         (("train", ".", "--precision", "fp8"), "fp8"),
+        (("evaluate", "no-such-checkpoint/", "."), "no-such-checkpoint"),
+        (("tune", "no-such-checkpoint/", "."), "to be a checkpoint folder"),
     ],
 )
 def test_bad_input_is_one_message_without_traceback(arguments, message, tmp_path):

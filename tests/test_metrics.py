@@ -11,12 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    brier_score_loss,
+    log_loss,
+    roc_auc_score,
+)
 
 from hf_knn.metrics import (
     CALIBRATION_BINS,
     LogProbMetric,
     auroc,
+    brier_score,
+    complementarity,
     expected_calibration_error,
     mean_class_accuracy,
     measure,
@@ -24,7 +31,7 @@ from hf_knn.metrics import (
     top_k_accuracy,
 )
 
-NAMES = {"top1", "top5", "mean_class", "nll", "ece"}
+NAMES = {"top1", "top5", "mean_class", "nll", "ece", "brier"}
 Floats = NDArray[np.float64]
 
 
@@ -147,6 +154,28 @@ def test_calibration_of_many() -> None:
     assert expected_calibration_error(log_probs, labels) == pytest.approx(total, abs=1e-12)
 
 
+def test_brier_by_eye_and_of_many() -> None:
+    log_probs = logs([[1, 0], [0.5, 0.5], [0, 1]])
+    # 0, then twice a quarter, then certain and wrong
+    assert brier_score(log_probs, np.array([0, 0, 0])) == pytest.approx((0 + 0.5 + 2) / 3)
+    log_probs, labels = sample(200, 2)
+    wanted = 2 * brier_score_loss(labels, np.exp(log_probs[:, 1]))
+    assert brier_score(log_probs, labels) == pytest.approx(wanted)
+
+
+def test_complementarity_by_eye() -> None:
+    labels = torch.tensor([0, 0, 0, 0])
+    right, wrong = [-0.1, -2.0], [-2.0, -0.1]
+    head = torch.tensor([right, right, wrong, wrong])
+    knn = torch.tensor([right, wrong, right, wrong])
+    blend = torch.tensor([right, right, right, wrong])
+    assert complementarity(head, knn, blend, labels) == {
+        "both_wrong": 0.25,
+        "oracle": 0.75,
+        "blend_gain": 0.25,
+    }
+
+
 def test_auroc_counts_pairs() -> None:
     log_probs, labels = sample(60, 2)
     log_probs[:10] = log_probs[10:20]  # with ties
@@ -207,6 +236,7 @@ PLAIN = {
     "mean_class": mean_class_accuracy,
     "nll": negative_log_likelihood,
     "ece": expected_calibration_error,
+    "brier": brier_score,
 }
 
 
@@ -251,5 +281,5 @@ def test_measure_takes_half_precision_and_no_gradient() -> None:
 
 
 def test_an_unknown_metric() -> None:
-    with pytest.raises(ValueError, match=r"'auroc', 'ece', .*but got 'f1'"):
+    with pytest.raises(ValueError, match=r"'auroc', 'brier', 'ece', .*but got 'f1'"):
         LogProbMetric("f1")
