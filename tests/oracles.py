@@ -1,9 +1,7 @@
 """Slow, plain float64 versions of what hf_knn computes, and checks shared by the tests.
 
-Nothing here uses the package's own maths: numpy on probabilities, one pair at a time.
+Nothing here uses the package's own maths: plain sums in numpy, no matrix products, no log space.
 """
-
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,8 +11,8 @@ from hf_knn.datastore import Datastore, Neighbors
 
 Floats = NDArray[np.float64]
 
-TIE = 1e-13
-"""Similarities closer than this part of the largest one are equal as far as float64 can tell."""
+ROUNDINGS = 4e-16
+"""How far a float64 similarity may be off, as a part of it and per value of the row."""
 
 
 def as_numpy(values: torch.Tensor | NDArray) -> Floats:
@@ -27,22 +25,94 @@ def normalized(rows: torch.Tensor | NDArray, mean: torch.Tensor, normalization: 
     values = as_numpy(rows).copy()
     if normalization == "none":
         return values
-    for row in values:
-        if normalization == "l2_centered":
-            row -= as_numpy(mean)
-        length = np.sqrt((row**2).sum())
-        if length:
-            row /= length
-    return values
+    if normalization == "l2_centered":
+        values -= as_numpy(mean)
+    lengths = np.sqrt((values**2).sum(axis=1, keepdims=True))
+    return values / np.where(lengths > 0, lengths, 1)
 
 
 def similarity_matrix(store: Datastore, queries: torch.Tensor | NDArray) -> Floats:
     """[B, N] float64 similarities of the stored values."""
     rows = normalized(store.features, store.mean, store.normalization)
     wanted = normalized(queries, store.mean, store.normalization)
+    # no matrix product: its sums would depend on the shape
     if store.metric == "cosine":
-        return np.array([[(row * query).sum() for row in rows] for query in wanted])
-    return np.array([[-((row - query) ** 2).sum() for row in rows] for query in wanted])
+        similarities = [(rows * query).sum(axis=1) for query in wanted]
+    else:
+        similarities = [-((rows - query) ** 2).sum(axis=1) for query in wanted]
+    return np.array(similarities, np.float64).reshape(len(wanted), len(rows))
+
+
+def uncertainty(matrix: Floats, store: Datastore) -> Floats:
+    """[B, N] how far float64 may be off: closer similarities are equal as far as it can tell."""
+    part = ROUNDINGS * (store.dim + 16)
+    if store.metric == "cosine":
+        return np.full(matrix.shape, part)  # of unit vectors, or 0
+    size = np.abs(matrix)
+    if store.normalization == "none":
+        return part * size
+    return part * size + part * np.sqrt(size) + part**2  # the unit vectors are rounded themselves
+
+
+def tie_groups(store: Datastore) -> NDArray[np.int64]:
+    """[N] equal numbers for rows whose similarity with every query is the same bit for bit."""
+    values = as_numpy(store.features)
+    if store.normalization == "l2":  # the direction of a power of two times a row is the row's
+        _, exponents = np.frexp(np.abs(values).max(axis=1, initial=0.0))
+        values = np.ldexp(values, -exponents[:, None])
+    return np.unique(values + 0.0, axis=0, return_inverse=True)[1].reshape(len(values))
+
+
+def rows_of(store: Datastore, ids: NDArray) -> NDArray[np.int64]:
+    """Where ids of any shape lie; fails for one (such as -1) that the store does not have."""
+    known = store.ids.numpy()
+    if not ids.size:
+        return np.zeros(ids.shape, np.int64)
+    order = known.argsort()
+    rows = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
+    assert np.array_equal(known[rows], ids), f"unknown ids: {ids[known[rows] != ids]}"
+    return rows
+
+
+def assert_sound(
+    hits: Neighbors,
+    store: Datastore,
+    queries: torch.Tensor | NDArray,
+    k: int,
+    exclude_ids: NDArray | None = None,
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Checks what even an approximate index must get right, against brute force.
+
+    As many rows as promised, each once and none that is excluded, with the right labels and
+    similarities, ordered by (similarity, id). Returns the similarities of all rows [B, N] and the
+    positions [B, k] of those that were found.
+    """
+    matrix = similarity_matrix(store, queries)
+    width = max(0, min(k, len(store) - (exclude_ids is not None)))
+    assert hits.similarities.shape == hits.labels.shape == hits.ids.shape == (len(matrix), width)
+    kinds = (hits.similarities.dtype, hits.labels.dtype, hits.ids.dtype)
+    assert kinds == (torch.float32, torch.int64, torch.int64)
+    ids, found = store.ids.numpy(), rows_of(store, hits.ids.numpy())
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all(), "a row was found twice"
+    assert np.array_equal(hits.labels.numpy(), store.labels.numpy()[found])
+    if exclude_ids is not None:
+        assert (hits.ids.numpy() != np.asarray(exclude_ids)[:, None]).all(), "excluded, but found"
+    similarities = np.take_along_axis(matrix, found, axis=1)
+    doubt = np.take_along_axis(uncertainty(matrix, store), found, axis=1)
+    answered = hits.similarities.double().numpy()
+    largest = float(np.finfo(np.float32).max)
+    rounding = 2.0**-23 * np.abs(similarities) + 2.0**-149
+    wrong = np.abs(answered - similarities.clip(-largest, largest)) > rounding + doubt
+    assert not wrong.any(), (answered[wrong], similarities[wrong])
+    in_order = similarities[:, :-1] + doubt[:, :-1] >= similarities[:, 1:] - doubt[:, 1:]
+    assert in_order.all(), "not by similarity"
+    groups = tie_groups(store)[found]
+    together = np.argsort(groups, axis=1, kind="stable")
+    grouped = np.take_along_axis(groups, together, axis=1)
+    numbers = np.take_along_axis(ids[found], together, axis=1)
+    tied = grouped[:, :-1] == grouped[:, 1:]
+    assert (numbers[:, :-1] < numbers[:, 1:])[tied].all(), "equal rows are not by id"
+    return matrix, found
 
 
 def assert_nearest(
@@ -55,34 +125,35 @@ def assert_nearest(
     """Checks hits against brute force: values, order by (similarity, id), nothing left out.
 
     Where float64 can tell two similarities apart this means equal ids in equal order. Rows with
-    equal stored values must be in the order of their ids.
+    equal stored values must be in the order of their ids, and so must all ties of whole numbers,
+    whose squared distances are exact.
     """
-    matrix = similarity_matrix(store, queries)
-    ids, labels = store.ids.numpy(), store.labels.numpy()
-    row_of = {int(number): row for row, number in enumerate(ids)}
-    width = max(0, min(k, len(store) - (exclude_ids is not None)))
-    assert hits.similarities.shape == hits.labels.shape == hits.ids.shape == (len(matrix), width)
-    tie = TIE * max(1e-300, np.abs(matrix).max(initial=0))
-    content = [row.tobytes() for row in store.features.numpy()]
-    for i, similarities in enumerate(matrix):
-        found = [row_of[int(number)] for number in hits.ids[i]]  # a KeyError for id -1
-        assert len(set(found)) == len(found)
-        assert hits.labels[i].tolist() == labels[found].tolist()
-        largest = np.finfo(np.float32).max
-        wanted = similarities[found].clip(-largest, largest)
-        np.testing.assert_allclose(hits.similarities[i].numpy(), wanted, rtol=1e-6, atol=1e-7)
-        left_out = set(range(len(store))) - set(found)
-        if exclude_ids is not None and int(exclude_ids[i]) in row_of:
-            itself = row_of[int(exclude_ids[i])]
-            assert itself in left_out
-            left_out.remove(itself)
-        assert all(similarities[a] >= similarities[b] - tie for a, b in pairwise(found))
-        if found and left_out:
-            assert similarities[found[-1]] >= max(similarities[list(left_out)]) - tie
-        order: dict[bytes, list[int]] = {}
-        for row in [*found, *sorted(left_out, key=lambda row: ids[row])]:
-            order.setdefault(content[row], []).append(int(ids[row]))
-        assert all(numbers == sorted(numbers) for numbers in order.values())
+    matrix, found = assert_sound(hits, store, queries, k, exclude_ids)
+    if not hits.ids.numel():
+        return
+    ids, groups, doubt = store.ids.numpy(), tie_groups(store), uncertainty(matrix, store)
+    is_left_out = np.ones(matrix.shape, bool)
+    np.put_along_axis(is_left_out, found, False, axis=1)
+    if exclude_ids is not None:
+        is_left_out &= ids[None] != np.asarray(exclude_ids)[:, None]
+    worst = (matrix + doubt)[np.arange(len(matrix)), found[:, -1]]
+    best_left_out = np.where(is_left_out, matrix - doubt, -np.inf).max(axis=1)
+    assert (worst >= best_left_out).all(), "a nearer row was left out"
+    for i, row in enumerate(found):
+        first = np.full(len(store), np.iinfo(np.int64).max)  # smallest id left out of each group
+        np.minimum.at(first, groups[is_left_out[i]], ids[is_left_out[i]])
+        assert (ids[row] < first[groups[row]]).all(), "an equal row with a smaller id was left out"
+    if store.metric == "l2" and store.normalization == "none" and are_small_whole(store, queries):
+        allowed = np.where(is_left_out, matrix, -np.inf)
+        np.put_along_axis(allowed, found, np.take_along_axis(matrix, found, axis=1), axis=1)
+        wanted = np.lexsort((np.broadcast_to(ids, allowed.shape), -allowed), axis=-1)
+        assert np.array_equal(found, wanted[:, : found.shape[1]]), "ties are not by id"
+
+
+def are_small_whole(store: Datastore, queries: torch.Tensor | NDArray) -> bool:
+    """Whether squared distances are whole numbers that float64 holds exactly."""
+    values = np.concatenate([as_numpy(store.features), as_numpy(queries)])
+    return bool((np.abs(values) < 2**20).all() and (values == values.round()).all())
 
 
 def vote_probs(

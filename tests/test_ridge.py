@@ -610,6 +610,8 @@ def test_a_million_rows_fit_into_two_gigabytes() -> None:
         (lambda x, y: fit_temperature(x[:0], y[:0]), "N > 0"),
         (lambda x, y: fit_temperature(x * math.nan, y), "finite at the labels"),
         (lambda x, y: fit_temperature(x - INF, y), "finite at the labels"),
+        (lambda x, y: fit_temperature(x, y, torch.zeros(12)), "`weights`.*all 0"),
+        (lambda x, y: fit_temperature(x, y, torch.ones(11)), r"`weights`.*\[12\].*\(11,\)"),
     ],
 )
 def test_bad_calls_are_refused(call: Callable[..., Any], message: str) -> None:
