@@ -23,6 +23,7 @@ _MOST_REMOVED = 0.3
 _SAFE_EXPONENT = 400
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
 _MOST_ADDED = 0.1
+_FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
 
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
@@ -100,8 +101,18 @@ class RowSpace:
         return rows
 
     def index_queries(self, queries: Floats) -> Singles:
-        """[B, D] normalised queries as an approximate index takes them."""
-        return (queries / self.scale).astype(np.float32)
+        """[B, D] normalised queries as an approximate index takes them.
+
+        One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
+        hardly changes, and float32 can still tell their distances apart.
+        """
+        scaled = queries / self.scale
+        # the largest value first: its square may not fit
+        highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
+        unit = scaled / np.where(highest > 0, highest, 1.0)
+        length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
+        shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
+        return shrunk.astype(np.float32)
 
     def first_pass_queries(self, queries: Floats) -> tuple[Singles, Floats]:
         """[B, D] normalised queries to [B, D'] of length 1, and the length each had."""

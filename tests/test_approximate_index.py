@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_knn import indexing
 from hf_knn.datastore import Datastore, Neighbors
+from hf_knn.search import Searcher
 
 COUNT, WIDTH = 4000, 16
 STATED_ON, K = 256, 20
@@ -588,3 +589,24 @@ def test_a_string_that_kills_faiss_is_refused(index: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
     assert index in done.stdout
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("index", ["IVF32,Flat", "HNSW16"])
+@pytest.mark.parametrize("factor", [1e3, 1e30, 1e36])
+def test_a_query_far_beyond_all_rows_is_searched_in_the_index(
+    index: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = built(normal(0, COUNT, WIDTH), index, "l2", "none")
+    compared: list[int] = []
+    rescore = Searcher._rescore
+
+    def watch(self: Searcher, asked: NDArray, candidates: NDArray) -> NDArray:
+        compared.append(candidates.shape[1])
+        return rescore(self, asked, candidates)
+
+    monkeypatch.setattr(Searcher, "_rescore", watch)
+    queries = normal(7, 20, WIDTH).double() * factor
+    hits = store.search(queries, 5)
+    assert max(compared) < COUNT / 2, "every row was compared"
+    assert_sound(hits, store, queries, 5)

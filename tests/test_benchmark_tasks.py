@@ -113,6 +113,18 @@ def test_glyphs_are_every_character_in_every_face(shared_cache, no_network):
     assert len(set(dataset["name"][:])) == len(dataset)
 
 
+def test_a_glyph_lies_whole_in_the_middle():
+    for face in ("DejaVuSans-BoldOblique", "STIXGeneral", "cmtt10"):
+        for character in "WjQ0":
+            picture = Image.open(io.BytesIO(render_glyph(face, character))).convert("L")
+            rows, columns = np.nonzero(np.asarray(picture) < 128)
+            for places in (rows, columns):
+                assert places.min() > 20
+                assert places.max() < 203
+                # across by the width of its type, from which ink may lean out
+                assert abs(places.min() + places.max() - 223) <= 20
+
+
 def test_glyphs_of_two_faces_differ():
     faces = {render_glyph(face, "a") for face in ("DejaVuSans", "DejaVuSerif", "cmr10", "cmss10")}
     assert len(faces) == 4
