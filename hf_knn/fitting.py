@@ -14,18 +14,14 @@ from .features import ImageFeatures
 from .functional import ClassWeighting
 from .heads import KnnHead
 from .modeling_knn import KnnForImageClassification
-from .probe import (
+from .probe import ProbeChoice, ProbeHeads, ProbeScore, score, train_probes
+from .probe_settings import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
     PAPER_SUPERVISED,
-    ProbeChoice,
     ProbeConfig,
     ProbeGrid,
-    ProbeHeads,
-    ProbeScore,
     ProbeSettings,
-    score,
-    train_probes,
 )
 from .ridge import RidgeFit, fit_ridge
 from .votes import OwnVotes

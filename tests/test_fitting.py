@@ -16,7 +16,8 @@ from hf_knn import KnnConfig, KnnForImageClassification, KnnTrainer, fitting
 from hf_knn.features import ImageFeatures
 from hf_knn.fitting import PROBE_GRIDS, Part, fit_closed_form, sweep
 from hf_knn.folds import stratified_folds
-from hf_knn.probe import ProbeConfig, ProbeGrid, ProbeSettings, train_probes
+from hf_knn.probe import train_probes
+from hf_knn.probe_settings import ProbeConfig, ProbeGrid, ProbeSettings
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},

@@ -8,49 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probe_rows import clusters, votes
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_knn import probe
-from hf_knn.functional import class_weights, focal_loss_weights, knn_loss_weights
+from hf_knn.functional import class_weights
 from hf_knn.modeling_knn import KnnHead
-from hf_knn.probe import (
-    PAPER_ALPHAS,
-    PAPER_SELF_SUPERVISED,
-    PAPER_SETTINGS,
-    PAPER_SUPERVISED,
-    Layer,
-    ProbeConfig,
-    ProbeGrid,
-    ProbeHeads,
-    ProbeSettings,
-    choose,
-    learning_rate_factor,
-    loss_factors,
-    score,
-    train_probes,
-)
+from hf_knn.probe import ProbeHeads, choose, score, train_probes
+from hf_knn.probe_factors import loss_factors
+from hf_knn.probe_layers import Layer, initial_layers
+from hf_knn.probe_settings import ProbeConfig, ProbeGrid, ProbeSettings
 
 INF = math.inf
-
-
-def clusters(rows: int = 90, width: int = 7, classes: int = 4, seed: int = 0) -> tuple:
-    """Overlapping clusters far from the origin, classes of unequal size."""
-    generator = np.random.default_rng(seed)
-    labels = np.minimum(generator.geometric(0.4, rows) - 1, classes - 1)
-    centers = np.random.default_rng(99).normal(size=(classes, width))
-    features = 3 * (centers[labels] + generator.normal(size=(rows, width))) + 10
-    return torch.from_numpy(features).float(), torch.from_numpy(labels)
-
-
-def votes(labels: Tensor, seed: int = 1) -> Tensor:
-    """[N] leave-one-out log-probabilities, some of them 0 and -inf."""
-    generator = torch.Generator().manual_seed(seed)
-    probs = torch.rand(len(labels), generator=generator)
-    probs[:4] = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    return probs.log()
 
 
 def plain_loop(
@@ -188,33 +160,6 @@ def test_a_reweighted_head_equals_a_plain_loop(
     assert_same_head(heads, 0, plain_loop(features, labels, 4, config, settings, factors))
 
 
-def test_factors_are_those_of_functional() -> None:
-    _, labels = clusters()
-    log_probs = votes(labels)
-    column, only = log_probs.unsqueeze(1), torch.zeros_like(labels)
-    for normalize in ("none", "mean"):
-        settings = ProbeSettings(knn_loss_normalize=normalize, knn_loss_clamp=7.0)
-        found = loss_factors(log_probs, ProbeConfig(1.0, alpha=0.2), settings)
-        wanted = knn_loss_weights(column, only, 0.2, 7.0, normalize=normalize)
-        assert torch.equal(found, wanted)
-    found = loss_factors(log_probs, ProbeConfig(1.0, gamma=2.0), ProbeSettings())
-    assert torch.equal(found, focal_loss_weights(column, only, 2.0))
-    # nothing is surprising: the mean is 0 and all rows are alike
-    certain, settings = torch.zeros(5), ProbeSettings(knn_loss_normalize="mean")
-    assert loss_factors(certain, ProbeConfig(1.0, gamma=1.0), settings).tolist() == [1] * 5
-
-
-def test_the_schedule_is_that_of_transformers() -> None:
-    for steps, warmup in ((10, 0), (10, 3), (10, 10), (1, 0), (5, 9)):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-        for step in range(steps):
-            wanted = schedule.get_last_lr()[0]
-            assert learning_rate_factor(step, steps, warmup) == pytest.approx(wanted, abs=1e-12)
-            optimizer.step()
-            schedule.step()
-
-
 # many heads are as many single ones
 
 
@@ -247,6 +192,14 @@ def test_each_head_comes_out_as_alone(
     monkeypatch.setattr(probe, "_ROW_BLOCK", 10)
     parts = train_probes(features, labels, 4, grid, settings, log_probs)
     torch.testing.assert_close(parts.logits(features), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_many_heads_are_split_by_memory() -> None:
+    head = initial_layers(384, 1000, ProbeSettings(), torch.device("cpu"))
+    chunks = probe._chunks(128, head, 2048, ProbeSettings())
+    assert [i for chunk in chunks for i in chunk] == list(range(128))
+    assert len(chunks) > 1
+    assert max(len(c) for c in chunks) * (3 * 385_000 + 3 * 2048 * 1000) <= probe._LARGEST_CHUNK
 
 
 def test_the_same_call_gives_the_same_heads() -> None:
@@ -382,37 +335,6 @@ def test_a_head_that_diverges_harms_nobody_and_is_never_chosen() -> None:
             choose(lost, features, labels)
 
 
-# grids
-
-
-def test_the_paper_s_grids() -> None:
-    assert len(PAPER_SUPERVISED.configs()) == 8 * 4 * 4
-    assert len(PAPER_SELF_SUPERVISED.configs()) == 9 * 4 * 4
-    assert {c.alpha for c in PAPER_SUPERVISED.configs()} == set(PAPER_ALPHAS)
-    assert max(c.learning_rate for c in PAPER_SELF_SUPERVISED.configs()) == 40
-    settings = PAPER_SETTINGS
-    assert (settings.batch_size, settings.epochs, settings.warmup_epochs) == (2048, 100, 10)
-    assert (settings.optimizer, settings.momentum, settings.rate_batch) == ("sgd", 0.9, 256)
-
-
-def test_a_grid_has_no_two_equal_heads() -> None:
-    grid = ProbeGrid((0.1,), (0.0,), (0.0, 0.1), (0.0,), ("none", "shuffled", "constant"))
-    assert grid.configs() == [
-        ProbeConfig(0.1),
-        ProbeConfig(0.1, alpha=0.1),
-        ProbeConfig(0.1, alpha=0.1, control="shuffled"),
-        ProbeConfig(0.1, alpha=0.1, control="constant"),
-    ]
-
-
-def test_many_heads_are_split_by_memory() -> None:
-    head = probe._initial_layers(384, 1000, ProbeSettings(), torch.device("cpu"))
-    chunks = probe._chunks(128, head, 2048, ProbeSettings())
-    assert [i for chunk in chunks for i in chunk] == list(range(128))
-    assert len(chunks) > 1
-    assert max(len(c) for c in chunks) * (3 * 385_000 + 3 * 2048 * 1000) <= probe._LARGEST_CHUNK
-
-
 # edges and what is refused
 
 
@@ -492,29 +414,6 @@ def test_bad_calls_are_refused(changes: dict[str, Any], message: str) -> None:
     good_call()
     with pytest.raises(ValueError, match=message):
         good_call(**changes)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": -1}, "`epochs`.*-1"),
-        ({"batch_size": 0}, "`batch_size`.*0"),
-        ({"rate_batch": 0}, "`rate_batch`.*0"),
-        ({"warmup_epochs": -1}, "`warmup_epochs`"),
-        ({"warmup_epochs": math.nan}, "`warmup_epochs`.*nan"),
-        ({"momentum": 1.0}, "`momentum`.*below 1.*1.0"),
-        ({"label_smoothing": 1.0}, "`label_smoothing`.*below 1"),
-        ({"hidden_layers": -1}, "`hidden_layers`.*-1"),
-        ({"hidden_layers": 1, "hidden_width": 0}, "`hidden_width`.*0"),
-        ({"hidden_width": 5}, "`hidden_layers` > 0 with `hidden_width`"),
-        ({"optimizer": "lion"}, "lion"),
-        ({"class_weighting": "some"}, "some"),
-        ({"knn_loss_normalize": "sum"}, "sum"),
-    ],
-)
-def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ProbeSettings(**options)
 
 
 @pytest.mark.parametrize(
