@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 DEFAULT_BACKBONE = "facebook/dinov2-small"
+DATA, HEAD, LOSS = "Pictures", "Head", "Loss"
+TUNING, STORE = "Fine-tuning", "Datastore and blend"
+"""Groups of options in `--help`."""
 
 app = typer.Typer(
     name="hf-knn",
@@ -57,6 +60,58 @@ class ClassWeights(StrEnum):
     INVERSE_SQRT = "inverse_sqrt"
 
 
+class Augmentation(StrEnum):
+    """What training pictures go through."""
+
+    PAPER = "paper"
+    FLIP = "flip"
+    NONE = "none"
+
+
+class Queries(StrEnum):
+    """Which features ask the datastore during fine-tuning."""
+
+    SNAPSHOT = "snapshot"
+    LIVE = "live"
+
+
+class Criterion(StrEnum):
+    """What makes k, temperature and λ the best."""
+
+    ONE_STANDARD_ERROR = "one_standard_error"
+    ACCURACY = "accuracy"
+    MEAN_CLASS = "mean_class"
+    LOG_LIKELIHOOD = "log_likelihood"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Takes the options of a file as defaults."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"Expected {path} to be YAML or JSON, but: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"Expected {path} to hold options by name, but got a list.")
+    found = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise typer.BadParameter(
+            f"Expected options of this command in {path}, but got {unknown}; known are "
+            f"{sorted(known)}."
+        )
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+def _text(choice: StrEnum | None) -> str | None:
+    return None if choice is None else str(choice)
+
+
 @app.callback()
 def _main(
     debug: Annotated[bool, typer.Option(help="Show the whole traceback of an error.")] = False,
@@ -80,34 +135,18 @@ def train(
     backbone: Annotated[
         str, typer.Option(help="Hub id, timm name, local folder or another k-NN checkpoint.")
     ] = DEFAULT_BACKBONE,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the head over the features.")] = 60,
-    learning_rate: Annotated[float, typer.Option(help="Of the head, AdamW.")] = 1e-3,
-    alpha: Annotated[
-        float, typer.Option(min=0, help="How much harder the loss looks at what k-NN finds hard.")
-    ] = 0.0,
-    head: Annotated[
-        HeadKind, typer.Option(help="ridge is solved in closed form, without epochs.")
-    ] = HeadKind.LINEAR,
-    hidden: Annotated[
-        list[int] | None, typer.Option(min=1, help="Width of a hidden layer of an mlp; repeat it.")
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_read_config,
+            is_eager=True,
+            exists=True,
+            dir_okay=False,
+            help="YAML or JSON with options of this command, by their long names; what is typed "
+            "wins.",
+        ),
     ] = None,
-    sweep: Annotated[
-        Sweep | None,
-        typer.Option(help="Train many heads at once and keep the best on held-out pictures."),
-    ] = None,
-    class_weights: Annotated[
-        ClassWeights, typer.Option(help="For classes of very different size.")
-    ] = ClassWeights.NONE,
-    index: Annotated[
-        str, typer.Option(help="auto, flat (exact) or a faiss factory string.")
-    ] = "auto",
-    max_memory: Annotated[
-        str | None, typer.Option(help="What the index may take, such as 2GB.")
-    ] = None,
-    test_share: Annotated[
-        float,
-        typer.Option(min=0, max=0.9, help="Held out for the report, if there is no test split."),
-    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of splits, folds and the head.")] = 0,
     pooling: Annotated[
         str | None, typer.Option(help="cls, mean, max, pooler or cls_mean; default by backbone.")
     ] = None,
@@ -115,22 +154,177 @@ def train(
         str | None, typer.Option(help="Pooling of the datastore, if it is another.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
-    precision: Annotated[Precision, typer.Option(help="Of the forward pass.")] = Precision.FP32,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the forward pass that computes features.")
+    ] = Precision.FP32,
+    test_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            rich_help_panel=DATA,
+            help="Held out for the report, if there is no test split.",
+        ),
+    ] = 0.2,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=DATA,
+            help="Column of what belongs together (a patient, a camera): never split.",
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=DATA,
+            help="Use so many labelled pictures per class, to learn and to choose from.",
+        ),
+    ] = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, rich_help_panel=DATA, help="Likewise, a fraction of each class."
+        ),
+    ] = None,
     on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+        OnBadImage,
+        typer.Option(rich_help_panel=DATA, help="At a picture that cannot be decoded."),
     ] = OnBadImage.SKIP,
-    seed: Annotated[int, typer.Option(help="Of splits, folds and the head.")] = 0,
+    head: Annotated[
+        HeadKind,
+        typer.Option(rich_help_panel=HEAD, help="ridge is solved in closed form, without epochs."),
+    ] = HeadKind.LINEAR,
+    hidden: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, rich_help_panel=HEAD, help="Width of a hidden layer of an mlp; repeat it."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=HEAD, help="Default: 60, or 10 with --fine-tune."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=HEAD, help="Default: 1e-3, or 5e-5 with --fine-tune."),
+    ] = None,
+    sweep: Annotated[
+        Sweep | None,
+        typer.Option(
+            rich_help_panel=HEAD,
+            help="Train many heads at once and keep the best on held-out pictures.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            rich_help_panel=LOSS,
+            help="How much harder the loss looks at what k-NN finds hard.",
+        ),
+    ] = 0.0,
+    class_weights: Annotated[
+        ClassWeights,
+        typer.Option(rich_help_panel=LOSS, help="For classes of very different size."),
+    ] = ClassWeights.NONE,
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, max=0.99, rich_help_panel=LOSS, help="Of the targets.")
+    ] = 0.0,
+    fine_tune: Annotated[
+        bool, typer.Option("--fine-tune", rich_help_panel=TUNING, help="Train the backbone too.")
+    ] = False,
+    blocks: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=TUNING, help="Only the last so many blocks of it."),
+    ] = None,
+    augmentation: Annotated[
+        Augmentation, typer.Option(rich_help_panel=TUNING, help="Of training pictures.")
+    ] = Augmentation.PAPER,
+    refresh: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=TUNING,
+            help="When --alpha asks a new datastore: epoch, never, or a number of steps.",
+        ),
+    ] = "epoch",
+    queries: Annotated[
+        Queries,
+        typer.Option(rich_help_panel=TUNING, help="Features of the last refresh, or of the step."),
+    ] = Queries.SNAPSHOT,
+    accumulate: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TUNING, help="Batches per update.")
+    ] = 1,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", rich_help_panel=TUNING, help="Train in bfloat16.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", rich_help_panel=TUNING, help="Less memory, more time."
+        ),
+    ] = False,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=TUNING,
+            help="Stop after so many epochs without a better blend on validation.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, rich_help_panel=TUNING, help="Processes that decode pictures.")
+    ] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=TUNING, help="Go on with a run that was interrupted."
+        ),
+    ] = False,
+    index: Annotated[
+        str,
+        typer.Option(rich_help_panel=STORE, help="auto, flat (exact) or a faiss factory string."),
+    ] = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=STORE, help="What the index may take, such as 2GB."),
+    ] = None,
+    criterion: Annotated[
+        Criterion | None,
+        typer.Option(
+            rich_help_panel=STORE,
+            help="What k, temperature and the blend are chosen by; default by how many labels.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            rich_help_panel=STORE,
+            help="Also scale the temperatures of head and blend.",
+        ),
+    ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, trackio, …; repeatable. Logs of the training."),
+    ] = None,
 ) -> None:
     """Train on your own pictures: features, head, datastore, tuning, report, checkpoint."""
-    from hf_knn.cli import TrainOptions, run, train_pictures
+    from hf_knn.console import run
+    from hf_knn.training_command import TrainOptions, train_pictures
 
     options = TrainOptions(
         pictures=pictures, output=output, backbone=backbone, epochs=epochs,
         learning_rate=learning_rate, alpha=alpha, head=str(head), hidden=hidden or [],
-        sweep=None if sweep is None else str(sweep), class_weights=str(class_weights), index=index,
-        max_memory=max_memory, test_share=test_share, pooling=pooling,
-        knn_pooling=knn_pooling, batch_size=batch_size, precision=str(precision),
-        on_bad_image=str(on_bad_image), seed=seed,
+        sweep=_text(sweep), class_weights=str(class_weights), label_smoothing=label_smoothing,
+        fine_tune=fine_tune, blocks=blocks, augmentation=str(augmentation), refresh=refresh,
+        queries=str(queries), accumulate=accumulate, bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing, patience=patience, workers=workers,
+        resume=resume, index=index, max_memory=max_memory, criterion=_text(criterion),
+        calibrate=calibrate, test_share=test_share, shots=shots, fraction=fraction,
+        group_by=group_by, pooling=pooling, knn_pooling=knn_pooling, batch_size=batch_size,
+        precision=str(precision), on_bad_image=str(on_bad_image), report_to=report_to or [],
+        seed=seed,
     )  # fmt: skip
     run(train_pictures, options)
 
@@ -148,7 +342,8 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.cli import evaluate_pictures, run
+    from hf_knn.cli import evaluate_pictures
+    from hf_knn.console import run
 
     run(evaluate_pictures, checkpoint, pictures, split, str(on_bad_image), json_output)
 
@@ -163,9 +358,11 @@ def tune(
         str | None, typer.Option(help="Which split; validation, or the only one there is.")
     ] = None,
     criterion: Annotated[
-        str | None,
-        typer.Option(help="one_standard_error, accuracy, mean_class or log_likelihood."),
+        Criterion | None, typer.Option(help="Default: by how many labels there are.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Also scale the temperatures of head and blend.")
+    ] = False,
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = OnBadImage.SKIP,
@@ -174,9 +371,13 @@ def tune(
     ] = None,
 ) -> None:
     """Choose k, temperature and the blend anew, on pictures of your own."""
-    from hf_knn.cli import run, tune_checkpoint
+    from hf_knn.cli import tune_checkpoint
+    from hf_knn.console import run
 
-    run(tune_checkpoint, checkpoint, pictures, split, criterion, str(on_bad_image), plot)
+    run(
+        tune_checkpoint, checkpoint, pictures, split, _text(criterion), calibrate,
+        str(on_bad_image), plot,
+    )  # fmt: skip
 
 
 @app.command()
@@ -188,7 +389,8 @@ def predict(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Classify pictures, and show the neighbours that voted."""
-    from hf_knn.cli import predict_images, run
+    from hf_knn.cli import predict_images
+    from hf_knn.console import run
 
     run(predict_images, checkpoint, images, top, neighbors, json_output)
 

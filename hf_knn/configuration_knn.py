@@ -62,6 +62,8 @@ class KnnConfig(PreTrainedConfig):
         knn_temperature: divides squared distances in the votes, > 0 (0.14 here is DINO's 0.07).
         knn_weight: λ of the blend in [0, 1]; 0 is the head alone, 1 the neighbours alone.
         knn_weighting: `softmax`, `uniform`, `inverse_distance` or `rank`.
+        blend_temperature: divides the blend's log-probabilities, > 0; 1 leaves them as they are,
+            `KnnTrainer.tune(calibrate=True)` chooses another.
         pooling: feature of the head: `cls`, `mean`, `max`, `pooler` or `cls_mean`.
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
@@ -85,6 +87,7 @@ class KnnConfig(PreTrainedConfig):
     knn_temperature: float = 0.14
     knn_weight: float = 0.5
     knn_weighting: str = "softmax"
+    blend_temperature: float = 1.0
     pooling: str = "cls"
     knn_pooling: str | None = None
     metric: str = "cosine"
@@ -129,14 +132,13 @@ class KnnConfig(PreTrainedConfig):
         check_metric(self.metric, self.normalization)
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise ValueError(f"Expected `k` to be a whole number >= 1, but got {self.k!r}.")
-        for name in ("knn_temperature", "knn_weight"):
+        for name in ("knn_temperature", "knn_weight", "blend_temperature"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"Expected `{name}` to be a number, but got {value!r}.")
-        if not 0 < self.knn_temperature < float("inf"):
-            raise ValueError(
-                f"Expected `knn_temperature` to be > 0, but got {self.knn_temperature}."
-            )
+        for name in ("knn_temperature", "blend_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"Expected `{name}` to be > 0, but got {getattr(self, name)}.")
         if not 0 <= self.knn_weight <= 1:
             raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
         if self.feature_dim < 0:

@@ -96,7 +96,7 @@ def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
             "but there is nothing there."
         )
     else:
-        splits = load_dataset(str(source), **options)
+        splits = _load_from_hub(str(source), options)
     named = {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
     columns = {name: _with_columns(rows) for name, rows in named.items()}
     classes = None
@@ -161,6 +161,27 @@ def labels_of(dataset: Dataset) -> Tensor:
 def ids_of(dataset: Dataset) -> Tensor:
     """[N] int64 sample ids of a prepared dataset."""
     return torch.from_numpy(np.asarray(dataset.with_format("numpy")[SAMPLE_ID][:], np.int64))
+
+
+def groups_of(dataset: Dataset, column: str) -> Tensor:
+    """[N] int64: which rows of a dataset belong together.
+
+    Args:
+        dataset: any.
+        column: of texts or numbers; equal values are one group, a missing one a group of its own.
+
+    Raises:
+        ValueError: if there is no such column, listing those there are, or it holds other things.
+    """
+    if column not in dataset.column_names or not isinstance(dataset.features[column], Value):
+        raise ValueError(
+            f"Expected a column {column!r} of texts or numbers to group by, but the columns are "
+            f"{dataset.column_names}."
+        )
+    values = dataset.with_format(None)[column][:]
+    numbers: dict[Any, int] = {}
+    keys = [(row,) if _is_missing(value) else value for row, value in enumerate(values)]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
 
 
 def paths_of(dataset: Dataset) -> list[str]:
@@ -254,6 +275,16 @@ def _load_folder(path: Path) -> Any:
         ) from error
 
 
+def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
+    try:
+        return load_dataset(name, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"Expected {name} to be a folder, a csv, a parquet file or a Hub id, but there is "
+            f"nothing of that name here, and the Hub says: {error}"
+        ) from error
+
+
 def _load_csv(path: Path) -> Dataset:
     try:
         rows = load_dataset("csv", data_files=str(path), split="train")
@@ -272,8 +303,8 @@ def _load_csv(path: Path) -> Dataset:
     missing = [file for file in files if not Path(file).is_file()]
     if len(missing) == len(files):
         raise ValueError(f"Expected the paths in {path} to exist, but {missing[0]} does not.")
-    pictures = {IMAGE: files, LABEL: rows[LABEL][:]}
-    return Dataset.from_dict(pictures).cast_column(IMAGE, Image(decode=False))
+    others = {name: rows[name][:] for name in rows.column_names if name not in (places, IMAGE)}
+    return Dataset.from_dict({IMAGE: files, **others}).cast_column(IMAGE, Image(decode=False))
 
 
 def _raw_paths(dataset: Dataset) -> list[str]:
@@ -291,8 +322,8 @@ def _with_columns(dataset: Dataset) -> Dataset:
     kind = dataset.features[LABEL]
     if not isinstance(kind, ClassLabel | Value):
         raise ValueError(
-            f"Expected `{LABEL}` to be one class per picture, but got {kind}; "
-            "pictures with several labels are not supported."
+            f"Expected the column {LABEL!r} to be one class per picture, but it holds {kind}; "
+            "multi-label data is not supported."
         )
     if SAMPLE_ID not in dataset.column_names:
         dataset = dataset.add_column(SAMPLE_ID, np.arange(len(dataset), dtype=np.int64))
@@ -360,12 +391,24 @@ def _find_labels(dataset: Dataset) -> str:
     if LABEL in dataset.column_names:
         return LABEL
     found = [name for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)]
+    several = [name for name, kind in dataset.features.items() if _holds_classes(name, kind)]
+    if several and not found:
+        raise ValueError(
+            f"Expected one class per picture, but the column {several[0]!r} holds several per "
+            "picture; multi-label data is not supported."
+        )
     if len(found) != 1:
         raise ValueError(
             f"Expected a column `{LABEL}` or exactly one ClassLabel column, "
             f"but the columns are {dataset.column_names}; rename yours."
         )
     return found[0]
+
+
+def _holds_classes(name: str, kind: Any) -> bool:
+    """Whether a column holds a list of classes per row: multi-label data."""
+    is_named = name.startswith(LABEL) and isinstance(getattr(kind, "feature", None), Value)
+    return isinstance(kind, List) and (is_named or isinstance(kind.feature, ClassLabel))
 
 
 def _rename(dataset: Dataset, name: str, present: str) -> Dataset:

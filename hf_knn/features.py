@@ -26,6 +26,7 @@ from .configuration_knn import KnnConfig
 from .data import (
     BadRow,
     fingerprint_of,
+    groups_of,
     ids_of,
     label_names,
     labels_of,
@@ -59,6 +60,8 @@ class ImageFeatures:
         computed: how many pictures went through the backbone in this call.
         knn_log_probs: [N] leave-one-out log p_knn of each row's own label, for the loss.
         gives_ids: whether a row tells its sample id, as a trainer wants.
+        groups: [N] int64, which rows belong together (one patient, one camera) and must be on the
+            same side of every split; None where each row is its own.
     """
 
     features: Tensor
@@ -71,6 +74,7 @@ class ImageFeatures:
     computed: int = 0
     knn_log_probs: Tensor | None = None
     gives_ids: bool = False
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -90,6 +94,7 @@ class ImageFeatures:
         return replace(
             self, features=self.features[index], labels=self.labels[index], ids=self.ids[index],
             paths=paths, skipped=[], seconds=0.0, computed=0, knn_log_probs=None,
+            groups=None if self.groups is None else self.groups[index],
         )  # fmt: skip
 
 
@@ -105,6 +110,7 @@ def extract_features(
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
     progress: bool = True,
+    group_by: str | None = None,
 ) -> ImageFeatures:
     """Runs a model over a dataset, once: what was computed before comes from the cache.
 
@@ -124,19 +130,21 @@ def extract_features(
             `~/.cache/hf_knn`.
         use_cache: False neither reads nor writes the cache.
         progress: show a progress bar.
+        group_by: a column that says which pictures belong together, for `ImageFeatures.groups`.
 
     Returns:
         The features with labels and ids, in row order.
 
     Raises:
         ValueError: for an empty dataset, a picture that cannot be decoded (with its row), a picture
-            without label, or a bad option.
+            without label, a missing column, or a bad option.
     """
     _check_options(batch_size, precision, on_bad_image)
     rows = prepare(dataset)
     if len(rows) == 0:
         raise ValueError("Expected a dataset with at least one picture, but it is empty.")
     labels = labels_of(rows)
+    groups = None if group_by is None else groups_of(rows, group_by)
     processor = processing_class or getattr(model, "image_processor", None)
     if processor is None:
         raise ValueError("Expected `processing_class`, since the model has no image processor.")
@@ -168,6 +176,7 @@ def extract_features(
         skipped=bad,
         seconds=elapsed if computed else 0.0,
         computed=computed,
+        groups=None if groups is None else groups[kept],
     )
 
 

@@ -220,6 +220,26 @@ def floor_log_probs(log_probs: Tensor) -> Tensor:
     return log_probs.clamp_min(math.log(PROBABILITY_FLOOR))
 
 
+def soften(log_probs: Tensor, temperature: float) -> Tensor:
+    """Temperature scaling (Guo et al., 2017): ``log_softmax(log p / T)``.
+
+    Args:
+        log_probs: [B, C]; floored at log(1e-12) first.
+        temperature: T > 0; 1 changes nothing, more is less sure.
+
+    Returns:
+        [B, C] log-probabilities.
+
+    Raises:
+        ValueError: for a temperature that is not > 0.
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"Expected `temperature` to be > 0, but got {temperature}.")
+    if temperature == 1:
+        return log_probs
+    return torch.log_softmax(floor_log_probs(log_probs) / temperature, dim=-1)
+
+
 def knn_loss_weights(
     knn_log_probs: Tensor,
     labels: Tensor,

@@ -30,7 +30,7 @@ from .first_pass import (
     has_fast_bfloat16,
 )
 from .manifest import IndexInfo
-from .search import Rows, RowSpace, Searcher, measure_recall
+from .search import Rows, RowSpace, Searcher, nearest_in_blocks, recall_of
 
 logger = logging.getLogger(__name__)
 
@@ -260,20 +260,23 @@ def _tune(
         return dataclasses.replace(info, recall=1.0)  # there is nothing to miss
     sample = np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE]
     queries, own = features[sample], ids[sample]
-    rows = space.first_pass_rows(features)
-    exact = Searcher(features, ids, space, _exact_first_pass(len(ids))(rows))
-    del rows  # as large as the index
+    first_pass = _exact_first_pass(len(ids))
+    wanted = nearest_in_blocks(features, ids, space, first_pass, queries, k, own)
+
+    def measure() -> float:
+        return recall_of(searcher.search(queries, k, own)[1], wanted)
+
     tunable = index.tunable()
-    recall = measure_recall(searcher, exact, queries, k, own)
+    recall = measure()
     if tunable is not None:
         name, largest = tunable
         value = max(1, index.parameters.get(name, 1))
         index.set_parameters({name: value})
-        recall = measure_recall(searcher, exact, queries, k, own)
+        recall = measure()
         while recall < min_recall and value < largest:
             value = min(largest, 2 * value)
             index.set_parameters({name: value})
-            recall = measure_recall(searcher, exact, queries, k, own)
+            recall = measure()
     settings = ", ".join(f"{name} {value}" for name, value in index.parameters.items())
     logger.info(
         "index %s: %s (%s), recall@%d %.4f measured on %d rows",

@@ -26,7 +26,7 @@ from .backbone import (
 from .checkpoint import CheckpointReader, write_checkpoint
 from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
-from .functional import blend_log_probs, floor_log_probs, knn_log_probs
+from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
 from .processors import load_processor, portable
 
@@ -278,6 +278,7 @@ class KnnForImageClassification(PreTrainedModel):
             votes, neighbors = self._ask_neighbors(store_part, sample_ids)
         if votes is not None:
             log_probs = blend_log_probs(log_probs, votes, self.config.knn_weight)
+            log_probs = soften(log_probs, self.config.blend_temperature)
         elif self.config.classes > log_probs.shape[1]:
             missing = self.config.classes - log_probs.shape[1]
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)

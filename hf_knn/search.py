@@ -6,6 +6,8 @@ An exact first pass says how good a row that it left out can be at most: candida
 until none of those could belong to the answer.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
 _ROW_BLOCK = 65_536
+_EXACT_BLOCK = 262_144
 _MOST_REMOVED = 0.3
 _SAFE_EXPONENT = 400
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
@@ -284,19 +287,46 @@ class Searcher:
         return similarities
 
 
-def measure_recall(
-    searcher: Searcher, exact: Searcher, queries: NDArray, k: int, exclude_ids: Ints
-) -> float:
-    """Share of the exact k nearest rows that a searcher finds.
+def nearest_in_blocks(
+    features: Rows,
+    ids: Ints,
+    space: RowSpace,
+    first_pass: Callable[[Singles], FirstPass],
+    queries: NDArray,
+    k: int,
+    exclude_ids: Ints,
+) -> Ints:
+    """The exact k nearest rows, without a copy of all rows in memory.
 
     Args:
-        searcher: the one to be measured.
-        exact: one with an exact first pass over the same rows.
-        queries: [B, D] raw features.
-        k: how many neighbours.
-        exclude_ids: [B] the queries' own ids, which are no neighbours of theirs.
+        features: [N, D] raw features.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        first_pass: makes an exact one from rows.
+        queries: [B, D] finite raw features.
+        k: from 1 to N - 1.
+        exclude_ids: [B] ids that are no neighbours of the queries.
+
+    Returns:
+        [B, k] positions by (similarity, id).
     """
-    _, found = searcher.search(queries, k, exclude_ids)
-    _, wanted = exact.search(queries, k, exclude_ids)
-    hits = [np.isin(mine, theirs).mean() for mine, theirs in zip(found, wanted, strict=True)]
+    blocks = -(-len(ids) // _EXACT_BLOCK)
+    similarities, positions = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
+    for part in np.array_split(np.arange(len(ids)), blocks):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        block = Searcher(
+            features[rows], ids[rows], space, first_pass(space.first_pass_rows(features[rows]))
+        )
+        found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
+        similarities = np.concatenate([similarities, found], axis=1)
+        positions = np.concatenate([positions, places + rows.start], axis=1)
+        order = np.lexsort((ids[positions], -similarities), axis=-1)[:, :k]
+        similarities = np.take_along_axis(similarities, order, axis=1)
+        positions = np.take_along_axis(positions, order, axis=1)
+    return positions
+
+
+def recall_of(found: Ints, wanted: Ints) -> float:
+    """Share of the wanted neighbours [B, k] that were found [B, k]."""
+    hits = [np.isin(theirs, mine).mean() for mine, theirs in zip(found, wanted, strict=True)]
     return float(np.mean(hits))

@@ -23,25 +23,30 @@ from .callbacks import EpochCallback, RefreshCallback
 from .checkpoint import made_by
 from .collator import KnnCollator
 from .configuration_knn import Head
-from .data import fingerprint_of, labels_of, prepare
+from .data import fingerprint_of, groups_of, labels_of, prepare
 from .datastore import Datastore, Neighbors
 from .features import ImageFeatures, extract_features
 from .fitting import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
-from .folds import stratified_folds
+from .folds import Fold, stratified_folds
 from .functional import (
     ClassWeighting,
     LossNormalization,
+    blend_log_probs,
     class_weights,
     floor_log_probs,
     focal_loss_weights,
+    knn_log_probs,
     knn_loss_weights,
+    soften,
 )
 from .heads import KnnHead
 from .manifest import MANIFEST_NAME
 from .metrics import complementarity, measure
 from .modeling_knn import KnnForImageClassification
-from .probe import ProbeChoice, ProbeGrid
+from .probe import ProbeChoice
+from .probe_settings import ProbeGrid
 from .resume import STAGING, newest_whole, problem_of, publish, rotate, start_staging
+from .temperature import fit_temperature
 from .training_args import KnnTrainingArguments
 from .tuning import Grid, TuneResult, default_grid, has_few_labels, tune
 from .votes import OwnVotes, own_log_probs
@@ -116,6 +121,8 @@ class KnnTrainer(Trainer):
             augment = Augment.from_processor(args.augmentation, processor, args.seed)
         kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image, augment))
         rows = _checked(train_dataset, model)
+        if rows is not None and args.group_by is not None:
+            _check_groups(rows, args.group_by)
         self._votes: OwnVotes | None = None
         self._votes_store: Datastore | None = None
         self._class_weights: Tensor | None = None
@@ -198,7 +205,12 @@ class KnnTrainer(Trainer):
         self._datastore_step = self.state.global_step
         return self.model.datastore
 
-    def tune(self, eval_dataset: Any = None, criterion: str | None = None) -> TuneResult:
+    def tune(
+        self,
+        eval_dataset: Any = None,
+        criterion: str | None = None,
+        calibrate: bool | None = None,
+    ) -> TuneResult:
         """Chooses k, temperature and λ and sets them in the model's configuration.
 
         On a validation set if there is one; else, with a frozen backbone, by cross-validation in
@@ -207,6 +219,8 @@ class KnnTrainer(Trainer):
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
             criterion: see `hf_knn.tune`; None takes `tune_criterion`.
+            calibrate: also scale the temperatures of head and blend on these rows: the head's goes
+                into its weights, the blend's into `blend_temperature`. None takes the argument's.
 
         Raises:
             ValueError: without a validation set if the backbone was trained: it has seen every row.
@@ -230,6 +244,9 @@ class KnnTrainer(Trainer):
             )
         neighbors, head_log_probs, labels = held_out
         config = self.model.config
+        calibrate = self.args.calibrate if calibrate is None else calibrate
+        if calibrate:
+            head_log_probs = self._calibrate_head(head_log_probs, labels)
         result = tune(
             neighbors,
             head_log_probs,
@@ -241,9 +258,26 @@ class KnnTrainer(Trainer):
             grid=self._grid(len(labels)),
         )
         config.k, config.knn_temperature = result.k, result.temperature
-        config.knn_weight = result.knn_weight
+        config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
+        if calibrate:
+            votes = knn_log_probs(
+                neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
+                config.classes, result.temperature,
+                metric=config.metric, weighting=config.knn_weighting,
+            )  # fmt: skip
+            blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
+            config.blend_temperature = fit_temperature(floor_log_probs(blend), labels)
         self.tune_result = result
         return result
+
+    def _calibrate_head(self, log_probs: Tensor, labels: Tensor) -> Tensor:
+        """Scales the head's temperature; returns its log-probabilities then."""
+        known = labels < log_probs.shape[1]
+        if not known.any():
+            return log_probs
+        temperature = fit_temperature(floor_log_probs(log_probs[known]), labels[known])
+        self.model.head.soften(temperature)
+        return soften(log_probs, temperature)
 
     def evaluate(
         self,
@@ -315,7 +349,7 @@ class KnnTrainer(Trainer):
         if not value.isfinite():
             shown = [] if sample_ids is None else sample_ids.tolist()
             raise FloatingPointError(
-                f"Expected a finite loss, but got {float(value)} at step "
+                f"Expected a finite loss, but got {float(value.detach())} at step "
                 f"{self.state.global_step + 1}, sample ids {shown[:64]}; lower the learning rate "
                 "or look at these pictures. The last checkpoint is whole."
             )
@@ -464,7 +498,7 @@ class KnnTrainer(Trainer):
             held_out = self._features_of(_checked(self.eval_dataset, self.model))
             yield Part(features, held_out, own_votes(self._store_of, features, self.model, grid))
             return
-        for fold in stratified_folds(features.labels, self.args.tune_folds, self.args.seed):
+        for fold in self._folds(features):
             fitted, held_out = features.select(fold.fitted), features.select(fold.held_out)
             votes = own_votes(self._store_of, fitted, self.model, grid)
             yield Part(fitted, held_out, votes)
@@ -503,6 +537,7 @@ class KnnTrainer(Trainer):
             on_bad_image=self.args.on_bad_image,
             use_cache=self.args.feature_cache and self.args.freeze_backbone,
             progress=not self.args.disable_tqdm,
+            group_by=self.args.group_by if self.args.group_by in dataset.column_names else None,
         )
         if self.args.freeze_backbone and name is not None:
             self._known_features[name] = features
@@ -569,7 +604,7 @@ class KnnTrainer(Trainer):
             everything = self.train_features = self._features_of(self.train_dataset)
         grid = self._grid(len(everything))
         parts = []
-        for fold in stratified_folds(everything.labels, self.args.tune_folds, self.args.seed):
+        for fold in self._folds(everything):
             model = self._fit_fold(everything.select(fold.fitted))
             parts.append(self._ask(model, everything.select(fold.held_out), grid))
         width = min(neighbors.labels.shape[1] for neighbors, _, _ in parts)
@@ -577,6 +612,10 @@ class KnnTrainer(Trainer):
         neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
         head_log_probs = torch.cat([head for _, head, _ in parts])
         return neighbors, head_log_probs, torch.cat([labels for _, _, labels in parts])
+
+    def _folds(self, features: ImageFeatures) -> list[Fold]:
+        args = self.args
+        return stratified_folds(features.labels, args.tune_folds, args.seed, features.groups)
 
     def _fit_fold(self, features: ImageFeatures) -> KnnForImageClassification:
         """A fresh head and datastore from some of the rows, by the same recipe."""
@@ -715,6 +754,16 @@ def _checked(dataset: Any, model: KnnForImageClassification) -> Any:
             f"but got {int(labels.max())}."
         )
     return dataset
+
+
+def _check_groups(rows: Any, column: str) -> None:
+    if not isinstance(rows, ImageFeatures):
+        groups_of(rows, column)
+    elif rows.groups is None:
+        raise ValueError(
+            f"Expected features with `groups` for group_by={column!r}, but got some without; pass "
+            "`group_by` to extract_features too."
+        )
 
 
 def _labels_in(dataset: Any) -> Tensor:

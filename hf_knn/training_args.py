@@ -43,7 +43,10 @@ class KnnTrainingArguments(TrainingArguments):
         knn_index: `auto`, `flat` or a faiss factory string, see `Datastore.from_features`.
         knn_max_memory: what the index may take, such as `2GB`; None for no limit.
         tune_criterion: see `hf_knn.tune`; None chooses by the number of labels.
+        calibrate: also scale the temperatures of head and blend on the rows that `tune` chooses on.
         tune_folds: folds of the cross-validation when there is no validation set, >= 2.
+        group_by: a column of the dataset; pictures with the same value stay on one side of every
+            fold.
         on_bad_image: `fail` or `skip` at pictures that cannot be decoded.
         feature_precision: `fp32`, `bf16` or `fp16` for computing features.
         feature_cache: keep computed features for the next run.
@@ -94,8 +97,14 @@ class KnnTrainingArguments(TrainingArguments):
     tune_criterion: str | None = field(
         default=None, metadata={"help": "What k, temperature and lambda are chosen by."}
     )
+    calibrate: bool = field(
+        default=False, metadata={"help": "Scale the temperatures of head and blend when tuning."}
+    )
     tune_folds: int = field(
         default=5, metadata={"help": "Folds of cross-validation without a validation set."}
+    )
+    group_by: str | None = field(
+        default=None, metadata={"help": "Column of what belongs together: never split over folds."}
     )
     on_bad_image: str = field(
         default="fail", metadata={"help": "'fail' or 'skip' at pictures that cannot be decoded."}

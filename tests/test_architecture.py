@@ -23,10 +23,11 @@ LAYERS = [
     {"datastore", "backbone"},
     {"checkpoint"},
     {"modeling_knn"},
-    {"augmentation", "images", "data", "collator", "features", "folds", "metrics", "probe"}
-    | {"ridge", "tuning", "votes", "fitting", "plots"},
+    {"augmentation", "images", "data", "collator", "features", "folds", "metrics"}
+    | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
+    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
     {"training_args", "resume", "trainer", "callbacks", "model_card"},
-    {"cli"},
+    {"console", "training_command", "cli"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 

@@ -293,7 +293,7 @@ def test_columns_of_other_names() -> None:
 )
 def test_several_labels_are_refused_by_name(kind: Any) -> None:
     values = [["a"], ["b", "a"]] if kind == List(Value("string")) else [[0], [1, 0]]
-    with pytest.raises(ValueError, match=r"`label`.*several labels are not supported"):
+    with pytest.raises(ValueError, match=r"'label'.*multi-label data is not supported"):
         prepare(relabelled(kind, values))
 
 
