@@ -101,6 +101,7 @@ def train_pictures(options: TrainOptions) -> None:
         FloatingPointError: if the loss is not finite.
     """
     started = time.perf_counter()
+    _check(options)
     set_seed(options.seed)
     splits = load_splits(options.pictures)
     names = list(splits["train"].features["label"].names)
@@ -270,8 +271,6 @@ def _hold_out(rows: Any, share: float, seed: int, options: TrainOptions) -> tupl
 
 
 def _few(rows: Any, options: TrainOptions) -> Any:
-    if options.shots is not None and options.fraction is not None:
-        raise ValueError("Expected one of --shots and --fraction, but got both.")
     if options.shots is not None:
         return rows.select(few_shots(_labels(rows), options.shots, options.seed))
     assert options.fraction is not None
@@ -323,7 +322,18 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     return KnnTrainingArguments(**values)
 
 
-def _frozen(options: TrainOptions) -> dict[str, Any]:
+def _check(options: TrainOptions) -> None:
+    """Refuses options that do not go together, before anything takes long.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if options.shots is not None and options.fraction is not None:
+        raise ValueError("Expected one of --shots and --fraction, but got both.")
+    if options.fine_tune:
+        if options.sweep is not None or options.head == "ridge":
+            raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+        return
     given = {
         "--blocks": options.blocks is not None,
         "--resume": options.resume,
@@ -339,6 +349,9 @@ def _frozen(options: TrainOptions) -> dict[str, Any]:
     idle = [name for name, was_given in given.items() if was_given]
     if idle:
         raise ValueError(f"Expected --fine-tune with {', '.join(idle)}; add it, or leave them out.")
+
+
+def _frozen(options: TrainOptions) -> dict[str, Any]:
     return {
         "num_train_epochs": options.epochs or _HEAD_EPOCHS,
         "learning_rate": options.learning_rate or _HEAD_LEARNING_RATE,
@@ -349,8 +362,6 @@ def _frozen(options: TrainOptions) -> dict[str, Any]:
 
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
-    if options.sweep is not None or options.head == "ridge":
-        raise ValueError("Expected no --sweep and no ridge head with --fine-tune; leave one out.")
     return {
         "num_train_epochs": options.epochs or _FINE_TUNING_EPOCHS,
         "learning_rate": options.learning_rate or _FINE_TUNING_LEARNING_RATE,
@@ -365,7 +376,7 @@ def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
         "knn_refresh": options.refresh,
         "knn_queries": options.queries,
         "bf16": options.bf16,
-        "gradient_checkpointing": options.gradient_checkpointing,
+        "activation_checkpointing": options.gradient_checkpointing,
         "dataloader_num_workers": options.workers,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from datasets import enable_progress_bars
+from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from typer.testing import CliRunner, Result
 
@@ -172,6 +172,103 @@ def test_a_sweep_says_what_was_best(trained, pictures, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "Best of 24 heads: learning rate" in done.stdout
     assert json.loads((output / "config.json").read_text())["head_hidden_sizes"] == [8]
+
+
+def rows_of(output: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((output / "report.json").read_text())["rows"]
+    return found
+
+
+def test_fine_tuning_from_a_config_file(backbone, pictures, tmp_path):
+    output, config = tmp_path / "tuned", tmp_path / "options.yaml"
+    config.write_text(
+        f"backbone: {backbone}\nfine-tune: true\nepochs: 5\nalpha: 0.1\nlearning_rate: 1e-3\n"
+        "shots: 8\naugmentation: flip\nrefresh: 2\n"
+    )
+    done = hf_knn("train", pictures, "-o", output, "--config", config, "--epochs", "2")
+    assert done.exit_code == 0, done.stderr
+    assert "Epoch 2 of 2: loss" in done.stdout  # what is typed wins
+    assert "Epoch 3" not in done.stdout
+    assert "Chosen by log_likelihood on a validation set" in done.stdout
+    # a quarter of the 25 is what is chosen on: 8 of each class, and a lone cross
+    assert rows_of(output) == {"train": 19, "validation": 6, "test": 60}
+    assert not output.with_name("tuned.training").exists()
+    assert json.loads((output / "training_args.json").read_text())["knn_refresh"] == "2"
+
+
+def test_an_interrupted_run_is_resumed(backbone, pictures, tmp_path, monkeypatch):
+    from hf_knn import training_command
+
+    output = tmp_path / "tuned"
+    command = ["train", pictures, "-o", output, "--backbone", backbone, "--fine-tune"]
+    command += ["--epochs", 3, "--batch-size", 64, "--patience", 2]
+
+    class Interrupted(training_command.EpochReport):
+        def on_save(self, args, state, control, **_):
+            raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_command, "EpochReport", Interrupted)
+        done = hf_knn(*command)
+    assert done.exit_code == 1
+    assert "the power went" in done.stderr
+    assert (tmp_path / "tuned.training").is_dir()
+    assert not output.exists()
+    done = hf_knn(*command, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert "Epoch 1 of 3" not in done.stdout
+    assert "Epoch 2 of 3" in done.stdout
+
+
+def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_path):
+    table, output = tmp_path / "some.csv", tmp_path / "out"
+    rows = [
+        f"{pictures}/{name}/{i:03d}.jpg,{name},camera{i // 6}"
+        for name in ("disc", "square")
+        for i in range(60)
+        if f"{name}/{i:03d}.jpg" != BROKEN
+    ]
+    table.write_text("\n".join(["path,label,camera", *rows]) + "\n")
+    options = ["--group-by", "camera", "--head", "ridge", "--calibrate", "--shots", 12]
+    done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
+    assert done.exit_code == 0, done.stderr
+    assert "24 of them are labelled pictures" in done.stdout
+    assert rows_of(output)["test"] in (
+        23,
+        24,
+    )  # two cameras, one with a broken picture
+    config = json.loads((output / "config.json").read_text())
+    assert config["blend_temperature"] != 1
+    done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
+    assert done.exit_code == 1
+    assert "'lens'" in done.stderr
+    assert "camera" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", 1], "Expected --fine-tune with --blocks"),
+        (["--resume", "--bf16"], "--resume, --bf16"),
+        (["--fine-tune", "--sweep", "small"], "no --sweep"),
+        (["--shots", 2, "--fraction", 0.5], "one of --shots and --fraction"),
+        (["--fine-tune", "--shots", 1], "leave out --fine-tune"),
+        (["--config", "{folder}/bad.yaml"], "colour"),
+        (["--config", "{folder}/list.yaml"], "options by name"),
+        (["--config", "{folder}/value.yaml"], "'--epochs'"),
+    ],
+)
+def test_options_that_do_not_go_together(backbone, pictures, tmp_path, options, message):
+    (tmp_path / "bad.yaml").write_text("colour: red\n")
+    (tmp_path / "list.yaml").write_text("- epochs\n")
+    (tmp_path / "value.yaml").write_text("epochs: many\n")
+    given = [str(option).format(folder=tmp_path) for option in options]
+    done = hf_knn("train", pictures, "-o", tmp_path / "out", "--backbone", backbone, *given)
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code in (1, 2)
+    # the box around a message breaks its lines
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert message in said
 
 
 @pytest.mark.parametrize(
