@@ -14,7 +14,14 @@ from .features import ImageFeatures
 from .functional import ClassWeighting
 from .heads import KnnHead
 from .modeling_knn import KnnForImageClassification
-from .probe import ProbeChoice, ProbeHeads, ProbeScore, score, train_probes
+from .probe import (
+    ProbeChoice,
+    ProbeHeads,
+    ProbeScore,
+    choose_probe,
+    score_probes,
+    train_probes,
+)
 from .probe_settings import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -98,8 +105,7 @@ def sweep(
         progress: show a progress bar.
 
     Returns:
-        Of the configurations within one standard error of the best pooled accuracy, the one with
-        the best log-likelihood (as `tune` chooses), then the smaller learning rate.
+        The configuration that `choose_probe` takes.
 
     Raises:
         ValueError: if every configuration diverged.
@@ -109,23 +115,11 @@ def sweep(
     for part in parts:
         heads = _train(part.fitted, part.votes, model, grid, settings, progress)
         rows, _ = split_features(part.held_out.features, model.config)
-        found = score(heads, rows, part.held_out.labels)
+        found = score_probes(heads, rows, part.held_out.labels)
         count = len(part.held_out)
         pooled = _pool(pooled, total, found, count)
         total += count
-    healthy = [i for i, row in enumerate(pooled) if not row.diverged]
-    if not healthy:
-        raise ValueError(
-            f"Expected a head that did not diverge, but all {len(pooled)} did; pass smaller "
-            "learning rates."
-        )
-    highest = max(pooled[i].accuracy for i in healthy)
-    margin = (highest * (1 - highest) / max(1, total)) ** 0.5
-    best = max(
-        (i for i in healthy if pooled[i].accuracy >= highest - margin),
-        key=lambda i: (pooled[i].log_likelihood, -pooled[i].config.learning_rate, -i),
-    )
-    return ProbeChoice(best, pooled[best], pooled)
+    return choose_probe(pooled, total)
 
 
 def fit_probe(

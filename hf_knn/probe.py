@@ -170,40 +170,21 @@ def train_probes(
     return ProbeHeads(configs, mean, scale, [joined(same) for same in zip(*parts, strict=True)])
 
 
-def choose(heads: ProbeHeads, features: Tensor, labels: Tensor) -> ProbeChoice:
-    """The head with the best accuracy on rows that none was trained on.
-
-    Ties go to the better log-likelihood, then to the smaller learning rate, then to the first. A
-    head that diverged is in the table and never chosen.
+def score_probes(heads: ProbeHeads, features: Tensor, labels: Tensor) -> list[ProbeScore]:
+    """Accuracy and log-likelihood of each head on rows that none was trained on.
 
     Args:
         heads: M trained heads.
         features: [N, D].
         labels: [N] int64.
 
+    Returns:
+        M scores; of a head that diverged NaN.
+
     Raises:
-        ValueError: for no rows, labels out of range, or if every head diverged.
+        ValueError: for no rows, or labels out of range.
     """
     _check_rows(features, labels, heads.layers[-1].bias.shape[1])
-    table = score(heads, features, labels)
-    healthy = [i for i, row in enumerate(table) if not row.diverged]
-    if not healthy:
-        smallest = min(config.learning_rate for config in heads.configs)
-        raise ValueError(
-            f"Expected a head that did not diverge, but got {len(table)} that all did; train with "
-            f"learning rates below {smallest:g}."
-        )
-    best = max(
-        healthy,
-        key=lambda i: (
-            table[i].accuracy, table[i].log_likelihood, -table[i].config.learning_rate, -i,
-        ),
-    )  # fmt: skip
-    return ProbeChoice(best, table[best], table)
-
-
-def score(heads: ProbeHeads, features: Tensor, labels: Tensor) -> list[ProbeScore]:
-    """The table of `choose`: accuracy and log-likelihood of each head on some rows."""
     correct = labels.new_zeros(len(heads))
     likelihood = torch.zeros(len(heads), dtype=torch.float64)
     is_finite = torch.ones(len(heads), dtype=torch.bool)
@@ -228,6 +209,37 @@ def score(heads: ProbeHeads, features: Tensor, labels: Tensor) -> list[ProbeScor
             heads.configs, correct.tolist(), likelihood.tolist(), is_finite.tolist(), strict=True
         )
     ]
+
+
+def choose_probe(table: list[ProbeScore], count: int) -> ProbeChoice:
+    """The head to take, by the rule of `hf_knn.tune`.
+
+    Args:
+        table: what `score_probes` found.
+        count: rows that it was found on.
+
+    Returns:
+        Of the heads within one standard error of the best accuracy, the one with the best
+        log-likelihood; of equal ones that with the smaller learning rate, then the first. A head
+        that diverged is in the table and never chosen.
+
+    Raises:
+        ValueError: if every head diverged.
+    """
+    healthy = [i for i, row in enumerate(table) if not row.diverged]
+    if not healthy:
+        smallest = min(row.config.learning_rate for row in table)
+        raise ValueError(
+            f"Expected a head that did not diverge, but got {len(table)} that all did; train with "
+            f"learning rates below {smallest:g}."
+        )
+    highest = max(table[i].accuracy for i in healthy)
+    margin = math.sqrt(highest * (1 - highest) / count)
+    best = max(
+        (i for i in healthy if table[i].accuracy >= highest - margin),
+        key=lambda i: (table[i].log_likelihood, -table[i].config.learning_rate, -i),
+    )
+    return ProbeChoice(best, table[best], table)
 
 
 class _Data:

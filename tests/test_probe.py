@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from hf_knn import probe
 from hf_knn.functional import class_weights
 from hf_knn.modeling_knn import KnnHead
-from hf_knn.probe import ProbeHeads, choose, score, train_probes
+from hf_knn.probe import ProbeChoice, ProbeHeads, choose_probe, score_probes, train_probes
 from hf_knn.probe_factors import loss_factors
 from hf_knn.probe_layers import Layer, initial_layers
 from hf_knn.probe_settings import ProbeConfig, ProbeGrid, ProbeSettings
@@ -279,6 +279,10 @@ def test_hidden_layers_learn_what_no_line_can() -> None:
 # the choice
 
 
+def choose(heads: ProbeHeads, features: torch.Tensor, labels: torch.Tensor) -> ProbeChoice:
+    return choose_probe(score_probes(heads, features, labels), len(labels))
+
+
 def heads_of(logits: Tensor, configs: list[ProbeConfig] | None = None) -> ProbeHeads:
     """Heads whose logits for the row with a 1 in column n are logits[:, n]."""
     count, rows, _ = logits.shape
@@ -292,12 +296,12 @@ def test_scores_by_eye() -> None:
     logits = torch.tensor([[[3.0, 1.0], [3.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]).log()
     heads = heads_of(logits)
     labels = torch.tensor([0, 1])
-    table = score(heads, torch.eye(2), labels)
+    table = score_probes(heads, torch.eye(2), labels)
     assert table[0].accuracy == 0.5
     assert table[0].log_likelihood == pytest.approx(math.log(3 / 16) / 2)
     assert table[1].diverged  # a logit of -inf
     logits = torch.tensor([[[90.0, 0.0], [90.0, 0.0]]])
-    (row,) = score(heads_of(logits), torch.eye(2), labels)
+    (row,) = score_probes(heads_of(logits), torch.eye(2), labels)
     assert row.log_likelihood == pytest.approx(math.log(1e-12) / 2)  # floored
     assert not row.diverged
 
