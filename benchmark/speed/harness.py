@@ -59,6 +59,16 @@ def compare(
             started = time.perf_counter()
             run()
             seconds[name].append((time.perf_counter() - started) / shares.get(name, 1.0))
+    return timings_of(seconds, peer)
+
+
+def timings_of(seconds: Mapping[str, list[float]], peer: str) -> list[Timing]:
+    """Medians and ratios of what was timed alternately.
+
+    Args:
+        seconds: one value per round, by contestant.
+        peer: the name that ratios refer to.
+    """
     timings = []
     for name, own in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds[peer], own, strict=True)]
