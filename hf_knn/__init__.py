@@ -17,6 +17,7 @@ _LAZY = {
     "Neighbors": "datastore",
     "ProbeConfig": "probe_settings",
     "ProbeGrid": "probe_settings",
+    "ProbeScore": "probe",
     "ProbeSettings": "probe_settings",
     "blend_log_probs": "functional",
     "choose_probe": "probe",

@@ -160,7 +160,7 @@ def test_public_names_are_said_once():
     promised |= {"knn_log_probs", "blend_log_probs", "knn_loss_weights"}
     # what the examples and benchmarks of heads on features need beyond it
     promised |= {"ProbeConfig", "ProbeGrid", "ProbeSettings", "FactorControl", "fit_ridge"}
-    promised |= {"train_probes", "score_probes", "choose_probe"}
+    promised |= {"ProbeScore", "train_probes", "score_probes", "choose_probe"}
     promised |= {"few_shots", "few_rows", "stratified_folds"}
     assert len(hf_knn.__all__) == len(promised)
     assert set(hf_knn.__all__) == promised
