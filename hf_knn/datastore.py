@@ -178,7 +178,7 @@ class Datastore:
             metric: `cosine` (inner product of unit vectors) or `l2` (negative squared distance).
             normalization: `l2_centered` (subtract the mean of these rows, then length 1), `l2`
                 (length 1) or `none`.
-            index: `flat` searches exactly, `auto` does up to 200,000 rows and uses an inverted
+            index: `flat` searches exactly, `auto` does up to 100,000 rows and uses an inverted
                 file above; or any faiss factory string.
             paths: [N] where each row's picture lies, relative to its dataset.
             max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.

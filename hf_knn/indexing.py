@@ -35,7 +35,7 @@ from .search import Rows, RowSpace, Searcher, nearest_in_blocks, recall_of
 logger = logging.getLogger(__name__)
 
 AUTO, FLAT = "auto", "flat"
-LARGEST_EXACT = 200_000
+LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
 MIN_RECALL = 0.99

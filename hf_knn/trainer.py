@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from .augmentation import Augment, EpochRows
@@ -29,37 +28,30 @@ from .features import ImageFeatures, extract_features
 from .fitting import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
 from .folds import Fold, stratified_folds
 from .functional import (
-    ClassWeighting,
-    LossNormalization,
     blend_log_probs,
-    class_weights,
     floor_log_probs,
-    focal_loss_weights,
     knn_log_probs,
-    knn_loss_weights,
     soften,
 )
 from .heads import KnnHead
-from .manifest import MANIFEST_NAME
+from .loss import KnnLoss
 from .metrics import complementarity, measure
 from .modeling_knn import KnnForImageClassification
 from .probe import ProbeChoice
 from .probe_settings import ProbeGrid
-from .resume import STAGING, newest_whole, problem_of, publish, rotate, start_staging
+from .sealed_trainer import SealedTrainer
 from .temperature import fit_temperature
 from .training_args import KnnTrainingArguments
 from .tuning import Grid, TuneResult, default_grid, has_few_labels, tune
-from .votes import OwnVotes, own_log_probs
+from .votes import OwnVotes
 
 logger = logging.getLogger(__name__)
 
 _EVAL_ROWS = 1024
 _VOICES = ("head", "knn", "blend")
-SNAPSHOT = "knn_snapshot"
-"""Folder in a training checkpoint with the datastore that the loss asks."""
 
 
-class KnnTrainer(Trainer):
+class KnnTrainer(SealedTrainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
@@ -123,11 +115,7 @@ class KnnTrainer(Trainer):
         rows = _checked(train_dataset, model)
         if rows is not None and args.group_by is not None:
             _check_groups(rows, args.group_by)
-        self._votes: OwnVotes | None = None
-        self._votes_store: Datastore | None = None
-        self._class_weights: Tensor | None = None
-        self._mean_factor = 1.0
-        self._staging = False
+        self.loss = KnnLoss(args, model.config)
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
@@ -161,13 +149,10 @@ class KnnTrainer(Trainer):
             raise ValueError("Expected `train_dataset` to train on, but got None.")
         if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
-        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        checkpoint = self.whole_checkpoint(resume_from_checkpoint)
         trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
         pictures = self.train_dataset
-        if self.args.class_weights != ClassWeighting.NONE:
-            labels = _labels_in(pictures)
-            classes = self.model.config.classes
-            self._class_weights = class_weights(labels, classes, self.args.class_weights)
+        self.loss.weigh_classes(_labels_in(pictures))
         if self.args.freeze_backbone:
             self.model.backbone.requires_grad_(False)
             self._prepare_probe()
@@ -336,14 +321,14 @@ class KnnTrainer(Trainer):
         """
         sample_ids = inputs.pop("sample_ids", None)
         surprise = inputs.pop("knn_log_probs", None)
-        if not self.args.reweights and self._class_weights is None:
+        if self.loss.is_plain:
             loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             labels = inputs["labels"]
             outputs = model(**inputs)
             if self.args.reweights and surprise is None:
-                surprise = self._own_votes(outputs, labels, sample_ids)
-            mean = self._weighted_loss(outputs.head_logits, labels, surprise)
+                surprise = self.loss.ask(outputs, labels, sample_ids)
+            mean = self.loss.mean(outputs.head_logits, labels, surprise)
             loss = (mean, outputs) if return_outputs else mean
         value = loss[0] if isinstance(loss, tuple) else loss
         if not value.isfinite():
@@ -355,55 +340,6 @@ class KnnTrainer(Trainer):
             )
         return loss
 
-    def _own_votes(self, outputs: Any, labels: Tensor, sample_ids: Tensor) -> Tensor:
-        """[B] leave-one-out log p_knn of the batch, of the last refresh or of this step."""
-        assert self._votes is not None
-        if self.args.knn_queries == "snapshot":
-            return self._votes.at(sample_ids)
-        store, config = self._votes_store, self.model.config
-        assert store is not None
-        _, queries = split_features(outputs.pooler_output.detach().float(), config)
-        cell = (self._votes.k, self._votes.temperature)
-        neighbors = store.search(queries, cell[0], exclude_ids=sample_ids)
-        return own_log_probs(neighbors, labels, store, config, cell)
-
-    def _weighted_loss(self, logits: Tensor, labels: Tensor, surprise: Tensor | None) -> Tensor:
-        known = labels < logits.shape[1]  # a class taught later has no logit to train
-        losses = functional.cross_entropy(
-            logits[known].float(), labels[known],
-            reduction="none", label_smoothing=self.args.label_smoothing_factor,
-        )  # fmt: skip
-        factors = torch.ones_like(losses)
-        if surprise is not None:
-            factors = self._factors(surprise[known]) / self._mean_factor
-        if self._class_weights is not None:
-            factors = factors * self._class_weights.to(labels.device)[labels[known]]
-        return (factors * losses).sum() / known.sum().clamp_min(1)
-
-    def _factors(self, surprise: Tensor) -> Tensor:
-        """[B] loss factors of rows with leave-one-out log p_knn `surprise` [B]."""
-        column, first = surprise.unsqueeze(1), torch.zeros(len(surprise), dtype=torch.int64)
-        first = first.to(surprise.device)
-        factors = knn_loss_weights(
-            column, first, self.args.knn_loss_alpha, self.args.knn_loss_clamp
-        )
-        if self.args.knn_loss_gamma:
-            factors = factors * focal_loss_weights(column, first, self.args.knn_loss_gamma)
-        return factors
-
-    def _set_mean_factor(self, votes: OwnVotes) -> dict[str, float]:
-        """Fixes what factors are divided by; returns what a log shows of them."""
-        factors = self._factors(votes.log_probs)
-        if self.args.knn_loss_normalize == LossNormalization.MEAN:
-            self._mean_factor = float(factors.mean()) or 1.0
-        return {
-            "knn_mean_p": float(votes.log_probs.exp().mean()),
-            "knn_loss_factor_mean": float(factors.mean()),
-            "knn_loss_factor_max": float(factors.max()),
-            "knn_loss_k": votes.k,
-            "knn_loss_temperature": votes.temperature,
-        }
-
     def _refresh(self) -> None:
         """A datastore of the weights as they are, and what it says about each training row."""
         started = time.perf_counter()
@@ -412,12 +348,7 @@ class KnnTrainer(Trainer):
             store = self.build_datastore()
             features = self.train_features
             assert features is not None
-            cell = None
-            if self._votes is not None and not self.args.knn_refresh_tune:
-                cell = self._votes.k, self._votes.temperature
-            self._votes = OwnVotes.of(store, features, self.model.config, cell)
-        self._votes_store = store
-        facts = self._set_mean_factor(self._votes)
+            facts = self.loss.refresh(store, features)
         self.log(facts | {"knn_refresh_seconds": time.perf_counter() - started})
 
     def _add_callbacks(self) -> list[Any]:
@@ -428,8 +359,8 @@ class KnnTrainer(Trainer):
         if isinstance(self.train_dataset, EpochRows):
             callbacks.append(EpochCallback(self.train_dataset))
         if self.args.reweights:
-            self._votes = self._votes_store = None
-            callbacks.append(RefreshCallback(self._refresh, lambda: self._votes is None))
+            self.loss.forget()
+            callbacks.append(RefreshCallback(self._refresh, lambda: self.loss.votes is None))
         for callback in callbacks:
             self.add_callback(callback)
         return callbacks
@@ -512,7 +443,7 @@ class KnnTrainer(Trainer):
         self.model.head.standardize(head_part)
         if self.args.reweights:
             votes = OwnVotes.of(store, features, self.model.config)
-            self._set_mean_factor(votes)
+            self.loss.take(votes)
             own = votes.at(features.ids)
             features = dataclasses.replace(features, knn_log_probs=own)  # the caller's stay
         self.train_features = features
@@ -650,68 +581,8 @@ class KnnTrainer(Trainer):
             self.model.datastore = store
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
-        if self.is_in_train and self._votes is not None:
-            self._votes.save(folder)
-            if self.args.knn_queries == "live" and self._votes_store is not None:
-                self._votes_store.save(folder / SNAPSHOT)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints go; while one is built, a hidden folder below it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self._staging else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves a training checkpoint, which appears whole or not at all."""
-        run_folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        known = f"checkpoint-{best}" if best else None
-        if self.args.should_save:
-            start_staging(run_folder)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if known is not None and (known == name or (run_folder / known).exists()):
-            self.state.best_model_checkpoint = str(run_folder / known)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(run_folder / STAGING / name / TRAINER_STATE_NAME))
-            final = publish(run_folder, name)
-            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
-                self.model.datastore.home = final  # the next one links what did not change
-            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run_folder / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Waits until the checkpoint is whole; `_save_checkpoint` pushes it then."""
-
-    def _whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to resume from, after a look at all its files."""
-        if not wanted:
-            return None
-        if wanted is True:
-            found, skipped = newest_whole(Path(str(self.args.output_dir)))
-            for reason in skipped:
-                logger.warning("Skipped a checkpoint that is not whole, %s.", reason)
-            if found is None:
-                raise ValueError(
-                    f"Expected a whole checkpoint in {self.args.output_dir} to resume from, but "
-                    f"got {len(skipped)} that are not whole; start without resuming."
-                )
-            logger.warning("Resuming from %s.", found)
-            return str(found)
-        problem = problem_of(Path(wanted))
-        if problem is not None:
-            raise ValueError(
-                f"Expected {wanted} to be a whole checkpoint, but {problem}; pass "
-                "resume_from_checkpoint=True for the newest one that is."
-            )
-        return str(wanted)
+        if self.is_in_train:
+            self.loss.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
@@ -719,13 +590,8 @@ class KnnTrainer(Trainer):
         loaded = KnnForImageClassification.from_pretrained(folder)
         self.model.load_state_dict(loaded.state_dict())
         self.model.datastore = loaded.datastore
-        if self.args.freeze_backbone or not self.args.reweights:
-            return
-        self._votes = OwnVotes.load(folder)
-        if self._votes is not None:
-            self._set_mean_factor(self._votes)
-            if self.args.knn_queries == "live":
-                self._votes_store = Datastore.load(folder / SNAPSHOT)
+        if self.args.reweights and not self.args.freeze_backbone:
+            self.loss.load(folder)
 
     def _load_best_model(self) -> None:
         """Restores weights and datastore of the best checkpoint."""

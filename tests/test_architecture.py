@@ -26,7 +26,7 @@ LAYERS = [
     {"augmentation", "images", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
-    {"training_args", "resume", "trainer", "callbacks", "model_card"},
+    {"training_args", "loss", "resume", "sealed_trainer", "trainer", "callbacks", "model_card"},
     {"console", "training_command", "cli"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""

@@ -53,7 +53,7 @@ def stay_in_evaluation_mode(trainer: KnnTrainer) -> None:
 
 def own_p(trainer: KnnTrainer, votes: OwnVotes) -> dict[int, float]:
     """Leave-one-out p_knn by sample id, by brute force over the datastore that was asked."""
-    store, features = trainer._votes_store, trainer.train_features
+    store, features = trainer.loss.store, trainer.train_features
     assert store is not None
     assert features is not None
     similarities = similarity_matrix(store, features.features)
@@ -88,7 +88,7 @@ def test_the_loss_of_a_step_by_hand(queries: str, options: dict[str, Any], tmp_p
     # batch norm in training mode makes other features: live ones are compared in evaluation mode
     stay_in_evaluation_mode(trainer)
     trainer.train()
-    votes = trainer._votes
+    votes = trainer.loss.votes
     assert votes is not None
     p = own_p(trainer, votes)
     alpha, gamma = trainer.args.knn_loss_alpha, trainer.args.knn_loss_gamma
@@ -180,13 +180,13 @@ def test_factors_do_not_depend_on_the_size_of_a_batch(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_pictures(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, save_steps=1)
-    real, calls = trainer._factors, []
+    real, calls = trainer.loss.factors, []
 
     def poisoned(surprise: Tensor) -> Tensor:
         calls.append(len(surprise))
         return real(surprise) * (torch.nan if len(calls) == 6 else 1.0)
 
-    trainer._factors = poisoned
+    trainer.loss.factors = poisoned
     with pytest.raises(FloatingPointError, match=r"at step \d, sample ids \[\d+, .*is whole"):
         trainer.train()
     assert all(value.isfinite().all() for value in outcome(trainer).values())

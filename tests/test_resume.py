@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"whole checkpoint.*resume_from_checkpoint=True"):
         trainer.train(resume_from_checkpoint=str(newest))
-    assert trainer._whole_checkpoint(True) == str(tmp_path / "run" / "checkpoint-2")
+    assert trainer.whole_checkpoint(True) == str(tmp_path / "run" / "checkpoint-2")
     assert "checkpoint-4" in caplog.text
     reason = {"unsealed": SEAL_NAME, "bad seal": SEAL_NAME}.get(damage, name)
     assert reason in caplog.text
