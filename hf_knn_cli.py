@@ -395,6 +395,35 @@ def predict(
     run(predict_images, checkpoint, images, top, neighbors, json_output)
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(help="org/name; made if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch; main if left out.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    parent_commit: Annotated[
+        str | None, typer.Option(help="Refuse if the branch is at another commit.")
+    ] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = (
+        "Upload model"
+    ),
+    token: Annotated[
+        str | None, typer.Option(help="Default: the one you are logged in with.")
+    ] = None,
+) -> None:
+    """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
+    from hf_knn.cli import push_checkpoint
+    from hf_knn.console import run
+
+    run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
+        token)  # fmt: skip
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -21,6 +21,7 @@ _LAZY = {
     "ProbeSettings": "probe_settings",
     "blend_log_probs": "functional",
     "choose_probe": "probe",
+    "default_grid": "tuning",
     "extract_features": "features",
     "few_rows": "folds",
     "few_shots": "folds",

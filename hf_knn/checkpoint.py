@@ -13,12 +13,11 @@ from transformers.utils import (
     CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
-    cached_file,
 )
-from transformers.utils.hub import resolve_revision
 
 from .backbone import hash_tensors, same_weights, weight_marks
 from .datastore import Datastore
+from .hub_files import HubFiles
 from .manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -29,6 +28,7 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from .model_card import MEASURED_NAME, read_measured, write_measured
 from .processors import load_processor
 from .storage import give_default_mode, identity, replaced_folder
 
@@ -45,9 +45,9 @@ _WEIGHTS_PATTERN = re.compile(
 )
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
-    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "indexing.py", "manifest.py",
-    "modeling_knn.py", "persistence.py", "processors.py", "row_table.py", "rows.py", "search.py",
-    "storage.py",
+    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "hub_files.py", "indexing.py",
+    "manifest.py", "model_card.py", "modeling_knn.py", "persistence.py", "processors.py",
+    "publishing.py", "row_table.py", "rows.py", "search.py", "storage.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -64,7 +64,8 @@ _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, map
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
-        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *OWN_CODE)
+        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, MEASURED_NAME)
+        or name in OWN_CODE
         or name.startswith(".datastore-")
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -94,6 +95,8 @@ def write_checkpoint(
             save_weights(staging, push_to_hub=False, **options)
             if model.image_processor is not None:
                 model.image_processor.save_pretrained(staging)
+            if model.measured is not None:
+                write_measured(model.measured, staging)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
@@ -145,23 +148,8 @@ def check_fits(store: Datastore, config: Any) -> None:
         )
 
 
-class CheckpointReader:
-    """Finds the files of one checkpoint, in a folder or on the Hub, all of one version.
-
-    Args:
-        name: a folder or a Hub id.
-        options: the options of `from_pretrained` (`revision`, `token`, `cache_dir`, …).
-
-    Attributes:
-        revision: the commit all files come from (Hub only).
-    """
-
-    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
-        names = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
-        self.name = str(name)
-        self.options = {key: options[key] for key in names if options.get(key) is not None}
-        places = {key: self.options[key] for key in names[:3] if key in self.options}
-        self.revision = resolve_revision(self.name, options.get("revision"), **places)
+class CheckpointReader(HubFiles):
+    """Finds the files of one checkpoint, and reads it as one version."""
 
     def attempts(self) -> Iterator["CheckpointAttempt"]:
         """Attempts to read the checkpoint, until one saw a single version.
@@ -176,17 +164,13 @@ class CheckpointReader:
             "times meanwhile; try again when nobody writes it."
         )
 
-    def resolve(self, name: str) -> Path | None:
-        """Finds a file of the checkpoint by name; None if it has none."""
-        found = cached_file(
-            self.name, name, revision=self.revision,
-            _raise_exceptions_for_missing_entries=False, **self.options,
-        )  # fmt: skip
-        return None if found is None else Path(found)
-
     def read_processor(self) -> Any:
         """The checkpoint's image processor, or None."""
         return load_processor(self.name, revision=self.revision, **self.options)
+
+    def read_measured(self) -> dict[str, Any] | None:
+        """What the checkpoint says was measured, or None."""
+        return read_measured(self.resolve(MEASURED_NAME))
 
 
 class CheckpointAttempt:
@@ -251,7 +235,7 @@ class CheckpointAttempt:
         store = Datastore.from_manifest(
             self.manifest,
             self.reader.resolve,
-            verify="auto" if Path(self.reader.name).is_dir() else "full",
+            verify="auto" if self.reader.is_folder else "full",
             trust_faiss_index=trust_faiss_index,
         )
         if len(store) < _LABELS_CHECKED_AT_ONCE:
@@ -304,6 +288,8 @@ class CheckpointAttempt:
         )
 
     def _manifest_identity(self) -> tuple[int, int, int] | None:
+        if not self.reader.is_folder:
+            return None  # a commit does not change
         path = self.reader.resolve(MANIFEST_NAME)
         return None if path is None else identity(path)
 

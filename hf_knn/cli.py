@@ -102,6 +102,43 @@ def tune_checkpoint(
         console.print(f"Drawn: {escape(str(plot))}")
 
 
+def push_checkpoint(
+    checkpoint: Path,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    parent_commit: str | None,
+    message: str,
+    token: str | None,
+) -> None:
+    """Checks a checkpoint as a reader would and pushes it.
+
+    Args:
+        checkpoint: a folder.
+        repo_id: `org/name`.
+        private: whether a repository that is made is private.
+        revision: a branch; None is main.
+        create_pr: open a pull request instead.
+        parent_commit: the commit that the branch must be at; None is where it is.
+        message: of the commit.
+        token: a token; None is the one that is logged in.
+
+    Raises:
+        ValueError: if it is no checkpoint folder, or a damaged one.
+        OSError: if the Hub refuses, or the branch moved on.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    commit = model.push_to_hub(
+        repo_id, commit_message=message, private=private, token=token, revision=revision,
+        create_pr=create_pr, parent_commit=parent_commit,
+    )  # fmt: skip
+    console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}")
+    console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
+
+
 def predict_images(
     checkpoint: str, images: list[Path], top: int, neighbors: int, json_output: bool
 ) -> None:

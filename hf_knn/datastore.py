@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
 
 from .blobs import OpenedFiles, Resolve, open_files
@@ -19,6 +21,7 @@ from .configuration_knn import Normalization, check_metric
 from .faiss_index import FaissApproximate, has_faiss
 from .first_pass import Ints, Singles
 from .functional import Metric
+from .hub_files import HubFiles
 from .indexing import (
     AUTO,
     FLAT,
@@ -40,6 +43,7 @@ from .manifest import (
     Manifest,
 )
 from .persistence import SCRATCH, Contents, write_datastore
+from .publishing import PushTarget
 from .row_table import RowTable
 from .rows import (
     Values,
@@ -644,6 +648,94 @@ class Datastore:
                 store.home = Path(folder).absolute()
                 return store
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload datastore",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> Any:
+        """Pushes the datastore in one commit; files that did not change are not sent again.
+
+        Args:
+            repo_id: `org/name` of a repository of its own; made if it is not there. A datastore
+                that belongs to a model goes with `model.push_to_hub`.
+            commit_message: of the commit.
+            private: whether a repository that is made is private.
+            token: a token, or True for the one that is logged in.
+            revision: a branch, made if it is not there.
+            create_pr: open a pull request instead.
+            parent_commit: the commit that the branch must be at; None is where it is now.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+
+        Raises:
+            PushConflictError: if the branch moved on meanwhile; nothing was overwritten.
+            ValueError: for the repository of a model.
+        """
+        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
+        if target.holds(CONFIG_NAME):
+            raise ValueError(
+                f"Expected {target.repo_id} to be a repository of its own, but it holds a model; "
+                "push the model with model.push_to_hub."
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "store"
+            self.save(folder)
+            return target.push(folder, commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
+        trust_faiss_index: bool = False,
+    ) -> Self:
+        """Opens the datastore of a folder or of a repository on the Hub, all of one revision.
+
+        Args:
+            name: a folder, or the Hub id of a datastore or of a model that has one.
+            revision: a branch, tag or commit.
+            token: a token, or True for the one that is logged in.
+            cache_dir: where downloads are kept; None is the Hub's own cache.
+            local_files_only: ask nobody, use what was downloaded.
+            force_download: download again.
+            subfolder: of the repository or folder.
+            trust_faiss_index: see `load`.
+
+        Raises:
+            FileNotFoundError: if there is no datastore.
+            DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
+            OSError: if there is no such repository or revision, or the download failed.
+        """
+        if Path(name).is_dir():
+            return cls.load(Path(name) / subfolder, trust_faiss_index=trust_faiss_index)
+        options = {
+            "revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder,
+            "local_files_only": local_files_only, "force_download": force_download,
+        }  # fmt: skip
+        files = HubFiles(name, options)
+        manifest = files.resolve(MANIFEST_NAME)
+        if manifest is None:
+            raise FileNotFoundError(
+                f"Expected {name} to hold a datastore, but it has no {MANIFEST_NAME}."
+            )
+        return cls.from_manifest(
+            Manifest.read(manifest), files.resolve, verify="full",
+            trust_faiss_index=trust_faiss_index,
+        )  # fmt: skip
 
     @classmethod
     def from_manifest(

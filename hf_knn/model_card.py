@@ -1,52 +1,94 @@
-"""The model card of a checkpoint, from what was measured."""
+"""The model card: a block that is made from what was measured, between what users wrote."""
 
+import html
+import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+try:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+except ImportError as missing:  # transformers needs it too, so that this is a formality
+    raise ImportError("Expected huggingface_hub to be installed.") from missing
 
-from .modeling_knn import KnnForImageClassification
-from .storage import write_durably
+logger = logging.getLogger(__name__)
+
+MEASURED_NAME = "measured.json"
+"""File of a checkpoint with what was measured, which the card is made from."""
 
 VOICE_NAMES = {"head": "head alone", "knn": "neighbours alone", "blend": "blend"}
+_BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or below -->"
+_END = "<!-- hf_knn: end -->"
+_BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+_LARGEST_MEASUREMENT = 10**6
+_COLUMNS = {
+    "top1": "top-1",
+    "mean_class": "mean per class",
+    "nll": "NLL (p floored at 1e-12)",
+    "ece": "ECE",
+}
 
 
-def write_model_card(
-    folder: Path,
-    model: KnnForImageClassification,
-    metrics: dict[str, float],
-    *,
-    name: str,
-    dataset: str,
-    notes: list[str] | None = None,
-) -> None:
-    """Writes `README.md` into a checkpoint.
+def read_measured(path: Path | None) -> dict[str, Any] | None:
+    """What a checkpoint says was measured; None if it says nothing that can be used.
 
     Args:
-        folder: the checkpoint.
-        model: what was saved there.
-        metrics: what `KnnTrainer.evaluate` returned on the test set (`eval_…`).
-        name: of the model.
-        dataset: what the pictures are called.
-        notes: sentences on how it was made.
+        path: of `measured.json`; None if there is none.
     """
-    data = _metadata(model, metrics, name, dataset)
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(model, metrics, name, dataset, notes or [])}"
-    write_durably(folder / "README.md", lambda path: _write(path, text))
+    if path is None or path.stat().st_size > _LARGEST_MEASUREMENT:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {str(k): float(v) for k, v in found["metrics"].items()}
+        known = {"metrics": metrics, "rows": int(found["rows"])}
+        return known | {name: str(found.get(name, "")) for name in ("dataset", "split", "note")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("Expected %s to hold metrics and rows, but: %r.", path.name, error)
+        return None
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_measured(measured: dict[str, Any], folder: Path) -> None:
+    """Writes `measured.json`.
+
+    Args:
+        measured: `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
+        folder: the checkpoint.
+    """
+    text = json.dumps(measured, indent=2, ensure_ascii=False)
+    (folder / MEASURED_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _metadata(
-    model: KnnForImageClassification, metrics: dict[str, float], name: str, dataset: str
-) -> ModelCardData:
+def make_card(model: Any, name: str, existing: str | None = None) -> str:
+    """The text of `README.md`.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        name: of the repository or folder.
+        existing: the card that is there; what users wrote, and metadata that is not ours, survives.
+    """
+    block = f"{_BEGIN}\n{_body(model, name)}\n{_END}"
+    metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
+    if existing is not None:
+        before = ModelCard(existing, ignore_metadata_errors=True)
+        metadata, old = before.data.to_dict(), before.text.strip()
+        if _BLOCK.search(old):
+            text = _BLOCK.sub(lambda _: block, old, count=1) + "\n"
+        elif old:
+            text = f"{old}\n\n{block}\n"
+    data = _metadata(model, name, metadata)
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _metadata(model: Any, name: str, existing: dict[str, Any]) -> Any:
+    measured = model.measured or {}
+    metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type="image-folder",
             dataset_name=dataset,
+            dataset_split=measured.get("split") or None,
             metric_type="accuracy",
             metric_name=f"top-1 ({label})",
             metric_value=metrics[f"eval_{voice}_top1"],
@@ -54,74 +96,104 @@ def _metadata(
         for voice, label in VOICE_NAMES.items()
         if f"eval_{voice}_top1" in metrics
     ]
-    values: dict[str, Any] = {"eval_results": results, "model_name": name} if results else {}
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        base_model=getattr(model.config, "base_model", None),
-        tags=["knn", "hf-knn", "image-classification"],
-        **values,
-    )
+    kept = {k: v for k, v in existing.items() if k not in ("model-index", "model_name")}
+    ours: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": [*dict.fromkeys([*(kept.pop("tags", None) or []), "knn", "hf-knn"])],
+    }
+    base = getattr(model.config, "base_model", None)
+    if base:
+        ours["base_model"] = base
+    if results:
+        ours |= {"eval_results": results, "model_name": name.rpartition("/")[2]}
+        ours["metrics"] = kept.pop("metrics", None) or ["accuracy"]
+    return ModelCardData(**kept | ours)
 
 
-def _body(
-    model: KnnForImageClassification,
-    metrics: dict[str, float],
-    name: str,
-    dataset: str,
-    notes: list[str],
-) -> str:
-    config, store = model.config, model.datastore
-    rows = len(store) if store is not None else 0
+def _body(model: Any, name: str) -> str:
+    config = model.config
     lines = [
-        f"# {name}",
-        "",
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
         "votes of the nearest training pictures.",
         "",
+        "## Use",
+        "",
         "```python",
-        "from transformers import AutoModelForImageClassification",
+        "from transformers import AutoModelForImageClassification, pipeline",
         "",
-        "model = AutoModelForImageClassification.from_pretrained(",
-        f'    "{name}", trust_remote_code=True',
-        ")",
+        "# without the package: the code comes with the repository",
+        f'model = AutoModelForImageClassification.from_pretrained("{_text(name)}", '
+        "trust_remote_code=True)",
+        "",
+        "# with it",
+        "import hf_knn",
+        f'pipeline("image-classification", model="{_text(name)}")("picture.jpg")',
         "```",
-        "",
-        "With `hf_knn` installed and imported, `trust_remote_code` is not needed.",
         "",
         "## Measured",
         "",
-        *_table(metrics),
+        *_measured(model),
         "",
-        f"Trained and measured on {dataset}. The blend uses k = {config.k}, temperature "
-        f"{config.knn_temperature:g}, λ = {config.knn_weight:g}.",
-        *[f"{note}" for note in notes],
+        f"The blend uses k = {config.k}, temperature {config.knn_temperature:g}, "
+        f"λ = {config.knn_weight:g}"
+        + (
+            f", and its own temperature {config.blend_temperature:.3g}."
+            if config.blend_temperature != 1
+            else "."
+        ),
         "",
         "## Datastore",
         "",
-        f"{rows} rows over {config.classes} classes, {config.store_pooling} pooling, "
-        f"{config.normalization} normalisation, {config.metric} similarity.",
+        *_datastore(model),
         "",
         "## Limits and privacy",
         "",
-        "The datastore holds features of the training pictures, which can reveal something about "
-        "them: share it only where you may share that. Removing a row leaves no byte of it in the "
-        "next save, but earlier commits of a repository still hold it.",
-        "",
+        "The answer is one of the classes it knows, also for a picture of something else. The "
+        "datastore holds features of the training pictures, which can reveal something about them: "
+        "share it only where you may share that. Removing a row leaves no byte of it in the next "
+        "version, but earlier commits of a repository still hold it until its history is squashed "
+        "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned.",
     ]
     return "\n".join(lines)
 
 
-def _table(metrics: dict[str, float]) -> list[str]:
+def _measured(model: Any) -> list[str]:
+    measured = model.measured
+    if not measured:
+        return ["Nothing was measured on pictures held out."]
+    metrics = measured["metrics"]
     present = [voice for voice in VOICE_NAMES if f"eval_{voice}_top1" in metrics]
-    if not present:
-        return ["Nothing was held out, so nothing was measured."]
-    columns = ("top1", "mean_class", "nll", "ece")
+    head = f"| voice | {' | '.join(_COLUMNS.values())} |"
     rows = [
         f"| {VOICE_NAMES[voice]} | "
-        + " | ".join(f"{metrics[f'eval_{voice}_{column}']:.4f}" for column in columns)
+        + " | ".join(f"{metrics.get(f'eval_{voice}_{c}', float('nan')):.4f}" for c in _COLUMNS)
         + " |"
         for voice in present
     ]
-    head = ["| voice | top-1 | mean per class | NLL (p floored at 1e-12) | ECE |"]
-    return [*head, "|---|---|---|---|---|", *rows]
+    source = _text(measured.get("dataset") or "a dataset without a name")
+    split = f", split {_text(measured['split'])}" if measured.get("split") else ""
+    lines = [head, "|---|" + "---|" * len(_COLUMNS), *rows, ""]
+    lines.append(f"On {measured['rows']} pictures of {source}{split}.")
+    if measured.get("note"):
+        lines.append(_text(measured["note"]))
+    return lines
+
+
+def _datastore(model: Any) -> list[str]:
+    config, store = model.config, model.datastore
+    if store is None:
+        return ["None: this is the head alone."]
+    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in store.source.items() if v)
+    return [
+        f"{len(store):,} rows of {store.dim} values over {config.classes} classes; "
+        f"{config.store_pooling} pooling, {config.normalization} "
+        f"normalisation, {config.metric} similarity, index {_text(store.index)}."
+        + (f" Made from {named}." if named else ""),
+    ]
+
+
+def _text(value: Any) -> str:
+    """A name as text: it can neither end a line nor be markup, a table cell or code."""
+    flat = " ".join(str(value).split())[:200]
+    return html.escape(flat, quote=False).replace("|", "&#124;").replace("`", "'")

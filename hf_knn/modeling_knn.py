@@ -1,5 +1,6 @@
 """The model: a vision backbone, a head and a datastore, with both voices blended."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
+from .model_card import make_card
 from .processors import load_processor, portable
+from .publishing import CARD_NAME, PushTarget
 
 _PUSH_OPTIONS = (
-    "repo_id", "commit_message", "commit_description", "private",
-    "token", "create_pr", "revision", "tags",
+    "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
+    "parent_commit",
 )  # fmt: skip
 
 
@@ -74,6 +77,9 @@ class KnnForImageClassification(PreTrainedModel):
         datastore: the `Datastore`, or None; a plain attribute that no device move, cast or
             distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
+        measured: what was measured on pictures held out, which the model card is made from:
+            `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known; or None.
+        origin: repository and commit that it was opened from or pushed to, or None.
     """
 
     config_class = KnnConfig
@@ -91,6 +97,8 @@ class KnnForImageClassification(PreTrainedModel):
         self.head = KnnHead.from_config(config)
         self.datastore: Datastore | None = None
         self.image_processor: Any = None
+        self.measured: dict[str, Any] | None = None
+        self.origin: tuple[str, str] | None = None
         self.post_init()
 
     @classmethod
@@ -189,6 +197,9 @@ class KnnForImageClassification(PreTrainedModel):
                 )
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 model.image_processor = reader.read_processor()
+                model.measured = reader.read_measured()
+                if reader.commit is not None:
+                    model.origin = (reader.name, reader.commit)
                 if load_datastore:
                     model.datastore = attempt.read_datastore(model, trust_faiss_index)
             except (OSError, ValueError, SafetensorError):
@@ -214,8 +225,9 @@ class KnnForImageClassification(PreTrainedModel):
         Args:
             save_directory: the folder; other files in it are kept.
             is_main_process: False does nothing: only the main process saves.
-            push_to_hub: also push, in one commit; `repo_id`, `commit_message`, `private`, `token`,
-                `create_pr` and `revision` go to `push_to_hub`.
+            push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
+                `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
+                go to `push_to_hub`.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -229,6 +241,55 @@ class KnnForImageClassification(PreTrainedModel):
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Pushes weights, processor, datastore, code and card in one commit, without a pickle.
+
+        What the repository has already is not sent again. The card is made anew from what was
+        measured; what users wrote around it stays.
+
+        Args:
+            repo_id: `org/name`, or a name in one's own space; made if it is not there.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a repository that is made is private.
+            token: a token, or True for the one that is logged in.
+            revision: a branch, made if it is not there.
+            create_pr: open a pull request instead.
+            parent_commit: the commit that the branch must be at. None is the one that the model
+                was opened from or pushed as, if it was this repository; else where it is now.
+            kwargs: further options of `save_pretrained` (`max_shard_size`, …).
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+
+        Raises:
+            PushConflictError: if the branch has moved on; nothing was overwritten.
+        """
+        if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
+            parent_commit = self.origin[1] if revision is None and not create_pr else None
+        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save_pretrained(folder, **kwargs)
+            card = make_card(self, target.repo_id, target.read_card())
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            commit = target.push(folder, commit_message or "Upload model", commit_description)
+        if revision is None and not create_pr:
+            self.origin = (target.repo_id, commit.oid)
+        return commit
 
     def forward(
         self,

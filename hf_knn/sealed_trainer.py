@@ -58,10 +58,14 @@ class SealedTrainer(Trainer):
             rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run_folder / name))
+            self._push_checkpoint(run_folder / name)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Waits until the checkpoint is whole; `_save_checkpoint` pushes it then."""
+        """Does nothing: `_save_checkpoint` pushes once the checkpoint is whole."""
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Pushes a checkpoint that is whole; for a subclass that can."""
+        raise NotImplementedError
 
     def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, after a look at all its files.

@@ -34,14 +34,14 @@ from .functional import (
     soften,
 )
 from .heads import KnnHead
+from .hub_trainer import HubTrainer
 from .loss import KnnLoss
 from .metrics import complementarity, measure
 from .modeling_knn import KnnForImageClassification
 from .probe import ProbeChoice
 from .probe_settings import ProbeGrid
-from .sealed_trainer import SealedTrainer
 from .temperature import fit_temperature
-from .training_args import KnnTrainingArguments
+from .training_args import ARGUMENTS_NAME, KnnTrainingArguments
 from .tuning import Grid, TuneResult, default_grid, has_few_labels, tune
 from .votes import OwnVotes
 
@@ -51,7 +51,7 @@ _EVAL_ROWS = 1024
 _VOICES = ("head", "knn", "blend")
 
 
-class KnnTrainer(SealedTrainer):
+class KnnTrainer(HubTrainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
@@ -301,11 +301,30 @@ class KnnTrainer(SealedTrainer):
         prefix = metric_key_prefix
         metrics = {f"{prefix}_{name}": value for name, value in self._measure(features).items()}
         metrics |= speed_metrics(prefix, started, num_samples=len(features))
+        if not self.is_in_train:
+            self.model.measured = self._measurement(metrics, prefix, len(features), eval_dataset)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _measurement(
+        self, metrics: dict[str, float], prefix: str, rows: int, asked: Any
+    ) -> dict[str, Any]:
+        """What a model card says of a measurement."""
+        numbers = {f"eval_{k.removeprefix(f'{prefix}_')}": v for k, v in metrics.items()}
+        voices = {k: v for k, v in numbers.items() if "_per_second" not in k and "runtime" not in k}
+        is_own = asked is None or asked is self.eval_dataset
+        note = "k, temperature and λ were chosen on the same pictures."
+        info = getattr(asked, "info", None)
+        return {
+            "metrics": voices,
+            "rows": rows,
+            "dataset": getattr(info, "dataset_name", None) or "",
+            "split": str(getattr(asked, "split", None) or ""),
+            "note": note if is_own and self.tune_result is not None else "",
+        }
 
     def compute_loss(
         self,
@@ -580,7 +599,7 @@ class KnnTrainer(SealedTrainer):
         finally:
             self.model.datastore = store
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+        (folder / ARGUMENTS_NAME).write_text(arguments + "\n", encoding="utf-8")
         if self.is_in_train:
             self.loss.save(folder)
 

@@ -13,6 +13,9 @@ from .functional import ClassWeighting, LossNormalization
 from .indexing import AUTO, parse_memory
 from .tuning import Criterion
 
+ARGUMENTS_NAME = "training_args.json"
+"""File of a saved model with the arguments; a pickle is nobody's friend."""
+
 
 @dataclass
 class KnnTrainingArguments(TrainingArguments):

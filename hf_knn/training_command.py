@@ -20,8 +20,9 @@ from .console import console, metrics_table, progress_bars, say_what_was_skipped
 from .data import groups_of, labels_of, load_splits
 from .features import ImageFeatures, extract_features
 from .folds import few_rows, few_shots, split_rows
-from .model_card import write_model_card
+from .model_card import make_card
 from .modeling_knn import KnnForImageClassification
+from .publishing import CARD_NAME
 from .trainer import KnnTrainer
 from .training_args import KnnTrainingArguments
 from .tuning import TuneResult
@@ -120,7 +121,10 @@ def train_pictures(options: TrainOptions) -> None:
             result = trainer.tune()
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
-        model.datastore.source = {"dataset": Path(options.pictures).name, "split": "train"}
+        dataset = Path(options.pictures).name
+        model.datastore.source = {"dataset": dataset, "split": "train"}
+        if model.measured is not None:
+            model.measured |= {"dataset": dataset, "split": "test"}
         trainer.save_model(str(options.output))
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
@@ -141,10 +145,8 @@ def _report(
         f"Chosen by {result.criterion} on {how}: k = {result.k}, "
         f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
     )
-    write_model_card(
-        options.output, model, metrics,
-        name=options.output.name, dataset=Path(options.pictures).name,
-    )  # fmt: skip
+    card = make_card(model, options.output.name, _existing_card(options.output))
+    (options.output / CARD_NAME).write_text(card, encoding="utf-8")
     report = {
         "options": asdict(options) | {"output": str(options.output)},
         "rows": {
@@ -165,6 +167,11 @@ def _report(
     console.print(
         f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
     )
+
+
+def _existing_card(folder: Path) -> str | None:
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _all(parts: Parts) -> tuple[Any, Any, Any]:

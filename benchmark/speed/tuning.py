@@ -12,7 +12,7 @@ from harness import compare, memory, report
 from torch import Tensor
 from torch.nn import functional
 
-from hf_knn import Neighbors, knn_log_probs, tune
+from hf_knn import Neighbors, default_grid, knn_log_probs, tune
 
 PEER = "dense torch"
 DIM, PER_CLASS, K = 64, 50, 512
@@ -76,7 +76,9 @@ def main(
 ) -> None:
     """Time 22 temperatures x 12 k x 21 weights both ways, and compare all cells they share."""
     neighbors, head, labels = make_rows(rows, classes)
-    result = tune(neighbors, head, labels, classes)
+    # the published one: so few labels per class would get a coarse one
+    grid = default_grid(PER_CLASS * classes, classes)
+    result = tune(neighbors, head, labels, classes, grid=grid)
     ks = sorted({cell.k for cell in result.table})
     temperatures = sorted({cell.temperature for cell in result.table})
     weights = sorted({cell.knn_weight for cell in result.table})
@@ -90,7 +92,7 @@ def main(
     ]
     contestants = {
         PEER: lambda: tune_densely(neighbors, head, labels, ks, some, weights),
-        "hf_knn.tune": lambda: tune(neighbors, head, labels, classes),
+        "hf_knn.tune": lambda: tune(neighbors, head, labels, classes, grid=grid),
     }
     timings = compare(contestants, PEER, rounds, {PEER: len(some) / len(temperatures)})
     command = [sys.executable, __file__, "peak", str(rows), str(classes)]
@@ -114,7 +116,7 @@ def peak(rows: int, classes: int) -> None:
     """Print what `tune` needs beyond its input, as JSON."""
     neighbors, head, labels = make_rows(rows, classes)
     before = memory("VmHWM")
-    tune(neighbors, head, labels, classes)
+    tune(neighbors, head, labels, classes, grid=default_grid(PER_CLASS * classes, classes))
     print(json.dumps({"peak_bytes_over_input": memory("VmHWM") - before}))
 
 
