@@ -37,9 +37,20 @@ class HubFiles:
         return Path(self.name).is_dir()
 
     def resolve(self, name: str) -> Path | None:
-        """Finds a file by name; None if there is none."""
-        found = cached_file(
-            self.name, name, revision=self.revision,
-            _raise_exceptions_for_missing_entries=False, **self.options,
-        )  # fmt: skip
+        """Finds a file by name; None if there is none.
+
+        Raises:
+            OSError: if there is no such repository or revision, or the download failed.
+        """
+        try:
+            found = cached_file(
+                self.name, name, revision=self.revision,
+                _raise_exceptions_for_missing_entries=False, **self.options,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # the HTTP client's own, of whichever client there is
+            raise OSError(
+                f"Could not get {name} of {self.name}: {error}; nothing was loaded, try again."
+            ) from error
         return None if found is None else Path(found)

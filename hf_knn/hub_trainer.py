@@ -35,6 +35,10 @@ class HubTrainer(SealedTrainer):
 
     push_in_progress: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._background = HfApi()  # it has one thread, so that pushes follow each other
+        super().__init__(*args, **kwargs)
+
     def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
@@ -67,7 +71,7 @@ class HubTrainer(SealedTrainer):
         self._finish_current_push()
         staging = self._stage(Path(str(self.args.output_dir)), None)
         push = partial(self._push_staged, staging, commit_message or "", token, revision, private)
-        return push() if blocking else HfApi().run_as_future(push)
+        return push() if blocking else self._background.run_as_future(push)
 
     def _push_checkpoint(self, checkpoint: Path) -> None:
         """Pushes a checkpoint that is whole, in the background."""
@@ -83,7 +87,7 @@ class HubTrainer(SealedTrainer):
             inner = LAST_CHECKPOINT if strategy == HubStrategy.CHECKPOINT else checkpoint.name
         staging = self._stage(checkpoint, inner)
         message = f"Training in progress, step {self.state.global_step}"
-        job = HfApi().run_as_future(partial(self._push_staged, staging, message))
+        job = self._background.run_as_future(partial(self._push_staged, staging, message))
         if under_way:
             self.push_in_progress.jobs.append(job)
         else:

@@ -114,7 +114,7 @@ def main(
     shared: dict[str, Any] = {
         "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch,
         "num_train_epochs": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
-        "learning_rate": 1e-4, "logging_strategy": "no",
+        "learning_rate": 1e-4, "logging_strategy": "no", "dataloader_pin_memory": False,
     }  # fmt: skip
     contestants: dict[str, Callable[[str], Trainer]] = {
         PEER: plain,

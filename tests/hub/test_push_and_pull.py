@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_checks import REPO, assert_answers_alike, assert_whole
 from hub_server import LFS_BYTES, TOKEN, Fault, Hub, sha256
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -15,30 +16,7 @@ from tiny import assert_same_rows, assert_same_tensors, pixels, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from hf_knn import Datastore, KnnForImageClassification
-from hf_knn.checkpoint import OWN_CODE
 from hf_knn.publishing import PushConflictError
-
-REPO = "org/knn-vit"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-
-def assert_whole(hub: Hub, repo: str = REPO, revision: str = "main") -> dict[str, bytes]:
-    """All parts are there, nothing of another version, no pickle."""
-    files = hub.files(repo, revision)
-    manifest = json.loads(files["datastore.json"])
-    blobs = {name for name in files if name.startswith("datastore-")}
-    assert blobs == {blob["name"] for blob in manifest["blobs"]}
-    wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
-    assert wanted | set(OWN_CODE) <= files.keys()
-    assert [name for name in files if name.endswith(PICKLES)] == []
-    assert [name for name in files if name.startswith((".", "_"))] == [".gitattributes"]
-    return files
-
-
-def assert_answers_alike(found: Any, wanted: Any) -> None:
-    with torch.no_grad():
-        pair = [m.eval()(pixel_values=pixels(3, seed=4)).logits for m in (found, wanted)]
-    assert torch.equal(*pair)
 
 
 def test_a_pushed_model_opens_with_the_auto_classes(hub: Hub, model: Any, cache: Path) -> None:

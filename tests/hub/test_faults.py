@@ -1,0 +1,258 @@
+"""Downloads that go wrong, and repositories that mean harm."""
+
+import json
+import pickle
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_checks import REPO, assert_answers_alike
+from hub_server import LFS_BYTES, Fault, Hub
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tiny import pixels
+from transformers import AutoModel
+
+from hf_knn import KnnForImageClassification
+from hf_knn.manifest import _checksum
+
+KINDS = ("cut", "shorter", "longer", "garbage", "stall", "status")
+CLEAR = (ValueError, RuntimeError, StrictDataclassError, SafetensorError)
+"""What a user can be shown; anything else is a defect."""
+
+STATUSES = (404, 412, 429, 500, 503)
+
+
+def whole_answer(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(pixel_values=pixels(3, seed=4)).logits
+    return logits
+
+
+def try_faults(hub: Hub, model: Any, cache: Path, count: int, seed: int) -> tuple[int, int]:
+    """Opens the repository under planted faults; each time an error, or the whole model."""
+    generator = random.Random(seed)
+    model.push_to_hub(REPO)
+    wanted = whole_answer(model)
+    errors = successes = 0
+    names = sorted(hub.files(REPO))
+    for number in range(count):
+        name = generator.choice(names)
+        kind = generator.choice(KINDS)
+        hub.faults[:] = [
+            Fault(
+                kind, f"(GET|HEAD) .*/resolve/.*/{name}$", times=generator.choice((1, 2, -1)),
+                status=generator.choice(STATUSES), seconds=2.5,
+            )
+        ]  # fmt: skip
+        place = cache / str(number)
+        try:
+            found = KnnForImageClassification.from_pretrained(REPO, cache_dir=place)
+        except (OSError, *CLEAR):
+            errors += 1
+        else:
+            # a fault may hit an optional file, or have been retried: then all of it is right
+            assert torch.equal(whole_answer(found), wanted), (name, kind)
+            assert found.datastore is not None
+            assert len(found.datastore) == len(model.datastore)
+            successes += 1
+        hub.faults.clear()
+        found = KnnForImageClassification.from_pretrained(REPO, cache_dir=place)
+        assert_answers_alike(found, model)
+    return errors, successes
+
+
+def test_a_faulty_download_is_an_error_or_a_whole_model(hub: Hub, model: Any, cache: Path) -> None:
+    errors, successes = try_faults(hub, model, cache, 6, seed=1)
+    assert errors + successes == 6
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_300_faulty_downloads(hub: Hub, model: Any, cache: Path) -> None:
+    errors, successes = try_faults(hub, model, cache, 300, seed=2)
+    print(f"300 faulty downloads: {errors} errors, {successes} whole models")
+    assert errors > 20
+    assert successes > 20
+
+
+# hostile repositories
+
+
+class Marker:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (exec, (f"open({str(self.path)!r}, 'w').write('opened')",))
+
+
+RUNNING = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class")
+WATCH: dict[str, Any] = {"on": False, "allowed": (), "seen": []}
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if not WATCH["on"]:
+        return
+    if event == "open" and isinstance(arguments[0], str) and "w" in str(arguments[1] or ""):
+        if not arguments[0].startswith(WATCH["allowed"]):
+            WATCH["seen"].append((event, arguments[0]))
+    elif event in RUNNING:
+        WATCH["seen"].append((event, str(arguments)))
+    elif event == "socket.connect" and arguments[1][0] not in ("127.0.0.1",):
+        WATCH["seen"].append((event, str(arguments[1])))
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[list[Any]]:
+    """What was written outside, run or connected to while a test ran."""
+    WATCH["seen"].clear()
+    WATCH["allowed"] = (str(tmp_path), "/dev/", "/tmp/hf-knn-hub-")
+    WATCH["on"] = True
+    yield WATCH["seen"]
+    WATCH["on"] = False
+
+
+VALUES: list[Any] = [
+    None, True, -1, 0, 1, 2**63, 1e308, "", "../../evil", "/etc/passwd", "org/other", "a" * 5000,
+    [], {}, [[]], {"a": {"b": 1}}, "<script>", "\x00", "nan", ["cls"], "https://example.com/x",
+]  # fmt: skip
+
+
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON document."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from paths_in(value[key], (*path, key))
+    elif isinstance(value, list):
+        for place in range(len(value)):
+            yield from paths_in(value[place], (*path, place))
+
+
+def mutated(document: Any, generator: random.Random) -> Any:
+    """A document with one to three values replaced, dropped or doubled in other types."""
+    copy = json.loads(json.dumps(document))
+    for _ in range(generator.randint(1, 3)):
+        *parents, last = generator.choice(list(paths_in(copy)))
+        inside = copy
+        for step in parents:
+            inside = inside[step]
+        if generator.random() < 0.2:
+            del inside[last]
+        else:
+            inside[last] = generator.choice(VALUES)
+        if not list(paths_in(copy)):
+            break
+    return copy
+
+
+def hostile(files: dict[str, bytes], generator: random.Random, marker: Path) -> dict[str, bytes]:
+    """A repository with one thing that is not as it should be."""
+    changed = dict(files)
+    kind = generator.choice(("config", "manifest", "resealed", "pickle", "code", "huge", "bytes"))
+    if kind == "config":
+        config = mutated(json.loads(files["config.json"]), generator)
+        changed["config.json"] = json.dumps(config).encode()
+    elif kind in ("manifest", "resealed"):
+        manifest = mutated(json.loads(files["datastore.json"]), generator)
+        if kind == "resealed" and isinstance(manifest, dict):
+            reseal(manifest)
+        changed["datastore.json"] = json.dumps(manifest).encode()
+    elif kind == "pickle":
+        payload = pickle.dumps(Marker(marker))
+        name = generator.choice(("pytorch_model.bin", "model.safetensors", "training_args.bin"))
+        if name == "pytorch_model.bin":
+            changed.pop("model.safetensors")
+        changed[name] = payload
+    elif kind == "code":
+        changed["modeling_knn.py"] = f"open({str(marker)!r}, 'w').write('run')\n".encode()
+    elif kind == "huge":
+        name = generator.choice([n for n in changed if n.endswith(".safetensors")])
+        content = bytearray(changed[name])
+        content[:8] = (2 ** generator.choice((20, 40, 62))).to_bytes(8, "little")
+        changed[name] = bytes(content)
+    else:
+        name = generator.choice(sorted(changed))
+        content = bytearray(changed[name] or b"x")
+        for _ in range(3):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        changed[name] = bytes(content)
+    return changed
+
+
+def reseal(manifest: dict[str, Any]) -> None:
+    """The attacker knows how manifests are summed, too."""
+    body = {name: value for name, value in manifest.items() if name != "checksum"}
+    manifest["checksum"] = _checksum(body)
+
+
+def try_hostile(
+    hub: Hub, model: Any, folder: Path, watched: list[Any], count: int, seed: int
+) -> tuple[int, int]:
+    """Opens hostile repositories; each time a typed error, or a model; never code or files."""
+    generator = random.Random(seed)
+    model.push_to_hub(REPO)
+    files = hub.files(REPO)
+    marker = folder / "marker"
+    refused = opened = 0
+    for number in range(count):
+        place = folder / f"repo-{number}"
+        place.mkdir()
+        for name, content in hostile(files, generator, marker).items():
+            (place / name).write_bytes(content)
+        watched.clear()
+        for opener in (KnnForImageClassification, AutoModel):
+            try:
+                opener.from_pretrained(place)
+                opened += 1
+            except (OSError, *CLEAR, TypeError, AttributeError, KeyError):
+                refused += 1
+        assert not marker.exists()
+        assert watched == [], watched[:3]
+        for path in sorted(place.iterdir(), reverse=True):
+            path.unlink()
+        place.rmdir()
+    return refused, opened
+
+
+def test_hostile_repositories_run_nothing(
+    hub: Hub, model: Any, tmp_path: Path, watched: list[Any]
+) -> None:
+    refused, opened = try_hostile(hub, model, tmp_path, watched, 60, seed=3)
+    assert refused > 20
+    assert refused + opened == 120
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_2000_hostile_repositories(
+    hub: Hub, model: Any, tmp_path: Path, watched: list[Any]
+) -> None:
+    refused, opened = try_hostile(hub, model, tmp_path, watched, 2000, seed=4)
+    print(f"2,000 hostile repositories, opened twice: {refused} refused, {opened} opened")
+
+
+def test_the_watch_sees_what_it_should(tmp_path: Path, watched: list[Any]) -> None:
+    outside = Path("/var/tmp/hf-knn-outside")
+    outside.write_text("x")
+    outside.unlink()
+    pickle.loads(pickle.dumps(Marker(tmp_path / "mark")))
+    assert {event for event, _ in watched} >= {"open", "pickle.find_class"}
+    assert (tmp_path / "mark").exists()
+
+
+def test_files_of_the_server_are_large_enough_for_both_ways(hub: Hub, model: Any) -> None:
+    model.push_to_hub(REPO)
+    sizes = [len(content) for content in hub.files(REPO).values()]
+    assert min(sizes) < LFS_BYTES < max(sizes)
