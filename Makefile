@@ -12,14 +12,14 @@ setup: $(INSTALLED) ## Make .venv with everything (CPU; for a GPU see README)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,export,dev]'
 	touch $@
 
 quickstart: setup ## The main job on real pictures, without network: table, picture, checkpoint
 	$(BIN)/python benchmark/run.py
 
 test: lint ## Lint and all fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: setup ## Tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -424,6 +424,20 @@ def push(
         token)  # fmt: skip
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    onnx: Annotated[
+        Path, typer.Option(help="Folder for the graph, its settings and a script that uses them.")
+    ],
+) -> None:
+    """Export to one ONNX graph: backbone, head, neighbours and blend."""
+    from hf_knn.cli import export_checkpoint
+    from hf_knn.console import run
+
+    run(export_checkpoint, checkpoint, onnx)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

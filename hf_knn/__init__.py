@@ -10,6 +10,7 @@ from .modeling_knn import KnnForImageClassification
 
 _LAZY = {
     "Datastore": "datastore",
+    "KnnImageClassificationPipeline": "pipeline_knn",
     "KnnImageClassifierOutput": "modeling_knn",
     "KnnTrainer": "trainer",
     "KnnTrainingArguments": "training_args",
@@ -21,6 +22,7 @@ _LAZY = {
     "ProbeSettings": "probe_settings",
     "blend_log_probs": "functional",
     "choose_probe": "probe",
+    "datastore_as_dataset": "data",
     "default_grid": "tuning",
     "extract_features": "features",
     "few_rows": "folds",

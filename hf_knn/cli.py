@@ -13,6 +13,7 @@ from transformers import PrinterCallback
 
 from .console import console, metrics_table, progress_bars, say_what_was_skipped
 from .data import load_splits, prepare
+from .export import GRAPH_NAME, SCRIPT_NAME, export_onnx
 from .features import ImageFeatures, extract_features
 from .images import BadImageError, decode_image
 from .metrics import COMPLEMENTARITY
@@ -137,6 +138,31 @@ def push_checkpoint(
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}")
     console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
+
+
+def export_checkpoint(checkpoint: str, folder: Path) -> None:
+    """Exports a checkpoint to ONNX.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        folder: where graph, settings and script go.
+
+    Raises:
+        ImportError: without onnx and onnxruntime.
+        ValueError: for what cannot be exported, with the reason.
+        OSError: if something is not there or cannot be written.
+    """
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    with console.status("Tracing the model …"):
+        exported = export_onnx(model, folder)
+    size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
+    console.print(
+        f"Exported {escape(str(folder / GRAPH_NAME))}: {size / 1e6:.1f} MB with "
+        f"{exported.rows:,} rows, log-probabilities within {exported.largest_gap:.0e} of PyTorch's."
+    )
+    console.print(
+        f"Next: [bold]python {escape(str(folder / SCRIPT_NAME))} PICTURE.jpg[/]", soft_wrap=True
+    )
 
 
 def predict_images(

@@ -28,7 +28,9 @@ def run(command: Callable[..., None], *args: Any) -> None:
     """
     hide_progress_bars()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("hf_knn").setLevel(logging.ERROR)
+    logger = logging.getLogger("hf_knn")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a command says itself what a user should know
     try:
         command(*args)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
@@ -36,6 +38,8 @@ def run(command: Callable[..., None], *args: Any) -> None:
             raise
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(1) from error
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

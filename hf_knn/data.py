@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .augmentation import EPOCH, Augment
+from .datastore import Datastore
 from .images import BadImageError, decode_image
 
 IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
@@ -208,6 +209,43 @@ def fingerprint_of(dataset: Any) -> str | None:
             status = os.stat(path)
             total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return total.hexdigest()
+
+
+def datastore_as_dataset(
+    store: Datastore, class_names: Sequence[str] | None = None, root: str | Path | None = None
+) -> Dataset:
+    """The rows of a datastore as a dataset, to be looked at, filtered or pushed.
+
+    Args:
+        store: N rows.
+        class_names: of the labels; None leaves them numbers.
+        root: the folder that the stored paths are relative to, for a column of pictures.
+
+    Returns:
+        N rows of `id`, `label`, `embedding` (the stored raw feature, float32), `path` where it is
+        known, and `image` with `root`.
+
+    Raises:
+        ValueError: for a `root` that does not hold the pictures, or rows without paths.
+    """
+    columns: dict[str, Any] = {"id": store.ids.numpy(), LABEL: store.labels.numpy()}
+    columns["embedding"] = store.features.float().numpy()
+    kinds: dict[str, Any] = {"id": Value("int64"), LABEL: Value("int64")}
+    kinds["embedding"] = List(Value("float32"), length=store.dim)
+    if class_names is not None:
+        kinds[LABEL] = ClassLabel(names=list(class_names))
+    if store.paths is not None:
+        columns["path"], kinds["path"] = store.paths, Value("string")
+    if root is not None:
+        columns[IMAGE] = [str(Path(root) / path) for path in store.paths or []]
+        missing = [path for path in columns[IMAGE] if not Path(path).is_file()]
+        if missing or len(columns[IMAGE]) != len(store):
+            raise ValueError(
+                f"Expected `root` to be the folder of the {len(store)} pictures, but "
+                f"{missing[:3] or 'the datastore knows no paths'} are missing."
+            )
+        kinds[IMAGE] = Image()
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def read_batch(dataset: Dataset, rows: Sequence[int], processor: Any) -> Batch:

@@ -4,7 +4,6 @@ One command runs in a process of its own, all others in this one.
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -64,12 +63,10 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def wide_terminal() -> Iterator[None]:
     """So that rich does not break the lines that are looked for; and no setting outlives a test."""
-    logger, width = logging.getLogger("hf_knn"), console.width
-    level = logger.level
+    width = console.width
     console.width = 200
     yield
     console.width = width
-    logger.setLevel(level)
     enable_progress_bars()
 
 

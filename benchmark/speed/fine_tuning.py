@@ -79,7 +79,7 @@ def make_pictures(count: int, size: int) -> Dataset:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(help="Training pictures.")] = 512,
+    pictures: Annotated[int, typer.Option(help="Training pictures.")] = 256,
     size: Annotated[int, typer.Option(help="Width and height.")] = 96,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, one epoch each.")] = 9,
