@@ -113,7 +113,7 @@ def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def extract(
-    backbone: PreTrainedModel, pixel_values: Tensor, config: KnnConfig, **outputs: bool
+    backbone: PreTrainedModel, pixel_values: Tensor, config: KnnConfig, **outputs: Any
 ) -> tuple[Tensor, BaseModelOutput]:
     """Runs the backbone and pools.
 

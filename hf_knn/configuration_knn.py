@@ -2,9 +2,9 @@
 
 from dataclasses import field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .functional import Metric, Weighting
 
@@ -79,6 +79,7 @@ class KnnConfig(PreTrainedConfig):
     """
 
     model_type = "hf_knn"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
 
     backbone_config: PreTrainedConfig | dict[str, Any] | None = None
     feature_dim: int = 0
@@ -101,8 +102,8 @@ class KnnConfig(PreTrainedConfig):
         """Builds the backbone configuration and checks every value."""
         # a file may not choose an attention kernel from the Hub
         named = {key: value for key, value in kwargs.items() if not _names_hub_code(key, value)}
-        super().__post_init__(**named)
         self.backbone_config = _build_backbone_config(self.backbone_config)
+        super().__post_init__(**named)
         if self.num_head_labels is None:
             self.num_head_labels = self.num_labels
         if self.head == Head.MLP and not self.head_hidden_sizes and self.feature_dim > 0:

@@ -94,6 +94,8 @@ class KnnForImageClassification(PreTrainedModel):
         super().__init__(config)
         poolings = (config.pooling, config.store_pooling)
         self.backbone = build_backbone(config.backbone, poolings)
+        # a class attribute of transformers, which here depends on the backbone
+        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.head = KnnHead.from_config(config)
         self.datastore: Datastore | None = None
         self.image_processor: Any = None
@@ -298,8 +300,8 @@ class KnnForImageClassification(PreTrainedModel):
         features: Tensor | None = None,
         sample_ids: Tensor | None = None,
         return_neighbors: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> KnnImageClassifierOutput | tuple[Any, ...]:
@@ -314,8 +316,8 @@ class KnnForImageClassification(PreTrainedModel):
             sample_ids: [B] int64; the stored row with that id is no neighbour of that image
                 (-1 = none).
             return_neighbors: also return the neighbours.
-            output_hidden_states: also return the backbone's hidden states.
-            output_attentions: also return the backbone's attentions.
+            output_hidden_states: also return the backbone's hidden states, all or some.
+            output_attentions: also return the backbone's attentions, all or some.
             return_dict: False returns a tuple.
             kwargs: ignored values that generic callers pass (`num_items_in_batch`, …).
 
@@ -326,9 +328,13 @@ class KnnForImageClassification(PreTrainedModel):
             raise ValueError("Expected exactly one of `pixel_values` and `features`.")
         body = BaseModelOutput()
         if pixel_values is not None:
-            wanted = {"output_hidden_states": output_hidden_states}
-            wanted["output_attentions"] = output_attentions
-            asked = {name: True for name, value in wanted.items() if value}
+            given = {"output_hidden_states": output_hidden_states}
+            given["output_attentions"] = output_attentions
+            wanted = {
+                name: getattr(self.config, name) if value is None else value
+                for name, value in given.items()
+            }
+            asked = {name: value for name, value in wanted.items() if value}
             features, body = extract(self.backbone, pixel_values, self.config, **asked)
         assert features is not None
         head_part, store_part = split_features(features, self.config)

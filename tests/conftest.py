@@ -29,8 +29,9 @@ tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)
 
 
-# a Hub of their own, in a process of their own: see test_hub.py
-collect_ignore = [] if os.environ.get("HF_KNN_HUB_TESTS") else ["hub"]
+# in processes of their own: see test_hub.py and test_transformers_common.py
+_PLACES = {"hub": "HF_KNN_HUB_TESTS", "common_suite": "HF_KNN_COMMON_SUITE"}
+collect_ignore = [folder for folder, switch in _PLACES.items() if not os.environ.get(switch)]
 
 
 @pytest.fixture(autouse=True)
