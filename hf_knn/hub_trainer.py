@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from .checkpoint import is_checkpoint_file
-from .model_card import make_card
+from .model_card import draw_reliability, make_card
 from .publishing import CARD_NAME, REPLACED, PushTarget
 from .sealed_trainer import SealedTrainer
 from .training_args import ARGUMENTS_NAME
@@ -135,7 +135,8 @@ class HubTrainer(SealedTrainer):
         )
         try:
             opened = target.open()
-            card = make_card(self.model, opened.repo_id, opened.read_card())
+            draw_reliability(self.model, staging)
+            card = make_card(self.model, opened.repo_id, opened.read_card(), staging)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
             inside = [path.name for path in staging.iterdir() if path.is_dir()]
             replaced = [*REPLACED, *(f"{LAST_CHECKPOINT}/*" for name in inside if _is_last(name))]

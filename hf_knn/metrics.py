@@ -59,12 +59,34 @@ def expected_calibration_error(
         labels: [N].
         bins: how many bins of (nearly) the same number of pictures.
     """
+    found = calibration_bins(log_probs, labels, bins)
+    return sum(n * abs(confidence - right) for confidence, right, n in found) / len(labels)
+
+
+def calibration_bins(log_probs: Scores, labels: Labels, bins: int) -> list[list[float]]:
+    """Bins of (nearly) the same number of pictures, by how sure the answers are.
+
+    Returns:
+        Mean confidence, accuracy and number of pictures of each bin.
+    """
     confidence = np.exp(log_probs.max(axis=1))
     correct = (log_probs.argmax(axis=1) == labels).astype(np.float64)
-    order = np.argsort(confidence, kind="stable")
-    parts = np.array_split(order, min(bins, len(order)))
-    gaps = [len(p) * abs(confidence[p].mean() - correct[p].mean()) for p in parts]
-    return float(sum(gaps) / len(order))
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
+    return [[float(confidence[p].mean()), float(correct[p].mean()), float(len(p))] for p in parts]
+
+
+def reliability(log_probs: Tensor, labels: Tensor) -> list[list[float]]:
+    """The bins of `expected_calibration_error`, to be drawn.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N] int64.
+
+    Returns:
+        Mean confidence, accuracy and number of pictures of each bin, by confidence.
+    """
+    scores, wanted = log_probs.double().cpu().numpy(), labels.cpu().numpy()
+    return calibration_bins(scores, wanted, CALIBRATION_BINS)
 
 
 def brier_score(log_probs: Scores, labels: Labels) -> float:

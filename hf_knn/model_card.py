@@ -22,6 +22,8 @@ _BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or be
 _END = "<!-- hf_knn: end -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _LARGEST_MEASUREMENT = 10**6
+_BIN_WIDTH = 3  # confidence, accuracy, pictures
+RELIABILITY_NAME = "reliability.png"
 _COLUMNS = {
     "top1": "top-1",
     "mean_class": "mean per class",
@@ -42,6 +44,8 @@ def read_measured(path: Path | None) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         metrics = {str(k): float(v) for k, v in found["metrics"].items()}
         known = {"metrics": metrics, "rows": int(found["rows"])}
+        bins = [[float(value) for value in row] for row in found.get("reliability", [])]
+        known["reliability"] = [row for row in bins if len(row) == _BIN_WIDTH]
         return known | {name: str(found.get(name, "")) for name in ("dataset", "split", "note")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("Expected %s to hold metrics and rows, but: %r.", path.name, error)
@@ -59,15 +63,44 @@ def write_measured(measured: dict[str, Any], folder: Path) -> None:
     (folder / MEASURED_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def make_card(model: Any, name: str, existing: str | None = None) -> str:
+def draw_reliability(model: Any, folder: Path) -> None:
+    """Draws how often the blend is right when it says how sure it is, if that was measured.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        folder: where `reliability.png` goes; nothing is drawn without matplotlib.
+    """
+    bins = (model.measured or {}).get("reliability")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("Without matplotlib the card has no reliability diagram.")
+        return
+    if not bins:
+        return
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], "--", color="grey", label="perfectly calibrated")
+    axis.plot([row[0] for row in bins], [row[1] for row in bins], "o-", label="blend")
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axis.set_title(f"{len(bins)} bins of equally many pictures")
+    axis.legend()
+    figure.savefig(folder / RELIABILITY_NAME, dpi=100)
+
+
+def make_card(
+    model: Any, name: str, existing: str | None = None, folder: Path | None = None
+) -> str:
     """The text of `README.md`.
 
     Args:
         model: a `KnnForImageClassification`.
         name: of the repository or folder.
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
+        folder: where pictures of the card may lie.
     """
-    block = f"{_BEGIN}\n{_body(model, name)}\n{_END}"
+    drawn = folder is not None and (folder / RELIABILITY_NAME).is_file()
+    block = f"{_BEGIN}\n{_body(model, name, drawn)}\n{_END}"
     metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
     if existing is not None:
         before = ModelCard(existing, ignore_metadata_errors=True)
@@ -111,7 +144,7 @@ def _metadata(model: Any, name: str, existing: dict[str, Any]) -> Any:
     return ModelCardData(**kept | ours)
 
 
-def _body(model: Any, name: str) -> str:
+def _body(model: Any, name: str, drawn: bool) -> str:
     config = model.config
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
@@ -134,6 +167,7 @@ def _body(model: Any, name: str) -> str:
         "## Measured",
         "",
         *_measured(model),
+        *(["", f"![How sure it is, and how often right]({RELIABILITY_NAME})"] if drawn else []),
         "",
         f"The blend uses k = {config.k}, temperature {config.knn_temperature:g}, "
         f"λ = {config.knn_weight:g}"

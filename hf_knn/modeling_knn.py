@@ -29,7 +29,7 @@ from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
-from .model_card import make_card
+from .model_card import draw_reliability, make_card
 from .processors import load_processor, portable
 from .publishing import CARD_NAME, PushTarget
 
@@ -286,7 +286,8 @@ class KnnForImageClassification(PreTrainedModel):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             self.save_pretrained(folder, **kwargs)
-            card = make_card(self, target.repo_id, target.read_card())
+            draw_reliability(self, folder)
+            card = make_card(self, target.repo_id, target.read_card(), folder)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             commit = target.push(folder, commit_message or "Upload model", commit_description)
         if revision is None and not create_pr:

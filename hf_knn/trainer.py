@@ -36,7 +36,7 @@ from .functional import (
 from .heads import KnnHead
 from .hub_trainer import HubTrainer
 from .loss import KnnLoss
-from .metrics import complementarity, measure
+from .metrics import complementarity, measure, reliability
 from .modeling_knn import KnnForImageClassification
 from .probe import ProbeChoice
 from .probe_settings import ProbeGrid
@@ -120,6 +120,7 @@ class KnnTrainer(HubTrainer):
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
         self._datastore_step = -1
+        self._reliability: list[list[float]] = []
         self._known_features: dict[str, ImageFeatures] = {}
         super().__init__(
             model=model,
@@ -323,6 +324,7 @@ class KnnTrainer(HubTrainer):
             "rows": rows,
             "dataset": getattr(info, "dataset_name", None) or "",
             "split": str(getattr(asked, "split", None) or ""),
+            "reliability": self._reliability,
             "note": note if is_own and self.tune_result is not None else "",
         }
 
@@ -533,6 +535,7 @@ class KnnTrainer(HubTrainer):
         if voices["knn"]:
             head, knn, blend = (torch.cat(voices[voice]) for voice in _VOICES)
             results |= complementarity(head, knn, blend, features.labels)
+        self._reliability = reliability(torch.cat(voices["blend"]), features.labels)
         return results | {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
 
     def _ask(

@@ -20,7 +20,7 @@ from .console import console, metrics_table, progress_bars, say_what_was_skipped
 from .data import groups_of, labels_of, load_splits
 from .features import ImageFeatures, extract_features
 from .folds import few_rows, few_shots, split_rows
-from .model_card import make_card
+from .model_card import draw_reliability, make_card
 from .modeling_knn import KnnForImageClassification
 from .publishing import CARD_NAME
 from .trainer import KnnTrainer
@@ -145,7 +145,8 @@ def _report(
         f"Chosen by {result.criterion} on {how}: k = {result.k}, "
         f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
     )
-    card = make_card(model, options.output.name, _existing_card(options.output))
+    draw_reliability(model, options.output)
+    card = make_card(model, options.output.name, _existing_card(options.output), options.output)
     (options.output / CARD_NAME).write_text(card, encoding="utf-8")
     report = {
         "options": asdict(options) | {"output": str(options.output)},

@@ -23,6 +23,12 @@ def test_the_hub() -> None:
     run()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_hub_and_another_environment() -> None:
+    run("-m", "slow", "--timeout", "3600")
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_the_hub_with_many_faults() -> None:

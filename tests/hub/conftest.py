@@ -57,6 +57,6 @@ def model() -> Any:
     found = tiny_model("vit")
     found.measured = {
         "metrics": {"eval_head_top1": 0.5, "eval_knn_top1": 0.25, "eval_blend_top1": 0.75},
-        "rows": 8, "dataset": "ants & bees", "split": "test", "note": "",
+        "rows": 8, "dataset": "ants & bees", "split": "test", "note": "", "reliability": [],
     }  # fmt: skip
     return found

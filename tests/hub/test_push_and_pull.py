@@ -233,6 +233,28 @@ def test_names_in_a_card_are_text(hub: Hub, model: Any) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; --- &#124; a &#124; b &#124;" in text
 
 
+def test_the_reliability_of_the_blend_is_drawn(hub: Hub, model: Any, cache: Path) -> None:
+    model.push_to_hub(REPO)
+    assert "reliability.png" not in hub.files(REPO)
+    model.measured["reliability"] = [[0.2, 0.1, 5], [0.9, 0.95, 5]]
+    model.push_to_hub(REPO)
+    assert hub.files(REPO)["reliability.png"].startswith(b"\x89PNG")
+    assert "(reliability.png)" in card_of(hub).text
+    found = KnnForImageClassification.from_pretrained(REPO, cache_dir=cache)
+    assert found.measured == model.measured
+
+
+def test_a_scanner_of_pickles_finds_nothing(hub: Hub, model: Any, tmp_path: Path) -> None:
+    scanner = pytest.importorskip("picklescan.scanner", reason="picklescan is not installed")
+    model.push_to_hub(REPO)
+    for name, content in hub.files(REPO).items():
+        (tmp_path / name).write_bytes(content)
+    found = scanner.scan_directory_path(str(tmp_path))
+    assert (found.infected_files, found.issues_count) == (0, 0)
+    (tmp_path / "bad.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert scanner.scan_directory_path(str(tmp_path)).infected_files == 1
+
+
 # datastores, commands
 
 
