@@ -38,6 +38,9 @@ bench: setup ## Speed against named peers, as ratios
 	$(BIN)/python benchmark/speed/approximate.py
 	$(BIN)/python benchmark/speed/leave_one_out.py
 	$(BIN)/python benchmark/speed/growth.py
+	$(BIN)/python benchmark/speed/heads.py
+	$(BIN)/python benchmark/speed/tuning.py
+	$(BIN)/python benchmark/speed/fine_tuning.py
 	$(BIN)/python benchmark/speed/scale.py
 
 clean: ## Remove .venv and what the runs wrote

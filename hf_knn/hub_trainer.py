@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from .checkpoint import is_checkpoint_file
@@ -138,16 +138,15 @@ class HubTrainer(SealedTrainer):
             draw_reliability(self.model, staging)
             card = make_card(self.model, opened.repo_id, opened.read_card(), staging)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
-            inside = [path.name for path in staging.iterdir() if path.is_dir()]
-            replaced = [*REPLACED, *(f"{LAST_CHECKPOINT}/*" for name in inside if _is_last(name))]
-            extra = _RESUME_STATE if inside else ()
-            return opened.push(staging, message, extra=extra, replaced=replaced)
+            has_state = any(path.is_dir() for path in staging.iterdir())
+            return opened.push(
+                staging,
+                message,
+                extra=_RESUME_STATE if has_state else (),
+                replaced=(*REPLACED, f"{LAST_CHECKPOINT}/*") if has_state else REPLACED,
+            )
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_last(name: str) -> bool:
-    return not name.startswith(PREFIX_CHECKPOINT_DIR)
 
 
 def _link(path: Path, target: Path) -> None:

@@ -70,7 +70,7 @@ def tune_densely(
 def main(
     rows: Annotated[int, typer.Option(help="Validation rows.")] = 10_000,
     classes: Annotated[int, typer.Option(help="Classes.")] = 1000,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     share: Annotated[int, typer.Option(help="The peer tries one of so many temperatures.")] = 11,
     output: Annotated[Path, typer.Option(help="JSON file.")] = Path("outputs/speed/tuning.json"),
 ) -> None:
