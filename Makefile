@@ -22,10 +22,10 @@ test: lint ## Lint and all fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: setup ## Tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --timeout 3600 -n auto --dist loadfile
 
 faults: setup ## Kills, mutated files and long property runs
-	$(BIN)/python -m pytest -m faults --timeout 7200
+	$(BIN)/python -m pytest -m faults --timeout 7200 -n auto --dist loadfile
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/python -m ruff check .
