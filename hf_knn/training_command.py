@@ -338,9 +338,24 @@ def _check(options: TrainOptions) -> None:
     """
     if options.shots is not None and options.fraction is not None:
         raise ValueError("Expected one of --shots and --fraction, but got both.")
+    rates = {
+        "--epochs": options.epochs is not None,
+        "--learning-rate": options.learning_rate is not None,
+    }
+    if options.head == "ridge":
+        smoothing = {"--label-smoothing": options.label_smoothing > 0}
+        _refuse(rates | smoothing, "no ridge head, which is solved in closed form,")
+    if options.sweep is not None:
+        _refuse(rates, "no --sweep, which tries rates of its own,")
     if options.fine_tune:
         if options.sweep is not None or options.head == "ridge":
             raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+        if not options.alpha:
+            asking = {
+                "--refresh": options.refresh != "epoch",
+                "--queries": options.queries != "snapshot",
+            }
+            _refuse(asking, "--alpha above 0, which asks the datastore,")
         return
     given = {
         "--blocks": options.blocks is not None,
@@ -354,9 +369,14 @@ def _check(options: TrainOptions) -> None:
         "--refresh": options.refresh != "epoch",
         "--queries": options.queries != "snapshot",
     }
+    _refuse(given, "--fine-tune")
+
+
+def _refuse(given: dict[str, bool], wanted: str) -> None:
+    """Refuses options that would be ignored."""
     idle = [name for name, was_given in given.items() if was_given]
     if idle:
-        raise ValueError(f"Expected --fine-tune with {', '.join(idle)}; add it, or leave them out.")
+        raise ValueError(f"Expected {wanted} with {', '.join(idle)}; change one of them.")
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
