@@ -195,7 +195,7 @@ class _Runner:
         self.batch_size, self.precision = batch_size, precision
 
     def run(
-        self, rows: Any, numbers: range, on_batch: Callable[[int], None]
+        self, rows: Any, numbers: range, on_batch: Callable[[int], None], stop_at_bad: bool
     ) -> tuple[Tensor, list[int], list[BadRow]]:
         parameter = next(self.backbone.parameters())
         autocast = _AUTOCAST.get(self.precision)
@@ -209,6 +209,8 @@ class _Runner:
                 batch = read_batch(rows, wanted, self.processor)
                 good += batch.rows
                 bad += batch.bad
+                if bad and stop_at_bad:
+                    break
                 if batch.pixel_values is not None:
                     pixels = batch.pixel_values.to(parameter.device, parameter.dtype)
                     features, _ = extract(self.backbone, pixels, self.config)
@@ -241,8 +243,9 @@ class _Shards:
         ) as bar:
             for start in missing:
                 numbers = range(start, min(start + SHARD_ROWS, len(rows)))
-                features, good, bad = runner.run(rows, numbers, bar.update)
-                if bad and self.on_bad_image == "fail":
+                stops = self.on_bad_image == "fail"
+                features, good, bad = runner.run(rows, numbers, bar.update, stops)
+                if bad and stops:
                     raise ValueError(
                         f"Expected pictures that can be decoded, but row {bad[0].row} "
                         f"({bad[0].path or 'no path'}) cannot: {bad[0].reason}; repair or remove "

@@ -17,6 +17,7 @@ from .data import PREDICTION_FEATURES
 from .functional import PROBABILITY_FLOOR
 
 CALIBRATION_BINS = 15
+ALL = "all"
 COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
 """What `complementarity` returns."""
 
@@ -126,7 +127,8 @@ class LogProbMetric(evaluate.Metric):
     """One number from log-probabilities and labels.
 
     Args:
-        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier` or `auroc`.
+        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier` or `auroc`; `all`
+            gives all of them, `auroc` for two classes only.
         kwargs: see `evaluate.Metric`.
 
     Raises:
@@ -135,14 +137,16 @@ class LogProbMetric(evaluate.Metric):
 
     def __init__(self, config_name: str, **kwargs: Any) -> None:
         known = {definition.name: definition for definition in _DEFINITIONS}
-        if config_name not in known:
-            raise ValueError(f"Expected a metric of {sorted(known)}, but got {config_name!r}.")
-        self.definition = known[config_name]
+        if config_name not in known and config_name != ALL:
+            raise ValueError(
+                f"Expected a metric of {[*sorted(known), ALL]}, but got {config_name!r}."
+            )
+        self.definitions = _DEFINITIONS if config_name == ALL else (known[config_name],)
         super().__init__(config_name=config_name, keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.definition.description,
+            description="; ".join(definition.description for definition in self.definitions),
             citation="",
             inputs_description="predictions: log-probabilities [N, C]; references: labels [N]",
             features=PREDICTION_FEATURES,
@@ -151,7 +155,12 @@ class LogProbMetric(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         log_probs = np.asarray(predictions, dtype=np.float64)
         labels = np.asarray(references, dtype=np.int64)
-        return {self.definition.name: self.definition.compute(log_probs, labels)}
+        is_binary = log_probs.shape[1] == 2
+        return {
+            definition.name: definition.compute(log_probs, labels)
+            for definition in self.definitions
+            if is_binary or definition.name != "auroc" or len(self.definitions) == 1
+        }
 
 
 def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -164,14 +173,10 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     Returns:
         `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier`, and `auroc` for two classes.
     """
-    results: dict[str, float] = {}
-    predictions = log_probs.float().cpu().numpy()
-    references = labels.cpu().numpy()
-    for definition in _DEFINITIONS:
-        if definition.name == "auroc" and log_probs.shape[1] != 2:
-            continue
-        metric = LogProbMetric(definition.name)
-        results |= metric.compute(predictions=predictions, references=references)
+    metric = LogProbMetric(ALL)  # one, since each writes the log-probabilities to Arrow
+    results: dict[str, float] = metric.compute(
+        predictions=log_probs.float().cpu().numpy(), references=labels.cpu().numpy()
+    )
     return results
 
 
