@@ -304,6 +304,14 @@ def train(
             help="Also scale the temperatures of head and blend.",
         ),
     ] = False,
+    show_neighbors: Annotated[
+        bool,
+        typer.Option(
+            "--show-neighbors",
+            rich_help_panel=STORE,
+            help="Draw test pictures and who voted for the model card; it shows training pictures.",
+        ),
+    ] = False,
     report_to: Annotated[
         list[str] | None,
         typer.Option(help="tensorboard, trackio, …; repeatable. Logs of the training."),
@@ -323,8 +331,8 @@ def train(
         resume=resume, index=index, max_memory=max_memory, criterion=_text(criterion),
         calibrate=calibrate, test_share=test_share, shots=shots, fraction=fraction,
         group_by=group_by, pooling=pooling, knn_pooling=knn_pooling, batch_size=batch_size,
-        precision=str(precision), on_bad_image=str(on_bad_image), report_to=report_to or [],
-        seed=seed,
+        precision=str(precision), on_bad_image=str(on_bad_image), show_neighbors=show_neighbors,
+        report_to=report_to or [], seed=seed,
     )  # fmt: skip
     run(train_pictures, options)
 

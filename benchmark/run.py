@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 from experiments import TaskResult, run_from_scratch, run_frozen
-from plots import draw_neighbors
+from plots import draw_task
 from results import results_table, seconds_table, write_results
 from rich.console import Console
 from tasks import load_task
@@ -80,7 +80,7 @@ def _write(
     first = results[0]
     assert first.model is not None
     rows = load_task(first.task, cache_dir, limit)
-    draw_neighbors(first, rows, output / "neighbors.png")
+    draw_task(first, rows, output / "neighbors.png")
     checkpoint = output / "checkpoint"
     assert first.model.datastore is not None
     first.model.datastore.source = {"dataset": first.task, "split": "train, seed 0"}

@@ -24,6 +24,7 @@ _LAZY = {
     "choose_probe": "probe",
     "datastore_as_dataset": "data",
     "default_grid": "tuning",
+    "draw_neighbors": "plots",
     "extract_features": "features",
     "few_rows": "folds",
     "few_shots": "folds",

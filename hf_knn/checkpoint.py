@@ -28,7 +28,13 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
-from .model_card import MEASURED_NAME, read_measured, write_measured
+from .model_card import (
+    MEASURED_NAME,
+    NEIGHBORS_NAME,
+    read_measured,
+    read_picture,
+    write_measured,
+)
 from .processors import load_processor
 from .storage import give_default_mode, identity, replaced_folder
 
@@ -64,8 +70,8 @@ _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, map
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
-        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, MEASURED_NAME)
-        or name in OWN_CODE
+        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, *OWN_CODE)
         or name.startswith(".datastore-")
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -97,6 +103,8 @@ def write_checkpoint(
                 model.image_processor.save_pretrained(staging)
             if model.measured is not None:
                 write_measured(model.measured, staging)
+            if model.neighbor_picture is not None:
+                (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
@@ -171,6 +179,10 @@ class CheckpointReader(HubFiles):
     def read_measured(self) -> dict[str, Any] | None:
         """What the checkpoint says was measured, or None."""
         return read_measured(self.resolve(MEASURED_NAME))
+
+    def read_neighbor_picture(self) -> bytes | None:
+        """The picture of neighbours that comes with the checkpoint, or None."""
+        return read_picture(self.resolve(NEIGHBORS_NAME))
 
 
 class CheckpointAttempt:

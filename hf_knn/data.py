@@ -211,6 +211,15 @@ def fingerprint_of(dataset: Any) -> str | None:
     return total.hexdigest()
 
 
+def picture_of(dataset: Dataset, row: int) -> Any:
+    """The picture of a row of a prepared dataset, decoded.
+
+    Raises:
+        BadImageError: if it cannot be decoded.
+    """
+    return _decode(dataset[row][IMAGE])
+
+
 def datastore_as_dataset(
     store: Datastore, class_names: Sequence[str] | None = None, root: str | Path | None = None
 ) -> Dataset:

@@ -23,7 +23,12 @@ _END = "<!-- hf_knn: end -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _LARGEST_MEASUREMENT = 10**6
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
-RELIABILITY_NAME = "reliability.png"
+RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
+_PICTURES = {
+    RELIABILITY_NAME: "How sure it is, and how often right",
+    NEIGHBORS_NAME: "Pictures, answers, and the training pictures that voted",
+}
+_LARGEST_PICTURE = 5 * 10**6
 _COLUMNS = {
     "top1": "top-1",
     "mean_class": "mean per class",
@@ -50,6 +55,13 @@ def read_measured(path: Path | None) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("Expected %s to hold metrics and rows, but: %r.", path.name, error)
         return None
+
+
+def read_picture(path: Path | None) -> bytes | None:
+    """The picture of neighbours that comes with a checkpoint, which is kept as it is."""
+    if path is None or path.stat().st_size > _LARGEST_PICTURE:
+        return None
+    return path.read_bytes()
 
 
 def write_measured(measured: dict[str, Any], folder: Path) -> None:
@@ -99,7 +111,7 @@ def make_card(
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
         folder: where pictures of the card may lie.
     """
-    drawn = folder is not None and (folder / RELIABILITY_NAME).is_file()
+    drawn = [name for name in _PICTURES if folder is not None and (folder / name).is_file()]
     block = f"{_BEGIN}\n{_body(model, name, drawn)}\n{_END}"
     metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
     if existing is not None:
@@ -144,7 +156,7 @@ def _metadata(model: Any, name: str, existing: dict[str, Any]) -> Any:
     return ModelCardData(**kept | ours)
 
 
-def _body(model: Any, name: str, drawn: bool) -> str:
+def _body(model: Any, name: str, drawn: list[str]) -> str:
     config = model.config
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
@@ -167,7 +179,7 @@ def _body(model: Any, name: str, drawn: bool) -> str:
         "## Measured",
         "",
         *_measured(model),
-        *(["", f"![How sure it is, and how often right]({RELIABILITY_NAME})"] if drawn else []),
+        *(line for picture in drawn for line in ("", f"![{_PICTURES[picture]}]({picture})")),
         "",
         f"The blend uses k = {config.k}, temperature {config.knn_temperature:g}, "
         f"λ = {config.knn_weight:g}"

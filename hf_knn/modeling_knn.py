@@ -79,6 +79,8 @@ class KnnForImageClassification(PreTrainedModel):
         image_processor: the image processor that goes with the backbone, or None.
         measured: what was measured on pictures held out, which the model card is made from:
             `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known; or None.
+        neighbor_picture: a PNG for the model card, if one was asked for; it shows training
+            pictures.
         origin: repository and commit that it was opened from or pushed to, or None.
     """
 
@@ -100,6 +102,7 @@ class KnnForImageClassification(PreTrainedModel):
         self.datastore: Datastore | None = None
         self.image_processor: Any = None
         self.measured: dict[str, Any] | None = None
+        self.neighbor_picture: bytes | None = None
         self.origin: tuple[str, str] | None = None
         self.post_init()
 
@@ -200,6 +203,7 @@ class KnnForImageClassification(PreTrainedModel):
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 model.image_processor = reader.read_processor()
                 model.measured = reader.read_measured()
+                model.neighbor_picture = reader.read_neighbor_picture()
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:

@@ -17,11 +17,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from .callbacks import EpochReport
 from .console import console, metrics_table, progress_bars, say_what_was_skipped
-from .data import groups_of, labels_of, load_splits
+from .data import groups_of, labels_of, load_splits, picture_of
 from .features import ImageFeatures, extract_features
 from .folds import few_rows, few_shots, split_rows
 from .model_card import draw_reliability, make_card
 from .modeling_knn import KnnForImageClassification
+from .plots import draw_neighbors
 from .publishing import CARD_NAME
 from .trainer import KnnTrainer
 from .training_args import KnnTrainingArguments
@@ -31,6 +32,7 @@ LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
 
 VALIDATION_SHARE = 0.1
+_PICTURES_SHOWN = 6
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
 
@@ -77,6 +79,7 @@ class TrainOptions:
     batch_size: int
     precision: str
     on_bad_image: str
+    show_neighbors: bool
     report_to: list[str]
     seed: int
 
@@ -125,6 +128,8 @@ def train_pictures(options: TrainOptions) -> None:
         model.datastore.source = {"dataset": dataset, "split": "train"}
         if model.measured is not None:
             model.measured |= {"dataset": dataset, "split": "test"}
+        if options.show_neighbors:
+            model.neighbor_picture = _draw_neighbors(model, splits, parts)
         trainer.save_model(str(options.output))
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
@@ -168,6 +173,26 @@ def _report(
     console.print(
         f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
     )
+
+
+def _draw_neighbors(
+    model: KnnForImageClassification, splits: dict[str, Any], parts: Parts
+) -> bytes:
+    """A PNG of some test pictures and the training pictures that voted for them."""
+    if parts.test is None:
+        raise ValueError("Expected pictures held out to show with --show-neighbors, but got none.")
+    held_out = splits["test"] if "test" in splits else splits["train"]
+    step = max(1, len(parts.test) // _PICTURES_SHOWN)
+    chosen = parts.test.select(list(range(len(parts.test)))[::step][:_PICTURES_SHOWN])
+    if not isinstance(chosen, ImageFeatures):
+        chosen = extract_features(model, chosen, use_cache=False, progress=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "neighbors.png"
+        draw_neighbors(
+            model, chosen, lambda row: picture_of(held_out, int(chosen.ids[row])),
+            lambda row_id: picture_of(splits["train"], row_id), path,
+        )  # fmt: skip
+        return path.read_bytes()
 
 
 def _existing_card(folder: Path) -> str | None:

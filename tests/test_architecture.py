@@ -162,7 +162,12 @@ def test_public_names_are_said_once():
     # what the examples and benchmarks of heads on features need beyond it
     promised |= {"ProbeConfig", "ProbeGrid", "ProbeSettings", "FactorControl", "fit_ridge"}
     promised |= {"ProbeScore", "train_probes", "score_probes", "choose_probe"}
-    promised |= {"default_grid", "KnnImageClassificationPipeline", "datastore_as_dataset"}
+    promised |= {
+        "default_grid",
+        "KnnImageClassificationPipeline",
+        "datastore_as_dataset",
+        "draw_neighbors",
+    }
     promised |= {"few_shots", "few_rows", "stratified_folds"}
     assert len(hf_knn.__all__) == len(promised)
     assert set(hf_knn.__all__) == promised

@@ -227,6 +227,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     ]
     table.write_text("\n".join(["path,label,camera", *rows]) + "\n")
     options = ["--group-by", "camera", "--head", "ridge", "--calibrate", "--shots", 12]
+    options.append("--show-neighbors")
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
@@ -236,6 +237,10 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     )  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())
     assert config["blend_temperature"] != 1
+    assert min(Image.open(output / "neighbors.png").size) > 300
+    card = (output / "README.md").read_text()
+    assert "(neighbors.png)" in card
+    assert "(reliability.png)" in card
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
     assert done.exit_code == 1
     assert "'lens'" in done.stderr

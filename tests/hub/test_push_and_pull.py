@@ -244,6 +244,15 @@ def test_the_reliability_of_the_blend_is_drawn(hub: Hub, model: Any, cache: Path
     assert found.measured == model.measured
 
 
+def test_a_picture_of_neighbours_is_kept(hub: Hub, model: Any, cache: Path) -> None:
+    model.neighbor_picture = b"\x89PNG of neighbours"
+    model.push_to_hub(REPO)
+    found = KnnForImageClassification.from_pretrained(REPO, cache_dir=cache)
+    found.push_to_hub(REPO)
+    assert hub.files(REPO)["neighbors.png"] == model.neighbor_picture
+    assert "(neighbors.png)" in card_of(hub).text
+
+
 def test_a_scanner_of_pickles_finds_nothing(hub: Hub, model: Any, tmp_path: Path) -> None:
     scanner = pytest.importorskip("picklescan.scanner", reason="picklescan is not installed")
     model.push_to_hub(REPO)
