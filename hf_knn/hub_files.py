@@ -1,10 +1,13 @@
 """The files of one revision, in a folder or on the Hub."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
+
+logger = logging.getLogger(__name__)
 
 _OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
@@ -35,6 +38,17 @@ class HubFiles:
     def is_folder(self) -> bool:
         """Whether they lie in a folder here."""
         return Path(self.name).is_dir()
+
+    def download_again(self) -> bool:
+        """Ignores what was downloaded before, since it was damaged on its way; False if it cannot.
+
+        The client of the Hub compares sizes only.
+        """
+        if self.is_folder or any(self.options.get(name) for name in _OPTIONS[2:4]):
+            return False
+        logger.warning("Downloading %s again: a file does not match its hash.", self.name)
+        self.options["force_download"] = True
+        return True
 
     def resolve(self, name: str) -> Path | None:
         """Finds a file by name; None if there is none.

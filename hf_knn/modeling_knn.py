@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from .configuration_knn import KnnConfig
 from .datastore import Datastore, Neighbors
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
+from .manifest import DatastoreError
 from .model_card import draw_reliability, make_card
 from .processors import load_processor, portable
 from .publishing import CARD_NAME, PushTarget
@@ -208,8 +210,11 @@ class KnnForImageClassification(PreTrainedModel):
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
                     model.datastore = attempt.read_datastore(model, trust_faiss_index)
-            except (OSError, ValueError, SafetensorError):
+            except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
+                    continue
+                if _is_damage(error) and reader.download_again():
+                    kwargs["force_download"] = True
                     continue
                 raise
             if not attempt.was_replaced():
@@ -410,6 +415,13 @@ class KnnForImageClassification(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, KnnHead):
             module.reset()
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a file was not what it should be, rather than refused for what it says."""
+    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
+        error.__context__, JSONDecodeError | UnicodeDecodeError
+    )
 
 
 def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:

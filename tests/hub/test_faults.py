@@ -1,5 +1,6 @@
 """Downloads that go wrong, and repositories that mean harm."""
 
+import copy
 import json
 import pickle
 import random
@@ -142,19 +143,19 @@ def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 def mutated(document: Any, generator: random.Random) -> Any:
     """A document with one to three values replaced, dropped or doubled in other types."""
-    copy = json.loads(json.dumps(document))
+    changed = json.loads(json.dumps(document))
     for _ in range(generator.randint(1, 3)):
-        *parents, last = generator.choice(list(paths_in(copy)))
-        inside = copy
+        *parents, last = generator.choice(list(paths_in(changed)))
+        inside = changed
         for step in parents:
             inside = inside[step]
         if generator.random() < 0.2:
             del inside[last]
         else:
-            inside[last] = generator.choice(VALUES)
-        if not list(paths_in(copy)):
+            inside[last] = copy.deepcopy(generator.choice(VALUES))
+        if not list(paths_in(changed)):
             break
-    return copy
+    return changed
 
 
 def hostile(files: dict[str, bytes], generator: random.Random, marker: Path) -> dict[str, bytes]:
@@ -216,7 +217,7 @@ def try_hostile(
             try:
                 opener.from_pretrained(place)
                 opened += 1
-            except (OSError, *CLEAR, TypeError, AttributeError, KeyError):
+            except (OSError, *CLEAR, TypeError, AttributeError, LookupError):
                 refused += 1
         assert not marker.exists()
         assert watched == [], watched[:3]
