@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from .functional import ClassWeighting
-from .ridge_state import RidgeState, block_rows, check_regularizer, inverse, to_float64
+from .ridge_state import (
+    RidgeState,
+    block_buffer,
+    check_regularizer,
+    inverse,
+    shifted,
+    to_float64,
+)
 from .temperature import Margins, mean_loss, search_temperature
 
 RELATIVE_REGULARIZERS = tuple(10 ** (power / 2) for power in range(-8, 5))
@@ -218,16 +225,20 @@ class _LeaveOneOut:
         return singular.square(), vectors.T
 
     def _leverages(self, vectors: Tensor, inverses: Tensor) -> Tensor:
-        parts = [
-            (rows @ vectors).square_() @ inverses.T + 1 / self.weights.sum()  # [B, R]
-            for _, rows in self._blocks()
-        ]
-        return torch.cat(parts) * self.weights.unsqueeze(1)
+        found = torch.empty(len(self.columns), len(inverses), dtype=torch.float64)
+        products = torch.empty(0, vectors.shape[1], dtype=torch.float64)
+        for start, rows in self._blocks():
+            if len(products) < len(rows):
+                products = rows.new_empty(len(rows), vectors.shape[1])
+            squares = torch.mm(rows, vectors, out=products[: len(rows)]).square_()  # [B, K]
+            torch.mm(squares, inverses.T, out=found[start : start + len(rows)])
+        return found.add_(1 / self.weights.sum()).mul_(self.weights.unsqueeze(1))
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        count = block_rows(self.features)
-        for start in range(0, len(self.columns), count):
-            yield start, to_float64(self.features[start : start + count]) - self.center
+        buffer = block_buffer(self.features)
+        for start in range(0, len(self.columns), len(buffer)):
+            rows = self.features[start : start + len(buffer)]
+            yield start, shifted(rows, self.center, buffer)
 
     def logits(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """First row and [B, C'] predictions of each block, for one of the regularisers."""

@@ -229,8 +229,12 @@ class RidgeState:
     def _accumulate(
         self, features: Tensor, labels: Tensor, sign: int, *, with_grams: bool = True
     ) -> None:
-        for rows in labels.argsort(stable=True).split(block_rows(features)):
-            block = to_float64(features[rows.to(features.device)]) - self.shift  # [B, D]
+        features, buffer = features.detach(), block_buffer(features)
+        gathered = features.new_empty(buffer.shape)
+        for rows in labels.argsort(stable=True).split(len(buffer)):
+            places, here = rows.to(features.device), gathered[: len(rows)]
+            torch.index_select(features, 0, places, out=here)
+            block = shifted(here, self.shift, buffer)  # [B, D]
             self.sums.index_add_(0, labels[rows], block, alpha=sign)
             if not with_grams:
                 continue
@@ -325,6 +329,30 @@ def check_regularizer(regularizer: float) -> None:
 def block_rows(features: Tensor) -> int:
     """How many rows of features are worked on at once."""
     return max(1, _BLOCK_NUMBERS // max(1, features.shape[1]))
+
+
+def block_buffer(features: Tensor) -> Tensor:
+    """Memory for a block of rows, used again for each: the allocator keeps what many blocks leave.
+
+    Args:
+        features: [N, D].
+    """
+    count = min(block_rows(features), max(1, len(features)))
+    return torch.empty(count, features.shape[1], dtype=torch.float64)
+
+
+def shifted(rows: Tensor, shift: Tensor, buffer: Tensor) -> Tensor:
+    """Rows minus a shift, in the memory of the buffer.
+
+    Args:
+        rows: [B, D].
+        shift: [D] float64.
+        buffer: see `block_buffer`.
+
+    Returns:
+        [B, D] float64, until the buffer is used again.
+    """
+    return buffer[: len(rows)].copy_(rows.detach()).sub_(shift)
 
 
 def to_float64(values: Tensor) -> Tensor:
