@@ -18,11 +18,16 @@ def main() -> None:
     backbone = build_backbone("efficientnet-lite0")  # or "facebook/dinov2-small"
     model = KnnForImageClassification.from_backbone(backbone, labels)
     args = KnnTrainingArguments(
-        "outputs/linear_probe", freeze_backbone=True, num_train_epochs=30, learning_rate=1e-3
+        "outputs/linear_probe",
+        freeze_backbone=True,
+        num_train_epochs=60,
+        learning_rate=1e-3,
+        per_device_train_batch_size=256,
     )
     trainer = KnnTrainer(model, args, train_dataset=pictures["train"])
     trainer.train()
-    print(trainer.tune())
+    chosen = trainer.tune()
+    print(f"k {chosen.k}, temperature {chosen.temperature:g}, λ {chosen.knn_weight:g}")
     print(trainer.evaluate(pictures["test"]))
     trainer.save_model()
 
