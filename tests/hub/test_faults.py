@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import pickle
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,7 @@ sys.addaudithook(_watch)
 def watched(tmp_path: Path) -> Iterator[list[Any]]:
     """What was written outside, run or connected to while a test ran."""
     WATCH["seen"].clear()
-    WATCH["allowed"] = (str(tmp_path), "/dev/", "/tmp/hf-knn-hub-")
+    WATCH["allowed"] = (str(tmp_path), "/dev/", os.environ["HF_HOME"])
     WATCH["on"] = True
     yield WATCH["seen"]
     WATCH["on"] = False
@@ -245,7 +247,7 @@ def test_2000_hostile_repositories(
 
 
 def test_the_watch_sees_what_it_should(tmp_path: Path, watched: list[Any]) -> None:
-    outside = Path("/var/tmp/hf-knn-outside")
+    outside = Path(tempfile.gettempdir()) / "hf-knn-outside"
     outside.write_text("x")
     outside.unlink()
     pickle.loads(pickle.dumps(Marker(tmp_path / "mark")))
