@@ -151,6 +151,7 @@ class KnnTrainer(HubTrainer):
         if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
+        self._forget_measurement()
         trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
         pictures = self.train_dataset
         self.loss.weigh_classes(_labels_in(pictures))
@@ -245,6 +246,7 @@ class KnnTrainer(HubTrainer):
         )
         config.k, config.knn_temperature = result.k, result.temperature
         config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
+        self._forget_measurement()
         if calibrate:
             votes = knn_log_probs(
                 neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
@@ -309,6 +311,10 @@ class KnnTrainer(HubTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _forget_measurement(self) -> None:
+        """Drops what was measured of a model that is about to be another one."""
+        self.model.measured = self.model.neighbor_picture = None
 
     def _measurement(
         self, metrics: dict[str, float], prefix: str, rows: int, asked: Any
@@ -401,6 +407,7 @@ class KnnTrainer(HubTrainer):
                 "which has no loss to weight and no rate to choose."
             )
         started, pictures = time.time(), self.train_dataset
+        self._forget_measurement()
         self._prepare_probe()
         self.train_dataset = pictures
         features = self.train_features

@@ -113,3 +113,25 @@ def test_a_bad_temperature(temperature: float) -> None:
     model.config.blend_temperature = temperature
     with pytest.raises(ValueError, match="`blend_temperature`"):
         model.config.check()
+
+
+def measured(trainer: KnnTrainer) -> dict[str, Any] | None:
+    return trainer.model.measured
+
+
+def test_numbers_of_another_model_are_not_kept(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    assert measured(trainer) is None
+    found = trainer.evaluate(cloud(45, seed=6))
+    kept = measured(trainer)
+    assert kept is not None
+    assert kept["rows"] == 45
+    assert kept["metrics"]["eval_blend_top1"] == found["eval_blend_top1"]
+    trainer.tune()
+    assert measured(trainer) is None
+    trainer.evaluate()
+    kept = measured(trainer)
+    assert kept is not None
+    assert "chosen on the same pictures" in kept["note"]
+    trainer.train()
+    assert measured(trainer) is None
