@@ -423,13 +423,17 @@ def push(
     token: Annotated[
         str | None, typer.Option(help="Default: the one you are logged in with.")
     ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
+    ] = None,
 ) -> None:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
     from hf_knn.cli import push_checkpoint
     from hf_knn.console import run
 
     run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
-        token)  # fmt: skip
+        token, model_license)  # fmt: skip
 
 
 @app.command()

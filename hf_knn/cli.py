@@ -112,6 +112,7 @@ def push_checkpoint(
     parent_commit: str | None,
     message: str,
     token: str | None,
+    model_license: str | None = None,
 ) -> None:
     """Checks a checkpoint as a reader would and pushes it.
 
@@ -124,6 +125,7 @@ def push_checkpoint(
         parent_commit: the commit that the branch must be at; None is where it is.
         message: of the commit.
         token: a token; None is the one that is logged in.
+        model_license: for the card; None keeps what it says.
 
     Raises:
         ValueError: if it is no checkpoint folder, or a damaged one.
@@ -134,7 +136,7 @@ def push_checkpoint(
     model = KnnForImageClassification.from_pretrained(checkpoint)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
-        create_pr=create_pr, parent_commit=parent_commit,
+        create_pr=create_pr, parent_commit=parent_commit, license=model_license,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}")
     console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)

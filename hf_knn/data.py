@@ -35,6 +35,7 @@ PREDICTION_FEATURES = Features(
 """What the metrics read: a row of log-probabilities and a label per picture."""
 
 _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
 _GENERIC_NAME = re.compile(r"LABEL_\d+")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -209,6 +210,31 @@ def fingerprint_of(dataset: Any) -> str | None:
             status = os.stat(path)
             total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return total.hexdigest()
+
+
+def source_of(pictures: str | Path, dataset: Dataset, split: str = "train") -> dict[str, str]:
+    """Where pictures came from, as a datastore and a model card say it.
+
+    Args:
+        pictures: what `load_splits` was given.
+        dataset: one of the splits that it returned.
+        split: its name.
+
+    Returns:
+        `dataset` (the Hub id, or the name of the folder or file), `split`, and where they are
+        known `revision` (the commit on the Hub) and `license`.
+    """
+    commits = {
+        found.group(1)
+        for place in dataset.info.download_checksums or {}
+        if (found := _HUB_COMMIT.search(str(place)))
+    }
+    facts = {"dataset": Path(pictures).name, "split": split}
+    if commits:
+        facts |= {"dataset": str(pictures), "revision": ", ".join(sorted(commits))}
+    if dataset.info.license:
+        facts["license"] = dataset.info.license
+    return facts
 
 
 def picture_of(dataset: Dataset, row: int) -> Any:

@@ -39,6 +39,7 @@ from .manifest import (
     STORAGE_DTYPES,
     Binding,
     DatastoreError,
+    FileRecord,
     IndexInfo,
     Manifest,
 )
@@ -262,6 +263,28 @@ class Datastore:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return copy.copy(self)  # rows are replaced, never written in place, so they can be shared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows that lie on disk as they are go to another process by their place, not by value."""
+        state = self.__dict__ | {"_searcher": None, "_trusted": None, "_unverified": None}
+        records = [shard.record for shard in self._table.shards]
+        if self.home is None or None in records or records != _blobs_in(self.home):
+            self.verify()
+            return state | {"_table": self._table}
+        return state | {"_table": None, "_blobs": records}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        records = state.pop("_blobs", None)
+        self.__dict__.update(state)
+        if records is None:
+            return
+        if records != _blobs_in(state["home"]):
+            raise DatastoreError(
+                f"Expected the datastore in {state['home']} to be the one that was pickled, but it "
+                "is gone or was changed; pickle it again."
+            )
+        found = type(self).load(state["home"])
+        self._table, self._unverified = found._table, found._unverified
 
     def search(
         self,
@@ -832,6 +855,14 @@ class Datastore:
                 f"{shown(wanted[rows < 0])}."
             )
         return rows
+
+
+def _blobs_in(folder: Path) -> list[FileRecord] | None:
+    """What the manifest of a folder names; None if there is no manifest to read."""
+    try:
+        return Manifest.read(folder / MANIFEST_NAME).blobs
+    except (FileNotFoundError, DatastoreError):
+        return None
 
 
 def _verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:

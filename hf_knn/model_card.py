@@ -21,6 +21,7 @@ VOICE_NAMES = {"head": "head alone", "knn": "neighbours alone", "blend": "blend"
 _BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or below -->"
 _END = "<!-- hf_knn: end -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+BLOB_GLOB = "datastore-*.safetensors"
 _LARGEST_MEASUREMENT = 10**6
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
 RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
@@ -101,7 +102,11 @@ def draw_reliability(model: Any, folder: Path) -> None:
 
 
 def make_card(
-    model: Any, name: str, existing: str | None = None, folder: Path | None = None
+    model: Any,
+    name: str,
+    existing: str | None = None,
+    folder: Path | None = None,
+    license: str | None = None,  # noqa: A002 - what the Hub calls it
 ) -> str:
     """The text of `README.md`.
 
@@ -109,10 +114,11 @@ def make_card(
         model: a `KnnForImageClassification`.
         name: of the repository or folder.
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
-        folder: where pictures of the card may lie.
+        folder: where the checkpoint lies, with pictures of the card.
+        license: of the model, such as `apache-2.0`; None keeps what the card says.
     """
     drawn = [name for name in _PICTURES if folder is not None and (folder / name).is_file()]
-    block = f"{_BEGIN}\n{_body(model, name, drawn)}\n{_END}"
+    block = f"{_BEGIN}\n{_body(model, name, drawn, folder)}\n{_END}"
     metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
     if existing is not None:
         before = ModelCard(existing, ignore_metadata_errors=True)
@@ -121,11 +127,11 @@ def make_card(
             text = _BLOCK.sub(lambda _: block, old, count=1) + "\n"
         elif old:
             text = f"{old}\n\n{block}\n"
-    data = _metadata(model, name, metadata)
+    data = _metadata(model, name, metadata, license)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _metadata(model: Any, name: str, existing: dict[str, Any]) -> Any:
+def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str | None) -> Any:
     measured = model.measured or {}
     metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
     results = [
@@ -150,13 +156,19 @@ def _metadata(model: Any, name: str, existing: dict[str, Any]) -> Any:
     base = getattr(model.config, "base_model", None)
     if base:
         ours["base_model"] = base
+    source = getattr(model.datastore, "source", {})
+    if source.get("revision"):  # known on the Hub
+        known = kept.pop("datasets", None) or []
+        ours["datasets"] = [*dict.fromkeys([*known, source["dataset"]])]
+    if license_name:
+        ours["license"] = license_name
     if results:
         ours |= {"eval_results": results, "model_name": name.rpartition("/")[2]}
         ours["metrics"] = kept.pop("metrics", None) or ["accuracy"]
     return ModelCardData(**kept | ours)
 
 
-def _body(model: Any, name: str, drawn: list[str]) -> str:
+def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
     config = model.config
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
@@ -191,7 +203,7 @@ def _body(model: Any, name: str, drawn: list[str]) -> str:
         "",
         "## Datastore",
         "",
-        *_datastore(model),
+        *_datastore(model, folder),
         "",
         "## Limits and privacy",
         "",
@@ -226,14 +238,16 @@ def _measured(model: Any) -> list[str]:
     return lines
 
 
-def _datastore(model: Any) -> list[str]:
+def _datastore(model: Any, folder: Path | None) -> list[str]:
     config, store = model.config, model.datastore
     if store is None:
         return ["None: this is the head alone."]
     named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in store.source.items() if v)
+    size = sum(path.stat().st_size for path in folder.glob(BLOB_GLOB)) if folder else 0
     return [
-        f"{len(store):,} rows of {store.dim} values over {config.classes} classes; "
-        f"{config.store_pooling} pooling, {config.normalization} "
+        f"{len(store):,} rows of {store.dim} values over {config.classes} classes"
+        + (f", {size / 1e6:,.1f} MB" if size else "")
+        + f"; {config.store_pooling} pooling, {config.normalization} "
         f"normalisation, {config.metric} similarity, index {_text(store.index)}."
         + (f" Made from {named}." if named else ""),
     ]

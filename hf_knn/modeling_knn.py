@@ -37,7 +37,7 @@ from .publishing import CARD_NAME, PushTarget
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
-    "parent_commit",
+    "parent_commit", "license",
 )  # fmt: skip
 
 
@@ -264,6 +264,7 @@ class KnnForImageClassification(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         parent_commit: str | None = None,
+        license: str | None = None,  # noqa: A002 - what the Hub calls it
         **kwargs: Any,
     ) -> Any:
         """Pushes weights, processor, datastore, code and card in one commit, without a pickle.
@@ -281,6 +282,7 @@ class KnnForImageClassification(PreTrainedModel):
             create_pr: open a pull request instead.
             parent_commit: the commit that the branch must be at. None is the one that the model
                 was opened from or pushed as, if it was this repository; else where it is now.
+            license: for the card, such as `apache-2.0`; None keeps what the card says.
             kwargs: further options of `save_pretrained` (`max_shard_size`, …).
 
         Returns:
@@ -296,7 +298,7 @@ class KnnForImageClassification(PreTrainedModel):
             folder = Path(scratch) / "model"
             self.save_pretrained(folder, **kwargs)
             draw_reliability(self, folder)
-            card = make_card(self, target.repo_id, target.read_card(), folder)
+            card = make_card(self, target.repo_id, target.read_card(), folder, license)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             commit = target.push(folder, commit_message or "Upload model", commit_description)
         if revision is None and not create_pr:

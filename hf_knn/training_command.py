@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from .callbacks import EpochReport
 from .console import console, metrics_table, progress_bars, say_what_was_skipped
-from .data import groups_of, labels_of, load_splits, picture_of
+from .data import groups_of, labels_of, load_splits, picture_of, source_of
 from .features import ImageFeatures, extract_features
 from .folds import few_rows, few_shots, split_rows
 from .model_card import draw_reliability, make_card
@@ -124,10 +124,10 @@ def train_pictures(options: TrainOptions) -> None:
             result = trainer.tune()
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
-        dataset = Path(options.pictures).name
-        model.datastore.source = {"dataset": dataset, "split": "train"}
+        source = source_of(options.pictures, splits["train"])
+        model.datastore.source = source
         if model.measured is not None:
-            model.measured |= {"dataset": dataset, "split": "test"}
+            model.measured |= {"dataset": source["dataset"], "split": "test"}
         if options.show_neighbors:
             model.neighbor_picture = _draw_neighbors(model, splits, parts)
         trainer.save_model(str(options.output))

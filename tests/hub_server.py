@@ -43,7 +43,9 @@ class Repo:
     def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
         """Puts a tree onto a branch."""
         parent = self.branches.get(branch)
-        digest = hashlib.sha1(f"{branch}{parent}{message}{len(self.commits)}".encode()).hexdigest()
+        tree = sorted((name, git_oid(content)) for name, content in files.items())
+        text = f"{branch}{parent}{message}{len(self.commits)}{tree}"
+        digest = hashlib.sha1(text.encode()).hexdigest()  # never that of another content
         self.commits[digest] = Commit(files, parent, message)
         self.branches[branch] = digest
         return digest

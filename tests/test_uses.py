@@ -19,6 +19,7 @@ from hf_knn import (
     KnnImageClassificationPipeline,
     datastore_as_dataset,
 )
+from hf_knn.manifest import DatastoreError
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -105,6 +106,25 @@ def test_copies_and_pickles_answer_alike_and_share_rows(folder: Path) -> None:
     other = copy.deepcopy(model)
     other.datastore.remove(other.datastore.ids[:3])
     assert len(other.datastore) == len(model.datastore) - 3
+
+
+def test_a_pickle_names_the_place_of_rows_that_lie_on_disk(folder: Path, tmp_path: Path) -> None:
+    store = Datastore.from_features(torch.randn(2000, 32), torch.zeros(2000, dtype=torch.int64))
+    queries = torch.randn(7, 32)
+    wanted = store.search(queries, 5)
+    assert len(pickle.dumps(store)) > store.features.nbytes
+    store.save(tmp_path)
+    opened = Datastore.load(tmp_path)
+    text = pickle.dumps(opened)
+    assert len(text) < 20_000
+    for field, expected in zip(pickle.loads(text).search(queries, 5), wanted, strict=True):
+        assert torch.equal(field, expected)
+    opened.remove([3])
+    assert len(pickle.dumps(opened)) > store.features.nbytes  # it has moved on
+    assert len(pickle.loads(pickle.dumps(opened))) == 1999
+    opened.save(tmp_path)
+    with pytest.raises(DatastoreError, match="was changed"):
+        pickle.loads(text)
 
 
 def test_torch_compile_answers_alike(folder: Path) -> None:

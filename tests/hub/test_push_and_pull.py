@@ -192,7 +192,8 @@ def test_the_card_tells_what_was_measured(hub: Hub, model: Any) -> None:
     assert "| blend | 0.7500 |" in card.text
     assert "On 8 pictures of ants &amp; bees, split test." in card.text
     assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card.text
-    assert "40 rows of 16 values over 4 classes" in card.text
+    size = sum(len(data) for name, data in hub.files(REPO).items() if name.startswith("datastore-"))
+    assert f"40 rows of 16 values over 4 classes, {size / 1e6:.1f} MB;" in card.text
     assert "reveal something" in card.text
 
 
@@ -215,6 +216,17 @@ def test_what_users_wrote_survives_and_numbers_are_renewed(hub: Hub, model: Any)
     assert "0.7500" not in card.text
     assert [r.metric_value for r in card.data.eval_results if "blend" in r.metric_name] == [0.875]
     assert card.text.count("## Datastore") == 1
+
+
+def test_a_card_names_licence_and_the_revision_of_its_pictures(hub: Hub, model: Any) -> None:
+    model.datastore.source = {"dataset": "org/bees", "split": "train", "revision": "5" * 40}
+    model.push_to_hub(REPO, license="apache-2.0")
+    card = card_of(hub)
+    assert card.data.license == "apache-2.0"
+    assert card.data.datasets == ["org/bees"]
+    assert f"revision {'5' * 40}" in card.text
+    model.push_to_hub(REPO)
+    assert card_of(hub).data.license == "apache-2.0"
 
 
 def test_a_card_of_the_users_own_gets_our_part_at_its_end(hub: Hub, model: Any) -> None:
