@@ -36,6 +36,7 @@ from .model_card import (
     write_measured,
 )
 from .processors import load_processor
+from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
 from .storage import give_default_mode, identity, replaced_folder
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ _WEIGHTS_PATTERN = re.compile(
 )
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
-    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "hub_files.py", "indexing.py",
-    "manifest.py", "model_card.py", "modeling_knn.py", "persistence.py", "processors.py",
-    "publishing.py", "row_table.py", "rows.py", "search.py", "storage.py",
+    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "hub_files.py", "images.py",
+    "indexing.py", "manifest.py", "model_card.py", "modeling_knn.py", "persistence.py",
+    "processors.py", "publishing.py", "receipts.py", "ridge_head.py", "ridge_state.py",
+    "row_fingerprint.py", "row_table.py", "rows.py", "search.py", "storage.py", "teaching.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -71,7 +73,7 @@ def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
         name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, *OWN_CODE)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, *OWN_CODE)
         or name.startswith(".datastore-")
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -103,6 +105,8 @@ def write_checkpoint(
                 model.image_processor.save_pretrained(staging)
             if model.measured is not None:
                 write_measured(model.measured, staging)
+            if model.changes:
+                write_changes(model.changes, staging)
             if model.neighbor_picture is not None:
                 (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
             for path in staging.glob("model*.safetensors"):
@@ -179,6 +183,10 @@ class CheckpointReader(HubFiles):
     def read_measured(self) -> dict[str, Any] | None:
         """What the checkpoint says was measured, or None."""
         return read_measured(self.resolve(MEASURED_NAME))
+
+    def read_changes(self) -> list[Receipt]:
+        """What was taught and forgotten since the training, as far as the checkpoint says."""
+        return read_changes(self.resolve(CHANGES_NAME))
 
     def read_neighbor_picture(self) -> bytes | None:
         """The picture of neighbours that comes with the checkpoint, or None."""

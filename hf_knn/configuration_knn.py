@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .functional import Metric, Weighting
+from .functional import ClassWeighting, Metric, Weighting
 
 _CODE_KEYS = frozenset(
     {"auto_map", "_name_or_path", "attn_implementation", "_attn_implementation"}
@@ -71,6 +71,9 @@ class KnnConfig(PreTrainedConfig):
         head: `linear`, `mlp` or `ridge`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
+        head_regularizer: what a `ridge` head was solved with, >= 0; 0 for other heads, or unknown.
+        head_temperature: > 0, what a `ridge` head's logits were divided by, once and for all.
+        head_class_weighting: `none`, `inverse` or `inverse_sqrt`, of the rows of a `ridge` head.
         num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
         has_datastore: whether a checkpoint with this configuration comes with a datastore.
 
@@ -95,6 +98,9 @@ class KnnConfig(PreTrainedConfig):
     normalization: str = "l2_centered"
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
+    head_regularizer: float = 0.0
+    head_temperature: float = 1.0
+    head_class_weighting: str = "none"
     num_head_labels: int | None = None
     has_datastore: bool = False
 
@@ -133,13 +139,19 @@ class KnnConfig(PreTrainedConfig):
         check_metric(self.metric, self.normalization)
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise ValueError(f"Expected `k` to be a whole number >= 1, but got {self.k!r}.")
-        for name in ("knn_temperature", "knn_weight", "blend_temperature"):
+        _check_choice("head_class_weighting", self.head_class_weighting, ClassWeighting)
+        temperatures = ("knn_temperature", "blend_temperature", "head_temperature")
+        for name in (*temperatures, "knn_weight", "head_regularizer"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"Expected `{name}` to be a number, but got {value!r}.")
-        for name in ("knn_temperature", "blend_temperature"):
+        for name in temperatures:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"Expected `{name}` to be > 0, but got {getattr(self, name)}.")
+        if not 0 <= self.head_regularizer < float("inf"):
+            raise ValueError(
+                f"Expected `head_regularizer` to be >= 0, but got {self.head_regularizer}."
+            )
         if not 0 <= self.knn_weight <= 1:
             raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
         if self.feature_dim < 0:

@@ -533,14 +533,22 @@ class Datastore:
         Raises:
             ValueError: for another width, metric, normalisation or backbone, or ids in both.
         """
+        self.check_alike(other)
+        ids = None if renumber else other.ids
+        return self.add(other.features, other.labels, ids, other.paths)
+
+    def check_alike(self, other: "Datastore") -> None:
+        """Refuses a datastore whose rows cannot lie among these.
+
+        Raises:
+            ValueError: for another width, metric, normalisation or backbone.
+        """
         for name in ("dim", "metric", "normalization"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
         if self.digest and other.digest and self.digest != other.digest:
             raise ValueError("Expected rows of the same backbone, but the other's is another one.")
-        ids = None if renumber else other.ids
-        return self.add(other.features, other.labels, ids, other.paths)
 
     def recenter(self) -> None:
         """Sets the mean that `l2_centered` subtracts to the mean of the present rows."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .backbone import split_features
-from .configuration_knn import Normalization
 from .datastore import Datastore
 from .features import ImageFeatures
 from .functional import ClassWeighting
@@ -31,12 +30,10 @@ from .probe_settings import (
     ProbeSettings,
 )
 from .ridge import RidgeFit, fit_ridge
+from .ridge_head import center_head, prepare_rows, solve_head
 from .votes import OwnVotes
 
 logger = logging.getLogger(__name__)
-
-_IMPOSSIBLE = -1e4
-"""Logit of a class without rows: its probability is 0 in float32."""
 
 PROBE_GRIDS: dict[str, tuple[ProbeGrid, ProbeSettings]] = {
     "small": (
@@ -64,8 +61,11 @@ def fit_closed_form(
 ) -> RidgeFit:
     """Solves a `ridge` head and puts it into the model.
 
+    On the rows as the datastore holds them, so that the head can follow every change of theirs; on
+    `features` if the datastore pools differently.
+
     Args:
-        model: with a `ridge` head.
+        model: with a `ridge` head and the datastore of the same rows.
         features: N rows.
         class_weighting: see `RidgeState`.
 
@@ -73,18 +73,19 @@ def fit_closed_form(
         The fit, with its leave-one-out table.
     """
     config, head = model.config, model.head
-    rows, _ = split_features(features.features, config)
-    rows = rows.double()
-    head.mean.zero_()
-    head.scale.fill_(1.0)
-    if config.normalization == Normalization.L2_CENTERED:
-        head.mean.copy_(rows.mean(dim=0))
+    store = model.datastore
+    assert store is not None
+    rows, labels, mean = store.features, store.labels, store.mean
+    if config.extra_dim:  # the datastore pools differently
+        rows, _ = split_features(features.features, config)
+        labels, mean = features.labels, rows.double().mean(dim=0)
+    center_head(head, mean, config)
     fit = fit_ridge(
-        head.prepared(rows), features.labels, config.head_classes, class_weighting=class_weighting
+        prepare_rows(head, rows), labels, config.head_classes, class_weighting=class_weighting
     )
-    with torch.no_grad():
-        head.classifier.weight.copy_(fit.weight / fit.temperature)
-        head.classifier.bias.copy_((fit.bias / fit.temperature).clamp(min=_IMPOSSIBLE))
+    config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
+    config.head_class_weighting = str(class_weighting)
+    head.classifier = solve_head(fit.state, config, head)
     return fit
 
 

@@ -6,7 +6,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+try:  # inside `try` because remote-code users are asked for nothing but transformers
+    from PIL import Image, ImageOps
+except ImportError as error:  # pragma: no cover
+    raise ImportError("hf_knn needs Pillow to read pictures; run `pip install pillow`.") from error
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 2**20

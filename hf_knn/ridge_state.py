@@ -190,6 +190,24 @@ class RidgeState:
         self._accumulate(features, new_labels.cpu(), 1, with_grams=with_grams)
         self._clear()
 
+    def truncate(self, num_labels: int) -> None:
+        """Forgets the last classes, which have no rows.
+
+        Args:
+            num_labels: how many classes stay.
+
+        Raises:
+            ValueError: if one of the others has rows.
+        """
+        if self.counts[num_labels:].any():
+            raise ValueError(
+                f"Expected no rows of classes from {num_labels} on, but there are "
+                f"{int(self.counts[num_labels:].sum())}; remove them first."
+            )
+        self.counts, self.sums = self.counts[:num_labels], self.sums[:num_labels]
+        if self.class_weighting is not ClassWeighting.NONE:
+            self.grams = self.grams[:num_labels]
+
     def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
         """The classifier of the rows as they are.
 

@@ -265,6 +265,7 @@ class KnnTrainer(HubTrainer):
             return log_probs
         temperature = fit_temperature(floor_log_probs(log_probs[known]), labels[known])
         self.model.head.soften(temperature)
+        self.model.config.head_temperature *= temperature
         return soften(log_probs, temperature)
 
     def evaluate(

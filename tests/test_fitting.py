@@ -12,7 +12,7 @@ from sklearn.linear_model import RidgeClassifier
 from test_trainer import CLASSES, arguments, cloud, pictures, probe, tensors
 from torch import Tensor
 
-from hf_knn import KnnConfig, KnnForImageClassification, KnnTrainer, fitting
+from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer, fitting
 from hf_knn.features import ImageFeatures
 from hf_knn.fitting import PROBE_GRIDS, Part, fit_closed_form, sweep
 from hf_knn.folds import stratified_folds
@@ -32,6 +32,16 @@ def model_with(head: str, classes: Any = CLASSES, **options: Any) -> KnnForImage
 
 def make_trainer(head: str, folder: Path, features: ImageFeatures, **options: Any) -> KnnTrainer:
     return KnnTrainer(model_with(head), probe(folder, **options), train_dataset=features)
+
+
+def with_store(model: KnnForImageClassification, features: ImageFeatures) -> Any:
+    """The model with a datastore of the rows, which a ridge head is solved on."""
+    config = model.config
+    model.datastore = Datastore.from_features(
+        features.features, features.labels, features.ids,
+        metric=config.metric, normalization=config.normalization,
+    )  # fmt: skip
+    return model
 
 
 def head_logits(model: KnnForImageClassification, features: Tensor) -> Tensor:
@@ -82,9 +92,9 @@ def test_bad_widths_are_refused(sizes: Any) -> None:
 def test_a_ridge_head_is_that_of_sklearn(normalization: str) -> None:
     metric = "l2" if normalization == "none" else "cosine"
     features = cloud(90)
-    model = model_with("ridge", normalization=normalization, metric=metric)
+    model = with_store(model_with("ridge", normalization=normalization, metric=metric), features)
     fit = fit_closed_form(model, features)
-    rows = as_numpy(features.features)
+    rows = as_numpy(features.features.half())  # as they are stored
     if normalization == "l2_centered":
         rows = rows - rows.mean(axis=0)
     if normalization != "none":
@@ -99,7 +109,7 @@ def test_a_ridge_head_is_that_of_sklearn(normalization: str) -> None:
 
 def test_a_class_without_rows_is_impossible_not_nan() -> None:
     features = cloud(60, classes=2)
-    model = model_with("ridge")
+    model = with_store(model_with("ridge"), features)
     fit_closed_form(model, features)
     p = head_logits(model, features.features).softmax(1)
     assert (p[:, 2] == 0).all()

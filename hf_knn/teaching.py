@@ -1,0 +1,411 @@
+"""Changes of a model without training: rows come, go or get other labels, and a ridge head follows.
+
+Every function changes all it should or nothing, and returns a receipt. Numbers of classes never
+change while rows have them: a new class gets the next number, one without rows keeps its own.
+"""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backbone import extract, split_features
+from .datastore import Datastore
+from .images import BadImageError, decode_image
+from .receipts import Change, Receipt, Scope
+from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
+from .row_fingerprint import StoredRows, combine, sum_of
+from .rows import Values, as_whole_numbers
+
+logger = logging.getLogger(__name__)
+
+Label = str | int
+
+_STALE_NOTE = "Measured before later changes of the datastore."
+_BLOCK_ROWS = 8192
+_HEAD_NOTE = "the {} head keeps what it learned; train it again for it to follow"
+_HISTORY_NOTE = (
+    "commits that were pushed before still hold the rows; HfApi().super_squash_history(repo_id) "
+    "squashes them after the next push"
+)
+_CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
+_MEAN_NOTE = "the mean that centres rows was made with them; recenter=True makes it anew"
+
+
+class Follower:
+    """What is kept in step with a datastore while rows come and go: its hash, and a ridge head.
+
+    Attributes:
+        total: sum of the rows' hashes.
+        ridge: sums behind the head; None if it does not follow.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.total = sum(sum_of(rows) for rows in _blocks(model.datastore))
+        self.ridge = sum_rows(model) if follows_rows(model.config) else None
+        self._seen = _marks(model.datastore)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of a model count again when they need to
+
+    def is_of(self, model: Any) -> bool:
+        """Whether datastore and head are the ones this was made from."""
+        same = all(a is b for a, b in zip(self._seen, _marks(model.datastore), strict=True))
+        return same and (self.ridge is not None) == follows_rows(model.config)
+
+    def fingerprint(self, store: Any) -> str:
+        """Of all rows and the mean, whatever the order of the rows."""
+        return combine(self.total, len(store), store.mean, store.metric, store.normalization)
+
+    def follow(self, model: Any) -> None:
+        """Says that everything was changed alike; a ridge head is solved again."""
+        self._seen = _marks(model.datastore)
+        if self.ridge is not None:
+            model.head.classifier = solve_head(self.ridge, model.config, model.head)
+            model.config.num_head_labels = self.ridge.num_labels
+
+
+def features_of(model: Any, images: Any, batch_size: int = 32) -> Tensor:
+    """Features of pictures, as the datastore's were made.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        images: [M, 3, H, W] pixel values, or pictures: paths, file contents, PIL images or arrays.
+        batch_size: pictures per forward pass.
+
+    Returns:
+        [M, D] float32 on the CPU.
+
+    Raises:
+        BadImageError: naming the picture that cannot be decoded.
+        ValueError: for pictures without an image processor.
+    """
+    if not isinstance(images, Tensor) and model.image_processor is None:
+        raise ValueError(
+            "Expected a model with an `image_processor` to read pictures, but it has none; pass "
+            "pixel values [M, 3, H, W] or set model.image_processor."
+        )
+    was_training, parts = model.training, []
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                if not isinstance(batch, Tensor):
+                    decoded = [_decoded(image, start + i) for i, image in enumerate(batch)]
+                    batch = model.image_processor(images=decoded, return_tensors="pt")
+                    batch = batch["pixel_values"]
+                pixels = batch.to(model.device, model.dtype)
+                parts.append(extract(model.backbone, pixels, model.config)[0].float().cpu())
+    finally:
+        model.train(was_training)
+    width = model.config.feature_dim + model.config.extra_dim
+    return torch.cat(parts).clone() if parts else torch.empty(0, width)
+
+
+def teach(
+    model: Any,
+    features: Tensor,
+    labels: Sequence[Label],
+    ids: Values | None = None,
+    paths: Sequence[str] | None = None,
+) -> Receipt:
+    """Adds rows; see `KnnForImageClassification.teach`.
+
+    Args:
+        model: a `KnnForImageClassification` with a datastore.
+        features: [M, D] raw features, as in `pooler_output`.
+        labels: M class names, new ones too, or numbers of classes.
+        ids: [M] unused ids, or None.
+        paths: where each picture lies, or None.
+    """
+    width = model.config.feature_dim + model.config.extra_dim
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"Expected `features` to be [M, {width}], but got shape {tuple(features.shape)}."
+        )
+    _, rows = split_features(features, model.config)
+    return _add(model, Change.TEACH, rows, labels, ids, paths)
+
+
+def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+    """Adds the rows of another datastore of the same backbone; ids that exist are numbered anew.
+
+    Args:
+        model: a `KnnForImageClassification` with a datastore.
+        other: its rows come in; their raw features are compared about the mean of the model's.
+        class_names: what its label numbers mean; None is what they mean here.
+
+    Raises:
+        ValueError: for another backbone, width, metric or normalisation.
+    """
+    store = _store(model)
+    store.check_alike(other)
+    numbers = other.labels.tolist()
+    labels = numbers if class_names is None else [class_names[number] for number in numbers]
+    taken = torch.isin(other.ids, store.ids).any()
+    ids = None if taken else other.ids
+    return _add(model, Change.MERGE, other.features, labels, ids, other.paths)
+
+
+def forget(
+    model: Any,
+    ids: Values | None = None,
+    *,
+    label: Label | None = None,
+    recenter: bool = False,
+) -> Receipt:
+    """Removes rows; see `KnnForImageClassification.forget`."""
+    store = _store(model)
+    if (ids is None) == (label is None):
+        raise ValueError("Expected exactly one of `ids` and `label`.")
+    if label is not None:
+        ids = store.ids[store.labels == _number(model, label)]
+    assert ids is not None
+    return _remove(model, Change.FORGET, as_whole_numbers(ids, "ids"), recenter)
+
+
+def relabel(model: Any, ids: Values, labels: Sequence[Label]) -> Receipt:
+    """Gives rows other labels; see `KnnForImageClassification.relabel`."""
+    return _relabel(model, Change.RELABEL, as_whole_numbers(ids, "ids"), labels)
+
+
+def undo(model: Any) -> Receipt:
+    """Takes the last change back; see `KnnForImageClassification.undo`."""
+    _store(model)
+    if not model.changes or model.changes[-1].action == Change.UNDO:
+        raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
+    last, gone = model.changes[-1], model.forgotten
+    ids = torch.tensor(last.ids, dtype=torch.int64)
+    if last.action == Change.FORGET:
+        if gone is None or not torch.equal(gone.ids, ids):
+            raise ValueError(
+                "Expected rows to bring back, but no byte of them was saved; teach them again, "
+                "or merge a backup."
+            )
+        receipt = _add(model, Change.UNDO, gone.features, last.labels, gone.ids, gone.paths)
+    elif last.action == Change.RELABEL:
+        receipt = _relabel(model, Change.UNDO, ids, last.old_labels)
+    else:
+        receipt = _remove(model, Change.UNDO, ids, False)
+    _drop_classes(model, last.new_classes)
+    return receipt
+
+
+def _add(
+    model: Any,
+    action: str,
+    rows: Tensor,
+    labels: Sequence[Label],
+    ids: Values | None,
+    paths: Sequence[str] | None,
+) -> Receipt:
+    store, follower = _store(model), _follower(model)
+    numbers, new = _numbers(model, labels, len(rows))
+    before = len(store), follower.fingerprint(store)
+    added = store.add(rows, numbers, ids, paths)
+    try:
+        stored = store.subset(added)  # as they were cast
+        follower.total += sum_of(_rows_of(stored))
+        if follower.ridge is not None:
+            prepared = prepare_rows(model.head, stored.features)
+            follower.ridge.add(prepared, stored.labels)
+        follower.follow(model)
+    except BaseException:
+        store.remove(added)
+        model.follower = None
+        raise
+    _name_classes(model, [*model.config.class_names, *new])
+    return _finish(model, follower, action, added, before, new_classes=new)
+
+
+def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
+    store, follower = _store(model), _follower(model)
+    before = len(store), follower.fingerprint(store)
+    gone = store.subset(ids)
+    names = [model.config.class_names[number] for number in gone.labels.tolist()]
+    if follower.ridge is not None and not recenter:
+        follower.ridge.remove(prepare_rows(model.head, gone.features), gone.labels)
+    try:
+        store.remove(ids)
+    except BaseException:
+        model.follower = None
+        raise
+    follower.total -= sum_of(_rows_of(gone))
+    notes = [] if recenter else [_MEAN_NOTE]
+    if recenter:
+        store.recenter()
+        if follower.ridge is not None:
+            center_head(model.head, store.mean, model.config)
+            follower.ridge = sum_rows(model)
+    follower.follow(model)
+    if action == Change.FORGET:
+        notes += [_CHOICE_NOTE, _HISTORY_NOTE]
+    receipt = _finish(model, follower, action, ids, before, names, notes=notes)
+    model.forgotten = gone if action == Change.FORGET else None
+    return receipt
+
+
+def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
+    store, follower = _store(model), _follower(model)
+    numbers, new = _numbers(model, labels, len(ids))
+    before = len(store), follower.fingerprint(store)
+    old = store.subset(ids)
+    names = [model.config.class_names[number] for number in old.labels.tolist()]
+    if follower.ridge is not None:
+        prepared = prepare_rows(model.head, old.features)
+        follower.ridge.relabel(prepared, old.labels, numbers)
+    try:
+        store.relabel(ids, numbers)
+    except BaseException:
+        model.follower = None
+        raise
+    follower.total += sum_of(_rows_of(store.subset(ids))) - sum_of(_rows_of(old))
+    follower.follow(model)
+    _name_classes(model, [*model.config.class_names, *new])
+    return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
+
+
+def _finish(
+    model: Any,
+    follower: Follower,
+    action: str,
+    ids: Tensor,
+    before: tuple[int, str],
+    labels: list[str] | None = None,
+    old_labels: Sequence[str] = (),
+    new_classes: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Receipt:
+    """Writes the receipt, and into the measurements that they are of before."""
+    store = model.datastore
+    if labels is None:
+        labels = [model.config.class_names[n] for n in store.subset(ids).labels.tolist()]
+    scope, remarks = Scope.STORE_AND_HEAD, list(notes)
+    if follower.ridge is None:
+        scope = Scope.STORE
+        remarks.insert(0, _HEAD_NOTE.format(model.config.head))
+    receipt = Receipt(
+        str(action), ids.tolist(), labels, before[0], len(store), before[1],
+        follower.fingerprint(store), str(scope), datetime.now(UTC).isoformat(timespec="seconds"),
+        list(old_labels), list(new_classes), remarks,
+    )  # fmt: skip
+    model.changes.append(receipt)
+    model.forgotten = None
+    if model.measured is not None and _STALE_NOTE not in model.measured.get("note", ""):
+        note = f"{model.measured.get('note', '')} {_STALE_NOTE}".strip()
+        model.measured = model.measured | {"note": note}
+    return receipt
+
+
+def _store(model: Any) -> Any:
+    if model.datastore is None:
+        raise ValueError(
+            "Expected a model with a datastore to change, but it has none; train it first."
+        )
+    return model.datastore
+
+
+def _follower(model: Any) -> Follower:
+    if model.follower is None or not model.follower.is_of(model):
+        model.follower = Follower(model)
+    return model.follower
+
+
+def _marks(store: Any) -> tuple[Any, ...]:
+    """Objects that are replaced when rows, labels or mean change."""
+    return store, store.ids, store.labels, store.mean
+
+
+def _blocks(store: Any) -> Any:
+    ids, labels, features, paths = store.ids, store.labels, store.features, store.paths
+    for start in range(0, len(store), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        yield _as_stored(
+            ids[part], labels[part], features[part], None if paths is None else paths[part]
+        )
+
+
+def _rows_of(store: Any) -> StoredRows:
+    return _as_stored(store.ids, store.labels, store.features, store.paths)
+
+
+def _as_stored(
+    ids: Tensor, labels: Tensor, features: Tensor, paths: list[str] | None
+) -> StoredRows:
+    nothing = [""] * len(ids)
+    return StoredRows(ids.numpy(), labels.numpy(), features.numpy(), paths or nothing, nothing)
+
+
+def _number(model: Any, label: Label) -> int:
+    """The number of a class that there is."""
+    names = model.config.class_names
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+        return label
+    raise ValueError(
+        f"Expected a class that the model has, by name or number below {len(names)}, but got "
+        f"{label!r}; its classes are {names[:20]}."
+    )
+
+
+def _numbers(model: Any, labels: Sequence[Label], count: int) -> tuple[Tensor, list[str]]:
+    """[M] class numbers, and the names of those that are new."""
+    values: Any = labels
+    wanted = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+    if isinstance(labels, str) or len(wanted) != count:
+        raise ValueError(f"Expected one label per row ({count}), but got {labels!r:.200}.")
+    known = {name: number for number, name in enumerate(model.config.class_names)}
+    first, numbers = len(known), []
+    for label in wanted:
+        if isinstance(label, str) and label not in known:
+            known[check_class_name(label)] = len(known)
+        numbers.append(known[label] if isinstance(label, str) else _number(model, label))
+    return torch.tensor(numbers, dtype=torch.int64), list(known)[first:]
+
+
+def check_class_name(name: str) -> str:
+    """Refuses names that cannot be shown.
+
+    Raises:
+        ValueError: for an empty one, a very long one, or one with control characters.
+    """
+    if not name.strip() or len(name) > 200 or not name.isprintable():
+        raise ValueError(
+            f"Expected the name of a class to be printable text of 1 to 200 characters, but got "
+            f"{name[:60]!r}."
+        )
+    return name
+
+
+def _name_classes(model: Any, names: Sequence[str]) -> None:
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _drop_classes(model: Any, names: Sequence[str]) -> None:
+    """Takes back classes that the undone change had made, the newest first, if no row is left."""
+    follower, kept = _follower(model), list(model.config.class_names)
+    used = set(model.datastore.labels.unique().tolist())
+    for name in reversed(names):
+        if kept[-1] == name and len(kept) - 1 not in used:
+            kept.pop()
+    if follower.ridge is not None:
+        follower.ridge.truncate(len(kept))
+    _name_classes(model, kept)
+    follower.follow(model)
+
+
+def _decoded(image: Any, place: int) -> Any:
+    try:
+        from PIL import Image
+
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return decode_image(picture)
+    except (BadImageError, OSError, TypeError) as error:
+        raise BadImageError(f"Expected picture {place} to be readable, but {error}.") from error
