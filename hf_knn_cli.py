@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_memory import app as memory
+
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 DATA, HEAD, LOSS = "Pictures", "Head", "Loss"
 TUNING, STORE = "Fine-tuning", "Datastore and blend"
@@ -19,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(memory)
 
 
 class OnBadImage(StrEnum):

@@ -1,17 +1,18 @@
 """A class that was taught later against one that was there from the start.
 
 `python benchmark/taught_classes.py` holds out each class in turn, trains on the others, teaches 1,
-5 and 30 pictures of it, and asks the test half: how many of the new class are found, beside what the
-neighbours alone find, and what the old classes lose. In the form of *Towards flexible perception
-with visual memory* (arXiv 2408.08172).
+5 and 30 pictures of it, and asks the test half: how many of the new class are found, beside what
+the neighbours alone find, and what the old classes lose. In the form of *Towards flexible
+perception with visual memory* (arXiv 2408.08172).
 """
 
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -30,7 +31,6 @@ from hf_knn import (
     extract_features,
     few_rows,
 )
-from hf_knn.features import ImageFeatures
 
 HEADS = ("linear", "ridge")
 WEIGHTS = ("head", "tuned", "knn")
@@ -90,7 +90,7 @@ def main(
 
 
 def _measure(
-    features: ImageFeatures,
+    features: Any,
     names: list[str],
     held_out: int,
     backbone: Path,
@@ -114,7 +114,7 @@ def _measure(
     model = KnnForImageClassification.from_backbone(
         backbone, [names[number] for number in order[:-1]], head=head
     )
-    train = ImageFeatures(features.features[old_pool], labels[old_pool], features.ids[old_pool])
+    train = replace(features.select(old_pool), labels=labels[old_pool])
     with tempfile.TemporaryDirectory() as folder:
         arguments = KnnTrainingArguments(
             folder, freeze_backbone=True, num_train_epochs=20, learning_rate=1e-3, seed=seed,

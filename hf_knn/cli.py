@@ -19,6 +19,7 @@ from .images import BadImageError, decode_image
 from .metrics import COMPLEMENTARITY
 from .modeling_knn import KnnForImageClassification
 from .plots import draw_tuning
+from .storage import exclusive_lock
 from .trainer import KnnTrainer
 from .training_args import KnnTrainingArguments
 
@@ -82,7 +83,20 @@ def tune_checkpoint(
         raise ValueError(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
         )
-    model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
+    with exclusive_lock(Path(checkpoint).resolve()):
+        _tune(Path(checkpoint), pictures, split, criterion, calibrate, on_bad_image, plot)
+
+
+def _tune(
+    checkpoint: Path,
+    pictures: str,
+    split: str | None,
+    criterion: str | None,
+    calibrate: bool,
+    on_bad_image: str,
+    plot: Path | None,
+) -> None:
+    model, rows = _open(str(checkpoint), pictures, split or "validation", on_bad_image)
     if model.datastore is None:
         raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
     known = set(model.datastore.paths or [])
@@ -96,7 +110,7 @@ def tune_checkpoint(
     model.save_pretrained(checkpoint)
     console.print(
         f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
-        f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(checkpoint)}."
+        f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(str(checkpoint))}."
     )
     if plot is not None:
         draw_tuning(result, plot)

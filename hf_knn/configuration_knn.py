@@ -75,6 +75,8 @@ class KnnConfig(PreTrainedConfig):
         head_temperature: > 0, what a `ridge` head's logits were divided by, once and for all.
         head_class_weighting: `none`, `inverse` or `inverse_sqrt`, of the rows of a `ridge` head.
         num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
+        num_tuned_labels: classes that there were when the blend was tuned; for those taught since,
+            the neighbours alone speak. None means all that the head has.
         has_datastore: whether a checkpoint with this configuration comes with a datastore.
 
     Raises:
@@ -102,6 +104,7 @@ class KnnConfig(PreTrainedConfig):
     head_temperature: float = 1.0
     head_class_weighting: str = "none"
     num_head_labels: int | None = None
+    num_tuned_labels: int | None = None
     has_datastore: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -162,6 +165,12 @@ class KnnConfig(PreTrainedConfig):
                 "Expected `id2label` to number the classes from 0 on, each with a name of its own, "
                 f"but got {str(names)[:200]}."
             )
+        tuned = self.num_tuned_labels
+        if tuned is not None and not 1 <= int(tuned) <= self.classes:
+            raise ValueError(
+                f"Expected `num_tuned_labels` to be in [1, num_labels = {self.classes}], "
+                f"but got {tuned}."
+            )
         if not 1 <= self.head_classes <= self.classes:
             raise ValueError(
                 f"Expected `num_head_labels` to be in [1, num_labels = {self.classes}], "
@@ -183,6 +192,11 @@ class KnnConfig(PreTrainedConfig):
     def head_classes(self) -> int:
         """C_head: how many of them the head was trained on."""
         return int(self.num_head_labels or 0)
+
+    @property
+    def blended_classes(self) -> int:
+        """How many classes both voices speak for; for the others the neighbours do."""
+        return min(self.head_classes, self.num_tuned_labels or self.head_classes)
 
     @property
     def backbone(self) -> PreTrainedConfig:

@@ -88,7 +88,8 @@ class GraphModel(nn.Module):
         head_logits = self.head(head_part).float()
         similarities, places = self._nearest(store_part.float())
         votes = self._votes(similarities, self.labels[places])
-        log_probs = self._blend(functional.softmax(head_logits, dim=-1), votes)
+        known = head_logits[:, : self.config.blended_classes]
+        log_probs = self._blend(functional.softmax(known, dim=-1), votes)
         return log_probs, head_logits, self.ids[places], similarities
 
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ class GraphModel(nn.Module):
 
     def _blend(self, head: Tensor, votes: Tensor) -> Tensor:
         """The blend of both voices, see `functional.blend_log_probs`."""
-        config, width = self.config, self.config.head_classes
+        config, width = self.config, self.config.blended_classes
         known, taught = votes[:, :width], votes[:, width:]
         rest = 1 - taught.sum(-1, keepdim=True)
         blended = config.knn_weight * known + (1 - config.knn_weight) * rest * head

@@ -326,8 +326,9 @@ class KnnForImageClassification(PreTrainedModel):
         """Adds labelled pictures to the datastore; no training, all or none.
 
         The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay, and classes they never saw get the probability
-        that the neighbours give them.
+        the same regulariser gives; other heads stay. New classes get the probability that the
+        neighbours give them, until the blend is tuned again: a head finds few of a class that it
+        has seen a few pictures of.
 
         Args:
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
@@ -456,6 +457,8 @@ class KnnForImageClassification(PreTrainedModel):
         if not self.training:
             votes, neighbors = self._ask_neighbors(store_part, sample_ids)
         if votes is not None:
+            known = head_logits[:, : self.config.blended_classes].float()
+            log_probs = functional.log_softmax(known, dim=-1)
             log_probs = blend_log_probs(log_probs, votes, self.config.knn_weight)
             log_probs = soften(log_probs, self.config.blend_temperature)
         elif self.config.classes > log_probs.shape[1]:

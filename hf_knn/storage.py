@@ -34,18 +34,20 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """Holds the writers' lock of a folder; it ends with the process, however that ends.
 
     The lock file lies beside the folder, since the folder itself may be exchanged, and is removed
-    while the lock is held.
+    while the lock is held. Whoever holds it may ask for it again: to read, change and save as one.
 
     Args:
         folder: the folder to be written; it need not exist, its parent is created.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"
-    with FileLock(path):
+    lock = FileLock(path, is_singleton=True)
+    with lock:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if lock.lock_counter == 1:
+                path.unlink(missing_ok=True)
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> None:

@@ -32,6 +32,7 @@ _HISTORY_NOTE = (
     "commits that were pushed before still hold the rows; HfApi().super_squash_history(repo_id) "
     "squashes them after the next push"
 )
+_TAUGHT_NOTE = "the neighbours alone speak for new classes until `tune` chooses the blend again"
 _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
 _MEAN_NOTE = "the mean that centres rows was made with them; recenter=True makes it anew"
 
@@ -219,7 +220,7 @@ def _add(
         store.remove(added)
         model.follower = None
         raise
-    _name_classes(model, [*model.config.class_names, *new])
+    _make_classes(model, new)
     return _finish(model, follower, action, added, before, new_classes=new)
 
 
@@ -266,7 +267,7 @@ def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> R
         raise
     follower.total += sum_of(_rows_of(store.subset(ids))) - sum_of(_rows_of(old))
     follower.follow(model)
-    _name_classes(model, [*model.config.class_names, *new])
+    _make_classes(model, new)
     return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
 
 
@@ -285,7 +286,7 @@ def _finish(
     store = model.datastore
     if labels is None:
         labels = [model.config.class_names[n] for n in store.subset(ids).labels.tolist()]
-    scope, remarks = Scope.STORE_AND_HEAD, list(notes)
+    scope, remarks = Scope.STORE_AND_HEAD, [*notes, *([_TAUGHT_NOTE] if new_classes else [])]
     if follower.ridge is None:
         scope = Scope.STORE
         remarks.insert(0, _HEAD_NOTE.format(model.config.head))
@@ -383,6 +384,13 @@ def check_class_name(name: str) -> str:
     return name
 
 
+def _make_classes(model: Any, names: Sequence[str]) -> None:
+    """Appends classes, for which the neighbours speak alone until the blend is tuned again."""
+    if names and model.config.num_tuned_labels is None:
+        model.config.num_tuned_labels = model.config.classes
+    _name_classes(model, [*model.config.class_names, *names])
+
+
 def _name_classes(model: Any, names: Sequence[str]) -> None:
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: number for number, name in enumerate(names)}
@@ -398,6 +406,8 @@ def _drop_classes(model: Any, names: Sequence[str]) -> None:
     if follower.ridge is not None:
         follower.ridge.truncate(len(kept))
     _name_classes(model, kept)
+    if model.config.num_tuned_labels == len(kept):
+        model.config.num_tuned_labels = None
     follower.follow(model)
 
 

@@ -246,6 +246,7 @@ class KnnTrainer(HubTrainer):
         )
         config.k, config.knn_temperature = result.k, result.temperature
         config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
+        config.num_tuned_labels = None
         self._forget_measurement()
         if calibrate:
             votes = knn_log_probs(

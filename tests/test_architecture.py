@@ -30,7 +30,7 @@ LAYERS = [
     | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
-    {"export", "console", "training_command", "cli"},
+    {"export", "differences", "console", "training_command", "teach_command", "cli"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 

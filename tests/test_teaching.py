@@ -15,6 +15,7 @@ from tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
 
 from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
+from hf_knn.features import ImageFeatures
 from hf_knn.images import BadImageError
 from hf_knn.receipts import Change, Scope
 from hf_knn.teaching import check_class_name
@@ -26,7 +27,7 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
-def trained(head: str, folder: Path, rows: int = 90, **options: Any) -> KnnForImageClassification:
+def trained(head: str, folder: Path, rows: int = 90, **options: Any) -> Any:
     """A small model, trained on a cloud of features."""
     class_weights = options.pop("class_weights", "none")
     model = small_model(CLASSES, head=head, **options)
@@ -37,12 +38,12 @@ def trained(head: str, folder: Path, rows: int = 90, **options: Any) -> KnnForIm
     return model.eval()
 
 
-def answers(model: KnnForImageClassification, features: Tensor) -> Any:
+def answers(model: Any, features: Tensor) -> Any:
     with torch.inference_mode():
         return model(features=features, return_neighbors=True)
 
 
-def state_of(model: KnnForImageClassification) -> dict[str, Any]:
+def state_of(model: Any) -> dict[str, Any]:
     """Everything that an undone or a failed change must leave as it was."""
     store, config = model.datastore, model.config
     order = store.ids.argsort()
@@ -50,11 +51,11 @@ def state_of(model: KnnForImageClassification) -> dict[str, Any]:
         "ids": store.ids[order].tolist(), "labels": store.labels[order].tolist(),
         "features": store.features[order].tolist(), "mean": store.mean.tolist(),
         "names": config.class_names, "head": config.num_head_labels, "k": config.k,
-        "weight": model.head.classifier.weight.shape,
+        "weight": model.head.classifier.weight.shape, "tuned": config.num_tuned_labels,
     }  # fmt: skip
 
 
-def refitted(model: KnnForImageClassification) -> tuple[Tensor, Tensor]:
+def refitted(model: Any) -> tuple[Tensor, Tensor]:
     """Weights and biases of scikit-learn's ridge on the rows that the datastore holds."""
     store, config = model.datastore, model.config
     rows = as_numpy(store.features).astype(np.float64)
@@ -74,7 +75,7 @@ def refitted(model: KnnForImageClassification) -> tuple[Tensor, Tensor]:
     return weight / config.head_temperature, bias / config.head_temperature
 
 
-def assert_is_refit(model: KnnForImageClassification, tolerance: float = 2e-5) -> None:
+def assert_is_refit(model: Any, tolerance: float = 2e-5) -> None:
     weight, bias = refitted(model)
     present = model.datastore.labels.unique()
     found = model.head.classifier
@@ -218,7 +219,7 @@ def test_names_that_cannot_be_shown_are_refused(name: str) -> None:
 
 
 def test_pictures_of_every_kind_are_read_alike() -> None:
-    model = tiny_model("vit", k=3)
+    model: Any = tiny_model("vit", k=3)
     image = picture(1, 3, (32, 32))
     array = np.asarray(image)
     pixel_values = model.image_processor(images=image, return_tensors="pt")["pixel_values"]
@@ -240,7 +241,7 @@ def test_pictures_of_every_kind_are_read_alike() -> None:
 
 
 def test_other_pooling_for_the_neighbours_leaves_a_ridge_head_alone(tmp_path: Path) -> None:
-    model = tiny_model("vit", head="ridge", pooling="cls", knn_pooling="mean", k=3)
+    model: Any = tiny_model("vit", head="ridge", pooling="cls", knn_pooling="mean", k=3)
     model.config.head_regularizer = 0.1
     receipt = model.teach(pixels(2), ["fox", "fox"])
     assert receipt.scope == Scope.STORE
@@ -315,6 +316,28 @@ def test_a_model_without_a_datastore_says_what_to_do() -> None:
     model = small_model(CLASSES)
     with pytest.raises(ValueError, match="train it first"):
         model.teach(features=torch.zeros(1, 16), labels=["a"])
+
+
+def test_the_neighbours_speak_for_a_taught_class_until_the_blend_is_tuned(tmp_path: Path) -> None:
+    model = trained("ridge", tmp_path / "a")
+    model.config.knn_weight = 0.0
+    new, queries = cloud(4).features.flip(1), cloud(30).features
+    model.teach(features=new, labels=["fox"] * 4)
+    found = answers(model, queries)
+    p = found.knn_log_probs.exp()
+    head = found.head_logits[:, : len(CLASSES)].softmax(1)
+    torch.testing.assert_close(found.logits[:, -1].exp(), p[:, -1].clamp(min=1e-12))
+    wanted = (1 - p[:, -1:]) * head
+    torch.testing.assert_close(found.logits[:, :-1].exp(), wanted.clamp(min=1e-12))
+    assert found.head_logits.shape[1] == len(CLASSES) + 1  # the head knows it too
+    rows = ImageFeatures(
+        torch.cat([queries, new]), torch.tensor([*cloud(30).labels, *[3] * 4]), torch.arange(34)
+    )
+    KnnTrainer(model, probe(tmp_path / "b")).tune(rows)
+    assert model.config.num_tuned_labels is None
+    model.config.knn_weight = 0.0
+    found = answers(model, queries)
+    torch.testing.assert_close(found.logits, found.head_logits.log_softmax(1).clamp(min=-27.631))
 
 
 def test_everything_forgotten_and_taught_again(tmp_path: Path) -> None:

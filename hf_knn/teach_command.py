@@ -1,0 +1,267 @@
+"""`hf-knn teach | forget | relabel | undo | merge | diff`: each whole or not at all."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import console, progress_bars, say_what_was_skipped
+from .data import load_splits
+from .datastore import Datastore
+from .differences import Difference, compare
+from .features import extract_features
+from .manifest import MANIFEST_NAME, Manifest
+from .modeling_knn import KnnForImageClassification
+from .receipts import Receipt
+from .storage import exclusive_lock
+
+_SHOWN = 20
+
+
+def teach_pictures(
+    checkpoint: Path, pictures: Path, label: str | None, on_bad_image: str, json_output: bool
+) -> None:
+    """Adds labelled pictures to a checkpoint.
+
+    Args:
+        checkpoint: a folder.
+        pictures: see `load_splits`; with a label also one picture, or a folder of pictures.
+        label: of all of them; None takes the labels that come with them.
+        on_bad_image: `fail` or `skip`.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for pictures or labels that cannot be used; nothing is changed.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if label is not None:
+            return _teach_files(model, pictures, label)
+        splits = load_splits(str(pictures))
+        if len(splits) > 1 and "train" not in splits:
+            raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
+        rows = splits.get("train", next(iter(splits.values())))
+        with progress_bars():
+            found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
+        say_what_was_skipped(found)
+        names = rows.features["label"].names
+        labels = [names[number] for number in found.labels.tolist()]
+        return model.teach(features=found.features, labels=labels, paths=found.paths or None)
+
+    _change(checkpoint, change, json_output)
+    if not json_output:
+        place = escape(str(checkpoint))
+        console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
+
+
+def forget_rows(
+    checkpoint: Path,
+    ids: list[int],
+    paths: list[str],
+    label: str | None,
+    recenter: bool,
+    backup: Path | None,
+    json_output: bool,
+) -> None:
+    """Removes rows from a checkpoint.
+
+    Args:
+        checkpoint: a folder.
+        ids: of rows.
+        paths: of pictures, as `predict` and `inspect` show them.
+        label: every row of a class; alone.
+        recenter: make the mean that centres rows anew.
+        backup: a folder for the rows, to be merged again; None keeps nothing.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for rows that are not there; nothing is changed.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        store = _store(model, checkpoint)
+        wanted = torch.tensor([*ids, *_ids_of_paths(store, paths)], dtype=torch.int64)
+        if (label is None) != (len(wanted) > 0):
+            raise ValueError("Expected what to forget: --ids or --path, or else --label.")
+        if label is not None:
+            if label not in model.config.class_names:
+                raise ValueError(
+                    f"Expected one of the classes {model.config.class_names[:_SHOWN]}, but got "
+                    f"{label!r}."
+                )
+            wanted = store.ids[store.labels == model.config.class_names.index(label)]
+        if backup is not None:
+            if backup.exists():
+                raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
+            store.subset(wanted).save(backup)
+        return model.forget(wanted, recenter=recenter)
+
+    receipt = _change(checkpoint, change, json_output)
+    if json_output:
+        return
+    for note in receipt.notes:
+        console.print(f"Note: {escape(note)}.")
+    if backup is not None:
+        again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
+        console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
+
+
+def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool) -> None:
+    """Gives rows of a checkpoint another label.
+
+    Args:
+        checkpoint: a folder.
+        ids: of rows.
+        label: a class, or a new one.
+        json_output: print the receipt as JSON.
+    """
+    _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
+
+
+def undo_change(checkpoint: Path, json_output: bool) -> None:
+    """Takes the last change of a checkpoint back.
+
+    Args:
+        checkpoint: a folder.
+        json_output: print the receipt as JSON.
+    """
+    _change(checkpoint, lambda model: model.undo(), json_output)
+
+
+def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
+    """Adds the rows of another checkpoint, or of a datastore, of the same backbone.
+
+    Args:
+        checkpoint: a folder, which is changed.
+        other: a folder or a Hub id, which is not.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for another backbone, or a datastore that nobody knows the backbone of.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if _holds_datastore_alone(other):
+            store = Datastore.from_pretrained(other)
+            _check_maker(store, checkpoint, other)
+            return model.merge(store)
+        second = KnnForImageClassification.from_pretrained(other)
+        return model.merge(_store(second, Path(other)), second.config.class_names)
+
+    _change(checkpoint, change, json_output)
+
+
+def show_difference(first: str, second: str, json_output: bool) -> None:
+    """Says what differs between two checkpoints.
+
+    Args:
+        first: a folder or a Hub id.
+        second: another one.
+        json_output: print JSON.
+    """
+    models = [KnnForImageClassification.from_pretrained(name) for name in (first, second)]
+    found = compare(models[0], models[1])
+    if json_output:
+        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        return
+    if found.is_nothing:
+        console.print("Both are the same.")
+        return
+    console.print(_difference_table(found))
+    if not found.same_backbone:
+        console.print("[yellow]The backbones differ: rows of one mean nothing to the other.[/]")
+
+
+def _change(
+    checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
+) -> Receipt:
+    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"Expected {checkpoint} to be a checkpoint folder, for it to be changed.")
+    with exclusive_lock(checkpoint.resolve()):
+        model = KnnForImageClassification.from_pretrained(checkpoint)
+        _store(model, checkpoint)
+        receipt = change(model)
+        model.save_pretrained(checkpoint)
+    if json_output:
+        typer.echo(json.dumps(asdict(receipt), indent=2, ensure_ascii=False))
+        return receipt
+    console.print(escape(str(receipt)), soft_wrap=True)
+    if receipt.action != "forget":
+        shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
+        console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
+    return receipt
+
+
+def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -> Receipt:
+    """One picture, or all files of a folder, under one label."""
+    if not pictures.exists():
+        raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
+    files = [pictures]
+    if pictures.is_dir():
+        files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
+    if not files:
+        raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
+    with console.status(f"{len(files)} pictures …"):
+        return model.teach(files, [label] * len(files), paths=[file.name for file in files])
+
+
+def _store(model: KnnForImageClassification, place: Path) -> Datastore:
+    if model.datastore is None:
+        raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
+    return model.datastore
+
+
+def _ids_of_paths(store: Datastore, paths: list[str]) -> list[int]:
+    known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise ValueError(
+            f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
+            "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
+        )
+    return [known[path] for path in paths]
+
+
+def _holds_datastore_alone(name: str) -> bool:
+    folder = Path(name)
+    return (folder / MANIFEST_NAME).is_file() and not (folder / "config.json").is_file()
+
+
+def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
+    """Refuses rows of another backbone, as far as their manifest says whose they are."""
+    ours = Manifest.read(checkpoint / MANIFEST_NAME).binding
+    theirs = None if store.manifest is None else store.manifest.binding
+    if theirs is not None and ours is not None and theirs.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"Expected rows of the backbone {ours.fingerprint[:12]}…, but {other} has rows of "
+            f"{theirs.fingerprint[:12]}…."
+        )
+
+
+def _difference_table(found: Difference) -> Table:
+    table = Table(title="From the first to the second", title_justify="left")
+    table.add_column("")
+    table.add_column("what")
+    for name in ("added", "removed", "changed"):
+        ids = getattr(found, name)
+        if ids:
+            shown = ", ".join(map(str, ids[:_SHOWN]))
+            more = ", …" if len(ids) > _SHOWN else ""
+            table.add_row(f"rows {name}", f"{len(ids):,}: ids {shown}{more}")
+    if found.relabelled:
+        shown = ", ".join(f"{i}: {old} → {new}" for i, old, new in found.relabelled[:_SHOWN])
+        table.add_row("rows relabelled", escape(f"{len(found.relabelled):,}: {shown}"))
+    for name, names in (("new", found.new_classes), ("lost", found.lost_classes)):
+        if names:
+            table.add_row(f"{name} classes", escape(", ".join(names[:_SHOWN])))
+    for name, (old, new) in (found.settings | found.metrics).items():
+        table.add_row(name, escape(f"{old} → {new}"))
+    table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
+    table.add_row("head", "same" if found.same_head else "changed")
+    return table

@@ -1,0 +1,116 @@
+"""Commands of `hf-knn` that change what a checkpoint remembers; declarations only."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint folder; it will be changed, as a whole or not at all.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
+Ids = Annotated[list[int] | None, typer.Option("--ids", help="Id of a row; repeat it.")]
+
+
+@app.command()
+def teach(
+    checkpoint: Checkpoint,
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder per label, or a csv of path,label; with --label "
+            "one picture, or a folder of pictures."
+        ),
+    ],
+    label: Annotated[
+        str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
+    ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
+    ] = False,
+    json_output: AsJson = False,
+) -> None:
+    """Teach new pictures or classes, without training."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import teach_pictures
+
+    how = "skip" if skip_bad_images else "fail"
+    run(teach_pictures, checkpoint, pictures, label, how, json_output)
+
+
+@app.command()
+def forget(
+    checkpoint: Checkpoint,
+    ids: Ids = None,
+    path: Annotated[
+        list[str] | None,
+        typer.Option("--path", help="Path of a picture as the datastore knows it; repeat it."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
+    recenter: Annotated[
+        bool,
+        typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
+    ] = False,
+    backup: Annotated[
+        Path | None, typer.Option(help="Keep the rows in this folder, for `hf-knn merge`.")
+    ] = None,
+    json_output: AsJson = False,
+) -> None:
+    """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import forget_rows
+
+    run(forget_rows, checkpoint, ids or [], path or [], label, recenter, backup, json_output)
+
+
+@app.command()
+def relabel(
+    checkpoint: Checkpoint,
+    label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
+    ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
+    json_output: AsJson = False,
+) -> None:
+    """Give stored pictures another label."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import relabel_rows
+
+    run(relabel_rows, checkpoint, ids, label, json_output)
+
+
+@app.command()
+def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> None:
+    """Take the last change back."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import undo_change
+
+    run(undo_change, checkpoint, json_output)
+
+
+@app.command()
+def merge(
+    checkpoint: Checkpoint,
+    other: Annotated[
+        str, typer.Argument(help="A checkpoint or datastore of the same backbone; stays as it is.")
+    ],
+    json_output: AsJson = False,
+) -> None:
+    """Add the rows of another checkpoint."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import merge_stores
+
+    run(merge_stores, checkpoint, other, json_output)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what differs between two checkpoints: rows, classes, settings, numbers."""
+    from hf_knn.console import run
+    from hf_knn.teach_command import show_difference
+
+    run(show_difference, first, second, json_output)
