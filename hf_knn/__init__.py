@@ -15,7 +15,7 @@ _LAZY = {
     "KnnTrainer": "trainer",
     "KnnTrainingArguments": "training_args",
     "FactorControl": "probe_settings",
-    "Neighbors": "datastore",
+    "Neighbors": "search_backend",
     "ProbeConfig": "probe_settings",
     "ProbeGrid": "probe_settings",
     "ProbeScore": "probe",

@@ -53,7 +53,7 @@ OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
     "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "hub_files.py", "indexing.py",
     "manifest.py", "model_card.py", "modeling_knn.py", "persistence.py", "processors.py",
-    "publishing.py", "row_table.py", "rows.py", "search.py", "storage.py",
+    "publishing.py", "row_table.py", "rows.py", "search.py", "search_backend.py", "storage.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
-    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
+    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
+    | {"search_backend"},
     {"hub_files", "publishing", "model_card"},
     {"datastore", "backbone"},
     {"checkpoint"},
