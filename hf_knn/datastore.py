@@ -44,6 +44,7 @@ from .manifest import (
 )
 from .persistence import SCRATCH, Contents, write_datastore
 from .publishing import PushTarget
+from .row_fingerprint import StoredRows
 from .row_table import RowTable
 from .rows import (
     Values,
@@ -245,6 +246,19 @@ class Datastore:
         """Where each row's picture lies, relative to its dataset; None if nobody said."""
         self.verify()
         return self._table.paths
+
+    def rows(self, part: slice) -> StoredRows:
+        """Some of the rows with all that is stored about them.
+
+        Args:
+            part: which, by position, with step 1.
+        """
+        self.verify()
+        table = self._table
+        ids = table.ids[part].numpy()
+        paths = [""] * len(ids) if table.paths is None else table.paths[part]
+        splits = [self.source.get("split", "")] * len(ids)
+        return StoredRows(ids, table.labels[part].numpy(), table.features[part], paths, splits)
 
     @property
     def index(self) -> IndexInfo:

@@ -20,9 +20,10 @@ PACKAGE = ROOT / "hf_knn"
 LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
-    | {"search_backend"},
+    | {"search_backend", "row_fingerprint", "datastore_reference"}
+    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
     {"hub_files", "publishing", "model_card"},
-    {"datastore", "backbone"},
+    {"datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
     {"checkpoint"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "images", "data", "collator", "features", "folds", "metrics"}
