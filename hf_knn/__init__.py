@@ -15,6 +15,7 @@ _LAZY = {
     "KnnTrainer": "trainer",
     "KnnTrainingArguments": "training_args",
     "FactorControl": "probe_settings",
+    "MilvusDatastore": "milvus_store",
     "Neighbors": "search_backend",
     "ProbeConfig": "probe_settings",
     "ProbeGrid": "probe_settings",

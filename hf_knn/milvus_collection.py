@@ -184,7 +184,8 @@ class MilvusCollection:
         if not self.server.call("list_indexes", name):
             index = self.server.library.MilvusClient.prepare_index_params()
             index.add_index(VECTOR, index_type="FLAT", metric_type=metric)
-            self.server.call("create_index", name, index)
+            # nothing is there yet to wait for, and loading asks for it again
+            self.server.call("create_index", name, index, sync=False)
         self.server.call("load_collection", name)
 
     def _row_schema(self, width: int) -> Any:

@@ -159,6 +159,7 @@ def test_public_names_are_said_once():
     """`__all__` names what design.md promises, each of a module in the table."""
     promised = {"KnnConfig", "KnnForImageClassification", "KnnImageClassifierOutput"}
     promised |= {"Datastore", "Neighbors", "KnnTrainer", "KnnTrainingArguments"}
+    promised |= {"MilvusDatastore", "SearchBackend", "ShardedDatastore"}
     promised |= {"extract_features", "tune"}
     promised |= {"knn_log_probs", "blend_log_probs", "knn_loss_weights"}
     # what the examples and benchmarks of heads on features need beyond it
