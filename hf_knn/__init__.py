@@ -21,6 +21,8 @@ _LAZY = {
     "ProbeGrid": "probe_settings",
     "ProbeScore": "probe",
     "ProbeSettings": "probe_settings",
+    "SearchBackend": "search_backend",
+    "ShardedDatastore": "distributed_search",
     "blend_log_probs": "functional",
     "choose_probe": "probe",
     "datastore_as_dataset": "data",

@@ -27,9 +27,10 @@ class Server:
 
     def start(self) -> None:
         """Starts it, and waits until it listens."""
-        command = [Path(sys.executable).parent / "milvus-lite", "server", "--data-dir"]
+        command = str(Path(sys.executable).parent / "milvus-lite")
+        place = ["--data-dir", str(self.folder), "--port", str(self.port), "--host", "127.0.0.1"]
         self.process = subprocess.Popen(
-            [*command, self.folder, "--port", str(self.port), "--host", "127.0.0.1"],
+            [command, "server", *place],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 60

@@ -28,7 +28,7 @@ LAYERS = [
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "images", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
-    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
+    | {"distributed_search", "probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "console", "training_command", "cli"},
 ]

@@ -1,8 +1,7 @@
 """A datastore in Milvus Lite answers as the embedded one does, and fails loudly."""
 
 import json
-import threading
-from collections.abc import Iterator
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from milvus_servers import free_port
 from oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn import Datastore, MilvusDatastore
-from hf_knn import milvus_search
+from hf_knn import Datastore, MilvusDatastore, milvus_search
 from hf_knn.datastore_reference import DatastoreReference, RemoteConsent, read_manifest
 from hf_knn.manifest import DatastoreError
 from hf_knn.milvus_client import DatastoreConnectionError, MilvusServer, check_uri
@@ -73,7 +71,7 @@ def pair(uri: str, name: str) -> tuple[Datastore, MilvusDatastore]:
 
 
 def queries(count: int = 9) -> Tensor:
-    features, _, ids = rows_of()
+    features, _, _ = rows_of()
     noise = torch.randn(count - 4, DIM, generator=torch.Generator().manual_seed(7))
     return torch.cat([features[:3], torch.zeros(1, DIM), noise])
 
@@ -123,15 +121,15 @@ def test_filters(pair):
         assert_same(inside, store, 8, labels=labels)
         assert_same(inside, store, ROWS, labels=labels, exclude_ids=store.ids[:9])
     assert_same(inside, store, 8, split="train")
-    with pytest.raises(ValueError, match="no row of .* is of 'test'"):
+    with pytest.raises(ValueError, match=r"no row of .* is of 'test'"):
         inside.search(queries(), 3, split="test")
     features, labels, ids = rows_of(30, seed=1)
     inside.add(features, labels, ids, split='te"st\\')
     assert_same(inside, store, 8, split="train")
     other = inside.to_datastore(split='te"st\\')
     assert sorted(other.ids.tolist()) == sorted(ids.tolist())
-    assert_same_as_brute_force = inside.search(queries(), 8, split='te"st\\')
-    assert_nearest(assert_same_as_brute_force, other, queries(), 8)
+    hits = inside.search(queries(), 8, split='te"st\\')
+    assert_nearest(hits, other, queries(), 8)
 
 
 def test_changes_are_those_of_the_embedded_one(pair):
@@ -259,7 +257,7 @@ def test_a_load_goes_on_where_it_was_stopped(calls, uri, name, monkeypatch):
         stop_after(patch, calls)
         with pytest.raises(Stopped):
             load(store, uri, name, batch_size=20)
-    with pytest.raises(DatastoreError, match="load was interrupted; call .*from_datastore again"):
+    with pytest.raises(DatastoreError, match=r"load was interrupted; call .*from_datastore again"):
         MilvusDatastore.connect(uri, name)
     written: list[int] = []
     upsert = MilvusCollection.upsert
@@ -361,8 +359,6 @@ def test_nobody_there():
 
 def test_a_server_that_never_answers():
     """It takes connections and says nothing: the timeout ends it."""
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -375,7 +371,7 @@ def test_an_error_that_can_pass_is_tried_again(pair, monkeypatch):
     """The client fails twice as it does when the server restarts, and then works."""
     from pymilvus.exceptions import MilvusException
 
-    store, inside = pair
+    inside = pair[1]
     server, failures = inside.collection.server, iter(range(2))
     query = server.client.query
 
@@ -467,7 +463,7 @@ def test_lies_in_a_reference_are_refused(field, value, pair, folder):
 
     pair[1].save(folder)
     values = json.loads((folder / "datastore.json").read_text()) | {field: value}
-    with pytest.raises(DatastoreError, match="checksum|format_version|format version"):
+    with pytest.raises(DatastoreError, match=r"checksum|version"):
         DatastoreReference.parse(values)
     values["checksum"] = _checksum({k: v for k, v in values.items() if k != "checksum"})
     with pytest.raises(DatastoreError, match=r"datastore\.json"):
@@ -482,13 +478,6 @@ def test_the_token_of_the_environment_goes_where_the_user_said(pair, monkeypatch
     assert RemoteConsent(uri="http://mine").place_of(reference) == ("http://mine", "secret")
     monkeypatch.setenv("HF_KNN_MILVUS_URI", "http://other:1")
     assert RemoteConsent().place_of(reference) == ("http://other:1", "secret")
-
-
-@pytest.fixture
-def no_threads_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() <= before + 2
 
 
 def test_a_local_file_in_a_missing_folder(tmp_path: Path):
