@@ -53,4 +53,5 @@ def main(uri: str, count: int, dim: int, batch_size: int, patience: float) -> No
 
 if __name__ == "__main__":
     place, *numbers = sys.argv[1:]
-    main(place, *(int(number) for number in numbers[:3]), float(numbers[3]))
+    rows, width, batch = map(int, numbers[:3])
+    main(place, rows, width, batch, float(numbers[3]))

@@ -30,7 +30,7 @@ LAYERS = [
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {"distributed_search", "probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
-    {"export", "console", "training_command", "cli"},
+    {"export", "console", "training_command", "milvus_command", "cli"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 

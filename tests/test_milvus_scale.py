@@ -21,7 +21,7 @@ pytest.importorskip("milvus_lite")
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("milvus_loader.py")
-ROWS, DIM, BATCH = 2000, 32, 100
+ROWS, DIM, BATCH = 2000, 32, 20
 FULL_ROWS, FULL_DIM = 20_000, 384
 
 
@@ -80,7 +80,7 @@ def assert_whole(inside: MilvusDatastore, store: Datastore) -> None:
 
 
 def assert_not_opened(uri: str) -> None:
-    with pytest.raises(DatastoreError, match="load was interrupted|there is none"):
+    with pytest.raises(DatastoreError, match=r"load was interrupted|there is none"):
         MilvusDatastore.connect(uri, COLLECTION)
 
 
