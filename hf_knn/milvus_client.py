@@ -28,6 +28,10 @@ class DatastoreConnectionError(ConnectionError):
     """A vector database that does not answer; the rows in it are as they were."""
 
 
+class DatastoreRefusalError(DatastoreConnectionError):
+    """A vector database that answers, with an error that stays."""
+
+
 def check_uri(uri: str) -> str:
     """Checks the address of a Milvus server.
 
@@ -55,6 +59,23 @@ def check_uri(uri: str) -> str:
         f"Expected `uri` to be like http://host:19530, or a file of Milvus Lite that ends in "
         f"{_LOCAL}, but got {uri!r}."
     )
+
+
+def check_exists(uri: str) -> str:
+    """Refuses a local file that is not there, which opening would make.
+
+    Args:
+        uri: checked.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    if uri.endswith(_LOCAL) and not Path(uri).exists():
+        raise FileNotFoundError(
+            f"Expected {uri} to hold a datastore, but there is no such file; load one with "
+            "MilvusDatastore.from_datastore, or say where it is."
+        )
+    return uri
 
 
 def token_of(token: str | None) -> str:
@@ -116,7 +137,8 @@ class MilvusServer:
             What it returns.
 
         Raises:
-            DatastoreConnectionError: if the server does not answer in time, or refuses.
+            DatastoreConnectionError: if the server does not answer in time.
+            DatastoreRefusalError: if it answers with an error that stays.
         """
         method = getattr(self.client, name)
         return self.ask(name, lambda: method(*args, timeout=self.timeout, **options))
@@ -129,7 +151,8 @@ class MilvusServer:
             action: what to do; safe to repeat.
 
         Raises:
-            DatastoreConnectionError: if the server does not answer in time, or refuses.
+            DatastoreConnectionError: if the server does not answer in time.
+            DatastoreRefusalError: if it answers with an error that stays.
         """
         started, wait = time.monotonic(), _FIRST_WAIT
         while True:
@@ -137,7 +160,7 @@ class MilvusServer:
                 return action()
             except _errors() as error:
                 if not is_transient(error):
-                    raise DatastoreConnectionError(
+                    raise DatastoreRefusalError(
                         f"Milvus at {self.uri} refused `{what}`: {_reason(error)}"
                     ) from error
                 passed = time.monotonic() - started

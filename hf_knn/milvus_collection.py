@@ -1,12 +1,12 @@
 """One datastore's collections in Milvus: its rows, and the record about them."""
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from .first_pass import Singles
 from .manifest import DatastoreError
-from .milvus_client import MilvusServer
+from .milvus_client import DatastoreRefusalError, MilvusServer
 from .milvus_rows import (
     ABOUT_FIELDS,
     ABOUT_KEY,
@@ -17,6 +17,8 @@ from .milvus_rows import (
     VECTOR,
     About,
 )
+
+T = TypeVar("T")
 
 LARGEST_ANSWER = 16_384
 """Milvus returns at most so many rows per query of a search."""
@@ -112,7 +114,7 @@ class MilvusCollection:
         Args:
             where: a Milvus expression; empty for all rows.
         """
-        found = self.server.call("query", self.name, filter=where, output_fields=["count(*)"])
+        found = self._read("query", filter=where, output_fields=["count(*)"])
         return int(found[0]["count(*)"])
 
     def upsert(self, rows: list[dict[str, Any]]) -> None:
@@ -130,7 +132,7 @@ class MilvusCollection:
         found: list[Any] = []
         for start in range(0, len(ids), _IDS_PER_CALL):
             part = list(ids[start : start + _IDS_PER_CALL])
-            found += self.server.call("get", self.name, ids=part, output_fields=list(fields))
+            found += self._read("get", ids=part, output_fields=list(fields))
         return found
 
     def search(
@@ -147,9 +149,9 @@ class MilvusCollection:
         Returns:
             Per vector, hits with `distance` (the inner product) and `entity`, best first.
         """
-        found = self.server.call(
-            "search", self.name, data=list(vectors), anns_field=VECTOR, filter=where,
-            limit=count, output_fields=list(fields), search_params={"metric_type": "IP"},
+        found = self._read(
+            "search", data=list(vectors), anns_field=VECTOR, filter=where, limit=count,
+            output_fields=list(fields), search_params={"metric_type": "IP"},
         )  # fmt: skip
         if len(found) != len(vectors):
             raise DatastoreError(
@@ -167,14 +169,28 @@ class MilvusCollection:
             where: a Milvus expression; empty for all rows.
             page: rows per page.
         """
-        iterator = self.server.call(
-            "query_iterator", self.name, batch_size=page, filter=where, output_fields=list(fields)
+        iterator = self._read(
+            "query_iterator", batch_size=page, filter=where, output_fields=list(fields)
         )
         try:
-            while rows := self.server.ask("query_iterator", iterator.next):
+            while rows := self._loaded(lambda: self.server.ask("query_iterator", iterator.next)):
                 yield list(rows)
         finally:
             iterator.close()
+
+    def _read(self, name: str, **options: Any) -> Any:
+        return self._loaded(lambda: self.server.call(name, self.name, **options))
+
+    def _loaded(self, read: Callable[[], T]) -> T:
+        """Reads; once more where a server forgot, when it was restarted, what it had loaded."""
+        try:
+            return read()
+        except DatastoreRefusalError:
+            state = self.server.call("get_load_state", self.name)["state"]
+            if state.name != "NotLoad":
+                raise
+            self.load()
+            return read()
 
     def _make(self, name: str, schema: Any, metric: str) -> None:
         """Makes a collection with its index; goes on where a process was killed."""

@@ -16,7 +16,7 @@ from .datastore_reference import DatastoreReference, RemoteConsent, read_manifes
 from .indexing import FLAT
 from .manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError, IndexInfo
 from .milvus_changes import add_rows, relabel_rows, remove_rows, rows_with
-from .milvus_client import PATIENCE, TIMEOUT, MilvusServer, token_of
+from .milvus_client import PATIENCE, TIMEOUT, MilvusServer, check_exists, check_uri, token_of
 from .milvus_collection import MilvusCollection
 from .milvus_load import (
     BATCH_ROWS,
@@ -148,8 +148,12 @@ class MilvusDatastore:
             ImportError: without pymilvus.
             DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
             DatastoreConnectionError: if the server does not answer.
+            FileNotFoundError: for a local file that is not there.
         """
-        place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
+        place = MilvusCollection(
+            MilvusServer(check_exists(check_uri(uri)), token_of(token), timeout, patience),
+            collection,
+        )
         return cls._opened(place, recover)
 
     @classmethod
@@ -188,7 +192,7 @@ class MilvusDatastore:
                 )
             reference = found
         address, secret = RemoteConsent(trust_remote_datastore, uri, token).place_of(reference)
-        server = MilvusServer(address, secret, timeout, patience)
+        server = MilvusServer(check_exists(address), secret, timeout, patience)
         store = cls._opened(MilvusCollection(server, reference.collection))
         store.binding = reference.binding
         about = store._about

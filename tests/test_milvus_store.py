@@ -386,6 +386,17 @@ def test_an_error_that_can_pass_is_tried_again(pair, monkeypatch):
     assert next(failures, None) is None
 
 
+def test_a_server_that_forgot_what_it_had_loaded(pair):
+    """As Milvus Lite does when it is restarted."""
+    store, inside = pair
+    for _ in range(2):
+        inside.collection.server.call("release_collection", inside.collection.name)
+        assert_same(inside, store, 6)
+    inside.collection.server.call("release_collection", inside.collection.name)
+    inside.remove(store.ids[:2])
+    assert len(inside.ids) == ROWS - 2
+
+
 def test_an_error_that_stays_is_not_tried_again(pair):
     inside = pair[1]
     with pytest.raises(DatastoreConnectionError, match="refused `query`"):
@@ -482,4 +493,10 @@ def test_the_token_of_the_environment_goes_where_the_user_said(pair, monkeypatch
 
 def test_a_local_file_in_a_missing_folder(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="make it first"):
-        MilvusDatastore.connect(str(tmp_path / "no" / "rows.db"), "rows")
+        load(embedded(), str(tmp_path / "no" / "rows.db"), "rows")
+
+
+def test_opening_makes_no_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        MilvusDatastore.connect(str(tmp_path / "rows.db"), "rows")
+    assert list(tmp_path.iterdir()) == []
