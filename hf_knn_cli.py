@@ -453,6 +453,25 @@ def export(
     run(export_checkpoint, checkpoint, onnx)
 
 
+@app.command()
+def milvus(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    uri: Annotated[
+        str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
+    ],
+    collection: Annotated[str, typer.Option(help="Name for the rows there.")],
+    token: Annotated[
+        str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+) -> None:
+    """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
+    from hf_knn.console import run
+    from hf_knn.milvus_command import move_to_milvus
+
+    run(move_to_milvus, checkpoint, uri, collection, token, batch_size)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

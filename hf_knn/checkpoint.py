@@ -17,6 +17,7 @@ from transformers.utils import (
 
 from .backbone import hash_tensors, same_weights, weight_marks
 from .datastore import Datastore
+from .datastore_reference import DatastoreReference, RemoteConsent, read_manifest
 from .hub_files import HubFiles
 from .manifest import (
     BLOB_PATTERN,
@@ -28,6 +29,7 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from .milvus_store import MilvusDatastore
 from .model_card import (
     MEASURED_NAME,
     NEIGHBORS_NAME,
@@ -37,6 +39,7 @@ from .model_card import (
 )
 from .processors import load_processor
 from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
+from .search_backend import SearchBackend
 from .storage import give_default_mode, identity, replaced_folder
 
 logger = logging.getLogger(__name__)
@@ -52,10 +55,13 @@ _WEIGHTS_PATTERN = re.compile(
 )
 OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
-    "faiss_index.py", "first_pass.py", "functional.py", "heads.py", "hub_files.py", "images.py",
-    "indexing.py", "manifest.py", "model_card.py", "modeling_knn.py", "persistence.py",
+    "datastore_reference.py", "faiss_index.py", "first_pass.py", "functional.py", "heads.py",
+    "hub_files.py", "images.py", "indexing.py", "manifest.py", "milvus_changes.py",
+    "milvus_client.py", "milvus_collection.py", "milvus_load.py", "milvus_rows.py",
+    "milvus_search.py", "milvus_store.py", "model_card.py", "modeling_knn.py", "persistence.py",
     "processors.py", "publishing.py", "receipts.py", "ridge_head.py", "ridge_state.py",
-    "row_fingerprint.py", "row_table.py", "rows.py", "search.py", "storage.py", "teaching.py",
+    "row_fingerprint.py", "row_table.py", "rows.py", "search.py", "search_backend.py", "storage.py",
+    "teaching.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -135,7 +141,7 @@ def _is_same_maker(first: str, second: str) -> bool:
     return rest == other_rest and same_weights(weights, other_weights)
 
 
-def check_fits(store: Datastore, config: Any) -> None:
+def check_fits(store: SearchBackend, config: Any) -> None:
     """Refuses a datastore that a model cannot use.
 
     Args:
@@ -153,10 +159,11 @@ def check_fits(store: Datastore, config: Any) -> None:
             raise ValueError(
                 f"Expected a datastore of {name} {wanted}, as the model has, but got {found}."
             )
-    if len(store) and int(store.labels.max()) >= config.classes:
+    beyond = store.label_beyond(config.classes)
+    if beyond is not None:
         raise ValueError(
             f"Expected labels below {config.classes} in the datastore, the number of classes of "
-            f"the model, but got {int(store.labels.max())}."
+            f"the model, but got {beyond}."
         )
 
 
@@ -200,13 +207,13 @@ class CheckpointAttempt:
         reader: finds the files.
 
     Attributes:
-        manifest: of the datastore; None if there is none.
+        manifest: of the datastore, or what it refers to; None if there is none.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
         self.reader = reader
         self.seen = self._manifest_identity()
-        self.manifest: Manifest | None = None
+        self.manifest: Manifest | DatastoreReference | None = None
         self.is_stale = False
 
     def verify(self, allow_stale: bool) -> None:
@@ -222,7 +229,7 @@ class CheckpointAttempt:
         path = self.reader.resolve(MANIFEST_NAME)
         if path is None:
             return
-        self.manifest = Manifest.read(path)
+        self.manifest = read_manifest(path)
         if self.manifest.binding is None:
             return
         problem = self._find_problem(self.manifest.binding)
@@ -232,18 +239,23 @@ class CheckpointAttempt:
             self.is_stale = isinstance(problem, StaleDatastoreError)
             logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
 
-    def read_datastore(self, model: Any, trust_faiss_index: bool) -> Datastore | None:
+    def read_datastore(
+        self, model: Any, trust_faiss_index: bool, consent: RemoteConsent
+    ) -> SearchBackend | None:
         """Reads the datastore that belongs to a model; checks every byte of a downloaded one.
 
         Args:
             model: the model that was loaded from this checkpoint.
             trust_faiss_index: see `Datastore.load`.
+            consent: whether a server may be asked, if the rows lie on one.
 
         Returns:
             The datastore; None if the checkpoint has none.
 
         Raises:
-            DatastoreError: for damaged, missing or disagreeing files.
+            DatastoreError: for damaged, missing or disagreeing files or rows.
+            DatastoreConnectionError: for a server that does not answer.
+            ValueError: for a server that may not be asked.
         """
         if self.manifest is None:
             if model.config.has_datastore:
@@ -252,13 +264,20 @@ class CheckpointAttempt:
                     "says, but it is missing; pass load_datastore=False for the plain classifier."
                 )
             return None
-        store = Datastore.from_manifest(
-            self.manifest,
-            self.reader.resolve,
-            verify="auto" if self.reader.is_folder else "full",
-            trust_faiss_index=trust_faiss_index,
-        )
-        if len(store) < _LABELS_CHECKED_AT_ONCE:
+        store: SearchBackend
+        if isinstance(self.manifest, DatastoreReference):
+            store = MilvusDatastore.open(
+                self.manifest, trust_remote_datastore=consent.trusted, uri=consent.uri,
+                token=consent.token,
+            )  # fmt: skip
+        else:
+            store = Datastore.from_manifest(
+                self.manifest,
+                self.reader.resolve,
+                verify="auto" if self.reader.is_folder else "full",
+                trust_faiss_index=trust_faiss_index,
+            )
+        if len(store) < _LABELS_CHECKED_AT_ONCE or store.location is not None:
             check_fits(store, model.config)
         store.digest = STALE if self.is_stale else made_by(model)
         binding = self.manifest.binding
@@ -330,7 +349,7 @@ def _bind(model: Any, folder: Path) -> Binding:
         weight_sum = hashlib.sha256(then.encode()).hexdigest()
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     dtype = str(model.dtype).removeprefix("torch.")
-    before = model.datastore.manifest and model.datastore.manifest.binding
+    before = model.datastore.binding
     if before and before.dtype != dtype:
         logger.warning("The backbone is saved as %s, another dtype than %s.", dtype, before.dtype)
     names = [CONFIG_NAME, *(path.name for path in weights)]

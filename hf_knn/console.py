@@ -28,9 +28,12 @@ def run(command: Callable[..., None], *args: Any) -> None:
     """
     hide_progress_bars()
     transformers_logging.disable_progress_bar()
-    logger = logging.getLogger("hf_knn")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # a command says itself what a user should know
+    # a command says itself what a user should know; pymilvus logs the traceback of each retry
+    quiet = {"hf_knn": logging.ERROR, "pymilvus": logging.CRITICAL}
+    loggers = [logging.getLogger(name) for name in quiet]
+    levels = [logger.level for logger in loggers]
+    for logger, level in zip(loggers, quiet.values(), strict=True):
+        logger.setLevel(level)
     try:
         command(*args)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
@@ -39,7 +42,8 @@ def run(command: Callable[..., None], *args: Any) -> None:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(1) from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

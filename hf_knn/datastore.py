@@ -45,6 +45,7 @@ from .manifest import (
 )
 from .persistence import SCRATCH, Contents, write_datastore
 from .publishing import PushTarget
+from .row_fingerprint import StoredRows
 from .row_table import RowTable
 from .rows import (
     Values,
@@ -57,6 +58,7 @@ from .rows import (
     to_storage,
 )
 from .search import RowSpace, Searcher
+from .search_backend import Neighbors, check_request, check_split
 from .storage import exclusive_lock, identity
 
 logger = logging.getLogger(__name__)
@@ -66,19 +68,20 @@ LARGEST_VERIFIED_AT_ONCE = 256 * 2**20
 _LOAD_ATTEMPTS = 10
 
 
-class Neighbors(NamedTuple):
-    """The nearest rows of a batch of queries, by (similarity, id).
+class _Filtered(NamedTuple):
+    """The rows of some classes, and of what they were taken."""
 
-    Attributes:
-        similarities: [B, k'] float32, higher is closer: inner products of unit vectors (`cosine`)
-            or negative squared distances (`l2`).
-        labels: [B, k'] int64.
-        ids: [B, k'] int64.
-    """
-
-    similarities: Tensor
-    labels: Tensor
+    classes: Tensor
     ids: Tensor
+    labels: Tensor
+    mean: Tensor
+    placement: Placement
+    store: "Datastore"
+
+    def is_of(self, store: "Datastore", classes: Tensor) -> bool:
+        is_same = self.ids is store._table.ids and self.labels is store._table.labels
+        is_same &= self.mean is store.mean and self.placement == store._placement
+        return is_same and torch.equal(self.classes, classes)
 
 
 class Datastore:
@@ -158,6 +161,7 @@ class Datastore:
         self._placement = Placement()
         self._unverified: OpenedFiles | None = None
         self._trusted: BinaryIO | None = None
+        self._filtered: _Filtered | None = None
         self.home: Path | None = None
 
     @classmethod
@@ -244,10 +248,33 @@ class Datastore:
         self.verify()
         return self._table.paths
 
+    def rows(self, part: slice) -> StoredRows:
+        """Some of the rows with all that is stored about them.
+
+        Args:
+            part: which, by position, with step 1.
+        """
+        self.verify()
+        table = self._table
+        ids = table.ids[part].numpy()
+        paths = [""] * len(ids) if table.paths is None else table.paths[part]
+        splits = [self.source.get("split", "")] * len(ids)
+        return StoredRows(ids, table.labels[part].numpy(), table.features[part], paths, splits)
+
     @property
     def index(self) -> IndexInfo:
         """Which index is used, with its parameters and measured recall once it was built."""
         return self._index
+
+    @property
+    def location(self) -> str | None:
+        """Where the rows lie if not beside the model: None, they do."""
+        return None
+
+    @property
+    def binding(self) -> Binding | None:
+        """The checkpoint that the datastore was opened with, if any."""
+        return None if self.manifest is None else self.manifest.binding
 
     def __repr__(self) -> str:
         return (
@@ -291,6 +318,9 @@ class Datastore:
         queries: Tensor | NDArray,
         k: int = 20,
         exclude_ids: Values | None = None,
+        *,
+        labels: Values | None = None,
+        split: str | None = None,
     ) -> Neighbors:
         """Finds the k nearest rows of each query.
 
@@ -299,42 +329,52 @@ class Datastore:
             k: how many, >= 1; fewer rows give fewer neighbours.
             exclude_ids: [B] int64; the row with that id is not a neighbour of that query (-1 =
                 none): leave-one-out by id, whatever else lies at the same place.
+            labels: only rows of these classes are neighbours, searched exactly; None for all. The
+                rows of the classes asked for last are kept ready.
+            split: the rows' split, if it must be a certain one; a datastore holds one.
 
         Returns:
             Neighbors [B, min(k, N)], or [B, min(k, N - 1)] with `exclude_ids`, on the device of the
-            queries, ordered by similarity (compared in float64), then id. Exact for `flat`; other
-            indexes may miss some, see `index.recall`.
+            queries, ordered by similarity (compared in float64), then id; N counts the rows of
+            `labels`. Exact for `flat`; other indexes may miss some, see `index.recall`.
 
         Raises:
-            ValueError: for NaN or infinite queries (with the row numbers), another width, k < 1, or
-                exclude_ids of another length.
+            ValueError: for NaN or infinite queries (with the row numbers), another width, k < 1,
+                exclude_ids of another length, or a split that the rows are not of.
             DatastoreError: if the files behind the rows turn out to be damaged.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"Expected `k` to be a whole number >= 1, but got {k!r}.")
-        wanted = as_features(queries, "queries", self.dim).numpy()
-        excluded: Ints | None = None
-        if exclude_ids is not None:
-            excluded = as_whole_numbers(exclude_ids, "exclude_ids", lowest=-1).numpy()
-            if len(excluded) != len(wanted):
-                raise ValueError(
-                    f"Expected `exclude_ids` to have one id per query ({len(wanted)}), "
-                    f"but got {len(excluded)}."
-                )
-        width = max(0, min(int(k), len(self) - (excluded is not None)))
-        if width == 0 or len(wanted) == 0:
-            similarities = np.zeros((len(wanted), width))
-            positions = np.zeros((len(wanted), width), np.int64)
+        check_split(split, self.source)
+        store = self if labels is None else self._of_labels(labels)
+        return store.nearest(queries, k, exclude_ids).rounded(queries)
+
+    def nearest(
+        self, queries: Tensor | NDArray, k: int, exclude_ids: Values | None = None
+    ) -> Neighbors:
+        """The answer of `search` before it is rounded, for those who merge several.
+
+        Args:
+            queries: see `search`.
+            k: see `search`.
+            exclude_ids: see `search`.
+
+        Returns:
+            Neighbors as `search` finds them, with similarities in float64, on the CPU.
+
+        Raises:
+            ValueError: see `search`.
+            DatastoreError: see `search`.
+        """
+        wanted = check_request(queries, k, exclude_ids, self.dim)
+        shape = (len(wanted.queries), wanted.width(len(self)))
+        if 0 in shape:
+            similarities, positions = np.zeros(shape), np.zeros(shape, np.int64)
         else:
-            similarities, positions = self.build_index().search(wanted, width, excluded)
-        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
-        largest = torch.finfo(torch.float32).max
+            similarities, positions = self.build_index().search(
+                wanted.queries, shape[1], wanted.excluded
+            )
         rows = torch.from_numpy(positions)
-        return Neighbors(
-            torch.from_numpy(similarities).clamp(-largest, largest).float().to(device),
-            self._table.labels[rows].to(device),
-            self._table.ids[rows].to(device),
-        )
+        table = self._table
+        return Neighbors(torch.from_numpy(similarities), table.labels[rows], table.ids[rows])
 
     def leave_one_out(
         self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
@@ -562,6 +602,15 @@ class Datastore:
             mean = torch.from_numpy(total / len(order)).float()
         self.mean, self._table, self._trusted = mean, self._table.with_new_mean(), None
         self._drop_index()
+
+    def label_beyond(self, classes: int) -> int | None:
+        """The largest label, if it is >= classes; else None.
+
+        Args:
+            classes: how many classes there are.
+        """
+        largest = int(self.labels.max()) if len(self) else -1
+        return largest if largest >= classes else None
 
     def path_of(self, row_id: int) -> str:
         """Where the picture of a row lies, relative to its dataset; empty if not known.
@@ -850,6 +899,21 @@ class Datastore:
         self._searcher, self._centroids = None, None
         self._table = self._table.with_lists(None)
         self._index = self._choose_index(self._index.requested, fall_back=True)
+
+    def _of_labels(self, labels: Values) -> "Datastore":
+        """The rows of some classes, searched exactly."""
+        classes = as_whole_numbers(labels, "labels").unique()
+        self.verify()
+        known = self._filtered
+        if known is not None and known.is_of(self, classes):
+            return known.store
+        part = self.subset(self._table.ids[torch.isin(self._table.labels, classes)])
+        part._index, part._placement = part._choose_index(FLAT), self._placement
+        table = self._table
+        self._filtered = _Filtered(
+            classes, table.ids, table.labels, self.mean, self._placement, part
+        )
+        return part
 
     def _positions(self, ids: Values) -> Tensor:
         wanted = as_whole_numbers(ids, "ids")

@@ -78,7 +78,7 @@ def _compare_rows(
         "added": theirs[~torch.isin(theirs, mine)].sort().values.tolist(),
         "removed": mine[~torch.isin(mine, theirs)].sort().values.tolist(),
     }
-    if one is None or two is None:
+    if not isinstance(one, Datastore) or not isinstance(two, Datastore):
         return found
     both = mine[torch.isin(mine, theirs)].sort().values
     return found | _compare_common(one, two, both, first, second)

@@ -17,12 +17,15 @@ from .storage import HASH_BLOCK, hash_blocks, hash_open_blocks
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
+REFERENCE_FORMAT = "hf_knn.datastore-reference"
+"""Of a `datastore.json` that says in which vector database the rows lie."""
+
 STORAGE_DTYPES = ("float16", "float32")
 
 MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
 _LARGEST_MANIFEST = 64 * 2**20
@@ -191,8 +194,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `datastore.json`."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
-        values |= asdict(self)
-        return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
+        return signed_json(values | asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -204,13 +206,7 @@ class Manifest:
         Raises:
             DatastoreError: naming the field, what was wanted and what was found.
         """
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
-        return cls.parse(values)
+        return cls.parse(read_values(path))
 
     @classmethod
     def parse(cls, values: Any) -> "Manifest":
@@ -222,21 +218,13 @@ class Manifest:
         Raises:
             DatastoreError: naming the field, what was wanted and what was found.
         """
-        fields = _Fields(values, "")
-        if fields.text("format") != FORMAT:
-            raise fields.wrong("format", FORMAT)
-        version = fields.count("format_version")
-        if version != FORMAT_VERSION:
+        fields = Fields(values, "")
+        if fields.text("format") == REFERENCE_FORMAT:
             raise DatastoreError(
-                f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
-                f"{version}; upgrade hf_knn."
+                f"Expected {MANIFEST_NAME} to name files with rows, but it refers to a vector "
+                "database; open the checkpoint as a model, or the rows with MilvusDatastore.open."
             )
-        checksum = fields.matching("checksum", _SHA256)
-        if checksum != _checksum({k: v for k, v in values.items() if k != "checksum"}):
-            raise DatastoreError(
-                f"Expected {MANIFEST_NAME} to match its own checksum {checksum[:12]}…, but it does "
-                "not; the file is damaged, download or save it again."
-            )
+        check_format(fields, FORMAT)
         if fields.count("block_size") != HASH_BLOCK:
             raise fields.wrong("block_size", str(HASH_BLOCK))
         metric = fields.choice("metric", list(Metric))
@@ -260,7 +248,7 @@ class Manifest:
             faiss_index=None
             if faiss_index is None
             else _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME))),
-            binding=None if binding is None else _parse_binding(binding),
+            binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
         stored = manifest.num_rows * manifest.dim * (2 if manifest.dtype == "float16" else 4)
@@ -274,13 +262,69 @@ class Manifest:
         return manifest
 
 
+def read_values(path: Path) -> Any:
+    """The decoded JSON of a `datastore.json`, unchecked.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DatastoreError: if it is too large, or no JSON.
+    """
+    if path.stat().st_size > _LARGEST_MANIFEST:
+        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
+
+
+def signed_json(values: dict[str, Any]) -> str:
+    """The text of a `datastore.json` with its own checksum."""
+    return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
+
+
+def check_format(fields: "Fields", wanted: str) -> None:
+    """Checks what a `datastore.json` says about itself: format, version and its own checksum.
+
+    Args:
+        fields: of the whole file.
+        wanted: the format.
+
+    Raises:
+        DatastoreError: for another format, another version, or a damaged file.
+    """
+    if fields.text("format") != wanted:
+        raise fields.wrong("format", wanted)
+    version = fields.count("format_version")
+    if version != FORMAT_VERSION:
+        raise DatastoreError(
+            f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
+            f"{version}; upgrade hf_knn."
+        )
+    checksum = fields.matching("checksum", SHA256_PATTERN)
+    if checksum != _checksum({k: v for k, v in fields.values.items() if k != "checksum"}):
+        raise DatastoreError(
+            f"Expected {MANIFEST_NAME} to match its own checksum {checksum[:12]}…, but it does "
+            "not; the file is damaged, download or save it again."
+        )
+
+
 def _checksum(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Fields:
-    """Typed access to one JSON object, with the field's full name in each error."""
+class Fields:
+    """Typed access to one JSON object, with the field's full name in each error.
+
+    Args:
+        values: the decoded JSON.
+        prefix: of the names in messages; empty for the whole file.
+
+    Raises:
+        DatastoreError: by each method, naming the field, what was wanted and what was found.
+    """
 
     def __init__(self, values: Any, prefix: str) -> None:
         if not isinstance(values, dict):
@@ -291,47 +335,55 @@ class _Fields:
         self.values, self.prefix = values, prefix
 
     def get(self, name: str) -> Any:
+        """The value of a field."""
         if name not in self.values:
             raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
         return self.values[name]
 
     def wrong(self, name: str, wanted: str) -> DatastoreError:
+        """The error for a field of another kind."""
         shown = repr(self.values.get(name))[:80]
         return DatastoreError(
             f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
         )
 
     def count(self, name: str) -> int:
+        """A whole number >= 0."""
         value = self.get(name)
         if type(value) is not int or not 0 <= value <= _LARGEST_COUNT:
             raise self.wrong(name, f"a whole number in [0, {_LARGEST_COUNT}]")
         return value
 
     def text(self, name: str) -> str:
+        """A string."""
         value = self.get(name)
         if not isinstance(value, str):
             raise self.wrong(name, "a string")
         return value
 
     def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        """A string that a pattern matches whole."""
         value = self.text(name)
         if not pattern.fullmatch(value):
             raise self.wrong(name, f"a name like {pattern.pattern}")
         return value
 
     def choice(self, name: str, choices: Any) -> str:
+        """One of some strings."""
         value = self.text(name)
         if value not in list(choices):
             raise self.wrong(name, f"one of {[str(choice) for choice in choices]}")
         return value
 
     def items(self, name: str) -> list[Any]:
+        """A list."""
         value = self.get(name)
         if not isinstance(value, list):
             raise self.wrong(name, "a list")
         return value
 
     def texts(self, name: str) -> dict[str, str]:
+        """An object of strings."""
         value = self.get(name)
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             raise self.wrong(name, "an object of strings")
@@ -339,25 +391,25 @@ class _Fields:
 
 
 def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
-    fields = _Fields(values, f"{prefix}.")
+    fields = Fields(values, f"{prefix}.")
     size = fields.count("size")
     blocks = fields.items("blocks")
     if len(blocks) != -(-size // HASH_BLOCK):
         raise fields.wrong("blocks", f"one hash per {HASH_BLOCK} bytes of {size}")
-    if not all(isinstance(block, str) and _SHA256.fullmatch(block) for block in blocks):
+    if not all(isinstance(block, str) and SHA256_PATTERN.fullmatch(block) for block in blocks):
         raise fields.wrong("blocks", "a list of sha256 sums")
-    sha256 = fields.matching("sha256", _SHA256)
+    sha256 = fields.matching("sha256", SHA256_PATTERN)
     if len(blocks) == 1 and blocks != [sha256]:
         raise fields.wrong("blocks", "the hash of the file, which is one block")
     return FileRecord(fields.matching("name", pattern), size, sha256, blocks)
 
 
 def _parse_index(values: Any) -> IndexInfo:
-    fields = _Fields(values, "index.")
+    fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         raise fields.wrong("recall", "a number in [0, 1] or null")
-    named = _Fields(parameters, "index.parameters.")
+    named = Fields(parameters, "index.parameters.")
     return IndexInfo(
         fields.text("requested"),
         fields.text("spec"),
@@ -366,11 +418,16 @@ def _parse_index(values: Any) -> IndexInfo:
     )
 
 
-def _parse_binding(values: Any) -> Binding:
-    fields = _Fields(values, "binding.")
+def parse_binding(values: Any) -> Binding:
+    """Checks the part of a `datastore.json` that ties it to a checkpoint.
+
+    Raises:
+        DatastoreError: naming the field, what was wanted and what was found.
+    """
+    fields = Fields(values, "binding.")
     return Binding(
-        fingerprint=fields.matching("fingerprint", _SHA256),
-        weights=fields.matching("weights", _SHA256),
+        fingerprint=fields.matching("fingerprint", SHA256_PATTERN),
+        weights=fields.matching("weights", SHA256_PATTERN),
         processor=fields.text("processor"),
         pooling=fields.choice("pooling", list(Pooling)),
         dtype=fields.text("dtype"),

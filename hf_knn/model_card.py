@@ -249,8 +249,18 @@ def _datastore(model: Any, folder: Path | None) -> list[str]:
         + (f", {size / 1e6:,.1f} MB" if size else "")
         + f"; {config.store_pooling} pooling, {config.normalization} "
         f"normalisation, {config.metric} similarity, index {_text(store.index)}."
-        + (f" Made from {named}." if named else ""),
+        + (f" Made from {named}." if named else "")
+        + _location(store),
     ]
+
+
+def _location(store: Any) -> str:
+    if store.location is None:
+        return ""
+    return (
+        f" The rows are not in this repository: they lie in {_text(store.location)}, and opening "
+        "the model asks that server, with `trust_remote_datastore=True` or `datastore_uri=`."
+    )
 
 
 def _text(value: Any) -> str:

@@ -27,7 +27,8 @@ from .backbone import (
 )
 from .checkpoint import CheckpointReader, write_checkpoint
 from .configuration_knn import KnnConfig
-from .datastore import Datastore, Neighbors
+from .datastore import Datastore
+from .datastore_reference import RemoteConsent
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
 from .manifest import DatastoreError
@@ -36,6 +37,7 @@ from .processors import load_processor, portable
 from .publishing import CARD_NAME, PushTarget
 from .receipts import Receipt
 from .rows import Values
+from .search_backend import Neighbors, SearchBackend
 from .teaching import Follower, Label, features_of, forget, merge, relabel, teach, undo
 
 _PUSH_OPTIONS = (
@@ -79,8 +81,8 @@ class KnnForImageClassification(PreTrainedModel):
     model is its head alone.
 
     Attributes:
-        datastore: the `Datastore`, or None; a plain attribute that no device move, cast or
-            distributed wrapper touches.
+        datastore: a `Datastore` or another `SearchBackend`, or None; a plain attribute that no
+            device move, cast or distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
         measured: what was measured on pictures held out, which the model card is made from:
             `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known; or None.
@@ -106,7 +108,7 @@ class KnnForImageClassification(PreTrainedModel):
         # a class attribute of transformers, which here depends on the backbone
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.head = KnnHead.from_config(config)
-        self.datastore: Datastore | None = None
+        self.datastore: SearchBackend | None = None
         self.image_processor: Any = None
         self.measured: dict[str, Any] | None = None
         self.neighbor_picture: bytes | None = None
@@ -181,6 +183,9 @@ class KnnForImageClassification(PreTrainedModel):
         load_datastore: bool = True,
         allow_stale: bool = False,
         trust_faiss_index: bool = False,
+        trust_remote_datastore: bool = False,
+        datastore_uri: str | None = None,
+        datastore_token: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Opens a checkpoint with its datastore and image processor.
@@ -193,13 +198,22 @@ class KnnForImageClassification(PreTrainedModel):
                 weights, processor settings or pooling, and files beside it that were changed.
             trust_faiss_index: True lets faiss parse `datastore.faiss`, see `Datastore.load`; for
                 files of your own only.
+            trust_remote_datastore: True asks the Milvus server that the checkpoint names, if its
+                rows lie on one; without consent nobody is asked, and such a checkpoint is refused.
+            datastore_uri: consent to this address instead of the one in the checkpoint; None takes
+                that of the environment variable `HF_KNN_MILVUS_URI`, if it is set.
+            datastore_token: of that server. None takes `MILVUS_TOKEN`, which is only ever sent to
+                an address given here or in the environment.
             kwargs: see `PreTrainedModel.from_pretrained`; `revision`, `token`, `cache_dir`,
                 `subfolder`, … hold for every file of the checkpoint.
 
         Raises:
             DatastoreError: for a damaged or incomplete datastore, naming the file.
             StaleDatastoreError: for a datastore of other weights, with both fingerprints.
+            DatastoreConnectionError: for a server with the rows that does not answer.
+            ValueError: for a server that may not be asked.
         """
+        consent = RemoteConsent(trust_remote_datastore, datastore_uri, datastore_token)
         reader = CheckpointReader(pretrained_model_name_or_path, kwargs)
         kwargs["revision"] = reader.revision
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
@@ -218,7 +232,7 @@ class KnnForImageClassification(PreTrainedModel):
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
-                    model.datastore = attempt.read_datastore(model, trust_faiss_index)
+                    model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue

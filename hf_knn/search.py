@@ -66,12 +66,22 @@ class RowSpace:
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
         features: [N, D] rows that fix the scale.
+        largest: of the rows' lengths once they are normalised, if it is known; it fixes the scale.
     """
 
-    def __init__(self, mean: Floats, metric: str, normalization: str, features: Rows) -> None:
+    def __init__(
+        self,
+        mean: Floats,
+        metric: str,
+        normalization: str,
+        features: Rows,
+        largest: float | None = None,
+    ) -> None:
         self.mean, self.normalization = mean, normalization
         self.is_l2 = Metric(metric) is Metric.L2
-        self.largest = self._largest_length(features) or 1.0 if self.is_l2 else 1.0
+        self.largest = 1.0
+        if self.is_l2:
+            self.largest = largest or self._largest_length(features) or 1.0
         # a row of length 1 is sqrt(1 + 1/4) long once it is extended
         self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
 
@@ -264,7 +274,7 @@ class Searcher:
         similarities[candidates < 0] = -np.inf
         if excluded is not None:
             similarities[self.ids[candidates] == excluded[:, None]] = -np.inf
-        order = np.lexsort((self.ids[candidates], -similarities), axis=-1)[:, :k]
+        order = nearest_first(similarities, self.ids[candidates], k)
         best = np.take_along_axis(similarities, order, axis=1)
         # what the first pass left out scores at most `limit`: the k-th place must be above it
         certain = self.space.as_score(best[:, -1], queries, length) > limit
@@ -320,10 +330,21 @@ def nearest_in_blocks(
         found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
         similarities = np.concatenate([similarities, found], axis=1)
         positions = np.concatenate([positions, places + rows.start], axis=1)
-        order = np.lexsort((ids[positions], -similarities), axis=-1)[:, :k]
+        order = nearest_first(similarities, ids[positions], k)
         similarities = np.take_along_axis(similarities, order, axis=1)
         positions = np.take_along_axis(positions, order, axis=1)
     return positions
+
+
+def nearest_first(similarities: Floats, ids: Ints, k: int) -> Ints:
+    """Where the k nearest of each row of [B, K] similarities lie: [B, k], by (similarity, id).
+
+    Args:
+        similarities: [B, K] float64.
+        ids: [B, K] int64.
+        k: how many.
+    """
+    return np.lexsort((ids, -similarities), axis=-1)[:, :k]
 
 
 def recall_of(found: Ints, wanted: Ints) -> float:

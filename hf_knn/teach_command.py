@@ -212,8 +212,9 @@ def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -
 
 
 def _store(model: KnnForImageClassification, place: Path) -> Datastore:
-    if model.datastore is None:
-        raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
+    if not isinstance(model.datastore, Datastore):
+        where = "none" if model.datastore is None else f"one in {model.datastore.location}"
+        raise ValueError(f"Expected {place} to hold a datastore, but it has {where}.")
     return model.datastore
 
 

@@ -18,7 +18,7 @@ from .datastore import Datastore
 from .images import BadImageError, decode_image
 from .receipts import Change, Receipt, Scope
 from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
-from .row_fingerprint import StoredRows, combine, sum_of
+from .row_fingerprint import combine, sum_of
 from .rows import Values, as_whole_numbers
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Follower:
     """
 
     def __init__(self, model: Any) -> None:
-        self.total = sum(sum_of(rows) for rows in _blocks(model.datastore))
+        self.total = _total(model.datastore)
         self.ridge = sum_rows(model) if follows_rows(model.config) else None
         self._seen = _marks(model.datastore)
 
@@ -211,7 +211,7 @@ def _add(
     added = store.add(rows, numbers, ids, paths)
     try:
         stored = store.subset(added)  # as they were cast
-        follower.total += sum_of(_rows_of(stored))
+        follower.total += _total(stored)
         if follower.ridge is not None:
             prepared = prepare_rows(model.head, stored.features)
             follower.ridge.add(prepared, stored.labels)
@@ -236,7 +236,7 @@ def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
     except BaseException:
         model.follower = None
         raise
-    follower.total -= sum_of(_rows_of(gone))
+    follower.total -= _total(gone)
     notes = [] if recenter else [_MEAN_NOTE]
     if recenter:
         store.recenter()
@@ -265,7 +265,7 @@ def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> R
     except BaseException:
         model.follower = None
         raise
-    follower.total += sum_of(_rows_of(store.subset(ids))) - sum_of(_rows_of(old))
+    follower.total += _total(store.subset(ids)) - _total(old)
     follower.follow(model)
     _make_classes(model, new)
     return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
@@ -303,10 +303,16 @@ def _finish(
     return receipt
 
 
-def _store(model: Any) -> Any:
+def _store(model: Any) -> Datastore:
     if model.datastore is None:
         raise ValueError(
             "Expected a model with a datastore to change, but it has none; train it first."
+        )
+    if not isinstance(model.datastore, Datastore):
+        raise ValueError(
+            f"Expected rows beside the model, but they lie in {model.datastore.location}; change "
+            "them there with `datastore.add`, `remove` and `relabel`, or bring them back with "
+            "`datastore.to_datastore()`."
         )
     return model.datastore
 
@@ -322,24 +328,10 @@ def _marks(store: Any) -> tuple[Any, ...]:
     return store, store.ids, store.labels, store.mean
 
 
-def _blocks(store: Any) -> Any:
-    ids, labels, features, paths = store.ids, store.labels, store.features, store.paths
-    for start in range(0, len(store), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        yield _as_stored(
-            ids[part], labels[part], features[part], None if paths is None else paths[part]
-        )
-
-
-def _rows_of(store: Any) -> StoredRows:
-    return _as_stored(store.ids, store.labels, store.features, store.paths)
-
-
-def _as_stored(
-    ids: Tensor, labels: Tensor, features: Tensor, paths: list[str] | None
-) -> StoredRows:
-    nothing = [""] * len(ids)
-    return StoredRows(ids.numpy(), labels.numpy(), features.numpy(), paths or nothing, nothing)
+def _total(store: Datastore) -> int:
+    """The sum of the hashes of all rows."""
+    starts = range(0, len(store), _BLOCK_ROWS)
+    return sum(sum_of(store.rows(slice(start, start + _BLOCK_ROWS))) for start in starts)
 
 
 def _number(model: Any, label: Label) -> int:

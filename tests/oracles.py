@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_knn.datastore import Datastore, Neighbors
+from hf_knn.search_backend import SearchBackend
 
 Floats = NDArray[np.float64]
 
@@ -31,7 +32,7 @@ def normalized(rows: torch.Tensor | NDArray, mean: torch.Tensor, normalization: 
     return values / np.where(lengths > 0, lengths, 1)
 
 
-def similarity_matrix(store: Datastore, queries: torch.Tensor | NDArray) -> Floats:
+def similarity_matrix(store: SearchBackend, queries: torch.Tensor | NDArray) -> Floats:
     """[B, N] float64 similarities of the stored values."""
     rows = normalized(store.features, store.mean, store.normalization)
     wanted = normalized(queries, store.mean, store.normalization)

@@ -19,18 +19,35 @@ PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
-    | {"images", "ridge_state", "ridge_head", "receipts", "row_fingerprint"}
-    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"},
+    | {"images", "ridge_state", "ridge_head", "receipts"}
+    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
+    | {"search_backend", "row_fingerprint", "datastore_reference"}
+    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
     {"hub_files", "publishing", "model_card"},
-    {"datastore", "backbone"},
+    {"datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
     {"checkpoint"},
     {"teaching"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
-    | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
+    | {
+        "distributed_search",
+        "temperature",
+        "ridge",
+        "probe_settings",
+        "probe_layers",
+        "probe_factors",
+    }
     | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
-    {"export", "differences", "console", "training_command", "teach_command", "cli"},
+    {
+        "export",
+        "differences",
+        "console",
+        "training_command",
+        "teach_command",
+        "milvus_command",
+        "cli",
+    },
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 
@@ -159,6 +176,7 @@ def test_public_names_are_said_once():
     """`__all__` names what design.md promises, each of a module in the table."""
     promised = {"KnnConfig", "KnnForImageClassification", "KnnImageClassifierOutput"}
     promised |= {"Datastore", "Neighbors", "KnnTrainer", "KnnTrainingArguments"}
+    promised |= {"MilvusDatastore", "SearchBackend", "ShardedDatastore"}
     promised |= {"extract_features", "tune"}
     promised |= {"knn_log_probs", "blend_log_probs", "knn_loss_weights"}
     # what the examples and benchmarks of heads on features need beyond it
