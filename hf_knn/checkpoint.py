@@ -54,14 +54,14 @@ _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 OWN_CODE = (
-    "backbone.py", "blobs.py", "checkpoint.py", "configuration_knn.py", "datastore.py",
-    "datastore_reference.py", "faiss_index.py", "first_pass.py", "functional.py", "heads.py",
-    "hub_files.py", "images.py", "indexing.py", "manifest.py", "milvus_changes.py",
-    "milvus_client.py", "milvus_collection.py", "milvus_load.py", "milvus_rows.py",
-    "milvus_search.py", "milvus_store.py", "model_card.py", "modeling_knn.py", "persistence.py",
-    "processors.py", "publishing.py", "receipts.py", "ridge_head.py", "ridge_state.py",
-    "row_fingerprint.py", "row_table.py", "rows.py", "search.py", "search_backend.py", "storage.py",
-    "teaching.py",
+    "backbone.py", "blobs.py", "checkpoint.py", "confidence.py", "configuration_knn.py",
+    "datastore.py", "datastore_reference.py", "explaining.py", "faiss_index.py", "first_pass.py",
+    "flips.py", "functional.py", "heads.py", "hub_files.py", "images.py", "indexing.py",
+    "manifest.py", "milvus_changes.py", "milvus_client.py", "milvus_collection.py",
+    "milvus_load.py", "milvus_rows.py", "milvus_search.py", "milvus_store.py", "model_card.py",
+    "modeling_knn.py", "persistence.py", "processors.py", "publishing.py", "receipts.py",
+    "remembering.py", "ridge_head.py", "ridge_state.py", "row_fingerprint.py", "row_table.py",
+    "rows.py", "search.py", "search_backend.py", "storage.py", "teaching.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 

@@ -64,6 +64,8 @@ class KnnConfig(PreTrainedConfig):
         knn_weighting: `softmax`, `uniform`, `inverse_distance` or `rank`.
         blend_temperature: divides the blend's log-probabilities, > 0; 1 leaves them as they are,
             `KnnTrainer.tune(calibrate=True)` chooses another.
+        answer_thresholds: error rate, as text, to the confidence from which on answers were wrong
+            no more often on held-out pictures; `KnnTrainer.tune` fills it.
         pooling: feature of the head: `cls`, `mean`, `max`, `pooler` or `cls_mean`.
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
@@ -103,6 +105,7 @@ class KnnConfig(PreTrainedConfig):
     head_regularizer: float = 0.0
     head_temperature: float = 1.0
     head_class_weighting: str = "none"
+    answer_thresholds: dict[str, float] = field(default_factory=dict)
     num_head_labels: int | None = None
     num_tuned_labels: int | None = None
     has_datastore: bool = False
@@ -164,6 +167,14 @@ class KnnConfig(PreTrainedConfig):
             raise ValueError(
                 "Expected `id2label` to number the classes from 0 on, each with a name of its own, "
                 f"but got {str(names)[:200]}."
+            )
+        rates = self.answer_thresholds
+        if not isinstance(rates, dict) or not all(
+            isinstance(value, int | float) and 0 <= value <= 1 for value in rates.values()
+        ):
+            raise ValueError(
+                "Expected `answer_thresholds` to map error rates to confidences in [0, 1], but got "
+                f"{rates!r}."
             )
         tuned = self.num_tuned_labels
         if tuned is not None and not 1 <= int(tuned) <= self.classes:

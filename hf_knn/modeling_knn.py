@@ -27,7 +27,6 @@ from .backbone import (
 )
 from .checkpoint import CheckpointReader, write_checkpoint
 from .configuration_knn import KnnConfig
-from .datastore import Datastore
 from .datastore_reference import RemoteConsent
 from .functional import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from .heads import KnnHead
@@ -35,10 +34,8 @@ from .manifest import DatastoreError
 from .model_card import draw_reliability, make_card
 from .processors import load_processor, portable
 from .publishing import CARD_NAME, PushTarget
-from .receipts import Receipt
-from .rows import Values
+from .remembering import Remembering
 from .search_backend import Neighbors, SearchBackend
-from .teaching import Follower, Label, features_of, forget, merge, relabel, teach, undo
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
@@ -73,7 +70,7 @@ class KnnImageClassifierOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class KnnForImageClassification(PreTrainedModel):
+class KnnForImageClassification(Remembering, PreTrainedModel):
     """An image classifier that also remembers.
 
     A backbone makes features, a head classifies them, a datastore of training features votes by its
@@ -89,7 +86,6 @@ class KnnForImageClassification(PreTrainedModel):
         neighbor_picture: a PNG for the model card, if one was asked for; it shows training
             pictures.
         changes: receipts of what was taught and forgotten since the training, oldest first.
-        forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
         origin: repository and commit that it was opened from or pushed to, or None.
     """
 
@@ -113,9 +109,7 @@ class KnnForImageClassification(PreTrainedModel):
         self.measured: dict[str, Any] | None = None
         self.neighbor_picture: bytes | None = None
         self.origin: tuple[str, str] | None = None
-        self.changes: list[Receipt] = []
-        self.forgotten: Datastore | None = None
-        self.follower: Follower | None = None
+        self.start_remembering()
         self.post_init()
 
     @classmethod
@@ -327,98 +321,6 @@ class KnnForImageClassification(PreTrainedModel):
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
-
-    def teach(
-        self,
-        images: Any = None,
-        labels: Sequence[Label] = (),
-        *,
-        features: Tensor | None = None,
-        ids: Values | None = None,
-        paths: Sequence[str] | None = None,
-    ) -> Receipt:
-        """Adds labelled pictures to the datastore; no training, all or none.
-
-        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. New classes get the probability that the
-        neighbours give them, until the blend is tuned again: a head finds few of a class that it
-        has seen a few pictures of.
-
-        Args:
-            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
-                [M, 3, H, W].
-            labels: M names or numbers of classes; a name that is new makes a class.
-            features: [M, D] instead of images, as in `pooler_output`.
-            ids: [M] ids that the datastore does not have; None continues after the largest.
-            paths: where each picture lies, relative to its dataset.
-
-        Returns:
-            The receipt, also kept in `changes`.
-
-        Raises:
-            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
-        """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        found = features_of(self, images) if features is None else features
-        return teach(self, found, labels, ids, paths)
-
-    def forget(
-        self,
-        ids: Values | None = None,
-        *,
-        label: Label | None = None,
-        recenter: bool = False,
-    ) -> Receipt:
-        """Removes rows from the datastore, all or none; the next save holds no byte of them.
-
-        A ridge head is what it would be had it never seen them; other heads keep what they learned.
-
-        Args:
-            ids: of the rows.
-            label: instead of ids: every row of that class, which stays as a name without rows.
-            recenter: also make the mean anew that centres rows, which changes all similarities a
-                little.
-
-        Returns:
-            The receipt, which says what was not reached.
-
-        Raises:
-            ValueError: for ids or a class that are not there; nothing is changed.
-        """
-        return forget(self, ids, label=label, recenter=recenter)
-
-    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
-        """Gives rows other labels, all or none; a ridge head follows.
-
-        Args:
-            ids: [M] of the rows.
-            labels: M names or numbers of classes; a name that is new makes a class.
-
-        Raises:
-            ValueError: for ids that are not there, or bad labels; nothing is changed.
-        """
-        return relabel(self, ids, labels)
-
-    def merge(self, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
-        """Adds the rows of another datastore of the same backbone, all or none.
-
-        Args:
-            other: the rows; ids that exist here are numbered anew.
-            class_names: what its label numbers mean; None is what they mean here.
-
-        Raises:
-            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
-        """
-        return merge(self, other, class_names)
-
-    def undo(self) -> Receipt:
-        """Takes the last change back, also one from before the model was saved.
-
-        Raises:
-            ValueError: if there is none, or if its rows were forgotten for good: by a save.
-        """
-        return undo(self)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from .backbone import evaluating, freeze_all_but_last, split_features
 from .callbacks import EpochCallback, RefreshCallback
 from .checkpoint import made_by
 from .collator import KnnCollator
+from .confidence import ERROR_RATES, thresholds
 from .configuration_knn import Head
 from .data import fingerprint_of, groups_of, labels_of, prepare
 from .datastore import Datastore, Neighbors
@@ -248,14 +249,16 @@ class KnnTrainer(HubTrainer):
         config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
         config.num_tuned_labels = None
         self._forget_measurement()
+        votes = knn_log_probs(
+            neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
+            config.classes, result.temperature,
+            metric=config.metric, weighting=config.knn_weighting,
+        )  # fmt: skip
+        blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
         if calibrate:
-            votes = knn_log_probs(
-                neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
-                config.classes, result.temperature,
-                metric=config.metric, weighting=config.knn_weighting,
-            )  # fmt: skip
-            blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
             config.blend_temperature = fit_temperature(floor_log_probs(blend), labels)
+        sure = soften(blend, config.blend_temperature)
+        config.answer_thresholds = thresholds(sure, labels, ERROR_RATES)
         self.tune_result = result
         return result
 

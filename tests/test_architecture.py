@@ -19,14 +19,14 @@ PACKAGE = ROOT / "hf_knn"
 
 LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
-    | {"images", "ridge_state", "ridge_head", "receipts"}
+    | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
     | {"search_backend", "row_fingerprint", "datastore_reference"}
     | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
     {"hub_files", "publishing", "model_card"},
     {"datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
     {"checkpoint"},
-    {"teaching"},
+    {"teaching", "explaining", "remembering"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
     | {

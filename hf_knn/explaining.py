@@ -1,0 +1,224 @@
+"""Why an answer is what it is: who voted, what would change it, and is anything like it known."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from .backbone import split_features
+from .confidence import typicality
+from .datastore import Datastore
+from .flips import Ballot, margin_of, smallest_flip, vote_shares
+
+_CALIBRATED_ON = 5000
+
+
+class Voter(NamedTuple):
+    """A neighbour and its part in the vote.
+
+    Attributes:
+        row_id: of the stored row.
+        label: its class name.
+        similarity: higher is closer.
+        share: of the vote, in [0, 1].
+        path: where its picture lies; empty if unknown.
+    """
+
+    row_id: int
+    label: str
+    similarity: float
+    share: float
+    path: str
+
+
+class Flip(NamedTuple):
+    """Stored rows without which the answer would be another one, the head as it is.
+
+    Attributes:
+        row_ids: what to remove, nearest first.
+        answer: the class that it would be then.
+        is_smallest: whether no smaller set does it; else it is the smallest one that was found.
+    """
+
+    row_ids: list[int]
+    answer: str
+    is_smallest: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One answer and its reasons.
+
+    Attributes:
+        answer: the class name.
+        probabilities: class name to blended probability, most likely first.
+        head: likewise of the head alone.
+        knn: likewise of the neighbours alone; empty without a datastore.
+        neighbors: the rows that voted, nearest first.
+        margin: share of the vote of its first class minus that of its second, in [0, 1].
+        flip: what would change the answer; None if no set as large as was looked for does.
+        typicality: share of stored rows that lie as far from their nearest other row as this
+            picture from its nearest, in (0, 1]: a p-value of "like what was seen". None without.
+        is_typical: False for "unlike anything seen": the p-value is below the level asked for.
+        answers: False if it rather abstains, for the error rate asked for.
+    """
+
+    answer: str
+    probabilities: dict[str, float]
+    head: dict[str, float]
+    knn: dict[str, float]
+    neighbors: list[Voter]
+    margin: float
+    flip: Flip | None
+    typicality: float | None
+    is_typical: bool
+    answers: bool
+
+
+class Calibration:
+    """How near stored rows lie to their nearest other row, as long as the rows stay the same.
+
+    Attributes:
+        nearest: [M] ascending similarities, of at most 5,000 rows taken at random.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._seen = (store, store.ids)
+        if isinstance(store, Datastore):
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randperm(len(store), generator=generator)[:_CALIBRATED_ON]
+            asked = store.subset(store.ids[rows])
+            found = store.search(asked.features, 1, asked.ids).similarities
+        else:
+            found = torch.cat([near.similarities for near in store.leave_one_out(1)])
+        self.nearest: NDArray[np.float64] = np.sort(found.double().flatten().numpy())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of a model count again when they need to
+
+    def is_of(self, store: Any) -> bool:
+        """Whether the rows are those that were counted."""
+        return self._seen[0] is store and self._seen[1] is store.ids
+
+
+def explain(
+    model: Any,
+    features: Tensor,
+    sample_ids: Tensor | None = None,
+    *,
+    level: float = 0.05,
+    max_error: float | None = None,
+) -> list[Explanation]:
+    """Explains answers; see `KnnForImageClassification.explain`.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        features: [B, D], as in `pooler_output`.
+        sample_ids: [B] rows that are not neighbours, -1 for none.
+        level: p-values below it are "unlike anything seen".
+        max_error: the error rate at which it abstains.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"Expected `level` to be in (0, 1), but got {level}.")
+    threshold = _threshold(model, max_error)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            given = features.to(model.device)
+            output = model(features=given, sample_ids=sample_ids, return_neighbors=True)
+            _, rows = split_features(features.float().cpu(), model.config)
+            wide = _search_wide(model, rows, sample_ids)
+    finally:
+        model.train(was_training)
+    calibration = None
+    if wide is not None and len(model.datastore) > 1:
+        calibration = _calibration(model).nearest
+    return [
+        _explain_one(model, output, wide, row, calibration, level, threshold)
+        for row in range(len(features))
+    ]
+
+
+def _search_wide(model: Any, rows: Tensor, sample_ids: Tensor | None) -> Any:
+    """As many rows more than vote as could have to be removed."""
+    store = model.datastore
+    if store is None or len(store) == 0:
+        return None
+    return store.search(rows, 2 * model.config.k, sample_ids)
+
+
+def _explain_one(
+    model: Any,
+    output: Any,
+    wide: Any,
+    row: int,
+    calibration: NDArray[np.float64] | None,
+    level: float,
+    threshold: float,
+) -> Explanation:
+    config, names = model.config, model.config.class_names
+    blend = output.logits[row].exp().cpu()
+    head_logits = output.head_logits[row].float().cpu()
+    named = {
+        "answer": names[int(blend.argmax())],
+        "probabilities": _named(blend, names),
+        "head": _named(functional.softmax(head_logits, dim=0), names),
+        "answers": float(blend.max()) >= threshold,
+    }
+    if output.knn_log_probs is None or wide is None or wide.ids.shape[1] == 0:
+        return Explanation(
+            **named, knn={}, neighbors=[], margin=0.0, flip=None, typicality=None, is_typical=True
+        )
+    similarities, labels = wide.similarities[row].cpu(), wide.labels[row].cpu()
+    ids = wide.ids[row].tolist()
+    ballot = Ballot(
+        similarities, labels, min(config.k, len(labels)),
+        functional.softmax(head_logits[: config.blended_classes], dim=0).double(),
+        config.knn_weight, config.knn_temperature, model.datastore.metric, config.knn_weighting,
+        config.classes, is_all=len(labels) < 2 * config.k,
+    )  # fmt: skip
+    shares, found = vote_shares(ballot), smallest_flip(ballot)
+    voters = [
+        Voter(ids[i], names[int(labels[i])], float(similarities[i]), float(shares[i]),
+              model.datastore.path_of(ids[i]))
+        for i in range(ballot.k)
+    ]  # fmt: skip
+    p_value = None if calibration is None else typicality(float(similarities[0]), calibration)
+    return Explanation(
+        **named,
+        knn=_named(output.knn_log_probs[row].exp().cpu(), names),
+        neighbors=voters,
+        margin=margin_of(shares, labels[: ballot.k], config.classes),
+        flip=None if found is None else Flip([ids[i] for i in found[0]], names[found[1]], found[2]),
+        typicality=p_value,
+        is_typical=p_value is None or p_value >= level,
+    )
+
+
+def _named(probabilities: Tensor, names: list[str]) -> dict[str, float]:
+    order = probabilities.argsort(descending=True, stable=True).tolist()
+    return {names[number]: float(probabilities[number]) for number in order}
+
+
+def _calibration(model: Any) -> Calibration:
+    if model.calibration is None or not model.calibration.is_of(model.datastore):
+        model.calibration = Calibration(model.datastore)
+    return model.calibration
+
+
+def _threshold(model: Any, max_error: float | None) -> float:
+    if max_error is None:
+        return 0.0
+    known = model.config.answer_thresholds
+    if f"{max_error:g}" not in known:
+        raise ValueError(
+            f"Expected `max_error` to be one of {sorted(map(float, known))}, the error rates that "
+            f"a threshold was found for, but got {max_error:g}; tune on held-out pictures, or on "
+            "more of them."
+        )
+    return known[f"{max_error:g}"]

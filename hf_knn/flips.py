@@ -1,0 +1,187 @@
+"""What would change an answer: the smallest set of stored rows without which it is another one.
+
+Everything here is about one picture, the head as it is.
+"""
+
+from collections.abc import Iterator
+from heapq import heappush, heappushpop
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .functional import Metric, Weighting, neighbor_log_weights, squared_distances
+
+Doubles = NDArray[np.float64]
+
+_ROUNDING = 1e-12
+
+
+class Ballot(NamedTuple):
+    """What decides one answer.
+
+    Attributes:
+        similarities: [K] of the nearest rows, more than vote, nearest first.
+        labels: [K] int64.
+        k: how many vote.
+        head: [C'] probabilities of the head over the classes that both voices speak for.
+        knn_weight: λ.
+        temperature: of the vote.
+        metric: of the similarities.
+        weighting: of the vote.
+        classes: C.
+        is_all: whether there are no rows beyond the K.
+    """
+
+    similarities: Tensor
+    labels: Tensor
+    k: int
+    head: Tensor
+    knn_weight: float
+    temperature: float
+    metric: str
+    weighting: str
+    classes: int
+    is_all: bool
+
+
+def vote_shares(ballot: Ballot) -> Tensor:
+    """[k] float64 shares of the vote."""
+    weights = neighbor_log_weights(
+        ballot.similarities[: ballot.k].unsqueeze(0), ballot.temperature, metric=ballot.metric,
+        weighting=ballot.weighting,
+    )  # fmt: skip
+    return weights.squeeze(0).exp()
+
+
+def margin_of(shares: Tensor, labels: Tensor, classes: int) -> float:
+    """Share of the vote of its first class minus that of its second."""
+    totals = torch.zeros(max(2, classes), dtype=torch.float64)
+    best = totals.index_add(0, labels, shares.double()).topk(2).values
+    return float(best[0] - best[1])
+
+
+def smallest_flip(ballot: Ballot) -> tuple[list[int], int, bool] | None:
+    """The smallest set of rows whose removal changes the answer, the head as it is.
+
+    When rows go, the next ones vote. With weights that depend on a row's own distance alone, class
+    c beats class a if a sum over the k voters of ``w_j (g_c(y_j) - g_a(y_j))`` is positive, where g
+    is linear in the labels (method.md, section 5). So the best m rows to remove of the nearest
+    k + m are those with the m smallest terms, and trying m = 1, 2, … is exact. Where weights depend
+    on the rank, or zero distances take them all, terms change with every removal; then the set is
+    one that works, found greedily.
+
+    Args:
+        ballot: with K > k similarities; at most K - k rows, or all, are removed.
+
+    Returns:
+        Places of the rows, the class that would win, and whether no smaller set does it; None if
+        none was found.
+    """
+    weights = _own_weights(ballot)
+    if weights is None:
+        return _greedy_flip(ballot)
+    answer = _winner(ballot, np.arange(len(ballot.labels)))
+    labels = ballot.labels.numpy()
+    best: tuple[list[int], int] | None = None
+    for rival in _rivals(ballot, answer):
+        gains = _gains(ballot, rival, labels) - _gains(ballot, answer, labels)
+        most = len(labels) if best is None else len(best[0]) - 1
+        for removed in _cheapest(weights * gains, ballot.k, most, ballot.is_all):
+            kept = np.setdiff1d(np.arange(len(labels)), removed)
+            if _winner(ballot, kept) != answer:
+                best = (removed, _winner(ballot, kept))
+                break
+    return None if best is None else (*best, True)
+
+
+def _rivals(ballot: Ballot, answer: int) -> list[int]:
+    """Classes that could win: those with rows, and the head's best without."""
+    known = set(ballot.labels.tolist())
+    silent = [c for c in range(len(ballot.head)) if c not in known]
+    best = max(silent, key=lambda c: float(ballot.head[c]), default=answer)
+    return sorted((known | {best}) - {answer})
+
+
+def _cheapest(terms: Doubles, k: int, most: int, is_all: bool) -> Iterator[list[int]]:
+    """For m = 1, 2, …: the m rows whose removal leaves the largest sum, if that is not below 0.
+
+    Of the first k + m rows those with the m smallest terms, kept in a heap while m grows.
+    """
+    kept: list[tuple[float, int]] = []
+    removed: list[int] = []
+    total, least = 0.0, -_ROUNDING * float(np.abs(terms).max(initial=0))
+    for place, term in enumerate(terms.tolist()):
+        if len(removed) == most:
+            return
+        if len(kept) < k:
+            heappush(kept, (term, -place))
+            total += term
+            continue
+        smallest, gone = heappushpop(kept, (term, -place))
+        removed.append(-gone)
+        total += term - smallest
+        if total >= least:
+            yield sorted(removed)
+    kept.sort(reverse=True)
+    while is_all and kept and len(removed) < most:  # nobody takes their places
+        smallest, gone = kept.pop()
+        removed.append(-gone)
+        total -= smallest
+        if total >= least or not kept:
+            yield sorted(removed)
+
+
+def _greedy_flip(ballot: Ballot) -> tuple[list[int], int, bool] | None:
+    places = np.arange(len(ballot.labels))
+    labels = ballot.labels.numpy()
+    answer, removed = _winner(ballot, places), []
+    while ballot.is_all or len(places) > ballot.k:
+        voters = places[: ballot.k]
+        own = voters[labels[voters] == answer]
+        if not len(own):
+            return None
+        removed.append(int(own[0]))
+        places = places[places != own[0]]
+        winner = _winner(ballot, places)
+        if winner != answer:
+            return removed, winner, False
+    return None
+
+
+def _own_weights(ballot: Ballot) -> Doubles | None:
+    """[K] what each row weighs whoever else votes, up to a factor; None if there is no such."""
+    weighting = Weighting(ballot.weighting)
+    distances = squared_distances(ballot.similarities.double(), ballot.metric).numpy()
+    if weighting is Weighting.UNIFORM:
+        return np.ones(len(distances))
+    if weighting is Weighting.SOFTMAX:
+        return np.exp(-(distances - distances[:1]) / ballot.temperature)
+    rounding = 4 * np.finfo(np.float32).eps if ballot.metric == Metric.COSINE else 0
+    if weighting is Weighting.INVERSE_DISTANCE and not (distances <= rounding).any():
+        return 1 / np.sqrt(distances)
+    return None
+
+
+def _gains(ballot: Ballot, label: int, labels: NDArray[np.int64]) -> Doubles:
+    """[K] what a unit of weight of each row gives a class."""
+    own = (labels == label).astype(np.float64)
+    if label >= len(ballot.head):  # the neighbours alone speak for it
+        return own
+    known = (labels < len(ballot.head)).astype(np.float64)
+    weight = ballot.knn_weight
+    return weight * own + (1 - weight) * float(ballot.head[label]) * known
+
+
+def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
+    """The answer when only some rows, by place, are there; the head's if none is."""
+    voters = torch.from_numpy(kept[: ballot.k])
+    scores = np.zeros(ballot.classes)
+    scores[: len(ballot.head)] = ballot.head
+    if len(voters):
+        left = ballot._replace(similarities=ballot.similarities[voters], k=len(voters))
+        shares, labels = vote_shares(left).numpy(), ballot.labels[voters].numpy()
+        scores = np.array([shares @ _gains(ballot, c, labels) for c in range(ballot.classes)])
+    return int(scores.argmax())

@@ -1,0 +1,159 @@
+"""What a model with a memory can do besides answering: learn, forget, and give reasons."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .datastore import Datastore
+from .explaining import Calibration, Explanation, explain
+from .receipts import Receipt
+from .rows import Values
+from .teaching import Follower, Label, features_of, forget, merge, relabel, teach, undo
+
+
+class Remembering:
+    """The part of `KnnForImageClassification` that changes and explains what it remembers.
+
+    Attributes:
+        changes: receipts of what was taught and forgotten since the training, oldest first.
+        forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
+        follower: what is kept in step with the datastore while rows come and go.
+        calibration: how near stored rows lie to one another, for p-values.
+    """
+
+    changes: list[Receipt]
+    forgotten: Datastore | None
+    follower: Follower | None
+    calibration: Calibration | None
+
+    def start_remembering(self) -> None:
+        """Nothing was changed yet; called when a model is made."""
+        self.changes = []
+        self.forgotten = self.follower = self.calibration = None
+
+    def teach(
+        self,
+        images: Any = None,
+        labels: Sequence[Label] = (),
+        *,
+        features: Tensor | None = None,
+        ids: Values | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> Receipt:
+        """Adds labelled pictures to the datastore; no training, all or none.
+
+        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
+        the same regulariser gives; other heads stay. New classes get the probability that the
+        neighbours give them, until the blend is tuned again: a head finds few of a class that it
+        has seen a few pictures of.
+
+        Args:
+            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
+                [M, 3, H, W].
+            labels: M names or numbers of classes; a name that is new makes a class.
+            features: [M, D] instead of images, as in `pooler_output`.
+            ids: [M] ids that the datastore does not have; None continues after the largest.
+            paths: where each picture lies, relative to its dataset.
+
+        Returns:
+            The receipt, also kept in `changes`.
+
+        Raises:
+            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        found = features_of(self, images) if features is None else features
+        return teach(self, found, labels, ids, paths)
+
+    def forget(
+        self,
+        ids: Values | None = None,
+        *,
+        label: Label | None = None,
+        recenter: bool = False,
+    ) -> Receipt:
+        """Removes rows from the datastore, all or none; the next save holds no byte of them.
+
+        A ridge head is what it would be had it never seen them; other heads keep what they learned.
+
+        Args:
+            ids: of the rows.
+            label: instead of ids: every row of that class, which stays as a name without rows.
+            recenter: also make the mean anew that centres rows, which changes all similarities a
+                little.
+
+        Returns:
+            The receipt, which says what was not reached.
+
+        Raises:
+            ValueError: for ids or a class that are not there; nothing is changed.
+        """
+        return forget(self, ids, label=label, recenter=recenter)
+
+    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
+        """Gives rows other labels, all or none; a ridge head follows.
+
+        Args:
+            ids: [M] of the rows.
+            labels: M names or numbers of classes; a name that is new makes a class.
+
+        Raises:
+            ValueError: for ids that are not there, or bad labels; nothing is changed.
+        """
+        return relabel(self, ids, labels)
+
+    def merge(self, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+        """Adds the rows of another datastore of the same backbone, all or none.
+
+        Args:
+            other: the rows; ids that exist here are numbered anew.
+            class_names: what its label numbers mean; None is what they mean here.
+
+        Raises:
+            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
+        """
+        return merge(self, other, class_names)
+
+    def undo(self) -> Receipt:
+        """Takes the last change back, also one from before the model was saved.
+
+        Raises:
+            ValueError: if there is none, or if its rows were forgotten for good: by a save.
+        """
+        return undo(self)
+
+    def explain(
+        self,
+        images: Any = None,
+        *,
+        features: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        level: float = 0.05,
+        max_error: float | None = None,
+    ) -> Explanation | list[Explanation]:
+        """Says why an answer is what it is, and what would change it.
+
+        Args:
+            images: one picture (path, file content, PIL image, array), several in a list, or pixel
+                values [B, 3, H, W].
+            features: [B, D] instead of images, as in `pooler_output`.
+            sample_ids: [B] int64, rows that are no neighbours, -1 for none.
+            level: pictures with a p-value below it are unlike anything seen.
+            max_error: an error rate of `config.answer_thresholds`: `answers` is False below the
+                confidence that it asks for. None always answers.
+
+        Returns:
+            One explanation for one picture, else a list.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or an error rate without a threshold.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        is_one = images is not None and not isinstance(images, list | tuple | Tensor)
+        if features is None:
+            features = features_of(self, [images] if is_one else images)
+        found = explain(self, features, sample_ids, level=level, max_error=max_error)
+        return found[0] if is_one else found
