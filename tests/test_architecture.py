@@ -26,7 +26,7 @@ LAYERS = [
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "images", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
-    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"},
+    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots", "pages", "page_style"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "console", "training_command", "cli"},
 ]
