@@ -446,6 +446,59 @@ def export(
     run(export_checkpoint, checkpoint, onnx)
 
 
+@app.command()
+def doctor(
+    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-doctor"),
+    backbone: Annotated[
+        str, typer.Option(help="As for `train`; its features are kept and used again there.")
+    ] = DEFAULT_BACKBONE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column of what belongs together (a patient, a camera)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Check pictures before training: broken, doubled, mislabelled, strange, too few."""
+    from hf_knn.console import run
+    from hf_knn.doctor import DoctorOptions
+    from hf_knn.doctor_command import diagnose_pictures
+
+    options = DoctorOptions(
+        pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
+        group_by=group_by, seed=seed, json_output=json_output,
+    )  # fmt: skip
+    run(diagnose_pictures, options)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-inspect"),
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the stored paths are relative to: shows the pictures."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
+    from hf_knn.console import run
+    from hf_knn.inspect_command import inspect_checkpoint
+
+    run(inspect_checkpoint, checkpoint, output, pictures, seed, json_output)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -26,9 +26,12 @@ LAYERS = [
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "images", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
-    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots", "pages", "page_style"},
+    | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots", "pages", "page_style"}
+    | {"findings", "prints", "alignment", "duplicates", "out_of_fold", "label_errors", "outliers"}
+    | {"balance", "learning_curve", "checkup", "drawings", "feature_map"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
-    {"export", "console", "training_command", "cli"},
+    {"export", "console", "training_command", "cli", "checkup_report", "doctor", "doctor_command"}
+    | {"inspect_command"},
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 
