@@ -15,6 +15,7 @@ MARGIN = 0.08
 """How much of each border is left out, as a share of the side: there a crop has no match."""
 
 _BLURS = (5, 3)  # widths in pixels, coarse to fine
+_GREY_BLUR, _COLOUR_BLUR, _COLOUR_WEIGHT = 5, 9, 1.5
 _STEPS = 5
 _LARGEST_STEP, _WIDEST = 0.1, 0.25  # of half the side
 _BLOCK = 4
@@ -30,9 +31,9 @@ def differences(first: Tensor, second: Tensor) -> Tensor:
         second: [P, 3, S, S].
 
     Returns:
-        [P] float32 >= 0; 0 for equal pictures, about 1 for unrelated ones: the mean absolute
-        difference over the worst block of 4 x 4 pixels, divided by the mean standard deviation of
-        the two pictures' pixels (at least 0.02 of the range, so that empty pictures are equal).
+        [P] float32 >= 0; 0 for equal pictures, about 1 for unrelated ones: the mean difference
+        over the worst block of 4 x 4 pixels, divided by the mean standard deviation of the two
+        pictures' pixels (at least 0.02 of the range, so that empty pictures are equal).
 
     Raises:
         ValueError: for shapes that differ.
@@ -43,12 +44,18 @@ def differences(first: Tensor, second: Tensor) -> Tensor:
             f"{tuple(second.shape)}."
         )
     moved = _sample(second, _fit(first, second))
-    gap = (_blur(moved, _BLURS[-1]) - _blur(first, _BLURS[-1])).abs().mean(1, keepdim=True)
-    blocks = functional.avg_pool2d(gap, _BLOCK, stride=1)
+    blocks = functional.avg_pool2d(_gap(moved - first), _BLOCK, stride=1)
     cut = max(1, round(MARGIN * first.shape[-1]))
     worst = blocks[:, :, cut:-cut, cut:-cut].amax(dim=(1, 2, 3))  # [P]
     contrast = (_contrast(first) + _contrast(second)) / 2
     return worst / contrast.clamp_min(_FLATTEST)
+
+
+def _gap(difference: Tensor) -> Tensor:
+    """[P, 1, S, S] how much pixels differ, slightly blurred; in colour more, as JPEG stores it."""
+    grey = difference.mean(1, keepdim=True)
+    colour = _blur(difference - grey, _COLOUR_BLUR).abs().mean(1, keepdim=True)
+    return torch.maximum(_blur(grey, _GREY_BLUR).abs(), _COLOUR_WEIGHT * colour)
 
 
 def _contrast(pictures: Tensor) -> Tensor:

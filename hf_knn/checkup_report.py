@@ -33,24 +33,24 @@ TITLES = {
 }
 
 ADVICE = {
-    Kind.BROKEN: "They are left out of training. Repair or delete them.",
-    Kind.NO_LABEL: "Training refuses them. Give them a label or take them out.",
+    Kind.BROKEN: "Repair or delete them. Training leaves them out.",
+    Kind.NO_LABEL: "Give them a label or take them out. Training refuses them.",
     Kind.CROSS_SPLIT: (
-        "A picture that is trained on and tested on makes the test number too good. Remove those "
-        "marked; what is kept is named beside them."
+        "Remove those marked as copies. A picture that is trained on and tested on makes the test "
+        "number too good."
     ),
-    Kind.GROUP_ACROSS: "What belongs together must be on one side of a split.",
-    Kind.CONFLICT: "The same picture has several labels: at most one of them is right.",
+    Kind.GROUP_ACROSS: "Move each group to one side. Else nothing measured is about a new group.",
+    Kind.CONFLICT: "Decide on one label for each. The same picture has several.",
     Kind.LABEL_ERROR: (
-        "Head and neighbours that have not seen the picture agree on another class. Look at them "
-        "and relabel what is wrong."
+        "Look at them and relabel what is wrong. Head and neighbours that have not seen the "
+        "picture agree on another class."
     ),
-    Kind.EXACT: "The same pixels twice weigh twice. One of them is enough.",
+    Kind.EXACT: "Remove the copies. The same pixels twice weigh twice.",
     Kind.NEAR: (
-        "Resized, recompressed or slightly cropped copies, or pictures that differ in so little. "
-        "Keep one, unless the difference is what you want to tell apart."
+        "Keep one of each, unless the difference is what you want to tell apart. They are resized, "
+        "recompressed or slightly cropped copies, or pictures that differ in very little."
     ),
-    Kind.OUTLIER: "Far from all other pictures. Do they belong to the task?",
+    Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
     Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
 }
 
@@ -255,4 +255,4 @@ def _limits(checkup: Checkup) -> Section:
         "unnamed; the order of the csv's label errors is the order of their score.",
         "Nothing was changed in your folder.",
     ]
-    return Section("What was not looked at", [line for line in text if line])
+    return Section("What to know", [line for line in text if line])

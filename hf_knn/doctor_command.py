@@ -43,7 +43,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
 
     name = Path(options.pictures).name
     lead = [
-        f"What hf-knn doctor found in {name}, looked at with {options.backbone}. "
+        f"What hf-knn doctor found in {name}, looked at with {_short(options.backbone)}. "
         f"{CSV_NAME} beside this page has all of it, to be sorted and worked through."
     ]
     with checkup.phase("report"):
@@ -135,6 +135,11 @@ def summary_of(checkup: Checkup, page: Path) -> dict[str, Any]:
         "report": str(page),
         "csv": str(page.with_name(CSV_NAME)),
     }
+
+
+def _short(backbone: str) -> str:
+    """A Hub id as it is, a folder without its parents."""
+    return Path(backbone).name if Path(backbone).exists() else backbone
 
 
 def _picture(source: Source, number: int) -> Image.Image | None:

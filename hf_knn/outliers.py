@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import median_abs_deviation
+from scipy.stats import median_abs_deviation  # type: ignore[import-untyped]
 
 from .findings import Finding, Kind, Pictures
 

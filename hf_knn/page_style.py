@@ -44,8 +44,10 @@ figure img { background: #ffffff; border-radius: .25rem; }
 figcaption { font-size: .8rem; line-height: 1.35; }
 figcaption b { display: block; }
 figcaption span:not(.mark) { display: block; color: var(--soft); }
-.group { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem .75rem 0;
-  margin: .75rem 0; }
+.groups { display: flex; flex-wrap: wrap; gap: .75rem; margin: .75rem 0; align-items: stretch; }
+.group { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; max-width: 100%; }
+.group .tiles { display: flex; flex-wrap: wrap; margin: 0; }
+.group .tiles li { width: 132px; }
 .table { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }

@@ -235,9 +235,8 @@ def _section(number: int, section: Section) -> str:
     parts += map(_table, section.tables)
     if section.tiles:
         parts.append(_tiles(section.tiles))
-    for group in section.groups:
-        title = f"<h3>{_text(group.title)}</h3>" if group.title else ""
-        parts.append(f'<div class="group">{title}{_tiles(group.tiles)}</div>')
+    if section.groups:
+        parts.append(f'<div class="groups">{"".join(map(_group, section.groups))}</div>')
     return "\n".join([part for part in parts if part] + ["</section>"])
 
 
@@ -272,6 +271,11 @@ def _cells(row: Sequence[str], kinds: list[str]) -> str:
 
 def _tiles(tiles: Iterable[Tile]) -> str:
     return f'<ul class="tiles">{"".join(map(_tile, tiles))}</ul>'
+
+
+def _group(group: Group) -> str:
+    title = f"<h3>{_text(group.title)}</h3>" if group.title else ""
+    return f'<div class="group">{title}{_tiles(group.tiles)}</div>'
 
 
 def _tile(tile: Tile) -> str:
