@@ -31,6 +31,8 @@ _LAZY = {
     "fit_ridge": "ridge",
     "knn_log_probs": "functional",
     "knn_loss_weights": "functional",
+    "out_of_fold": "voices",
+    "score_labels": "label_errors",
     "score_probes": "probe",
     "stratified_folds": "folds",
     "train_probes": "probe",

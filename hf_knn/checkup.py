@@ -20,9 +20,9 @@ from .folds import Fold, stratified_folds
 from .functional import squared_distances
 from .label_errors import LabelScores, label_findings, score_labels
 from .learning_curve import FRACTIONS, LearningCurve, measure_curve
-from .out_of_fold import Voices, out_of_fold
 from .outliers import NEIGHBOR, outlier_findings
 from .prints import Print
+from .voices import Voices, out_of_fold
 
 FOLDS = 5
 SAME_FEATURES = 0.9995

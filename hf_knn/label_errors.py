@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .findings import Finding, Ints, Kind, Pictures
-from .out_of_fold import Voices
+from .voices import Voices
 
 LARGEST_OWN_SHARE = 0.1
 """A picture is named where p(label) is below this share of what its class has on average."""

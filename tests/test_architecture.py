@@ -27,7 +27,7 @@ LAYERS = [
     {"pipeline_knn", "augmentation", "images", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge_state", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {"probe_optimizers", "probe", "tuning", "votes", "fitting", "plots", "pages", "page_style"}
-    | {"findings", "prints", "alignment", "duplicates", "out_of_fold", "label_errors", "outliers"}
+    | {"findings", "prints", "alignment", "duplicates", "voices", "label_errors", "outliers"}
     | {"balance", "learning_curve", "checkup", "drawings", "feature_map"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "console", "training_command", "cli", "checkup_report", "doctor", "doctor_command"}
@@ -171,7 +171,7 @@ def test_public_names_are_said_once():
         "datastore_as_dataset",
         "draw_neighbors",
     }
-    promised |= {"few_shots", "few_rows", "stratified_folds"}
+    promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
     assert len(hf_knn.__all__) == len(promised)
     assert set(hf_knn.__all__) == promised
     modules = set().union(*LAYERS)

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from hf_knn.findings import Kind, Pictures
 from hf_knn.folds import stratified_folds
 from hf_knn.label_errors import label_findings, score_labels
-from hf_knn.out_of_fold import K, out_of_fold
+from hf_knn.voices import K, out_of_fold
 
 CLASSES = 4
 
