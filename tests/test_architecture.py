@@ -172,6 +172,7 @@ def test_public_names_are_said_once():
         "draw_neighbors",
     }
     promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
+    promised |= {"find_pairs", "print_of"}
     assert len(hf_knn.__all__) == len(promised)
     assert set(hf_knn.__all__) == promised
     modules = set().union(*LAYERS)
