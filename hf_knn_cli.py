@@ -454,22 +454,36 @@ def export(
 
 
 @app.command()
-def milvus(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
-    uri: Annotated[
-        str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
-    ],
-    collection: Annotated[str, typer.Option(help="Name for the rows there.")],
-    token: Annotated[
-        str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
+def doctor(
+    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-doctor"),
+    backbone: Annotated[
+        str, typer.Option(help="As for `train`; its features are kept and used again there.")
+    ] = DEFAULT_BACKBONE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column of what belongs together (a patient, a camera)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
+    """Check pictures before training: broken, doubled, mislabelled, strange, too few."""
     from hf_knn.console import run
-    from hf_knn.milvus_command import move_to_milvus
+    from hf_knn.doctor import DoctorOptions
+    from hf_knn.doctor_command import diagnose_pictures
 
-    run(move_to_milvus, checkpoint, uri, collection, token, batch_size)
+    options = DoctorOptions(
+        pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
+        group_by=group_by, seed=seed, json_output=json_output,
+    )  # fmt: skip
+    run(diagnose_pictures, options)
 
 
 def main() -> None:

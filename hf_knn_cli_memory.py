@@ -1,4 +1,4 @@
-"""Commands of `hf-knn` that change what a checkpoint remembers; declarations only."""
+"""Commands of `hf-knn` about what a checkpoint remembers; declarations only."""
 
 from pathlib import Path
 from typing import Annotated
@@ -114,3 +114,42 @@ def diff(
     from hf_knn.teach_command import show_difference
 
     run(show_difference, first, second, json_output)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-inspect"),
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the stored paths are relative to: shows the pictures."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
+    from hf_knn.console import run
+    from hf_knn.inspect_command import inspect_checkpoint
+
+    run(inspect_checkpoint, checkpoint, output, pictures, seed, json_output)
+
+
+@app.command()
+def milvus(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    uri: Annotated[
+        str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
+    ],
+    collection: Annotated[str, typer.Option(help="Name for the rows there.")],
+    token: Annotated[
+        str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+) -> None:
+    """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
+    from hf_knn.console import run
+    from hf_knn.milvus_command import move_to_milvus
+
+    run(move_to_milvus, checkpoint, uri, collection, token, batch_size)

@@ -1,0 +1,224 @@
+"""Everything that can be found out about a set of features with labels, put together."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+from torch import Tensor
+
+from .balance import balance_findings
+from .datastore import Datastore
+from .duplicates import Pairs, clusters_of, duplicate_findings, find_pairs
+from .findings import Finding, Ints, Kind, Pictures
+from .folds import Fold, stratified_folds
+from .functional import squared_distances
+from .label_errors import LabelScores, label_findings, score_labels
+from .learning_curve import FRACTIONS, LearningCurve, measure_curve
+from .outliers import NEIGHBOR, outlier_findings
+from .prints import Print
+from .voices import Voices, out_of_fold
+
+FOLDS = 5
+SAME_FEATURES = 0.9995
+"""Cosine above which two stored rows are taken for one picture, where there are no pixels."""
+
+Watch = Callable[[str, int], Callable[[int], object]]
+"""From the name of a phase and how many steps it has to what is called when some are done."""
+
+
+def unwatched(name: str, total: int) -> Callable[[int], object]:
+    """Shows no progress."""
+    return lambda done: None
+
+
+@dataclass
+class Checkup:
+    """What was found out.
+
+    Attributes:
+        pictures: all pictures, also those that cannot be used.
+        usable: [M] the numbers of those that have features.
+        features: [M, D] float32 raw features.
+        findings: in no order.
+        scores: of the M labels; None where labels cannot be compared.
+        voices: what was said about the M rows out of fold; None likewise.
+        curve: what more pictures would bring; None likewise.
+        skipped: what was not looked at, and why.
+        seconds: by phase.
+    """
+
+    pictures: Pictures
+    usable: Ints
+    features: Tensor
+    findings: list[Finding] = field(default_factory=list)
+    scores: LabelScores | None = None
+    voices: Voices | None = None
+    curve: LearningCurve | None = None
+    skipped: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Notes how long something took."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def examine(
+    checkup: Checkup,
+    prints: Sequence[Print] | None,
+    groups: Ints | None,
+    seed: int,
+    watch: Watch = unwatched,
+) -> None:
+    """Looks for everything that pictures with features can have.
+
+    Args:
+        checkup: with pictures, `usable` and features; filled in.
+        prints: of the M usable pictures; None compares features alone.
+        groups: [M] which of them belong together; None: each is its own.
+        seed: of folds and parts.
+        watch: told of the progress.
+    """
+    rows = subset(checkup.pictures, checkup.usable)
+    found: list[Finding] = []
+    with checkup.phase("duplicates"):
+        pairs = _pairs(checkup.features, prints, watch)
+        found += duplicate_findings(pairs, rows)
+    if groups is not None:
+        found += group_findings(groups, rows)
+    with checkup.phase("outliers"):
+        found += _outliers(checkup, rows)
+    found += balance_findings(rows)
+    found += _look_at_labels(checkup, rows, pairs, groups, seed, watch)
+    checkup.findings += [_renumbered(one, checkup.usable) for one in found]
+
+
+def subset(pictures: Pictures, chosen: Ints) -> Pictures:
+    """Some of the pictures."""
+    return Pictures(
+        [pictures.splits[i] for i in chosen], pictures.rows[chosen], pictures.ids[chosen],
+        [pictures.paths[i] for i in chosen], pictures.labels[chosen], pictures.label_names,
+    )  # fmt: skip
+
+
+def group_findings(groups: Ints, pictures: Pictures) -> list[Finding]:
+    """Groups, of one patient say, that lie on two sides of a split.
+
+    Args:
+        groups: [M].
+        pictures: the same M.
+    """
+    members: dict[int, list[int]] = {}
+    for picture, group in enumerate(groups.tolist()):
+        members.setdefault(group, []).append(picture)
+    found = []
+    for ones in members.values():
+        splits = list(dict.fromkeys(pictures.splits[one] for one in ones))
+        if len(splits) > 1:
+            firsts = [next(p for p in ones if pictures.splits[p] == split) for split in splits]
+            detail = (
+                f"Its group has pictures in {' and '.join(splits)}: keep a group on one side, or "
+                "what is measured lies."
+            )
+            found.append(Finding(Kind.GROUP_ACROSS, firsts[0], 1.0, detail, tuple(firsts[1:])))
+    return found
+
+
+def feature_pairs(features: Tensor) -> Pairs:
+    """Pairs of rows with the same, or nearly the same, features.
+
+    Args:
+        features: [M, D].
+    """
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in features.numpy()]
+    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
+    first, second, gap = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
+    start = 0
+    for near in store.leave_one_out(NEIGHBOR):
+        row, place = (near.similarities >= SAME_FEATURES).nonzero(as_tuple=True)
+        first.append(row.numpy() + start)
+        second.append(near.ids[row, place].numpy())
+        gap.append(1 - near.similarities[row, place].double().clamp(max=1).numpy())
+        start += len(near.ids)
+    pairs = np.sort(np.stack([np.concatenate(first), np.concatenate(second)], axis=1), axis=1)
+    pairs, kept = np.unique(pairs, axis=0, return_index=True)
+    same = np.array([digests[a] == digests[b] for a, b in pairs.tolist()], dtype=bool)
+    return Pairs(pairs[:, 0], pairs[:, 1], np.concatenate(gap)[kept], same)
+
+
+def _pairs(features: Tensor, prints: Sequence[Print] | None, watch: Watch) -> Pairs:
+    if len(features) < 2:
+        nothing = np.empty(0, np.int64)
+        return Pairs(nothing, nothing, np.empty(0), np.empty(0, bool))
+    if prints is None:
+        return feature_pairs(features)
+    return find_pairs(prints, features, watch)
+
+
+def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
+    if len(rows) <= NEIGHBOR + 1:
+        checkup.skipped.append(f"Outliers: {len(rows)} pictures are too few.")
+        return []
+    store = Datastore.from_features(checkup.features, np.maximum(rows.labels, 0))
+    near = [part.similarities for part in store.leave_one_out(NEIGHBOR)]
+    distances = squared_distances(torch.cat(near)[:, -1].double()).sqrt()
+    return outlier_findings(distances.numpy(), rows)
+
+
+def _look_at_labels(
+    checkup: Checkup, rows: Pictures, pairs: Pairs, groups: Ints | None, seed: int, watch: Watch
+) -> list[Finding]:
+    """Likely label errors and the learning curve, where there are labels to compare."""
+    labels = torch.from_numpy(rows.labels)
+    classes = len(rows.label_names)
+    if int((torch.bincount(labels, minlength=classes) > 1).sum()) < 2:
+        checkup.skipped.append(
+            "Label errors and learning curve: fewer than two classes have two pictures."
+        )
+        return []
+    owners = _owners(pairs, groups, len(rows))
+    folds = stratified_folds(labels, FOLDS, seed, owners)
+    with checkup.phase("label errors"):
+        done = watch("Asking out of fold", len(folds))
+        voices = out_of_fold(checkup.features, labels, classes, folds, done)
+        scores = score_labels(voices, labels)
+    with checkup.phase("learning curve"):
+        checkup.curve = _curve(checkup.features, labels, classes, folds, voices, seed, watch)
+    checkup.voices, checkup.scores = voices, scores
+    return label_findings(scores, voices, rows)
+
+
+def _curve(
+    features: Tensor, labels: Tensor, classes: int, folds: list[Fold], voices: Voices, seed: int,
+    watch: Watch,
+) -> LearningCurve:  # fmt: skip
+    done = watch("Learning curve", len(folds) * len(FRACTIONS))
+    return measure_curve(features, labels, classes, folds, voices, seed, done)
+
+
+def _owners(pairs: Pairs, groups: Ints | None, count: int) -> Tensor | None:
+    """Copies of a picture would vouch for each other's labels, so they stay in one fold."""
+    clusters = clusters_of(pairs, count)
+    if groups is None:
+        return torch.from_numpy(clusters) if len(pairs.first) else None
+    shift = int(clusters.max(initial=0)) + 1
+    size = shift + int(groups.max(initial=0)) + 1
+    links = coo_array((np.ones(count, bool), (clusters, groups + shift)), (size, size))
+    joined = connected_components(links, directed=False)[1]
+    return torch.from_numpy(joined[clusters].astype(np.int64))
+
+
+def _renumbered(finding: Finding, usable: Ints) -> Finding:
+    if finding.picture < 0:
+        return finding
+    others = tuple(int(usable[other]) for other in finding.others)
+    values = finding.__dict__ | {"picture": int(usable[finding.picture]), "others": others}
+    return Finding(**values)

@@ -1,0 +1,204 @@
+"""Pictures that are there twice: equal pixels, or copies that were resized, recompressed, cropped.
+
+Equal pixels are found by hash. Copies are looked for among neighbours, in the features of a
+backbone and in tiny copies, and confirmed by comparing pixels, see `alignment`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional
+
+from .alignment import differences
+from .datastore import Datastore
+from .findings import Finding, Ints, Kind, Pictures
+from .prints import Print
+
+LARGEST_DIFFERENCE = 0.13
+"""Above it two pictures are look-alikes, not copies; see `benchmark/planted_duplicates.py`."""
+
+NEIGHBORS = 5
+"""How many neighbours of each picture are compared with it, for each of the two kinds."""
+
+_COARSE = 16
+_LEAST_CORRELATION = 0.8
+_LARGEST_STRETCH = 1.2  # of one aspect ratio by another
+_BATCH = 1024
+_KEPT_FIRST = {"test": 0, "validation": 1}
+
+
+class Pairs(NamedTuple):
+    """Pairs of equal or nearly equal pictures.
+
+    Attributes:
+        first: [P] picture numbers.
+        second: [P].
+        difference: [P] 0 for equal pixels, else see `alignment.differences`.
+        exact: [P] whether the pixels are equal.
+    """
+
+    first: Ints
+    second: Ints
+    difference: NDArray[np.float64]
+    exact: NDArray[np.bool_]
+
+
+def find_pairs(
+    prints: Sequence[Print],
+    features: Tensor | None,
+    watch: Callable[[str, int], Callable[[int], object]] = lambda name, total: lambda done: None,
+) -> Pairs:
+    """Finds all pairs of equal pictures and of nearly equal ones.
+
+    Args:
+        prints: N pictures.
+        features: [N, D] of a backbone; None looks at pixels only.
+        watch: told how many candidates there are; what it returns, how many more were compared.
+    """
+    digests = np.array([one.digest for one in prints], dtype=object)
+    _, firsts, places = np.unique(digests, return_index=True, return_inverse=True)
+    firsts, places = firsts.astype(np.int64), places.astype(np.int64)
+    copies = np.flatnonzero(firsts[places] != np.arange(len(prints)))
+    equal = Pairs(firsts[places[copies]], copies, np.zeros(len(copies)), np.ones(len(copies), bool))
+    chosen = np.sort(firsts)  # one of each group of equal ones, else they fill all places
+    if len(chosen) < 2:
+        return equal
+    tiny = torch.from_numpy(np.stack([prints[row].tiny for row in chosen])).permute(0, 3, 1, 2)
+    coarse = functional.adaptive_avg_pool2d(tiny.float(), _COARSE).flatten(1)
+    coarse = coarse - coarse.mean(1, keepdim=True)
+    candidates = _neighbor_pairs(coarse)
+    if features is not None:
+        more = _neighbor_pairs(features[torch.from_numpy(chosen)])
+        candidates = np.unique(np.concatenate([candidates, more]), axis=0)
+    candidates = _plausible(candidates, coarse, [prints[row] for row in chosen])
+    gaps = _compare(tiny, candidates, watch("Comparing look-alikes", len(candidates)))
+    near = gaps <= LARGEST_DIFFERENCE
+    first, second = chosen[candidates[near].T] if near.any() else (chosen[:0], chosen[:0])
+    return Pairs(
+        np.concatenate([equal.first, first]),
+        np.concatenate([equal.second, second]),
+        np.concatenate([equal.difference, gaps[near]]),
+        np.concatenate([equal.exact, np.zeros(int(near.sum()), bool)]),
+    )
+
+
+def clusters_of(pairs: Pairs, count: int) -> Ints:
+    """[count] int64: pictures that are linked by pairs have the same number."""
+    shape = (count, count)
+    links = coo_array((np.ones(len(pairs.first), bool), (pairs.first, pairs.second)), shape)
+    return connected_components(links, directed=False)[1].astype(np.int64)
+
+
+def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
+    """What is wrong about pictures that are there twice.
+
+    Of each group one is kept, one of the test split first, then of validation; all others are
+    findings. A group with several labels is one more.
+
+    Args:
+        pairs: from `find_pairs`.
+        pictures: those that were compared.
+    """
+    clusters = clusters_of(pairs, len(pictures))
+    closest, exact = _closest(pairs, len(pictures))
+    members: dict[int, list[int]] = {}
+    for picture in np.unique(np.concatenate([pairs.first, pairs.second])).tolist():
+        members.setdefault(int(clusters[picture]), []).append(picture)
+    digests = _exact_clusters(pairs, len(pictures))
+    found = []
+    for group in members.values():
+        kept = min(group, key=lambda p: (_KEPT_FIRST.get(pictures.splits[p], 2), p))
+        for picture in group:
+            if picture != kept:
+                same = bool(exact[picture]) and digests[picture] == digests[kept]
+                found.append(_duplicate(picture, kept, same, float(closest[picture]), pictures))
+        if len({int(pictures.labels[p]) for p in group} - {-1}) > 1:
+            found.append(_conflict(kept, group, pictures))
+    return found
+
+
+def _duplicate(
+    picture: int, kept: int, same: bool, difference: float, pictures: Pictures
+) -> Finding:
+    what = "The same pixels as" if same else "Nearly the same picture as"
+    score = 1.0 if same else max(0.0, 1 - difference)
+    mine, other = pictures.splits[picture], pictures.splits[kept]
+    name = pictures.name_of(kept)
+    if mine != other:
+        detail = f"{what} {name} in {other}: remove it from {mine}, or what {other} measures lies."
+        return Finding(Kind.CROSS_SPLIT, picture, score, detail, (kept,))
+    kind = Kind.EXACT if same else Kind.NEAR
+    return Finding(kind, picture, score, f"{what} {name}: one of them is enough.", (kept,))
+
+
+def _conflict(kept: int, group: list[int], pictures: Pictures) -> Finding:
+    labels = sorted({pictures.label_of(p) for p in group if pictures.labels[p] >= 0})
+    others = tuple(p for p in group if p != kept)
+    detail = f"One picture, {len(labels)} labels: {', '.join(labels)}. Decide on one."
+    return Finding(Kind.CONFLICT, kept, 1.0, detail, others)
+
+
+def _closest(pairs: Pairs, count: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """[count] the smallest difference to another picture, and whether one has equal pixels."""
+    closest, exact = np.full(count, np.inf), np.zeros(count, bool)
+    for ends in (pairs.first, pairs.second):
+        np.minimum.at(closest, ends, pairs.difference)
+        np.logical_or.at(exact, ends, pairs.exact)
+    return closest, exact
+
+
+def _exact_clusters(pairs: Pairs, count: int) -> Ints:
+    equal = pairs.exact
+    first, second, difference = (pairs.first[equal], pairs.second[equal], pairs.difference[equal])
+    return clusters_of(Pairs(first, second, difference, equal[equal]), count)
+
+
+def _neighbor_pairs(features: Tensor) -> Ints:
+    """[P, 2] pairs of rows of which one is among the nearest of the other, the lower first."""
+    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
+    near = torch.cat([part.ids for part in store.leave_one_out(NEIGHBORS)]).numpy()  # [N, k]
+    rows = np.arange(len(near))[:, None].repeat(near.shape[1], axis=1)
+    pairs = np.stack([rows.ravel(), near.ravel()], axis=1)
+    return np.unique(np.sort(pairs, axis=1), axis=0)
+
+
+def _plausible(candidates: Ints, coarse: Tensor, prints: Sequence[Print]) -> Ints:
+    """Pairs whose shapes and coarse pixels do not rule out that they are copies."""
+    unit = functional.normalize(coarse, dim=1).numpy()
+    left, right = candidates[:, 0], candidates[:, 1]
+    parts = range(0, len(candidates), 65_536)
+    similar = [
+        np.einsum("ij,ij->i", unit[left[s : s + 65_536]], unit[right[s : s + 65_536]])
+        for s in parts
+    ]
+    flat = np.linalg.norm(coarse.numpy(), axis=1) < 1e-3 * coarse.shape[1]
+    shapes = np.log([one.width / one.height for one in prints])
+    stretch = np.abs(shapes[left] - shapes[right])
+    alike = (np.concatenate([*similar, np.empty(0)]) >= _LEAST_CORRELATION) | (
+        flat[left] & flat[right]
+    )
+    kept: Ints = candidates[alike & (stretch <= np.log(_LARGEST_STRETCH))]
+    return kept
+
+
+def _compare(
+    tiny: Tensor, candidates: Ints, on_progress: Callable[[int], object]
+) -> NDArray[np.float64]:
+    """[P] the difference of each pair; the other way round too where it is a close call."""
+    parts = [np.empty(0)]
+    for start in range(0, len(candidates), _BATCH):
+        pairs = torch.from_numpy(candidates[start : start + _BATCH])
+        first, second = tiny[pairs[:, 0]].float() / 255, tiny[pairs[:, 1]].float() / 255
+        gap = differences(first, second)
+        close = (gap > LARGEST_DIFFERENCE) & (gap <= 2 * LARGEST_DIFFERENCE)
+        if close.any():
+            gap[close] = torch.minimum(gap[close], differences(second[close], first[close]))
+        parts.append(gap.double().numpy())
+        on_progress(len(pairs))
+    return np.concatenate(parts)
