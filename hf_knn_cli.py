@@ -11,7 +11,7 @@ from hf_knn_cli_memory import app as memory
 
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 DATA, HEAD, LOSS = "Pictures", "Head", "Loss"
-TUNING, STORE = "Fine-tuning", "Datastore and blend"
+TUNING, STORE, WHY = "Fine-tuning", "Datastore and blend", "Reasons"
 """Groups of options in `--help`."""
 
 app = typer.Typer(
@@ -398,12 +398,44 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes shown per picture.")] = 5,
     neighbors: Annotated[int, typer.Option(min=0, help="Neighbours shown per picture.")] = 5,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", rich_help_panel=WHY, help="Shares of the vote, and what would change it."
+        ),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=WHY, help="Write the reasons with pictures into this file."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WHY, help="Folder that the stored paths are relative to, for --html."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=WHY,
+            help="Rather abstain than be wrong more often: 0.01, 0.02, 0.05, 0.1 or 0.2.",
+        ),
+    ] = None,
 ) -> None:
-    """Classify pictures, and show the neighbours that voted."""
-    from hf_knn.cli import predict_images
+    """Classify pictures, show the neighbours that voted, and say why."""
     from hf_knn.console import run
 
-    run(predict_images, checkpoint, images, top, neighbors, json_output)
+    if not (explain or html or pictures or max_error is not None):
+        from hf_knn.cli import predict_images
+
+        run(predict_images, checkpoint, images, top, neighbors, json_output)
+        return
+    from hf_knn.explain_command import ExplainOptions, explain_images
+
+    if pictures and not html:
+        raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
+    options = ExplainOptions(top, neighbors, html, pictures, max_error, json_output)
+    run(explain_images, checkpoint, images, options)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def main(
     console, started = Console(), time.perf_counter()
     results: dict[str, Scores] = {}
     for name in task or ["openmoji-categories", "digits"]:
-        rows, classes = _features(name, backbone, cache_dir)
+        rows, classes = task_features(name, backbone, cache_dir)
         results[name] = _measure(name, rows, classes, shots or [1, 2, 4, 8, 16], seeds)
         console.print(_scores_table(name, results[name]))
         console.print(_differences_table(name, results[name]))
@@ -70,7 +70,8 @@ def main(
     console.print(f"Numbers: {output / 'lowdata.json'}; picture: {output / 'lowdata.png'}")
 
 
-def _features(task: str, backbone: str, cache_dir: Path | None) -> tuple[Rows, int]:
+def task_features(task: str, backbone: str, cache_dir: Path | None) -> tuple[Rows, int]:
+    """Features of a task by a frozen backbone, and how many classes it has."""
     dataset = load_task(task, cache_dir)
     names = dataset.features["label"].names
     model = KnnForImageClassification.from_backbone(build_backbone(backbone, cache_dir), names)

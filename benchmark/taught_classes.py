@@ -117,8 +117,8 @@ def _measure(
     train = replace(features.select(old_pool), labels=labels[old_pool])
     with tempfile.TemporaryDirectory() as folder:
         arguments = KnnTrainingArguments(
-            folder, freeze_backbone=True, num_train_epochs=20, learning_rate=1e-3, seed=seed,
-            per_device_train_batch_size=32, disable_tqdm=True, report_to=[], save_strategy="no",
+            folder, freeze_backbone=True, probe_grid=None if head == "ridge" else "small",
+            seed=seed, disable_tqdm=True, report_to=[], save_strategy="no",
         )  # fmt: skip
         trainer = KnnTrainer(model, arguments, train_dataset=train)
         trainer.train()

@@ -36,7 +36,14 @@ LAYERS = [
     | {"feature_map"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "differences", "console", "checkup_report", "doctor", "doctor_command"}
-    | {"inspect_command", "training_command", "teach_command", "milvus_command", "cli"},
+    | {
+        "inspect_command",
+        "training_command",
+        "teach_command",
+        "explain_command",
+        "milvus_command",
+        "cli",
+    },
 ]
 """Modules of a layer import from their own layer and the ones above it in this list."""
 
