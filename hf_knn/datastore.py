@@ -473,7 +473,7 @@ class Datastore:
         numbers = torch.arange(first, first + len(added))
         if ids is not None:
             numbers = as_whole_numbers(ids, "ids")
-        known = numbers[torch.isin(numbers, self._table.ids)]
+        known = numbers[self._table.positions(numbers) >= 0]
         if len(known):
             raise ValueError(
                 f"Expected `ids` that the datastore does not have, but it has {shown(known)}; "
