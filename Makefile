@@ -41,6 +41,7 @@ bench: setup ## Speed against named peers, as ratios
 	$(BIN)/python benchmark/speed/heads.py
 	$(BIN)/python benchmark/speed/tuning.py
 	$(BIN)/python benchmark/speed/fine_tuning.py
+	$(BIN)/python benchmark/speed/teaching.py
 	$(BIN)/python benchmark/speed/scale.py
 
 clean: ## Remove .venv and what the runs wrote
