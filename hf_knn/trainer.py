@@ -16,12 +16,12 @@ from torch.nn import functional
 from transformers import PrinterCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from .abstaining import ERROR_RATES, thresholds
 from .augmentation import Augment, EpochRows
 from .backbone import evaluating, freeze_all_but_last, split_features
 from .callbacks import EpochCallback, RefreshCallback
 from .checkpoint import made_by
 from .collator import KnnCollator
-from .confidence import ERROR_RATES, thresholds
 from .configuration_knn import Head
 from .data import fingerprint_of, groups_of, labels_of, prepare
 from .datastore import Datastore, Neighbors

@@ -30,10 +30,19 @@ LAYERS = [
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
     | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
-    | {"distributed_search", "probe_optimizers", "probe", "tuning", "votes", "fitting", "plots"}
+    | {
+        "abstaining",
+        "distributed_search",
+        "probe_optimizers",
+        "probe",
+        "tuning",
+        "votes",
+        "fitting",
+        "plots",
+    }
     | {"pages", "page_style", "findings", "prints", "alignment", "duplicates", "voices"}
     | {"label_errors", "outliers", "balance", "learning_curve", "checkup", "drawings"}
-    | {"feature_map"},
+    | {"feature_map", "distributed_search"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "differences", "console", "checkup_report", "doctor", "doctor_command"}
     | {

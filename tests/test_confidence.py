@@ -5,14 +5,15 @@ import pytest
 import torch
 from scipy.stats import binomtest, kstest  # type: ignore[import-untyped]
 
-from hf_knn.confidence import thresholds, typicality, upper_bound
+from hf_knn.abstaining import thresholds, upper_bounds
+from hf_knn.confidence import typicality
 
 
 @pytest.mark.parametrize(("errors", "count"), [(0, 1), (0, 20), (3, 50), (49, 50), (7, 1000)])
 def test_the_bound_is_clopper_pearsons(errors: int, count: int) -> None:
     interval = binomtest(errors, count).proportion_ci(0.8, method="exact")
-    assert upper_bound(errors, count) == pytest.approx(interval.high, abs=1e-9)
-    assert upper_bound(count, count) == 1.0
+    found = upper_bounds(np.array([errors, count]), np.array([count, count]))
+    assert found.tolist() == pytest.approx([interval.high, 1.0], abs=1e-9)
 
 
 def test_p_values_of_the_same_kind_are_uniform() -> None:

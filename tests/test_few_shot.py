@@ -74,7 +74,7 @@ def test_labels_without_meaning_are_answered_by_chance():
 def test_the_command_writes_tables_and_a_picture(tmp_path, monkeypatch, capsys):
     import lowdata
 
-    monkeypatch.setattr(lowdata, "_features", lambda *_: (rows(80, 4), CLASSES))
+    monkeypatch.setattr(lowdata, "task_features", lambda *_: (rows(80, 4), CLASSES))
     main(["one"], [1, 2], 2, "none", tmp_path, None)
     said = capsys.readouterr().out
     assert "test top-1 in %" in said
