@@ -37,10 +37,8 @@ def thresholds(log_probs: Tensor, labels: Tensor, rates: Sequence[float]) -> dic
     bounds = upper_bounds(wrong[places].numpy(), counts[places].numpy())
     found = {}
     for rate in rates:
-        fine = [
-            i for i, bound in zip(places.tolist(), bounds.tolist(), strict=True) if bound <= rate
-        ]
-        if fine:
+        fine = places[torch.from_numpy(bounds <= rate)]
+        if len(fine):
             found[f"{rate:g}"] = float(confidence[order[fine[-1]]])
     return found
 
