@@ -25,6 +25,7 @@ from hf_knn import KnnForImageClassification
 
 _HERE = Path(__file__).parent
 _CACHE_SECONDS = (600, 3600)
+_FONTS = ["system-ui", "sans-serif"]  # nothing is fetched from elsewhere
 
 
 def make_app(page: Page) -> gr.Blocks:
@@ -69,7 +70,8 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         options: of `gr.Blocks.launch`.
     """
     return app.launch(
-        theme=gr.themes.Soft(), css=CSS, head=HEAD, max_file_size=MAX_BYTES, show_error=False,
+        theme=gr.themes.Soft(font=_FONTS), css=CSS, head=HEAD, max_file_size=MAX_BYTES,
+        show_error=False,
         state_session_capacity=1000, ssr_mode=False, footer_links=["api"], **options,
     )  # fmt: skip
 

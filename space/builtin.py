@@ -2,10 +2,11 @@
 
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from uploads import SpaceError, thumbnail
 
@@ -89,7 +90,7 @@ def open_builtin(
 
 
 def _build(
-    folder: Path, backbone: Path, rows: Any, train: Sequence[int], validation: Sequence[int]
+    folder: Path, backbone: Path, rows: Any, train: NDArray[np.int64], validation: NDArray[np.int64]
 ) -> None:
     model = KnnForImageClassification.from_backbone(
         backbone, rows.features["label"].names, head="ridge"
@@ -109,6 +110,6 @@ def _build(
     model.save_pretrained(folder)
 
 
-def _spread(numbers: Sequence[int]) -> list[int]:
+def _spread(numbers: NDArray[np.int64]) -> list[int]:
     step = max(1, len(numbers) // _SAMPLES)
-    return [int(number) for number in list(numbers)[::step][:_SAMPLES]]
+    return [int(number) for number in numbers[::step][:_SAMPLES]]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from exports import write_text
 from service import MAX_K, WEIGHTINGS, Look, Settings
-from shared import HEAVY, SELECT_JS, Page, as_message, clicked
+from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
 from uploads import MAX_FILES, SpaceError, check_files, read_upload, thumbnail
 from views import EMPTY, answer_page, as_csv, detail_page, samples_page, text
 
@@ -47,7 +47,7 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> None:
             table = gr.DownloadButton("All answers as csv", visible=False, size="sm")
         with gr.Column(scale=3, min_width=300):
             answer = gr.HTML(EMPTY, js_on_load=SELECT_JS, min_height=420, elem_id="knn-page")
-            detail = gr.HTML("", js_on_load=SELECT_JS, elem_id="knn-near")
+            detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-near")
     handlers = _Handlers(page)
     asked = [shown, token, *controls]
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", **HEAVY}

@@ -13,7 +13,7 @@ from torch import Tensor
 from uploads import SpaceError, check_files, check_label, read_upload, thumbnail
 from visitors import Visitors, check_token, new_token
 
-from hf_knn import BadImageError, Explanation, KnnForImageClassification
+from hf_knn import BadImageError, Datastore, Explanation, KnnForImageClassification
 
 WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
 MAX_K = 100
@@ -124,8 +124,9 @@ class Service:
     def explain(self, look: Look, settings: Settings, token: str) -> Explanation:
         """The answer for one visitor, from features alone."""
         with self._voter(token, settings) as model:
-            (found,) = model.explain(features=look.features)
-        return found
+            found = model.explain(features=look.features)
+        assert isinstance(found, list)
+        return found[0]
 
     def near(self, row_id: int, count: int, token: str) -> tuple[Near, list[Near]]:
         """A stored row and the rows next to it.
@@ -135,7 +136,7 @@ class Service:
         """
         with self._voter(token, Settings()) as model:
             store = model.datastore
-            if store is None or row_id not in store.ids.tolist():
+            if not isinstance(store, Datastore) or not bool((store.ids == row_id).any()):
                 raise SpaceError("Expected the id of a stored picture; this one is gone.")
             row, names = store.subset([row_id]), model.config.class_names
             hits = store.search(row.features, count, row.ids)

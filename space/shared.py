@@ -28,6 +28,13 @@ element.addEventListener('click', (event) => {
 """
 """A click on a tile says which one."""
 
+SHOW_JS = """
+watch('value', () => {
+  if (props.value) element.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+});
+"""
+"""What is filled in below the fold is scrolled into view."""
+
 
 class Page(NamedTuple):
     """What is shown.

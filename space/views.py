@@ -12,6 +12,7 @@ from uploads import as_uri
 from hf_knn import Explanation
 
 _BARS = 6
+_TILES = 10
 _TEMPLATE_MARKS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 
 FindPicture = Callable[[int], bytes | None]
@@ -50,7 +51,8 @@ def answer_page(
         f"</span></p>{_notices(found)}</div></div>"
         f"<section><h3>Probabilities</h3>{bars(found.probabilities, 'blend')}</section>"
         f"<section><h3>Who voted</h3>{_gallery(found, picture_of)}"
-        f'<p class="knn-hint">{settings} Select a picture to see what is near it.</p></section>'
+        f'<p class="knn-hint">Share of the vote · similarity. {settings} Select a picture to see '
+        "it large and what is near it.</p></section>"
         f'<section><h3>What would change the answer</h3><p id="knn-flip">{_flip(found)}</p>'
         f'</section><div class="knn-voices">{voices}</div>'
     )
@@ -160,20 +162,29 @@ def _notices(found: Explanation) -> str:
 def _gallery(found: Explanation, picture_of: FindPicture) -> str:
     if not found.neighbors:
         return "<p>Nobody: this model has no stored pictures.</p>"
-    tiles = "".join(
+    tiles = [
         _tile(Near(row.row_id, row.label, row.similarity, row.share), picture_of(row.row_id))
         for row in found.neighbors
+    ]
+    first, rest = "".join(tiles[:_TILES]), tiles[_TILES:]
+    more = (
+        f'<details class="knn-more"><summary>{len(rest)} more, that weigh less</summary>'
+        f'<div class="knn-tiles">{"".join(rest)}</div></details>'
     )
-    return f'<div class="knn-tiles" id="knn-voters">{tiles}</div>'
+    return f'<div class="knn-tiles" id="knn-voters">{first}</div>{more if rest else ""}'
 
 
 def _tile(near: Near, picture: bytes | None) -> str:
-    share = "" if near.share is None else f" · {near.share:.0%} of the vote"
+    share = "" if near.share is None else f"{_percent(near.share)} · "
     return (
         f'<button type="button" class="knn-tile" data-row="{near.row_id}">'
         f"{_picture(near, picture)}<b>{text(near.label)}</b>"
-        f"<span>{near.similarity:.2f}{share}</span></button>"
+        f"<span>{share}{near.similarity:.2f}</span></button>"
     )
+
+
+def _percent(share: float) -> str:
+    return "&lt;1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _picture(near: Near, picture: bytes | None) -> str:

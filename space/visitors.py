@@ -13,7 +13,7 @@ from journal import Journal
 from overlay import Overlay, fingerprint
 from uploads import SpaceError
 
-from hf_knn import KnnForImageClassification
+from hf_knn import Datastore, KnnForImageClassification
 
 MAX_IN_MEMORY = 256
 """Visitors whose models are held; those who wait longest make room if a journal keeps them."""
@@ -129,6 +129,8 @@ class Visitors:
             is_kept = path is not None and path.exists()
             if not create and not is_kept:
                 return None
+            if not isinstance(self._model.datastore, Datastore):
+                raise SpaceError("This model cannot be taught here: it holds no rows of its own.")
             self._make_room(is_kept)
             journal = None if path is None else Journal(path)
             self._overlays[token] = Overlay(self._model, journal)

@@ -414,7 +414,7 @@ def test_the_front_matter_is_what_the_hub_wants():
     data = SpaceCardData(**values)
     assert (data.sdk, data.app_file, data.python_version) == ("gradio", "app.py", "3.12")
     assert data.sdk_version == version("gradio")
-    assert (ROOT / "space" / data.app_file).is_file()
+    assert (ROOT / "space" / str(data.app_file)).is_file()
 
 
 # ---- endpoints ----------------------------------------------------------------------------------
