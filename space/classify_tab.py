@@ -145,7 +145,7 @@ class _Handlers:
         settings = Settings(*values)
         found = [self._page.service.explain(look, settings, token) for look in shown.looks]
         return gr.DownloadButton(
-            write_text("answers.csv", as_csv(shown.looks, found)), visible=True
+            value=write_text("answers.csv", as_csv(shown.looks, found)), visible=True
         )
 
     def _near(self, row_id: int, token: str) -> str:

@@ -43,7 +43,7 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-plain { display: grid !important; place-items: center; color: #444;
   background: #e8eaf0 !important; font-variant-numeric: tabular-nums; }
 .knn-tile b { font-size: .8rem; line-height: 1.2; overflow: hidden; overflow-wrap: anywhere;
-  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; min-height: 2.4em; }
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-quiet); }
 .knn-tile span:not(.knn-plain) { font-size: .72rem; color: var(--knn-quiet); }
 .knn-tile:hover { border-color: #4f6bed; }
