@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow faults lint bench clean
+.PHONY: help setup quickstart demo test test-slow faults lint bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: setup ## The main job on real pictures, without network: table, picture, checkpoint
 	$(BIN)/python benchmark/run.py
+
+demo: setup ## A page to upload pictures, see why, and teach; opens at http://127.0.0.1:7860
+	$(BIN)/python space/app.py
 
 test: lint ## Lint and all fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_demo import app as demonstration
 from hf_knn_cli_memory import app as memory
 
 DEFAULT_BACKBONE = "facebook/dinov2-small"
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory)
+app.add_typer(demonstration)
 
 
 class OnBadImage(StrEnum):

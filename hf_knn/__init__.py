@@ -9,7 +9,9 @@ from .configuration_knn import KnnConfig
 from .modeling_knn import KnnForImageClassification
 
 _LAZY = {
+    "BadImageError": "images",
     "Datastore": "datastore",
+    "Explanation": "explaining",
     "KnnImageClassificationPipeline": "pipeline_knn",
     "KnnImageClassifierOutput": "modeling_knn",
     "KnnTrainer": "trainer",
@@ -26,6 +28,7 @@ _LAZY = {
     "blend_log_probs": "functional",
     "choose_probe": "probe",
     "datastore_as_dataset": "data",
+    "decode_image": "images",
     "default_grid": "tuning",
     "draw_neighbors": "plots",
     "extract_features": "features",

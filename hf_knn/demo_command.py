@@ -1,0 +1,108 @@
+"""`hf-knn demo`: the page around a checkpoint, here or as a Space of the Hub."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from rich.markup import escape
+
+from .console import console
+from .manifest import MANIFEST_NAME
+
+_PACKAGE = Path(__file__).parent
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def show_demo(checkpoint: str | None, port: int | None, pictures: Path | None) -> None:
+    """Starts the page and waits until it is closed.
+
+    Args:
+        checkpoint: a folder or a Hub id; None builds a small model.
+        port: of the server; None takes a free one.
+        pictures: the folder that the checkpoint was trained on.
+
+    Raises:
+        ImportError: without gradio.
+        OSError: if the page ends with an error, which it has said.
+    """
+    if find_spec("gradio") is None:
+        raise ImportError("hf-knn demo needs gradio; run `pip install 'hf-knn[space]'`.")
+    command = [sys.executable, str(space_folder() / "app.py")]
+    command += [] if checkpoint is None else [checkpoint]
+    command += [] if port is None else ["--port", str(port)]
+    command += [] if pictures is None else ["--pictures", str(pictures)]
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:  # how one closes it
+        return
+    if status > 0:
+        raise OSError(f"Expected the page to run until it is closed, but it ended with {status}.")
+
+
+def push_space(checkpoint: str | None, repo_id: str, private: bool) -> None:
+    """Pushes the page as a Space, in one commit, with the package and a checkpoint of a folder.
+
+    Args:
+        checkpoint: a folder, whose files go along, or a Hub id, which the Space opens.
+        repo_id: `org/name` of the Space; made if it is not there.
+        private: whether a Space that is made is private.
+
+    Raises:
+        ValueError: without a checkpoint.
+        OSError: if the Hub refuses.
+    """
+    if checkpoint is None:
+        raise ValueError("Expected a checkpoint to push the Space with; pass a folder or a Hub id.")
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "space"
+        build_space(folder, checkpoint)
+        api.create_repo(
+            repo_id, repo_type="space", space_sdk="gradio", exist_ok=True, private=private or None
+        )
+        commit = api.upload_folder(
+            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload Space"
+        )
+    console.print(f"Pushed: {escape(commit.commit_url)}", soft_wrap=True)
+
+
+def build_space(folder: Path, checkpoint: str) -> None:
+    """Puts together what a Space needs.
+
+    Args:
+        folder: which is made.
+        checkpoint: a folder or a Hub id.
+
+    Raises:
+        ValueError: for a folder that is no checkpoint with a datastore, or a text that is no id.
+    """
+    shutil.copytree(space_folder(), folder, ignore=_LEFT_OUT)
+    shutil.copytree(_PACKAGE, folder / "hf_knn", ignore=_LEFT_OUT)
+    if Path(checkpoint).is_dir():
+        missing = [n for n in ("config.json", MANIFEST_NAME) if not Path(checkpoint, n).is_file()]
+        if missing:
+            raise ValueError(f"Expected {checkpoint} to be a checkpoint, but it has no {missing}.")
+        shutil.copytree(checkpoint, folder / "model")
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise ValueError(
+            f"Expected a checkpoint folder or a Hub id such as org/name, but got {checkpoint!r}."
+        )
+    (folder / "model.txt").write_text(checkpoint + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    card.write_text(text.replace("models: []", f"models:\n  - {checkpoint}", 1), encoding="utf-8")
+
+
+def space_folder() -> Path:
+    """Where the files of the page lie: beside the package in a clone, and once installed."""
+    for name in ("space", "hf_knn_space"):
+        folder = _PACKAGE.parent / name
+        if (folder / "app.py").is_file():
+            return folder
+    raise FileNotFoundError("Expected the page's files beside the package; install hf-knn again.")

@@ -1,0 +1,38 @@
+"""The command of `hf-knn` that shows a checkpoint to people; declarations only."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint folder or a Hub id; none builds a small one, once."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free from 7860 on.")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="The folder it was trained on, to show the neighbours' pictures."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Push it as the Space org/name instead of starting it.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a Space that is made is private.")
+    ] = False,
+) -> None:
+    """Open a page to upload pictures, see why they are answered so, and teach new ones."""
+    from hf_knn.console import run
+    from hf_knn.demo_command import push_space, show_demo
+
+    if push is None:
+        run(show_demo, checkpoint, port, pictures)
+    else:
+        run(push_space, checkpoint, push, private)

@@ -1,0 +1,142 @@
+"""The demo: `python space/app.py [CHECKPOINT]`, or pushed as a Space by `hf-knn demo --push`."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from api import add_api
+from builtin import open_builtin
+from classify_tab import add_classify_tab
+from service import Service
+from shared import QUEUE_SIZE, Page
+from style import CSS, HEAD
+from teach_tab import add_teach_tab, list_taught
+from thumbnails import FolderPictures, NoPictures, Pictures
+from uploads import MAX_BYTES, MAX_FILES, SpaceError
+from views import text
+from visitors import Visitors
+
+from hf_knn import KnnForImageClassification
+
+_HERE = Path(__file__).parent
+_CACHE_SECONDS = (600, 3600)
+_FONTS = ["system-ui", "sans-serif"]  # nothing is fetched from elsewhere
+
+
+def make_app(page: Page) -> gr.Blocks:
+    """The page around a model.
+
+    Args:
+        page: what answers.
+    """
+    model = page.service.model
+    rows = 0 if model.datastore is None else len(model.datastore)
+    with gr.Blocks(title="A classifier that also remembers", delete_cache=_CACHE_SECONDS) as app:
+        # whoever reads the browser's storage reads the page's source too: the secret is none, and
+        # a fixed one lets the token survive a restart
+        token = gr.BrowserState("", storage_key="hf-knn-visitor", secret="hf-knn-visitor")
+        add_api(page)  # first, since names are given out in order
+        gr.HTML(
+            '<header class="knn-header"><h1>A classifier that also remembers</h1><p>It answers '
+            f"with a head and with the nearest of {rows:,} stored pictures, shows them, and can be "
+            f"taught. {model.config.classes} classes: "
+            f"{text(', '.join(model.config.class_names[:12]))}"
+            f"{', …' if model.config.classes > 12 else ''}.</p></header>"
+        )
+        with gr.Tab("Classify", id="classify"):
+            add_classify_tab(page, token)
+        with gr.Tab("Teach", id="teach"):
+            listed = add_teach_tab(page, token)
+        with gr.Tab("API", id="api"):
+            gr.Markdown(_api_text())
+        app.load(
+            lambda known: list_taught(page, known, []), [token], [listed],
+            api_visibility="private",
+        )  # fmt: skip
+    app.queue(max_size=QUEUE_SIZE)
+    return app
+
+
+def launch(app: gr.Blocks, **options: Any) -> Any:
+    """Starts the server, with the limits of reliability.
+
+    Args:
+        app: of `make_app`.
+        options: of `gr.Blocks.launch`.
+    """
+    return app.launch(
+        theme=gr.themes.Soft(font=_FONTS), css=CSS, head=HEAD, max_file_size=MAX_BYTES,
+        show_error=False,
+        state_session_capacity=1000, ssr_mode=False, footer_links=["api"], **options,
+    )  # fmt: skip
+
+
+def open_page(checkpoint: str | None, pictures: str | None, data: str | None) -> Page:
+    """Opens a model, or the embedded one.
+
+    Args:
+        checkpoint: a folder or a Hub id; None takes `model` or what `model.txt` names, beside this
+            file, else the embedded one.
+        pictures: the folder that the model was trained on; None shows plain tiles.
+        data: where to keep what visitors teach; None keeps it in memory.
+
+    Raises:
+        ValueError: for a damaged checkpoint.
+        OSError: if something is not there.
+    """
+    found: Pictures = NoPictures() if pictures is None else FolderPictures(Path(pictures))
+    samples = sorted(str(path) for path in (_HERE / "examples").glob("*.*"))[:6]
+    if checkpoint is None and (_HERE / "model").is_dir():
+        checkpoint = str(_HERE / "model")
+    if checkpoint is None and (_HERE / "model.txt").is_file():
+        checkpoint = (_HERE / "model.txt").read_text(encoding="utf-8").strip()
+    if checkpoint is None:
+        embedded = open_builtin()
+        model, found = embedded.model, embedded.pictures
+        folder = Path(tempfile.mkdtemp(prefix="hf-knn-samples-"))
+        for number, image in enumerate(embedded.samples):
+            image.save(folder / f"{number}.png")
+        samples = sorted(map(str, folder.iterdir()))
+    else:
+        model = KnnForImageClassification.from_pretrained(checkpoint)
+    return Page(
+        Service(model, Visitors(model, None if data is None else Path(data))), found, samples
+    )
+
+
+def _api_text() -> str:
+    """The part of the README on the API."""
+    _, _, body = (_HERE / "README.md").read_text(encoding="utf-8").partition("## API\n")
+    return body.partition("\n## ")[0].replace("MAX_FILES", str(MAX_FILES))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        arguments: of the command line; None takes the process's.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", nargs="?", default=os.environ.get("HF_KNN_MODEL") or None)
+    parser.add_argument("--port", type=int, default=None)
+    parser.add_argument("--pictures", default=os.environ.get("HF_KNN_PICTURES") or None)
+    given = parser.parse_args(arguments)
+    try:
+        page = open_page(given.checkpoint, given.pictures, os.environ.get("HF_KNN_DATA") or None)
+    except (SpaceError, ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    launch(make_app(page), server_port=given.port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What the parts of the page share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import gradio as gr
+from service import Service
+from thumbnails import Pictures
+from uploads import SpaceError
+from views import FindPicture
+
+from hf_knn import BadImageError
+
+QUEUE_SIZE = 64
+"""Requests that may wait; more are told that the queue is full."""
+
+Returned = TypeVar("Returned")
+
+HEAVY: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}
+"""Of everything that runs the model: two at a time."""
+
+SELECT_JS = """
+element.addEventListener('click', (event) => {
+  const tile = event.target.closest('[data-row], [data-look]');
+  if (tile) trigger('click', {row: tile.dataset.row ?? null, look: tile.dataset.look ?? null});
+});
+"""
+"""A click on a tile says which one."""
+
+SHOW_JS = """
+watch('value', () => {
+  if (props.value) element.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+});
+"""
+"""What is filled in below the fold is scrolled into view."""
+
+
+class Page(NamedTuple):
+    """What is shown.
+
+    Attributes:
+        service: answers.
+        pictures: of published rows.
+        samples: pictures to begin with, as paths of files.
+    """
+
+    service: Service
+    pictures: Pictures
+    samples: list[str]
+
+    def picture_of(self, token: str) -> FindPicture:
+        """How one visitor sees stored rows.
+
+        Args:
+            token: of the visitor; empty for nobody's.
+        """
+        with self.service.visitors.hold(token) as overlay:
+            own = {} if overlay is None else {i: e.thumbnail for i, e in overlay.examples.items()}
+        store = self.service.model.datastore
+
+        def find(row_id: int) -> bytes | None:
+            if row_id in own:
+                return own[row_id]
+            is_there = store is not None and bool((store.ids == row_id).any())
+            return self.pictures.find(store.path_of(row_id)) if is_there and store else None
+
+        return find
+
+
+def clicked(event: gr.EventData, name: str) -> int | None:
+    """The number that a tile carries; None if it carries none.
+
+    Args:
+        event: of `SELECT_JS`, which anybody can send.
+        name: `row` or `look`.
+    """
+    value = (event._data or {}).get(name)
+    return int(value) if isinstance(value, str) and value.isdecimal() else None
+
+
+def as_message(handler: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Shows what a visitor can do something about as a message, without a traceback.
+
+    Args:
+        handler: of an event.
+    """
+
+    @functools.wraps(handler)
+    def wrapped(*args: Any, **kwargs: Any) -> Returned:
+        try:
+            return handler(*args, **kwargs)
+        except (SpaceError, BadImageError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return wrapped

@@ -1,0 +1,75 @@
+"""How the page looks, in light and dark, wide and narrow."""
+
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.knn-header h1 { font-size: 1.6rem; margin: .2rem 0; }
+.gradio-container { --knn-quiet: #565d6b; }
+.dark .gradio-container, .gradio-container.dark { --knn-quiet: #aeb5c2; }
+.knn-header p, .knn-hint { color: var(--knn-quiet); margin: .1rem 0; }
+.knn-empty { min-height: 180px; display: grid; place-items: center; text-align: center;
+  border: 1px dashed var(--border-color-primary); border-radius: 12px; padding: 1.5rem;
+  color: var(--knn-quiet); }
+.knn-answer { display: flex; gap: 1.2rem; align-items: center; margin: .4rem 0 1rem; }
+.knn-answer > img, .knn-answer > .knn-plain { width: 132px; height: 132px; object-fit: contain;
+  border-radius: 12px; background: #fff; flex: none;
+  border: 1px solid var(--border-color-primary); }
+.knn-answer h2 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+.knn-score { font-size: 1.2rem; margin: .2rem 0; }
+.knn-score .knn-hint { font-size: .85rem; }
+.knn-notice { margin: .5rem 0 0; padding: .45rem .7rem; border-radius: 8px; color: #5c3b00;
+  background: #fff1cc; border-left: 4px solid #d98a00; overflow-wrap: anywhere; }
+.dark .knn-notice { color: #ffe3a6; background: #463005; }
+#knn-page h3, #knn-near h3 { font-size: 1rem; margin: 1rem 0 .35rem; }
+ul.knn-bars { list-style: none; margin: 0; padding: 0; }
+.knn-bars li { display: grid; grid-template-columns: minmax(6rem, 32%) 1fr 3.6rem; gap: .6rem;
+  align-items: center; margin: .2rem 0; padding: 0; }
+.knn-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.knn-value { text-align: right; font-variant-numeric: tabular-nums; }
+.knn-bar { background: var(--border-color-primary); border-radius: 6px; height: .7rem;
+  overflow: hidden; display: block; }
+.knn-bar i { display: block; height: 100%; background: #4f6bed; border-radius: 6px; }
+.knn-head .knn-bar i { background: #0f8a8a; }
+.knn-knn .knn-bar i { background: #b6651d; }
+.knn-voices { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr));
+  gap: 0 1.5rem; }
+.knn-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr));
+  gap: .5rem; margin: .3rem 0; }
+.knn-tile { display: flex; flex-direction: column; gap: .1rem; align-items: stretch;
+  padding: .35rem; border: 1px solid var(--border-color-primary); border-radius: 10px;
+  cursor: pointer; background: var(--background-fill-primary); color: var(--body-text-color);
+  text-align: left; min-width: 0; }
+.knn-tile img, .knn-tile .knn-plain { width: 100%; aspect-ratio: 1; object-fit: contain;
+  background: #fff; border-radius: 7px; margin: 0; }
+.knn-plain { display: grid !important; place-items: center; color: #444;
+  background: #e8eaf0 !important; font-variant-numeric: tabular-nums; }
+.knn-tile b { font-size: .8rem; line-height: 1.2; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
+details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-quiet); }
+.knn-tile span:not(.knn-plain) { font-size: .72rem; color: var(--knn-quiet); }
+.knn-tile:hover { border-color: #4f6bed; }
+.knn-tile:focus-visible { outline: 3px solid #4f6bed; outline-offset: 1px; }
+.knn-tile[aria-pressed="true"] { border-color: #4f6bed; box-shadow: 0 0 0 2px #4f6bed inset; }
+.knn-tiles:has(.knn-small) { grid-template-columns: repeat(auto-fill, 58px); }
+.knn-detail { border-top: 1px solid var(--border-color-primary); padding-top: .6rem; }
+.knn-detail .knn-answer h3 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 480px) {
+  .knn-tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .knn-answer > img, .knn-answer > .knn-plain { width: 96px; height: 96px; }
+  .knn-answer h2 { font-size: 1.35rem; }
+}
+"""
+
+HEAD = """
+<script>
+document.addEventListener('paste', (event) => {
+  const files = [...(event.clipboardData?.files ?? [])];
+  const input = document.querySelector('#knn-upload input[type=file]');
+  if (!files.length || !input || event.target.closest?.('textarea, input')) return;
+  const sent = new DataTransfer();
+  files.forEach((file) => sent.items.add(file));
+  input.files = sent.files;
+  input.dispatchEvent(new Event('change', {bubbles: true}));
+});
+</script>
+"""
+"""A picture that is pasted anywhere goes where an upload goes."""

@@ -1,0 +1,161 @@
+"""Who is here: one overlay per visitor, bounded in number and in time."""
+
+import hashlib
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from journal import Journal
+from overlay import Overlay, fingerprint
+from uploads import SpaceError
+
+from hf_knn import Datastore, KnnForImageClassification
+
+MAX_IN_MEMORY = 256
+"""Visitors whose models are held; those who wait longest make room if a journal keeps them."""
+
+MAX_ON_DISK = 5000
+"""Journals."""
+
+IDLE_IN_MEMORY = 3600.0
+"""Seconds after which a visitor without a journal may be forgotten for others."""
+
+KEPT_ON_DISK = 30 * 24 * 3600.0
+"""Seconds after its last change when a journal is deleted."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
+
+
+def new_token() -> str:
+    """A name that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def check_token(token: str) -> str:
+    """Refuses what `new_token` does not make, which could be guessed or be a path.
+
+    Raises:
+        SpaceError: without repeating what was sent.
+    """
+    if not _TOKEN.fullmatch(token):
+        raise SpaceError(
+            "Expected a visitor token of 16 to 64 letters, digits, - and _; leave it empty and use "
+            "the one that comes back."
+        )
+    return token
+
+
+class Visitors:
+    """The overlays of a model, by token.
+
+    Args:
+        model: the published model.
+        folder: where journals are kept; None keeps everything in memory.
+        max_in_memory: see `MAX_IN_MEMORY`.
+    """
+
+    def __init__(
+        self,
+        model: KnnForImageClassification,
+        folder: Path | None,
+        max_in_memory: int = MAX_IN_MEMORY,
+    ) -> None:
+        self._model = model
+        self._max = max_in_memory
+        self._lock = threading.Lock()
+        self._overlays: dict[str, Overlay] = {}
+        self._folder = None
+        if folder is not None:  # features of other weights mean nothing: a folder per model
+            self._folder = folder / fingerprint(model)[:32]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.expire()
+
+    @contextmanager
+    def hold(self, token: str, create: bool = False) -> Iterator[Overlay | None]:
+        """The visitor's overlay, for one change or answer at a time.
+
+        Args:
+            token: empty for somebody without one.
+            create: make an overlay if there is none.
+
+        Yields:
+            The overlay; None if there is none, so that the published model answers.
+
+        Raises:
+            SpaceError: for a bad token, or if there are too many visitors.
+        """
+        while True:
+            overlay = self._find(check_token(token), create) if token else None
+            if overlay is None:
+                yield None
+                return
+            with overlay.lock:
+                if overlay.is_closed:  # it had to make room while this one waited
+                    continue
+                overlay.seen = time.monotonic()
+                yield overlay
+                return
+
+    def expire(self) -> int:
+        """Deletes the journals that nobody has changed for long.
+
+        Returns:
+            How many.
+        """
+        if self._folder is None:
+            return 0
+        oldest = time.time() - KEPT_ON_DISK
+        with self._lock:
+            held = {self._path(token) for token in self._overlays}
+            old = [
+                path
+                for path in self._folder.iterdir()
+                if path not in held and path.stat().st_mtime < oldest
+            ]
+            for path in old:
+                path.unlink()
+        return len(old)
+
+    def _find(self, token: str, create: bool) -> Overlay | None:
+        with self._lock:
+            overlay = self._overlays.get(token)
+            if overlay is not None and not overlay.is_closed:
+                return overlay
+            path = self._path(token)
+            is_kept = path is not None and path.exists()
+            if not create and not is_kept:
+                return None
+            if not isinstance(self._model.datastore, Datastore):
+                raise SpaceError("This model cannot be taught here: it holds no rows of its own.")
+            self._make_room(is_kept)
+            journal = None if path is None else Journal(path)
+            self._overlays[token] = Overlay(self._model, journal)
+            return self._overlays[token]
+
+    def _make_room(self, is_kept: bool) -> None:
+        folder = self._folder
+        is_full = folder is not None and sum(1 for _ in folder.iterdir()) >= MAX_ON_DISK
+        if is_full and not is_kept:
+            raise SpaceError("Too many visitors have taught this Space; try again later.")
+        waiting = sorted(self._overlays.items(), key=lambda item: item[1].seen)
+        for token, overlay in waiting:
+            if len(self._overlays) < self._max:
+                return
+            idle = time.monotonic() - overlay.seen
+            may_go = overlay.is_closed or self._folder is not None or idle > IDLE_IN_MEMORY
+            if may_go and overlay.lock.acquire(blocking=False):
+                overlay.is_closed = True
+                del self._overlays[token]
+                overlay.lock.release()
+        if len(self._overlays) >= self._max:
+            raise SpaceError("Too many visitors are teaching right now; try again in a while.")
+
+    def _path(self, token: str) -> Path | None:
+        """A name from which nobody who sees the folder learns the token."""
+        if self._folder is None:
+            return None
+        return self._folder / f"{hashlib.sha256(token.encode()).hexdigest()[:40]}.journal"

@@ -1,0 +1,236 @@
+"""The Space as people use it: Debian's chromium against the running page."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from space_app import PER_CLASS, Running, features_of, running, write_picture
+
+_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+_OPTIONS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+EVIL = "<img src=x onerror=alert(1)>"
+
+if _BROWSER is None:
+    reason = "no chromium on this machine: apt-get install chromium"
+    if os.environ.get("HF_KNN_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"HF_KNN_REQUIRE_BROWSER=1, but {reason}", pytrace=False)
+    print(f"Browser tests are skipped: {reason}")
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    place = tmp_path_factory.mktemp("browser")
+    with running(place / "pictures", place / "data") as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tools:
+        opened = tools.chromium.launch(executable_path=_BROWSER, args=_OPTIONS)
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """Somebody with the page open; errors of scripts and dialogs are noted."""
+
+    def __init__(self, browser: Any, url: str, width: int = 1200) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900})
+        self.context.set_default_timeout(15_000)
+        self.page = self.context.new_page()
+        self.trouble: list[str] = []
+        self.page.on("dialog", lambda dialog: (self.trouble.append("dialog"), dialog.dismiss()))
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.open(url)
+
+    def open(self, url: str) -> None:
+        self.page.goto(url)
+        self.page.wait_for_selector("#knn-upload input[type=file]", state="attached")
+
+    def upload(self, *paths: Path) -> None:
+        self.page.locator("#knn-upload input[type=file]").set_input_files([str(p) for p in paths])
+
+    def classify(self, path: Path) -> str:
+        """The answer to a picture, once the page shows it."""
+        self.page.get_by_role("tab", name="Classify").click()
+        old = self.page.locator("#knn-page").inner_html()
+        self.upload(path)
+        self.page.wait_for_function(
+            "old => document.querySelector('#knn-page').innerHTML !== old", arg=old
+        )
+        self.page.wait_for_selector("#knn-answer")
+        return self.page.locator("#knn-answer").inner_text()
+
+    def teach(self, paths: list[Path], label: str) -> None:
+        self.page.get_by_role("tab", name="Teach").click()
+        self.page.locator("#knn-lessons input[type=file]").set_input_files([str(p) for p in paths])
+        self.page.locator("#knn-lessons .file-preview").wait_for()
+        self.page.locator("#knn-label textarea, #knn-label input").fill(label)
+        self.page.locator("#knn-teach").click()
+        self.page.get_by_text(f"Taught {len(paths)}").wait_for()
+
+    def rows(self, selector: str) -> list[int]:
+        """Ids of the tiles that are shown."""
+        return [int(tile.get_attribute("data-row")) for tile in self.page.locator(selector).all()]
+
+    def scores(self, kind: str = "blend") -> dict[str, float]:
+        rows = self.page.locator(f".knn-{kind} li").all()
+        return {
+            row.get_attribute("data-label"): float(row.get_attribute("data-score")) for row in rows
+        }
+
+
+@pytest.fixture
+def visit(browser: Any, space: Running) -> Iterator[Visit]:
+    visitor = Visit(browser, space.url)
+    yield visitor
+    visitor.context.close()
+    assert visitor.trouble == []
+
+
+def wanted_scores(space: Running, path: Path, **settings: Any) -> dict[str, float]:
+    """What the plain forward pass of the library says."""
+    model = space.page.service.model
+    old = {name: getattr(model.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(model.config, name, value)
+        out = model(features=features_of(model, [path]))
+    finally:
+        for name, value in old.items():
+            setattr(model.config, name, value)
+    return dict(zip(model.config.class_names, out.logits[0].exp().tolist(), strict=True))
+
+
+def test_sliders_give_what_the_library_computes(visit, space, tmp_path):
+    path = write_picture(tmp_path / "asked.png", 1, 77)
+    answer = visit.classify(path)
+    wanted = wanted_scores(space, path)
+    assert visit.scores() == pytest.approx(wanted, abs=2e-6)
+    assert answer == max(wanted, key=wanted.__getitem__)
+    visit.page.get_by_text("Advanced: how the neighbours vote").click()
+    settings: dict[str, Any] = {}
+    for label, name, value in [
+        ("k: neighbours", "k", 17), ("Temperature", "knn_temperature", 0.6),
+        ("λ:", "knn_weight", 0.85),
+    ]:  # fmt: skip
+        field = visit.page.get_by_label(re.compile(f"number input for {label}"))
+        field.fill(str(value))
+        field.press("Enter")
+        settings[name] = value
+        assert_scores(visit, wanted_scores(space, path, **settings))
+    visit.page.get_by_label("Weight of a neighbour by").click()
+    visit.page.get_by_role("option", name="rank").click()
+    assert_scores(visit, wanted_scores(space, path, **settings, knn_weighting="rank"))
+
+
+def assert_scores(visit: Visit, wanted: dict[str, float]) -> None:
+    """The page shows these scores, at the latest in some seconds."""
+    for _ in range(60):
+        if visit.scores() == pytest.approx(wanted, abs=2e-6):
+            return
+        visit.page.wait_for_timeout(100)
+    assert visit.scores() == pytest.approx(wanted, abs=2e-6)
+
+
+def test_a_neighbour_is_opened_with_its_own_neighbours_by_keyboard(visit, space, tmp_path):
+    visit.classify(write_picture(tmp_path / "asked.png", 0, 78))
+    tile = visit.page.locator("#knn-voters .knn-tile").nth(1)
+    row_id = int(tile.get_attribute("data-row"))
+    tile.focus()
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("#knn-detail")
+    store = space.page.service.model.datastore
+    row = store.subset([row_id])
+    hits = store.search(row.features, 8, row.ids).ids[0].tolist()
+    shown = [
+        int(t.get_attribute("data-row")) for t in visit.page.locator("#knn-near .knn-tile").all()
+    ]
+    assert shown == hits
+    assert f"Stored picture {row_id}" in visit.page.locator("#knn-near").inner_text()
+    loaded = visit.page.locator("#knn-near img").first.evaluate("image => image.naturalWidth")
+    assert loaded > 0
+
+
+def test_a_class_taught_with_five_pictures_is_predicted_after_a_reload(visit, space, tmp_path):
+    lessons = [write_picture(tmp_path / f"{i}.png", 3, i) for i in range(5)]
+    asked = write_picture(tmp_path / "asked.png", 3, 79)
+    assert visit.classify(asked) != EVIL
+    visit.teach(lessons, EVIL)
+    assert visit.page.locator("#knn-taught .knn-tile").count() == 5
+    assert visit.page.locator("#knn-taught b").first.inner_text() == EVIL
+    assert visit.classify(asked) == EVIL
+    visit.open(space.url)
+    visit.page.get_by_role("tab", name="Teach").click()
+    visit.page.locator("#knn-taught .knn-tile").first.wait_for()
+    assert visit.classify(asked) == EVIL
+    assert visit.page.locator("img[src=x]").count() == 0
+    visit.page.get_by_role("tab", name="Teach").click()
+    visit.page.locator("#knn-taught .knn-tile").first.click()
+    visit.page.locator("#knn-taught .knn-tile[aria-pressed=true]").wait_for()
+    visit.page.locator("#knn-remove").click()
+    visit.page.get_by_text("Removed 1; 4 are left.").wait_for()
+    visit.page.locator("#knn-undo").click()
+    visit.page.get_by_text("Undone: forget.").wait_for()
+    assert visit.page.locator("#knn-taught .knn-tile").count() == 5
+
+
+def test_two_visitors_do_not_see_each_other(visit, browser, space, tmp_path):
+    lessons = [write_picture(tmp_path / f"{i}.png", 4, i) for i in range(3)]
+    asked = write_picture(tmp_path / "asked.png", 4, 80)
+    visit.teach(lessons, "mine alone")
+    assert visit.classify(asked) == "mine alone"
+    other = Visit(browser, space.url)
+    assert other.classify(asked) != "mine alone"
+    rows = [
+        int(t.get_attribute("data-row")) for t in other.page.locator("#knn-voters button").all()
+    ]
+    assert max(rows) < 3 * PER_CLASS
+    other.page.get_by_role("tab", name="Teach").click()
+    assert other.page.locator("#knn-taught .knn-tile").count() == 0
+    assert "mine alone" not in other.page.content()
+    other.context.close()
+
+
+def test_a_broken_file_is_a_message_and_the_next_one_works(visit, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    visit.upload(broken)
+    message = visit.page.locator("#knn-page [role=alert]")
+    message.wait_for()
+    assert "Picture 1 of 1: " in message.inner_text()
+    assert "Traceback" not in visit.page.content()
+    assert visit.classify(write_picture(tmp_path / "fine.png", 2, 81))
+
+
+def test_several_pictures_give_a_csv(visit, tmp_path):
+    paths = [write_picture(tmp_path / f"{i}.png", i, 82) for i in range(3)]
+    visit.upload(*paths)
+    button = visit.page.get_by_text("All answers as csv")
+    button.wait_for()
+    with visit.page.expect_download() as download:
+        button.click()
+    lines = Path(download.value.path()).read_text("utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["0.png", "1.png", "2.png"]
+    visit.page.locator("#knn-page [data-look='2']").click()
+    visit.page.locator("#knn-page [data-look='2'][aria-pressed=true]").wait_for()
+    assert visit.page.locator("#knn-answer").inner_text() == lines[3].split(",")[1]
+
+
+def test_nothing_is_wider_than_a_phone(browser, space, tmp_path):
+    visit = Visit(browser, space.url, width=390)
+    visit.classify(write_picture(tmp_path / "asked.png", 1, 83))
+    width = visit.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+    visit.context.close()

@@ -1,0 +1,516 @@
+"""The Space: overlays, journals, limits, and every endpoint against the library."""
+
+import contextlib
+import copy
+import io
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from space_app import PER_CLASS, Running, features_of, published, running, write_picture
+
+pytest.importorskip("gradio")
+from exports import write_dataset
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from journal import Example, Journal, JournalError, Taught
+from overlay import MAX_EXAMPLES, Overlay, fingerprint
+from service import Service, Settings
+from thumbnails import FolderPictures
+from uploads import MAX_FILES, SpaceError, check_label, read_upload
+from views import as_csv, bars, disagrees, text
+from visitors import Visitors, new_token
+
+from hf_knn import BadImageError, KnnForImageClassification
+
+ROOT = Path(__file__).parents[1]
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> KnnForImageClassification:
+    return published(place / "pictures")
+
+
+@pytest.fixture
+def service(model: KnnForImageClassification, tmp_path: Path) -> Service:
+    return Service(model, Visitors(model, tmp_path / "data"))
+
+
+@pytest.fixture
+def lessons(tmp_path: Path) -> list[str]:
+    """Five pictures of a class that nobody knows."""
+    return [str(write_picture(tmp_path / f"lesson-{i}.png", 3, i)) for i in range(5)]
+
+
+def rows_of(model: KnnForImageClassification) -> list[torch.Tensor]:
+    store = model.datastore
+    assert store is not None
+    return [store.features.clone(), store.labels.clone(), store.ids.clone()]
+
+
+# ---- what one visitor is told -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(1, 0.02, 1.0, "uniform"),
+        Settings(9, 0.5, 0.25, "rank"),
+        Settings(20, 0.07, 0.0, "inverse_distance"),
+    ],
+)
+def test_an_answer_is_what_the_library_computes(settings, service, model, tmp_path):
+    path = write_picture(tmp_path / "asked.png", 1)
+    found = service.explain(service.look(str(path)), settings, "")
+    plain = copy.deepcopy(model)
+    names = ("k", "knn_temperature", "knn_weight", "knn_weighting")
+    for name, value in zip(names, settings, strict=True):
+        if value is not None:
+            setattr(plain.config, name, value)
+    out = plain(features=features_of(model, [path]))
+    wanted = dict(zip(model.config.class_names, out.logits[0].exp().tolist(), strict=True))
+    assert found.probabilities == pytest.approx(wanted, abs=1e-6)
+    assert service.model.config.k == 5, "settings of one request changed the model"
+
+
+def test_settings_do_not_run_the_backbone_again(service, tmp_path, monkeypatch):
+    path = str(write_picture(tmp_path / "asked.png", 1))
+    look = service.look(path)
+    monkeypatch.setattr(service.model.backbone, "forward", lambda *a, **k: pytest.fail("it ran"))
+    assert service.look(path).features is look.features
+    assert service.explain(look, Settings(k=3), "").neighbors
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(k=0), Settings(k=101), Settings(k=2.5), Settings(temperature=0.0),  # type: ignore[arg-type]
+        Settings(temperature=float("nan")), Settings(knn_weight=1.1), Settings(weighting="magic"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(settings, service, tmp_path):
+    look = service.look(str(write_picture(tmp_path / "asked.png", 1)))
+    with pytest.raises(SpaceError, match="Expected"):
+        service.explain(look, settings, "")
+
+
+def test_a_stored_picture_and_what_is_near_it(service, model):
+    store = model.datastore
+    own, others = service.near(3, 4, "")
+    raw = store.features.double() - store.mean.double()
+    unit = raw / raw.norm(dim=1, keepdim=True)
+    similarity = (unit @ unit[3]).tolist()
+    order = sorted((i for i in range(len(store)) if i != 3), key=lambda i: (-similarity[i], i))
+    assert own.row_id == 3
+    assert [near.row_id for near in others] == order[:4]
+    assert [n.similarity for n in others] == pytest.approx([similarity[i] for i in order[:4]])
+    with pytest.raises(SpaceError, match="gone"):
+        service.near(10**6, 4, "")
+
+
+# ---- teaching -----------------------------------------------------------------------------------
+
+
+def test_what_one_visitor_teaches_is_known_to_nobody_else(service, model, lessons, tmp_path):
+    before = rows_of(model)
+    done = service.teach(lessons, "dog", "", "")
+    look = service.look(str(write_picture(tmp_path / "asked.png", 3)))
+    assert service.explain(look, Settings(), done["visitor"]).answer == "dog"
+    for token in ("", new_token()):
+        found = service.explain(look, Settings(), token)
+        assert "dog" not in found.probabilities
+        assert all(row.row_id < 3 * PER_CLASS for row in found.neighbors)
+    assert model.config.class_names == ["ant", "bee", "cat"]
+    assert all(torch.equal(a, b) for a, b in zip(before, rows_of(model), strict=True))
+    with service.visitors.hold(done["visitor"]) as overlay:
+        assert overlay.model.backbone is model.backbone
+
+
+def test_the_same_key_teaches_once(service, lessons):
+    first = service.teach(lessons[:2], "dog", "", "key-1")
+    again = service.teach(lessons[:2], "dog", first["visitor"], "key-1")
+    assert again == first | {"repeated": True}
+    with pytest.raises(SpaceError, match="idempotency key"):
+        service.teach(lessons[:2], "wolf", first["visitor"], "key-1")
+    with pytest.raises(SpaceError, match="idempotency key"):
+        service.teach(lessons[2:], "dog", first["visitor"], "key-1")
+
+
+def test_relabel_forget_and_undo(service, lessons, tmp_path):
+    done = service.teach(lessons, "dog", "", "")
+    token, ids = done["visitor"], done["ids"]
+    look = service.look(str(write_picture(tmp_path / "asked.png", 3)))
+
+    def answer() -> str:
+        return service.explain(look, Settings(), token).answer
+
+    with service.changing(token) as overlay:
+        overlay.relabel(ids, "wolf")
+    assert answer() == "wolf"
+    with service.changing(token) as overlay:
+        assert overlay.undo() == "relabel"
+    assert answer() == "dog"
+    assert service.forget(ids[:1], token)["examples"] == 4
+    with service.changing(token) as overlay:
+        assert overlay.undo() == "forget"
+        assert list(overlay.examples) == ids
+    service.forget(ids, token)
+    assert answer() != "dog"
+    later = service.teach(lessons[:1], "dog", token, "")
+    assert later["ids"][0] > max(ids), "an id was given twice"
+    with service.changing(token) as overlay:
+        assert overlay.undo() == "teach"
+        assert overlay.examples == {}
+        with pytest.raises(SpaceError, match="Nothing to undo"):
+            overlay.undo()
+
+
+def test_published_rows_cannot_be_forgotten(service, lessons):
+    token = service.teach(lessons[:1], "dog", "", "")["visitor"]
+    with pytest.raises(SpaceError, match="published"):
+        service.forget([0], token)
+    with pytest.raises(SpaceError, match="teach first"):
+        service.forget([0], new_token())
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge"])
+def test_a_restart_knows_what_was_acknowledged(head, lessons, tmp_path):
+    model = published(tmp_path / "pictures", head)
+    data, asked = tmp_path / "data", str(write_picture(tmp_path / "asked.png", 3))
+    service = Service(model, Visitors(model, data))
+    done = service.teach(lessons, "dog", "", "key-1")
+    token = done["visitor"]
+    service.forget(done["ids"][:1], token)
+    with service.changing(token) as overlay:
+        overlay.relabel(done["ids"][1:2], "ant")
+    service.teach(lessons[:1], "eel", token, "key-2")
+    before = service.explain(service.look(asked), Settings(), token)
+    again = Service(model, Visitors(model, data))
+    after = again.explain(again.look(asked), Settings(), token)
+    assert after.probabilities == pytest.approx(before.probabilities, abs=1e-5)
+    assert [row.row_id for row in after.neighbors] == [row.row_id for row in before.neighbors]
+    assert again.teach(lessons, "dog", token, "key-1")["repeated"]
+    with again.changing(token) as overlay:
+        assert len(overlay.examples) == 5
+
+
+def test_what_is_forgotten_leaves_no_byte(service, lessons, tmp_path):
+    done = service.teach(lessons, "dog", "", "")
+    with service.changing(done["visitor"]) as overlay:
+        gone = overlay.examples[done["ids"][0]]
+    (path,) = (tmp_path / "data").rglob("*.journal")
+    assert Journal(path) is not None
+    import base64
+
+    code = base64.b64encode(gone.features)
+    assert code in path.read_bytes()
+    service.forget(done["ids"][:1], done["visitor"])
+    assert code not in path.read_bytes()
+    assert done["visitor"].encode() not in path.read_bytes()
+    assert done["visitor"] not in path.name
+
+
+def test_a_full_disk_changes_nothing(service, lessons, monkeypatch):
+    done = service.teach(lessons[:2], "dog", "", "")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("journal.os.fsync", full)
+    with pytest.raises(SpaceError, match="nothing was changed"):
+        service.teach(lessons[2:], "dog", done["visitor"], "")
+    with pytest.raises(SpaceError, match="nothing was changed"):
+        service.forget(done["ids"], done["visitor"])
+    monkeypatch.undo()
+    with service.changing(done["visitor"]) as overlay:
+        assert list(overlay.examples) == done["ids"]
+        assert len(overlay.model.datastore) == 3 * PER_CLASS + 2
+
+
+# ---- the journal --------------------------------------------------------------------------------
+
+
+def entry(number: int) -> tuple[Taught, list[Example], int]:
+    row = Example(number, "dog", b"\0\0\x80?", b"picture")
+    return Taught(f"key-{number}", "digest", [number], "dog"), [row], number + 1
+
+
+def test_a_line_cut_anywhere_was_never_acknowledged(tmp_path):
+    path = tmp_path / "one.journal"
+    Journal(path).append(*entry(1))
+    whole = path.stat().st_size
+    Journal(path).append(*entry(2))
+    data = path.read_bytes()
+    for end in range(whole, len(data), 7):
+        path.write_bytes(data[:end])
+        assert list(Journal(path).read()) == [entry(1)]
+        Journal(path).append(*entry(3))
+        assert list(Journal(path).read()) == [entry(1), entry(3)]
+
+
+def test_a_changed_line_is_found(tmp_path):
+    path = tmp_path / "one.journal"
+    Journal(path).append(*entry(1))
+    data = bytearray(path.read_bytes())
+    for place in range(0, len(data) - 1, 11):
+        changed = data.copy()
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(JournalError, match="line 1"):
+            list(Journal(path).read())
+
+
+def test_another_model_does_not_read_it(model, lessons, tmp_path):
+    service = Service(model, Visitors(model, tmp_path / "data"))
+    token = service.teach(lessons, "dog", "", "")["visitor"]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.backbone.parameters()).add_(1)
+    assert fingerprint(other) != fingerprint(model)
+    with Visitors(other, tmp_path / "data").hold(token) as overlay:
+        assert overlay is None
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+def test_visitors_are_bounded_and_none_is_lost(model, lessons, tmp_path):
+    service = Service(model, Visitors(model, tmp_path / "data", max_in_memory=2))
+    tokens = [service.teach(lessons[:1], "dog", "", "")["visitor"] for _ in range(5)]
+    assert len(service.visitors._overlays) == 2
+    for token in tokens:
+        with service.changing(token) as overlay:
+            assert len(overlay.examples) == 1
+    unkept = Service(model, Visitors(model, None, max_in_memory=1))
+    unkept.teach(lessons[:1], "dog", "", "")
+    with pytest.raises(SpaceError, match="Too many visitors"):
+        unkept.teach(lessons[:1], "dog", "", "")
+
+
+def test_old_journals_go(model, lessons, tmp_path):
+    import os
+
+    service = Service(model, Visitors(model, tmp_path / "data"))
+    service.teach(lessons[:1], "dog", "", "")
+    (path,) = (tmp_path / "data").rglob("*.journal")
+    assert Visitors(model, tmp_path / "data").expire() == 0
+    os.utime(path, (time.time() - 31 * 86400,) * 2)
+    Visitors(model, tmp_path / "data")
+    assert not path.exists()
+
+
+def test_a_visitor_teaches_so_many_and_no_more(model):
+    overlay = Overlay(model, None)
+    width = model.config.feature_dim
+    features = torch.randn(MAX_EXAMPLES, width)
+    overlay.teach(features, "dog", [b""] * MAX_EXAMPLES, "a", "a")
+    with pytest.raises(SpaceError, match=f"at most {MAX_EXAMPLES}"):
+        overlay.teach(features[:1], "dog", [b""], "b", "b")
+    overlay = Overlay(model, None)
+    for number in range(50):
+        overlay.teach(features[:1], f"new {number}", [b""], f"{number}", "")
+    with pytest.raises(SpaceError, match="new classes"):
+        overlay.teach(features[:1], "one more", [b""], "c", "")
+
+
+@pytest.mark.parametrize("token", ["short", "../../../etc/passwd", "x" * 65, "a b c d e f g h i j"])
+def test_bad_tokens_are_refused(token, service, lessons):
+    with pytest.raises(SpaceError, match="visitor token") as caught:
+        service.teach(lessons[:1], "dog", token, "")
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["", "   ", "a\nb", "a\0b", "x" * 61, "\u202eabc", None])
+def test_bad_labels_are_refused(label):
+    with pytest.raises(SpaceError, match="label"):
+        check_label(label)
+
+
+def test_uploads_are_bounded(tmp_path, service, lessons):
+    from PIL import Image
+
+    path = tmp_path / "large.png"
+    Image.new("1", (6000, 6000)).save(path)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(BadImageError, match="6000 x 6000 pixels"):
+        read_upload(path)
+    path.write_bytes(b"\0" * (11 * 2**20))
+    with pytest.raises(BadImageError, match="bytes, more than"):
+        read_upload(path)
+    with pytest.raises(SpaceError, match=f"at most {MAX_FILES}"):
+        service.teach(lessons[:1] * (MAX_FILES + 1), "dog", "", "")
+    path.write_bytes(b"nothing")
+    with pytest.raises(SpaceError, match="Picture 2 of 2: not a picture"):
+        service.teach([lessons[0], str(path)], "dog", "", "")
+
+
+def test_pictures_outside_the_folder_are_not_shown(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_picture(tmp_path / "in" / "a.png", 0)
+    write_picture(tmp_path / "out.png", 0)
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no")
+    pictures = FolderPictures(tmp_path / "in")
+    assert pictures.find("a.png") is not None
+    for path in ("../out.png", str(tmp_path / "out.png"), "link.png", "bad.png", "", "none.png"):
+        assert pictures.find(path) is None
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def test_labels_are_text():
+    assert text(EVIL) == "&lt;img src=x onerror=alert(1)&gt;"
+    assert "<img" not in bars({EVIL: 1.0}, "blend")
+    assert not set("{}$`<>\"'") & set(text("{{x}} ${y} `z` <\"'>"))
+
+
+def test_the_csv_names_each_picture_and_runs_no_formula(service, tmp_path):
+    paths = [write_picture(tmp_path / name, i) for i, name in enumerate(["=1+1.png", "b.png"])]
+    looks = [service.look(str(path)) for path in paths]
+    found = [service.explain(look, Settings(), "") for look in looks]
+    lines = as_csv(looks, found).splitlines()
+    assert lines[1].startswith("'=1+1.png,")
+    assert lines[2].split(",")[1] == found[1].answer
+    assert float(lines[2].split(",")[2]) == found[1].probabilities[found[1].answer]
+
+
+def test_the_dataset_is_one(service, lessons):
+    token = service.teach(lessons, "dog", "", "")["visitor"]
+    with (
+        service.changing(token) as overlay,
+        zipfile.ZipFile(write_dataset(overlay.examples.values())) as file,
+    ):
+        table = file.read("metadata.csv").decode().split()
+        assert table[0] == "file_name,label"
+        assert sorted(file.namelist()) == sorted(
+            ["metadata.csv"] + [r.split(",")[0] for r in table[1:]]
+        )
+        assert all(line.endswith(",dog") for line in table[1:])
+        from PIL import Image
+
+        assert Image.open(io.BytesIO(file.read(table[1].split(",")[0]))).format == "WEBP"
+
+
+def test_the_front_matter_is_what_the_hub_wants():
+    from importlib.metadata import version
+
+    from huggingface_hub import SpaceCardData
+
+    _, front, _ = (ROOT / "space" / "README.md").read_text("utf-8").split("---\n", 2)
+    values = yaml.safe_load(front)
+    data = SpaceCardData(**values)
+    assert (data.sdk, data.app_file, data.python_version) == ("gradio", "app.py", "3.12")
+    assert data.sdk_version == version("gradio")
+    assert (ROOT / "space" / str(data.app_file)).is_file()
+
+
+# ---- endpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def space(place: Path) -> Iterator[Running]:
+    with running(place / "served", place / "served-data") as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def client(space: Running) -> Client:
+    return Client(space.url, verbose=False)
+
+
+def test_every_endpoint_gives_what_the_library_gives(space, client, lessons, tmp_path):
+    path = write_picture(tmp_path / "asked.png", 1)
+    asked, model = handle_file(str(path)), space.page.service.model
+    found = client.predict(asked, api_name="/classify")
+    features = features_of(model, [path])
+    out = model(features=features, return_neighbors=True)
+    wanted = dict(zip(model.config.class_names, out.logits[0].exp().tolist(), strict=True))
+    assert found["probabilities"] == pytest.approx(wanted, abs=1e-6)
+    assert [row["id"] for row in found["neighbors"]] == out.neighbors.ids[0].tolist()
+    (plain,) = model.explain(features=features)
+    assert found["flip"] == (None if plain.flip is None else plain.flip._asdict())
+    assert found["disagree"] == disagrees(plain)
+
+    near = client.predict(asked, k=3, api_name="/neighbors")
+    hits = model.datastore.search(features, 3)
+    assert [row["id"] for row in near] == hits.ids[0].tolist()
+    assert [row["similarity"] for row in near] == pytest.approx(hits.similarities[0].tolist())
+
+    files = [handle_file(lesson) for lesson in lessons]
+    done = client.predict(files, "dog", idempotency_key="k", api_name="/teach")
+    again = client.predict(files, "dog", done["visitor"], "k", api_name="/teach")
+    assert (again["ids"], again["repeated"]) == (done["ids"], True)
+    taught = copy.deepcopy(model)
+    taught.teach(features=features_of(model, [Path(p) for p in lessons]), labels=["dog"] * 5)
+    asked = handle_file(str(write_picture(path, 3)))
+    found = client.predict(asked, visitor=done["visitor"], api_name="/classify")
+    out = taught(features=features_of(model, [path]))
+    wanted = dict(zip(taught.config.class_names, out.logits[0].exp().tolist(), strict=True))
+    assert found["probabilities"] == pytest.approx(wanted, abs=1e-6)
+    assert found["answer"] == "dog"
+    gone = client.predict(done["ids"], done["visitor"], api_name="/forget")
+    assert gone == {"ids": done["ids"], "examples": 0}
+    found = client.predict(asked, visitor=done["visitor"], api_name="/classify")
+    assert found["probabilities"].get("dog", 0) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"%!PS-Adobe", b"<svg/>"]
+)
+def test_a_broken_file_is_a_message(content, client, tmp_path, caplog, capfd):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(AppError, match=r"file is empty|not a picture|cannot be decoded"):
+        client.predict(handle_file(str(path)), api_name="/classify")
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_bad_requests_are_messages(client, tmp_path):
+    asked = handle_file(str(write_picture(tmp_path / "asked.png", 1)))
+    for arguments, endpoint, message in [
+        ((None,), "/classify", "got none"),
+        ((asked, 0), "/classify", "whole number from 1"),
+        (([asked], ""), "/teach", "label of 1 to"),
+        ((["x"], "y" * 20), "/forget", "whole numbers"),
+        (([1], "y" * 20), "/forget", "teach first"),
+    ]:
+        with pytest.raises(AppError, match=message):
+            client.predict(*arguments, api_name=endpoint)
+
+
+def test_curl_in_the_readme_works(space, tmp_path):
+    import shutil
+    import subprocess
+
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not there")
+    write_picture(tmp_path / "cat.jpg", 2)
+    _, _, after = (ROOT / "space" / "README.md").read_text("utf-8").partition("```bash\nSPACE=")
+    script = "SPACE=" + after.partition("```")[0]
+    script = script.replace("http://127.0.0.1:7860", space.url.rstrip("/"))
+    result = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "event: complete" in result.stdout
+    (line,) = (x for x in result.stdout.splitlines() if x.startswith("data: "))
+    assert '"answer"' in line
+    with contextlib.suppress(ValueError):
+        json.loads(line[6:])
