@@ -50,9 +50,13 @@ class Visit:
         self.context.set_default_timeout(15_000)
         self.page = self.context.new_page()
         self.trouble: list[str] = []
-        self.page.on("dialog", lambda dialog: (self.trouble.append("dialog"), dialog.dismiss()))
+        self.page.on("dialog", self._refuse)
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.open(url)
+
+    def _refuse(self, dialog: Any) -> None:
+        self.trouble.append("dialog")
+        dialog.dismiss()
 
     def open(self, url: str) -> None:
         self.page.goto(url)
