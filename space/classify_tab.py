@@ -6,7 +6,7 @@ import gradio as gr
 from exports import write_text
 from service import MAX_K, WEIGHTINGS, Look, Settings
 from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
-from uploads import MAX_FILES, SpaceError, check_files, read_upload, thumbnail
+from uploads import SpaceError, check_files, read_upload, thumbnail
 from views import EMPTY, answer_page, as_csv, detail_page, samples_page, text
 
 _NEAR = 8
@@ -35,8 +35,8 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             files = gr.File(
-                label=f"Drop, choose or paste up to {MAX_FILES} pictures", file_count="multiple",
-                height=170, elem_id="knn-upload",
+                label="Drop, choose or paste pictures", file_count="multiple", height=170,
+                elem_id="knn-upload",
             )  # fmt: skip
             samples = gr.HTML(
                 samples_page(thumbnail(read_upload(path).image) for path in page.samples),
