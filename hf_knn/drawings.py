@@ -25,7 +25,11 @@ Spot = Callable[[float, float], tuple[float, float]]
 
 
 def map_svg(
-    places: Floats, labels: NDArray[np.int64], names: Sequence[str], marked: NDArray[np.bool_]
+    places: Floats,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    marked: NDArray[np.bool_],
+    ids: NDArray[np.int64] | None = None,
 ) -> str:
     """Draws placed rows with a legend, the largest classes in colours of their own.
 
@@ -34,16 +38,18 @@ def map_svg(
         labels: [M] int64, -1 for none.
         names: of the classes.
         marked: [M] bool, rows with a ring around them.
+        ids: [M] of the rows; each dot then carries its own as `data-row`, for pages that listen.
     """
     low, high = places.min(axis=0), places.max(axis=0)
     spots = 20 + (places - low) / np.maximum(high - low, 1e-12) * (700, 560)
     counts = np.bincount(labels[labels >= 0], minlength=len(names))
     shown = [int(c) for c in np.argsort(-counts, kind="stable")[:MOST_COLOURS] if counts[c]]
     rest = ~np.isin(labels, shown)
-    parts = [_dots(spots[rest], _GREY, 2)]
-    parts += [_dots(spots[labels == c], _COLOURS[i], 3) for i, c in enumerate(shown)]
+    parts = [_dots(spots, rest, _GREY, 2, ids)]
+    parts += [_dots(spots, labels == c, _COLOURS[i], 3, ids) for i, c in enumerate(shown)]
     rings = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>' for x, y in spots[marked])
-    parts.append(f'<g fill="none" stroke="{_INK}" stroke-width="1.2">{rings}</g>')
+    style = 'fill="none" pointer-events="none" stroke-width="1.2"'
+    parts.append(f'<g {style} stroke="{_INK}">{rings}</g>')
     legend = [(_COLOURS[i], f"{_short(names[c])} ({counts[c]})") for i, c in enumerate(shown)]
     if rest.any():
         legend.append((_GREY, f"others ({int(rest.sum())})"))
@@ -130,8 +136,19 @@ def _mark(low: tuple[float, float], mid: tuple[float, float], high: tuple[float,
     )
 
 
-def _dots(spots: Floats, colour: str, radius: int) -> str:
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>' for x, y in spots)
+def _dots(
+    spots: Floats,
+    chosen: NDArray[np.bool_],
+    colour: str,
+    radius: int,
+    ids: NDArray[np.int64] | None,
+) -> str:
+    rows = np.flatnonzero(chosen)
+    names = [""] * len(rows) if ids is None else [f' data-row="{i}"' for i in ids[rows].tolist()]
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"{name}/>'
+        for (x, y), name in zip(spots[rows].tolist(), names, strict=True)
+    )
     return f'<g fill="{colour}" fill-opacity="0.85">{dots}</g>'
 
 

@@ -1,6 +1,7 @@
 """Where rows lie in the plane, so that clusters and strangers can be seen."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -15,7 +16,8 @@ def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDAr
     """Places rows in the plane so that neighbours stay neighbours: PCA to 50, then t-SNE.
 
     Args:
-        features: [N, D]; of more than 5,000 rows so many are drawn at random.
+        features: [N, D] raw; they are centred and put to unit length here. Of more than 5,000 rows
+            so many are drawn at random.
         seed: of the choice and the places.
 
     Returns:
@@ -29,7 +31,8 @@ def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDAr
     rows = np.arange(len(features))
     if len(rows) > MOST_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))
-    values = features.numpy()[rows].astype(np.float64)
+    unit = torch.nn.functional.normalize(features - features.mean(0), dim=1)
+    values = unit.numpy()[rows].astype(np.float64)
     width = min(_PRINCIPAL, *values.shape)
     reduced = PCA(width, random_state=seed, svd_solver="randomized").fit_transform(values)
     perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)

@@ -12,6 +12,7 @@ import gradio as gr
 from api import add_api
 from builtin import open_builtin
 from classify_tab import add_classify_tab
+from explore_tab import add_explore_tab
 from service import Service
 from shared import QUEUE_SIZE, Page
 from style import CSS, HEAD
@@ -49,13 +50,17 @@ def make_app(page: Page) -> gr.Blocks:
             f"{', …' if model.config.classes > 12 else ''}.</p></header>"
         )
         with gr.Tab("Classify", id="classify"):
-            add_classify_tab(page, token)
+            answer_after = add_classify_tab(page, token)
         with gr.Tab("Teach", id="teach"):
-            listed = add_teach_tab(page, token)
+            taught = add_teach_tab(page, token)
+        for change in taught.changes:
+            answer_after(change)
+        with gr.Tab("Explore", id="explore") as explore:
+            add_explore_tab(page, explore, token)
         with gr.Tab("API", id="api"):
             gr.Markdown(_api_text())
         app.load(
-            lambda known: list_taught(page, known, []), [token], [listed],
+            lambda known: list_taught(page, known, []), [token], [taught.listed],
             api_visibility="private",
         )  # fmt: skip
     app.queue(max_size=QUEUE_SIZE)
@@ -104,7 +109,7 @@ def open_page(checkpoint: str | None, pictures: str | None, data: str | None) ->
         samples = sorted(map(str, folder.iterdir()))
     else:
         model = KnnForImageClassification.from_pretrained(checkpoint)
-    return Page(
+    return Page.of(
         Service(model, Visitors(model, None if data is None else Path(data))), found, samples
     )
 

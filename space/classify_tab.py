@@ -1,5 +1,6 @@
 """Upload a picture, see the answer and why."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -7,9 +8,7 @@ from exports import write_text
 from service import MAX_K, WEIGHTINGS, Look, Settings
 from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
 from uploads import SpaceError, check_files, read_upload, thumbnail
-from views import EMPTY, answer_page, as_csv, detail_page, samples_page, text
-
-_NEAR = 8
+from views import EMPTY, answer_page, as_csv, samples_page, text
 
 
 class Shown(NamedTuple):
@@ -24,12 +23,15 @@ class Shown(NamedTuple):
     chosen: int = 0
 
 
-def add_classify_tab(page: Page, token: gr.BrowserState) -> None:
+def add_classify_tab(page: Page, token: gr.BrowserState) -> Callable[[Any], Any]:
     """Adds the tab.
 
     Args:
         page: what answers.
         token: of the visitor.
+
+    Returns:
+        Given an event, lets the pictures that are shown be answered anew after it.
     """
     shown = gr.State(Shown(), time_to_live=3600)
     with gr.Row(equal_height=False):
@@ -55,10 +57,12 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> None:
     samples.click(handlers.sample, asked, [shown, answer, detail, files, table], **options)
     answer.click(handlers.click, asked, [shown, answer, detail], **options)
     detail.click(handlers.near, [token], [detail], **options)
+    quiet = options | {"show_progress": "hidden"}
     gr.on(
         [control.change for control in controls], handlers.again, asked, [answer, table],
-        trigger_mode="always_last", **(options | {"show_progress": "hidden"}),
+        trigger_mode="always_last", **quiet,
     )  # fmt: skip
+    return lambda event: event.success(handlers.again, asked, [answer, table], **quiet)
 
 
 def _controls(page: Page) -> list[Any]:
@@ -115,13 +119,13 @@ class _Handlers:
             return [shown, self._answer(shown, token, values), ""]
         if row_id is None:
             return [gr.skip()] * 3
-        return [gr.skip(), gr.skip(), self._near(row_id, token)]
+        return [gr.skip(), gr.skip(), self._page.near(row_id, token)]
 
     @as_message
     def near(self, event: gr.EventData, token: str) -> Any:
         """A neighbour of a neighbour."""
         row_id = clicked(event, "row")
-        return gr.skip() if row_id is None else self._near(row_id, token)
+        return gr.skip() if row_id is None else self._page.near(row_id, token)
 
     @as_message
     def again(self, shown: Shown, token: str, *values: Any) -> list[Any]:
@@ -147,10 +151,6 @@ class _Handlers:
         return gr.DownloadButton(
             value=write_text("answers.csv", as_csv(shown.looks, found)), visible=True
         )
-
-    def _near(self, row_id: int, token: str) -> str:
-        own, others = self._page.service.near(row_id, _NEAR, token)
-        return detail_page(own, others, self._page.picture_of(token))
 
 
 def _alert(message: str) -> str:

@@ -59,13 +59,13 @@ class Near(NamedTuple):
     Attributes:
         row_id: of the row.
         label: its class.
-        similarity: higher is closer.
+        similarity: higher is closer; None where nothing is compared.
         share: of the vote, in [0, 1]; None where nothing is voted on.
     """
 
     row_id: int
     label: str
-    similarity: float
+    similarity: float | None
     share: float | None
 
 

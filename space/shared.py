@@ -5,15 +5,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import gradio as gr
+from explorer import Explorer
 from service import Service
 from thumbnails import Pictures
 from uploads import SpaceError
-from views import FindPicture
+from views import FindPicture, detail_page
 
 from hf_knn import BadImageError
 
 QUEUE_SIZE = 64
 """Requests that may wait; more are told that the queue is full."""
+
+_NEAR = 8
 
 Returned = TypeVar("Returned")
 
@@ -43,11 +46,37 @@ class Page(NamedTuple):
         service: answers.
         pictures: of published rows.
         samples: pictures to begin with, as paths of files.
+        explorer: looks through the published rows.
     """
 
     service: Service
     pictures: Pictures
     samples: list[str]
+    explorer: Explorer
+
+    @classmethod
+    def of(cls, service: Service, pictures: Pictures, samples: list[str]) -> "Page":
+        """The page of a model.
+
+        Args:
+            service: answers.
+            pictures: of published rows.
+            samples: see `Page`.
+        """
+        return cls(service, pictures, samples, Explorer(service.model))
+
+    def near(self, row_id: int, token: str) -> str:
+        """A stored picture, large, with what is next to it.
+
+        Args:
+            row_id: of a row that the visitor can see.
+            token: of the visitor.
+
+        Raises:
+            SpaceError: for a row that there is not.
+        """
+        own, others = self.service.near(row_id, _NEAR, token)
+        return detail_page(own, others, self.picture_of(token))
 
     def picture_of(self, token: str) -> FindPicture:
         """How one visitor sees stored rows.

@@ -32,6 +32,14 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-knn .knn-bar i { background: #b6651d; }
 .knn-voices { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr));
   gap: 0 1.5rem; }
+.knn-map { margin: 0; background: #fff; border-radius: 12px; overflow: hidden; }
+.knn-map svg { width: 100%; height: auto; display: block; }
+.knn-map circle[data-row] { cursor: pointer; }
+.knn-map circle[data-row]:hover { stroke: #1c2126; stroke-width: 2; }
+.knn-groups { display: flex; flex-wrap: wrap; gap: .6rem; }
+.knn-group { display: flex; flex-wrap: wrap; gap: .4rem; padding: .4rem;
+  border: 1px solid var(--border-color-primary); border-radius: 12px; }
+.knn-group .knn-tile { width: 104px; }
 .knn-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr));
   gap: .5rem; margin: .3rem 0; }
 .knn-tile { display: flex; flex-direction: column; gap: .1rem; align-items: stretch;

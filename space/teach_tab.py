@@ -1,6 +1,6 @@
 """Teach pictures to a model of one's own, list them, and take them away again."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from exports import write_checkpoint, write_dataset
@@ -9,15 +9,24 @@ from uploads import MAX_FILES, check_label
 from views import examples_page
 
 
-def add_teach_tab(page: Page, token: gr.BrowserState) -> gr.HTML:
+class Taught(NamedTuple):
+    """What the page needs of the tab.
+
+    Attributes:
+        listed: the list of what was taught, for the page to fill when it opens.
+        changes: after each of them the visitor's model answers anew.
+    """
+
+    listed: gr.HTML
+    changes: list[Any]
+
+
+def add_teach_tab(page: Page, token: gr.BrowserState) -> Taught:
     """Adds the tab.
 
     Args:
         page: what learns.
         token: of the visitor.
-
-    Returns:
-        The list of what was taught, for the page to fill when it opens.
     """
     selected = gr.State([], time_to_live=3600)
     with gr.Row(equal_height=False):
@@ -43,14 +52,16 @@ def add_teach_tab(page: Page, token: gr.BrowserState) -> gr.HTML:
     handlers = _Handlers(page)
     options: dict[str, Any] = {"api_visibility": "private", **HEAVY}
     after = [token, listed, selected, said]
-    add.click(handlers.teach, [files, label, token], [*after, files], **options)
-    relabel.click(handlers.relabel, [selected, label, token], after, **options)
-    remove.click(handlers.remove, [selected, token], after, **options)
-    undo.click(handlers.undo, [token], after, **options)
+    changes = [
+        add.click(handlers.teach, [files, label, token], [*after, files], **options),
+        relabel.click(handlers.relabel, [selected, label, token], after, **options),
+        remove.click(handlers.remove, [selected, token], after, **options),
+        undo.click(handlers.undo, [token], after, **options),
+    ]
     listed.click(handlers.select, [selected, token], [listed, selected], **options)
     dataset.click(handlers.dataset, [token], [download], **options)
     checkpoint.click(handlers.checkpoint, [token], [download], **options)
-    return listed
+    return Taught(listed, changes)
 
 
 def list_taught(page: Page, token: str, selected: list[int]) -> str:

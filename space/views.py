@@ -76,7 +76,7 @@ def bars(probabilities: Mapping[str, float], kind: str) -> str:
 
 def detail_page(own: Near, others: Iterable[Near], picture_of: FindPicture) -> str:
     """One stored picture, large, and its neighbours."""
-    tiles = "".join(_tile(near, picture_of(near.row_id)) for near in others)
+    tiles = "".join(tile(near, picture_of(near.row_id)) for near in others)
     large = _picture(own, picture_of(own.row_id))
     return (
         f'<section class="knn-detail"><div class="knn-answer">{large}<div><p class="knn-hint">'
@@ -109,6 +109,23 @@ def samples_page(samples: Iterable[bytes]) -> str:
         for number, picture in enumerate(samples)
     )
     return f'<div class="knn-tiles">{tiles}</div>'
+
+
+def tile(near: Near, picture: bytes | None, remark: str = "") -> str:
+    """A stored row as a button.
+
+    Args:
+        near: the row.
+        picture: its small picture; None shows its id.
+        remark: below it; empty shows share and similarity, where there are any.
+    """
+    share = "" if near.share is None else f"{_percent(near.share)} · "
+    similarity = "" if near.similarity is None else f"{near.similarity:.2f}"
+    return (
+        f'<button type="button" class="knn-tile" data-row="{near.row_id}">'
+        f"{_picture(near, picture)}<b>{text(near.label)}</b>"
+        f"<span>{text(remark) or share + similarity}</span></button>"
+    )
 
 
 def as_csv(looks: Sequence[Look], found: Sequence[Explanation]) -> str:
@@ -163,7 +180,7 @@ def _gallery(found: Explanation, picture_of: FindPicture) -> str:
     if not found.neighbors:
         return "<p>Nobody: this model has no stored pictures.</p>"
     tiles = [
-        _tile(Near(row.row_id, row.label, row.similarity, row.share), picture_of(row.row_id))
+        tile(Near(row.row_id, row.label, row.similarity, row.share), picture_of(row.row_id))
         for row in found.neighbors
     ]
     first, rest = "".join(tiles[:_TILES]), tiles[_TILES:]
@@ -172,15 +189,6 @@ def _gallery(found: Explanation, picture_of: FindPicture) -> str:
         f'<div class="knn-tiles">{"".join(rest)}</div></details>'
     )
     return f'<div class="knn-tiles" id="knn-voters">{first}</div>{more if rest else ""}'
-
-
-def _tile(near: Near, picture: bytes | None) -> str:
-    share = "" if near.share is None else f"{_percent(near.share)} · "
-    return (
-        f'<button type="button" class="knn-tile" data-row="{near.row_id}">'
-        f"{_picture(near, picture)}<b>{text(near.label)}</b>"
-        f"<span>{share}{near.similarity:.2f}</span></button>"
-    )
 
 
 def _percent(share: float) -> str:

@@ -73,7 +73,7 @@ def write_picture(path: Path, label: int, seed: int = 500, size: int = SIDE) -> 
 def running(folder: Path, data: Path | None = None) -> Iterator[Running]:
     """The page on a port of its own, closed at the end."""
     model = published(folder)
-    page = Page(Service(model, Visitors(model, data)), FolderPictures(folder), [])
+    page = Page.of(Service(model, Visitors(model, data)), FolderPictures(folder), [])
     app = make_app(page)
     try:
         _, url, _ = launch(app, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")

@@ -42,7 +42,7 @@ LAYERS = [
     }
     | {"pages", "page_style", "findings", "prints", "alignment", "duplicates", "voices"}
     | {"label_errors", "outliers", "balance", "learning_curve", "checkup", "drawings"}
-    | {"feature_map", "distributed_search"},
+    | {"feature_map", "inspection"},
     {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
     {"export", "differences", "console", "checkup_report", "doctor", "doctor_command"}
     | {
@@ -196,6 +196,7 @@ def test_public_names_are_said_once():
     }
     # what the Space needs beyond it
     promised |= {"BadImageError", "Explanation", "decode_image"}
+    promised |= {"inspect_datastore", "map_svg", "place_features"}
     promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
     promised |= {"find_pairs", "print_of"}
     assert len(hf_knn.__all__) == len(promised)

@@ -105,13 +105,13 @@ def test_a_folder_without_the_pictures_is_refused(checkpoint, tmp_path):
 
 
 def test_stored_paths_never_leave_the_folder(tmp_path, root):
-    from hf_knn.inspect_command import _opened, _place
+    from hf_knn.inspection import open_picture, place_of
 
     outside = root.parent / "secret.png"
     outside.write_bytes(encoded(picture(0, 0)))
     for path in ("../secret.png", str(outside), "", "ant"):
-        assert _place(root, path) is None
-    assert _opened(root, "ant/0.png") is not None
+        assert place_of(root, path) is None
+    assert open_picture(root, "ant/0.png") is not None
 
 
 def test_a_damaged_datastore_is_refused(checkpoint, tmp_path):

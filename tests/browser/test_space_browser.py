@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from space_app import PER_CLASS, Running, features_of, running, write_picture
+from uploads import as_uri, read_upload, thumbnail
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 _OPTIONS = [
@@ -66,12 +67,13 @@ class Visit:
         self.page.locator("#knn-upload input[type=file]").set_input_files([str(p) for p in paths])
 
     def classify(self, path: Path) -> str:
-        """The answer to a picture, once the page shows it."""
+        """The answer to a picture that is not shown yet, once the page shows it."""
         self.page.get_by_role("tab", name="Classify").click()
-        # the answer that is there must not be taken for the new one, also if both say the same
-        self.page.evaluate("document.querySelector('#knn-answer')?.setAttribute('id', 'old')")
         self.upload(path)
-        self.page.wait_for_selector("#knn-answer")
+        self.page.wait_for_function(
+            "uri => document.querySelector('#knn-page .knn-answer > img')?.src === uri",
+            arg=as_uri(thumbnail(read_upload(path).image)),
+        )
         return self.page.locator("#knn-answer").inner_text()
 
     def teach(self, paths: list[Path], label: str) -> None:
@@ -167,16 +169,16 @@ def test_a_neighbour_is_opened_with_its_own_neighbours_by_keyboard(visit, space,
 
 def test_a_class_taught_with_five_pictures_is_predicted_after_a_reload(visit, space, tmp_path):
     lessons = [write_picture(tmp_path / f"{i}.png", 3, i) for i in range(5)]
-    asked = write_picture(tmp_path / "asked.png", 3, 79)
-    assert visit.classify(asked) != EVIL
+    asked = [write_picture(tmp_path / f"asked{i}.png", 3, 790 + i) for i in range(3)]
+    assert visit.classify(asked[0]) != EVIL
     visit.teach(lessons, EVIL)
     assert visit.page.locator("#knn-taught .knn-tile").count() == 5
     assert visit.page.locator("#knn-taught b").first.inner_text() == EVIL
-    assert visit.classify(asked) == EVIL
+    assert visit.classify(asked[1]) == EVIL
     visit.open(space.url)
     visit.page.get_by_role("tab", name="Teach").click()
     visit.page.locator("#knn-taught .knn-tile").first.wait_for()
-    assert visit.classify(asked) == EVIL
+    assert visit.classify(asked[2]) == EVIL
     assert visit.page.locator("img[src=x]").count() == 0
     visit.page.get_by_role("tab", name="Teach").click()
     visit.page.locator("#knn-taught .knn-tile").first.click()
@@ -186,6 +188,29 @@ def test_a_class_taught_with_five_pictures_is_predicted_after_a_reload(visit, sp
     visit.page.locator("#knn-undo").click()
     visit.page.get_by_text("Undone: forget.").wait_for()
     assert visit.page.locator("#knn-taught .knn-tile").count() == 5
+
+
+def test_what_was_taught_changes_the_answer_that_is_shown(visit, tmp_path):
+    asked = write_picture(tmp_path / "asked.png", 4, 84)
+    assert visit.classify(asked) != "eel"
+    visit.teach([write_picture(tmp_path / f"{i}.png", 4, i) for i in range(5)], "eel")
+    visit.page.get_by_role("tab", name="Classify").click()
+    visit.page.locator("#knn-answer", has_text="eel").wait_for()
+
+
+def test_what_is_stored_is_mapped_and_browsed(visit, space):
+    visit.page.get_by_role("tab", name="Explore").click()
+    dots = visit.page.locator("#knn-map circle[data-row]")
+    dots.first.wait_for()
+    ids = {int(dot.get_attribute("data-row")) for dot in dots.all()}
+    assert ids == set(space.page.service.model.datastore.ids.tolist())
+    visit.page.get_by_role("combobox", name="Class").click()
+    visit.page.get_by_role("option", name=f"bee ({PER_CLASS})").click()
+    visit.page.locator("#knn-rows .knn-tile").first.wait_for()
+    rows = visit.rows("#knn-rows .knn-tile")
+    assert rows == list(range(PER_CLASS, 2 * PER_CLASS))
+    visit.page.locator(f"#knn-map circle[data-row='{rows[0]}']").click()
+    visit.page.locator("#knn-stored").get_by_text(f"Stored picture {rows[0]}").wait_for()
 
 
 def test_two_visitors_do_not_see_each_other(visit, browser, space, tmp_path):
