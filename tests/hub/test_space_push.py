@@ -1,0 +1,77 @@
+"""`hf-knn demo --push`: a Space that holds all it needs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub
+from huggingface_hub import snapshot_download
+from typer.testing import CliRunner
+
+import hf_knn_cli
+
+SPACE = "org/remembers"
+
+_OPEN = """
+import sys, app, hf_knn
+page = app.open_page(None, None, None)
+print(hf_knn.__file__, len(page.service.model.datastore), sep="|")
+"""
+
+
+def push(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(hf_knn_cli.app, ["demo", *arguments])
+
+
+def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    done = push(str(tmp_path / "model"), "--push", SPACE, "--private")
+    assert done.exit_code == 0, done.stderr
+    assert "Pushed: http" in done.stdout
+    files = hub.files(SPACE, kind="space")
+    wanted = {"app.py", "README.md", "requirements.txt", "hf_knn/__init__.py"}
+    wanted |= {"model/config.json", "model/datastore.json", "model/model.safetensors"}
+    assert wanted <= set(files)
+    assert not [name for name in files if "__pycache__" in name]
+    assert hub.repo(SPACE, "space").private
+
+
+def test_a_model_of_the_hub_is_named(hub: Hub, model: Any) -> None:
+    model.push_to_hub("org/knn-tiny")
+    done = push("org/knn-tiny", "--push", SPACE)
+    assert done.exit_code == 0, done.stderr
+    files = hub.files(SPACE, kind="space")
+    assert files["model.txt"] == b"org/knn-tiny\n"
+    assert b"models:\n  - org/knn-tiny\n" in files["README.md"]
+    assert not [name for name in files if name.startswith("model/")]
+
+
+def test_what_is_no_checkpoint_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
+    for arguments, message in [
+        ((str(tmp_path), "--push", SPACE), "to be a checkpoint"),
+        (("no-such-thing", "--push", SPACE), "Hub id such as org/name"),
+        (("--push", SPACE), "Expected a checkpoint"),
+    ]:
+        done = push(*arguments)
+        assert done.exit_code == 1
+        assert message in " ".join(done.stderr.split())
+    assert not hub.repos
+
+
+@pytest.mark.slow
+def test_what_was_pushed_opens_without_the_package(hub: Hub, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    assert push(str(tmp_path / "model"), "--push", SPACE).exit_code == 0
+    folder = Path(snapshot_download(SPACE, repo_type="space", local_dir=tmp_path / "space"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", _OPEN], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    place, rows = done.stdout.strip().splitlines()[-1].split("|")
+    assert Path(place).is_relative_to(folder)
+    assert int(rows) == len(model.datastore)
