@@ -1,16 +1,10 @@
 """The Space under load: 64 visitors at once, also while the server is killed and comes back."""
 
 import copy
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,65 +16,15 @@ import torch
 pytest.importorskip("gradio")
 from space_app import features_of, published, write_picture
 from space_client import Away, Refused, Visitor
+from space_serving import Server, serving
 
 from hf_knn import KnnForImageClassification
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-HERE = Path(__file__).parent
 CLIENTS, REQUESTS = 64, 20
 LABELS = ("ant", "dog", "eel")  # one known class and two new ones
 PATIENCE = 180.0
-
-
-class Server:
-    """The Space in a process of its own."""
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._process: subprocess.Popen[bytes] | None = None
-        self._urls: dict[str, str] = {}
-        self.log = place / "server.log"
-
-    def start(self) -> None:
-        ready = self._place / "ready.json"
-        ready.unlink(missing_ok=True)
-        paths = [str(HERE), str(HERE.parent / "space"), str(HERE.parent)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        environment |= {"GRADIO_TEMP_DIR": str(self._place / "uploads")}
-        arguments = [self._place / "pictures", self._place / "data", ready]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "space_server.py"), *map(str, arguments)],
-                env=environment, stdout=log, stderr=log,
-            )  # fmt: skip
-        until = time.monotonic() + PATIENCE
-        while not ready.exists():
-            assert self._process.poll() is None, self.log.read_text("utf-8")
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        self._urls = json.loads(ready.read_text("utf-8"))
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-
-    def url(self) -> str:
-        return self._urls["space"]
-
-    def empty_url(self) -> str:
-        return self._urls["empty"]
-
-
-@contextmanager
-def serving(place: Path) -> Iterator[Server]:
-    server = Server(place)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 @dataclass
