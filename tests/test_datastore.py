@@ -14,6 +14,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from forks import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -980,23 +981,27 @@ store.search(rows[:1], 1)
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, str]]:
-    """The same searches in a process with faiss and in one without, at the same time."""
-    root = Path(__file__).parents[1]
-    running = {}
-    for hide in (False, True):
-        folder = tmp_path_factory.mktemp(f"hide-{hide}")
-        script = SEARCH_SCRIPT.format(hide=hide, spaces=SPACES, folder=str(folder))
-        environment = os.environ | {"PYTHONPATH": str(root)}
-        running[hide] = folder, subprocess.Popen(
-            [sys.executable, "-c", script], cwd=folder, env=environment,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-    found = {}
-    for hide, (folder, process) in running.items():
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, errors
-        found[hide] = folder, errors
-    return found
+    """The same searches in a fork of this process, with faiss, and in a new one without."""
+    folders = {hide: tmp_path_factory.mktemp(f"hide-{hide}") for hide in (False, True)}
+    scripts = {
+        hide: SEARCH_SCRIPT.format(hide=hide, spaces=SPACES, folder=str(folder))
+        for hide, folder in folders.items()
+    }
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", scripts[True]], cwd=folders[True], env=environment,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = folders[False] / "said.txt"
+
+    def search_here() -> None:
+        with said.open("w") as file:
+            logging.basicConfig(stream=file, level=logging.WARNING, force=True)
+            exec(scripts[False], {})
+
+    assert outcome(search_here) == ""
+    return {False: (folders[False], said.read_text()), True: (folders[True], done.stderr)}
 
 
 def test_without_faiss_neighbours_are_bit_equal(
