@@ -22,7 +22,7 @@ demo: setup ## A page to upload pictures, see why, and teach; opens at http://12
 	$(BIN)/python space/app.py
 
 test: lint ## Lint and all fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## Tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 -n auto --dist loadfile

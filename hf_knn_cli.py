@@ -1,18 +1,29 @@
 """The `hf-knn` command: declarations only, so that `--help` answers without importing torch."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_knn_cli_choices import (
+    DEFAULT_BACKBONE,
+    Augmentation,
+    ClassWeights,
+    Criterion,
+    HeadKind,
+    OnBadImage,
+    Precision,
+    Queries,
+    Sweep,
+    text_of,
+)
 from hf_knn_cli_demo import app as demonstration
 from hf_knn_cli_memory import app as memory
+from hf_knn_cli_use import app as use
 
-DEFAULT_BACKBONE = "facebook/dinov2-small"
 DATA, HEAD, LOSS = "Pictures", "Head", "Loss"
-TUNING, STORE, WHY = "Fine-tuning", "Datastore and blend", "Reasons"
+TUNING, STORE = "Fine-tuning", "Datastore and blend"
 """Groups of options in `--help`."""
 
 app = typer.Typer(
@@ -22,71 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(use)
 app.add_typer(memory)
 app.add_typer(demonstration)
-
-
-class OnBadImage(StrEnum):
-    """What to do at a picture that cannot be decoded."""
-
-    SKIP = "skip"
-    FAIL = "fail"
-
-
-class Precision(StrEnum):
-    """Precision of the backbone's forward pass."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class HeadKind(StrEnum):
-    """The classifier beside the datastore."""
-
-    LINEAR = "linear"
-    MLP = "mlp"
-    RIDGE = "ridge"
-
-
-class Sweep(StrEnum):
-    """Grids of learning rates, weight decays and alphas."""
-
-    SMALL = "small"
-    PAPER = "paper"
-    PAPER_SELF_SUPERVISED = "paper_self_supervised"
-
-
-class ClassWeights(StrEnum):
-    """What a picture weighs in the loss, by the size of its class."""
-
-    NONE = "none"
-    INVERSE = "inverse"
-    INVERSE_SQRT = "inverse_sqrt"
-
-
-class Augmentation(StrEnum):
-    """What training pictures go through."""
-
-    PAPER = "paper"
-    FLIP = "flip"
-    NONE = "none"
-
-
-class Queries(StrEnum):
-    """Which features ask the datastore during fine-tuning."""
-
-    SNAPSHOT = "snapshot"
-    LIVE = "live"
-
-
-class Criterion(StrEnum):
-    """What makes k, temperature and λ the best."""
-
-    ONE_STANDARD_ERROR = "one_standard_error"
-    ACCURACY = "accuracy"
-    MEAN_CLASS = "mean_class"
-    LOG_LIKELIHOOD = "log_likelihood"
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -111,10 +60,6 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     context.default_map = {**(context.default_map or {}), **found}
     return path
-
-
-def _text(choice: StrEnum | None) -> str | None:
-    return None if choice is None else str(choice)
 
 
 @app.callback()
@@ -329,195 +274,17 @@ def train(
     options = TrainOptions(
         pictures=pictures, output=output, backbone=backbone, epochs=epochs,
         learning_rate=learning_rate, alpha=alpha, head=str(head), hidden=hidden or [],
-        sweep=_text(sweep), class_weights=str(class_weights), label_smoothing=label_smoothing,
+        sweep=text_of(sweep), class_weights=str(class_weights), label_smoothing=label_smoothing,
         fine_tune=fine_tune, blocks=blocks, augmentation=str(augmentation), refresh=refresh,
         queries=str(queries), accumulate=accumulate, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, patience=patience, workers=workers,
-        resume=resume, index=index, max_memory=max_memory, criterion=_text(criterion),
+        resume=resume, index=index, max_memory=max_memory, criterion=text_of(criterion),
         calibrate=calibrate, test_share=test_share, shots=shots, fraction=fraction,
         group_by=group_by, pooling=pooling, knn_pooling=knn_pooling, batch_size=batch_size,
         precision=str(precision), on_bad_image=str(on_bad_image), show_neighbors=show_neighbors,
         report_to=report_to or [], seed=seed,
     )  # fmt: skip
     run(train_pictures, options)
-
-
-@app.command()
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
-    split: Annotated[
-        str | None, typer.Option(help="Which split; test, or the only one there is.")
-    ] = None,
-    on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
-    ] = OnBadImage.SKIP,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
-    """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.cli import evaluate_pictures
-    from hf_knn.console import run
-
-    run(evaluate_pictures, checkpoint, pictures, split, str(on_bad_image), json_output)
-
-
-@app.command()
-def tune(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder; it will be changed.")],
-    pictures: Annotated[
-        str, typer.Argument(help="Labelled pictures that the model was not trained on.")
-    ],
-    split: Annotated[
-        str | None, typer.Option(help="Which split; validation, or the only one there is.")
-    ] = None,
-    criterion: Annotated[
-        Criterion | None, typer.Option(help="Default: by how many labels there are.")
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Also scale the temperatures of head and blend.")
-    ] = False,
-    on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
-    ] = OnBadImage.SKIP,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
-    ] = None,
-) -> None:
-    """Choose k, temperature and the blend anew, on pictures of your own."""
-    from hf_knn.cli import tune_checkpoint
-    from hf_knn.console import run
-
-    run(
-        tune_checkpoint, checkpoint, pictures, split, _text(criterion), calibrate,
-        str(on_bad_image), plot,
-    )  # fmt: skip
-
-
-@app.command()
-def predict(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to classify.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes shown per picture.")] = 5,
-    neighbors: Annotated[int, typer.Option(min=0, help="Neighbours shown per picture.")] = 5,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-    explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain", rich_help_panel=WHY, help="Shares of the vote, and what would change it."
-        ),
-    ] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=WHY, help="Write the reasons with pictures into this file."),
-    ] = None,
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=WHY, help="Folder that the stored paths are relative to, for --html."
-        ),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=WHY,
-            help="Rather abstain than be wrong more often: 0.01, 0.02, 0.05, 0.1 or 0.2.",
-        ),
-    ] = None,
-) -> None:
-    """Classify pictures, show the neighbours that voted, and say why."""
-    from hf_knn.console import run
-
-    if not (explain or html or pictures or max_error is not None):
-        from hf_knn.cli import predict_images
-
-        run(predict_images, checkpoint, images, top, neighbors, json_output)
-        return
-    from hf_knn.explain_command import ExplainOptions, explain_images
-
-    if pictures and not html:
-        raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
-    options = ExplainOptions(top, neighbors, html, pictures, max_error, json_output)
-    run(explain_images, checkpoint, images, options)
-
-
-@app.command()
-def push(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
-    repo_id: Annotated[str, typer.Argument(help="org/name; made if it is not there.")],
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch; main if left out.")] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request instead.")
-    ] = False,
-    parent_commit: Annotated[
-        str | None, typer.Option(help="Refuse if the branch is at another commit.")
-    ] = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = (
-        "Upload model"
-    ),
-    token: Annotated[
-        str | None, typer.Option(help="Default: the one you are logged in with.")
-    ] = None,
-    model_license: Annotated[
-        str | None,
-        typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
-    ] = None,
-) -> None:
-    """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
-    from hf_knn.cli import push_checkpoint
-    from hf_knn.console import run
-
-    run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
-        token, model_license)  # fmt: skip
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    onnx: Annotated[
-        Path, typer.Option(help="Folder for the graph, its settings and a script that uses them.")
-    ],
-) -> None:
-    """Export to one ONNX graph: backbone, head, neighbours and blend."""
-    from hf_knn.cli import export_checkpoint
-    from hf_knn.console import run
-
-    run(export_checkpoint, checkpoint, onnx)
-
-
-@app.command()
-def doctor(
-    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
-    ] = Path("knn-doctor"),
-    backbone: Annotated[
-        str, typer.Option(help="As for `train`; its features are kept and used again there.")
-    ] = DEFAULT_BACKBONE,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),
-    ] = None,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column of what belongs together (a patient, a camera)."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
-    """Check pictures before training: broken, doubled, mislabelled, strange, too few."""
-    from hf_knn.console import run
-    from hf_knn.doctor import DoctorOptions
-    from hf_knn.doctor_command import diagnose_pictures
-
-    options = DoctorOptions(
-        pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
-        group_by=group_by, seed=seed, json_output=json_output,
-    )  # fmt: skip
-    run(diagnose_pictures, options)
 
 
 def main() -> None:

@@ -91,11 +91,16 @@ class HubTrainer(SealedTrainer):
         if under_way:
             self.push_in_progress.jobs.append(job)
         else:
+            self._tell_failed_pushes()
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
     def _finish_current_push(self) -> None:
         """Waits for pushes in the background, and says which failed."""
         super()._finish_current_push()
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        """Says which pushes failed, of those that have ended and are about to be forgotten."""
         progress = getattr(self, "push_in_progress", None)
         for job in [] if progress is None else progress.jobs:
             error = job.exception()

@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHE, "modules")
 os.environ["HF_EVALUATE_CACHE"] = os.path.join(_CACHE, "evaluate")
+os.environ["HF_KNN_CACHE"] = os.path.join(_CACHE, "features")  # of fixtures that tests share
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 
 # tqdm's own lock is shared with forked children: one that is killed while it holds it would leave
 # every later progress bar of the parent waiting for ever

@@ -24,7 +24,8 @@ LAYERS = [
     | {"search_backend", "row_fingerprint", "datastore_reference"}
     | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
     {"hub_files", "publishing", "model_card"},
-    {"datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
+    {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}
+    | {"datastore_files", "datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
     {"checkpoint"},
     {"teaching", "explaining", "remembering"},
     {"modeling_knn"},

@@ -25,38 +25,49 @@ LAUNCHERS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def run(folder: Path, launcher: list[str]) -> list[dict[str, Any]]:
-    folder.mkdir(parents=True)
+def run(launcher: list[str], *folders: Path) -> None:
+    for folder in folders:
+        folder.mkdir()
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "HF_KNN_CACHE": str(folder / "cache"), "PYTHONPATH": str(SCRIPT.parent),
+        "HF_KNN_CACHE": str(folders[-1] / "cache"), "PYTHONPATH": str(SCRIPT.parent),
     }  # fmt: skip
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+        [sys.executable, *launcher, str(SCRIPT), *map(str, folders)],
+        env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    paths = sorted(folder.glob("report-*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+
+
+def reports_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("one") / "rank"
-    (report,) = run(folder, [])
-    assert report["world"] == 1
-    return folder, report
+def forked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one rank gave alone, and two together."""
+    place = tmp_path_factory.mktemp("forked")
+    run([], place / "one", place / "two")
+    return place / "one", place / "two"
 
 
 @pytest.mark.parametrize(
-    "launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
+    "launcher",
+    [
+        "forks",
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        pytest.param("accelerate", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_give_what_one_gives(
-    launcher: str, one: tuple[Path, dict[str, Any]], tmp_path: Path
+    launcher: str, forked: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    single_folder, single = one
-    folder = tmp_path / "ranks"
-    reports = run(folder, LAUNCHERS[launcher])
+    single_folder, folder = forked
+    if launcher in LAUNCHERS:
+        folder = tmp_path / "ranks"
+        run(LAUNCHERS[launcher], folder)
+    (single,), reports = reports_in(single_folder), reports_in(folder)
+    assert single["world"] == 1
     assert [report["world"] for report in reports] == [2, 2]
     wanted = load_file(single_folder / "tensors-0.safetensors")
     for rank, report in enumerate(reports):

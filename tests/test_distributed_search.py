@@ -1,41 +1,26 @@
 """Two ranks with a part of the rows each answer as one that has all of them, bit for bit."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Errand
 from oracles import assert_nearest
 from safetensors.torch import load_file
 from torch import Tensor
-from two_shards import NAMES, Rows, cases_of, rows_named
+from two_shards import NAMES, Rows, cases_of, rows_named, work_as
 
 from hf_knn import Datastore, ShardedDatastore
 from hf_knn.search_backend import Neighbors
-
-SCRIPT = Path(__file__).with_name("two_shards.py")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what both ranks answered; they are started once."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    options = {"stderr": subprocess.PIPE, "text": True}
-    started = [  # without torchrun, which only takes time here
-        subprocess.Popen(command, env=environment | {"RANK": rank}, **options)  # type: ignore
-        for rank in "01"
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors[-4000:]
-    finally:
-        for process in started:
-            process.kill()
+    started = [Errand.start(partial(work_as, rank, 2, folder)) for rank in range(2)]
+    assert [child.outcome() for child in started] == ["", ""]
     return folder
 
 

@@ -74,6 +74,17 @@ def spoiled(clean, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def checked(spoiled, backbone, wide_terminal, tmp_path_factory) -> tuple[Path, Result]:
+    """The report about the spoiled folder, which stays as it is."""
+    output = tmp_path_factory.mktemp("report") / "out"
+    before = {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")}
+    done = hf_knn("doctor", spoiled, "--backbone", backbone, "-o", output)
+    assert done.exit_code == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")} == before
+    return output, done
+
+
 @pytest.fixture(autouse=True, scope="module")
 def wide_terminal() -> Iterator[None]:
     width = console.width
@@ -97,11 +108,9 @@ def found(lines: list[dict[str, str]], kind: str) -> set[str]:
     return {Path(line["path"]).name for line in lines if line["kind"] == kind}
 
 
-def test_everything_planted_is_found(spoiled, backbone, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")}
-    done = hf_knn("doctor", spoiled, "--backbone", backbone, "-o", tmp_path / "out")
-    assert done.exit_code == 0, done.stderr
-    lines = lines_of(tmp_path / "out")
+def test_everything_planted_is_found(checked):
+    output, done = checked
+    lines = lines_of(output)
     assert found(lines, "broken") == {"broken.png"}
     assert found(lines, "exact_duplicate") == {"again.png", "conflict.png"} or found(
         lines, "exact_duplicate"
@@ -116,16 +125,13 @@ def test_everything_planted_is_found(spoiled, backbone, tmp_path):
     assert (wrong["label"], wrong["suggested_label"]) == ("cat", "bee")
     small = [line for line in lines if line["kind"] == "imbalance"]
     assert [line["label"] for line in small] == [HOSTILE]
-    assert {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")} == before
     assert "Duplicates across splits (1)" in done.stdout
     assert "findings.csv" in done.stdout
     assert "hf-knn train" in done.stdout
 
 
-def test_the_page_shows_hostile_labels_as_text(spoiled, backbone, tmp_path):
-    done = hf_knn("doctor", spoiled, "--backbone", backbone, "-o", tmp_path)
-    assert done.exit_code == 0, done.stderr
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_page_shows_hostile_labels_as_text(checked):
+    page = (checked[0] / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert page.count('<img src="data:image/') == page.count("<img ")
@@ -143,15 +149,15 @@ def test_clean_pictures_raise_no_alarm(clean, backbone, tmp_path):
     assert lines_of(tmp_path) == []
 
 
-def test_a_limit_takes_some_of_each_class_and_keeps_row_numbers(spoiled, backbone, tmp_path):
+def test_a_limit_takes_some_of_each_class_and_keeps_row_numbers(
+    checked, spoiled, backbone, tmp_path
+):
     done = hf_knn(
         "doctor", spoiled, "--backbone", backbone, "-o", tmp_path, "--limit", 30, "--json"
     )
     assert done.exit_code == 0, done.stderr
     assert 50 <= json.loads(done.stdout)["pictures"] <= 60
-    everything = hf_knn("doctor", spoiled, "--backbone", backbone, "-o", tmp_path / "all")
-    rows = {(line["split"], line["path"]): line["row"] for line in lines_of(tmp_path / "all")}
-    assert everything.exit_code == 0
+    rows = {(line["split"], line["path"]): line["row"] for line in lines_of(checked[0])}
     for line in lines_of(tmp_path):
         assert rows.get((line["split"], line["path"]), line["row"]) == line["row"]
 

@@ -1,12 +1,18 @@
 """The offline benchmark end to end, on a slice of it."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
+import resvg_py
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -14,20 +20,44 @@ from transformers import AutoImageProcessor, AutoModel
 import hf_knn
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmark" / "run.py"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
+def run_here(arguments: Sequence[str]) -> str:
+    """Runs the script in this process, which has all imports, on pictures that are drawn small."""
+    draw = resvg_py.svg_to_bytes
+
+    def draw_small(**options: Any) -> bytes:
+        return draw(**options | {"width": 48, "height": 48})
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(resvg_py, "svg_to_bytes", draw_small)
+        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not end.value.code
+    return said.getvalue()
+
+
+def run_as_typed(arguments: Sequence[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(
+    scope="module", params=[run_here, pytest.param(run_as_typed, marks=pytest.mark.slow)]
+)
+def finished(request, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("quickstart") / "results"
     cache = tmp_path_factory.mktemp("cache")
     arguments = ["--output", output, "--limit", 96, "--seeds", 2, "--epochs", 5]
     arguments += ["--scratch-epochs", 2, "--cache-dir", cache]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmark" / "run.py", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return output, done.stdout
+    return output, request.param(list(map(str, arguments)))
 
 
 def test_it_prints_a_table_and_the_next_command(finished):

@@ -24,7 +24,7 @@ from stored import (
 )
 from torch import Tensor
 
-from hf_knn import datastore, row_table
+from hf_knn import datastore_files, row_table
 from hf_knn.datastore import Datastore
 from hf_knn.manifest import DatastoreError, FileRecord
 from hf_knn.storage import hash_blocks
@@ -138,7 +138,7 @@ def test_a_size_that_differs_is_told_with_both_numbers(saved: Path) -> None:
 
 @pytest.fixture
 def hashed_later(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datastore, "LARGEST_VERIFIED_AT_ONCE", 0)
+    monkeypatch.setattr(datastore_files, "LARGEST_VERIFIED_AT_ONCE", 0)
     return saved
 
 
@@ -213,7 +213,7 @@ def test_files_hashed_later_are_hashed_once(
 def test_damage_in_a_later_file_is_found_each_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datastore, "LARGEST_VERIFIED_AT_ONCE", 0)
+    monkeypatch.setattr(datastore_files, "LARGEST_VERIFIED_AT_ONCE", 0)
     monkeypatch.setattr(row_table, "SHARD_BYTES", 12)
     blob = folder / make_store().save(folder).blobs[1].name
     blob.write_bytes(flipped(blob.read_bytes(), blob.stat().st_size - 1, 0))

@@ -28,7 +28,7 @@ from stored import (
     version_of,
 )
 
-from hf_knn import datastore
+from hf_knn import datastore_files
 from hf_knn.datastore import Datastore
 from hf_knn.manifest import DatastoreError
 
@@ -193,7 +193,7 @@ def test_mutated_files_are_noticed(
     mutations: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(datastore, "LARGEST_VERIFIED_AT_ONCE", largest_at_once)
+    monkeypatch.setattr(datastore_files, "LARGEST_VERIFIED_AT_ONCE", largest_at_once)
     two_shards(monkeypatch)
     store = varied_store(1, index)
     names = [record.name for record in store.save(folder).blobs]

@@ -116,7 +116,6 @@ def test_all_rows_of_the_first_shard_can_be_removed(
 CHANGES = ["add", "add", "add without paths", "remove", "remove", "relabel", "recenter", "widen"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     changes=st.lists(st.sampled_from(CHANGES), min_size=1, max_size=6),
     seed=st.integers(0, 2**32 - 1),
@@ -124,7 +123,7 @@ CHANGES = ["add", "add", "add without paths", "remove", "remove", "relabel", "re
     reloads=st.booleans(),
     with_paths=st.booleans(),
 )
-def test_files_that_are_not_written_again_hold_the_rows_of_now(
+def assert_files_hold_the_rows_of_now(
     changes: list[str], seed: int, large: int, reloads: bool, with_paths: bool
 ) -> None:
     generator = random.Random(seed)
@@ -151,6 +150,12 @@ def test_files_that_are_not_written_again_hold_the_rows_of_now(
                 assert_same_store(Datastore.load(place), store)
                 if reloads:
                     store = Datastore.load(place)
+
+
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_files_that_are_not_written_again_hold_the_rows_of_now(examples: int) -> None:
+    drawn = settings(max_examples=examples, deadline=None, derandomize=True)
+    drawn(assert_files_hold_the_rows_of_now)()
 
 
 def test_added_rows_leave_large_files_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

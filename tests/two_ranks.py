@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from forks import Errand, outcome
 from safetensors.torch import save_file
 from test_resume import CLASSES, fresh_model, noisy_rows
 from transformers import set_seed
@@ -93,5 +96,25 @@ def main(folder: Path) -> None:
     assert len(CLASSES) == 3
 
 
+def fork_all(one: Path, two: Path) -> None:
+    """One rank alone, then two together, as forks of this process: it has imported everything."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert outcome(partial(main, one)) == ""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+
+    def work_as(rank: str) -> None:
+        os.environ |= place | {"RANK": rank, "LOCAL_RANK": rank}
+        main(two)
+
+    started = [Errand.start(partial(work_as, rank)) for rank in "01"]
+    assert [child.outcome() for child in started] == ["", ""]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folders = list(map(Path, sys.argv[1:]))
+    if len(folders) == 2:
+        fork_all(*folders)
+    else:
+        main(*folders)

@@ -1,7 +1,6 @@
 """What each rank does in tests/test_distributed_search.py: searches over shards, written down."""
 
-import os
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,17 +126,15 @@ def mistakes(rank: int) -> list[str]:
     ]
 
 
-def main(folder: Path) -> None:
+def work_as(rank: int, world: int, folder: Path) -> None:
+    """What one rank does, in a process of its own; it waits for the other at most a minute."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # nothing of the tests' own time limit
+    signal.alarm(60)
     meeting = f"file://{folder / 'meeting'}"
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     distributed_search.QUERY_BLOCK = 4
     distributed_search._ID_BLOCK = 16
     save_file(answer_all(rank), folder / f"answers-{rank}.safetensors")
     (folder / f"mistakes-{rank}.txt").write_text("\n".join(mistakes(rank)))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

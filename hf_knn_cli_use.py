@@ -1,0 +1,191 @@
+"""Commands of `hf-knn` around training: for a checkpoint, and for pictures; declarations only."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_knn_cli_choices import DEFAULT_BACKBONE, Criterion, OnBadImage, text_of
+
+WHY = "Reasons"
+"""A group of options in `--help`."""
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    split: Annotated[
+        str | None, typer.Option(help="Which split; test, or the only one there is.")
+    ] = None,
+    on_bad_image: Annotated[
+        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+    ] = OnBadImage.SKIP,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Measure head, neighbours and blend on labelled pictures."""
+    from hf_knn.cli import evaluate_pictures
+    from hf_knn.console import run
+
+    run(evaluate_pictures, checkpoint, pictures, split, str(on_bad_image), json_output)
+
+
+@app.command()
+def tune(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    pictures: Annotated[
+        str, typer.Argument(help="Labelled pictures that the model was not trained on.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Which split; validation, or the only one there is.")
+    ] = None,
+    criterion: Annotated[
+        Criterion | None, typer.Option(help="Default: by how many labels there are.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Also scale the temperatures of head and blend.")
+    ] = False,
+    on_bad_image: Annotated[
+        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+    ] = OnBadImage.SKIP,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
+    ] = None,
+) -> None:
+    """Choose k, temperature and the blend anew, on pictures of your own."""
+    from hf_knn.cli import tune_checkpoint
+    from hf_knn.console import run
+
+    run(
+        tune_checkpoint, checkpoint, pictures, split, text_of(criterion), calibrate,
+        str(on_bad_image), plot,
+    )  # fmt: skip
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures to classify.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes shown per picture.")] = 5,
+    neighbors: Annotated[int, typer.Option(min=0, help="Neighbours shown per picture.")] = 5,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", rich_help_panel=WHY, help="Shares of the vote, and what would change it."
+        ),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=WHY, help="Write the reasons with pictures into this file."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WHY, help="Folder that the stored paths are relative to, for --html."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=WHY,
+            help="Rather abstain than be wrong more often: 0.01, 0.02, 0.05, 0.1 or 0.2.",
+        ),
+    ] = None,
+) -> None:
+    """Classify pictures, show the neighbours that voted, and say why."""
+    from hf_knn.console import run
+
+    if not (explain or html or pictures or max_error is not None):
+        from hf_knn.cli import predict_images
+
+        run(predict_images, checkpoint, images, top, neighbors, json_output)
+        return
+    from hf_knn.explain_command import ExplainOptions, explain_images
+
+    if pictures and not html:
+        raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
+    options = ExplainOptions(top, neighbors, html, pictures, max_error, json_output)
+    run(explain_images, checkpoint, images, options)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(help="org/name; made if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch; main if left out.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    parent_commit: Annotated[
+        str | None, typer.Option(help="Refuse if the branch is at another commit.")
+    ] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = (
+        "Upload model"
+    ),
+    token: Annotated[
+        str | None, typer.Option(help="Default: the one you are logged in with.")
+    ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
+    ] = None,
+) -> None:
+    """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
+    from hf_knn.cli import push_checkpoint
+    from hf_knn.console import run
+
+    run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
+        token, model_license)  # fmt: skip
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    onnx: Annotated[
+        Path, typer.Option(help="Folder for the graph, its settings and a script that uses them.")
+    ],
+) -> None:
+    """Export to one ONNX graph: backbone, head, neighbours and blend."""
+    from hf_knn.cli import export_checkpoint
+    from hf_knn.console import run
+
+    run(export_checkpoint, checkpoint, onnx)
+
+
+@app.command()
+def doctor(
+    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-doctor"),
+    backbone: Annotated[
+        str, typer.Option(help="As for `train`; its features are kept and used again there.")
+    ] = DEFAULT_BACKBONE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column of what belongs together (a patient, a camera)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Check pictures before training: broken, doubled, mislabelled, strange, too few."""
+    from hf_knn.console import run
+    from hf_knn.doctor import DoctorOptions
+    from hf_knn.doctor_command import diagnose_pictures
+
+    options = DoctorOptions(
+        pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
+        group_by=group_by, seed=seed, json_output=json_output,
+    )  # fmt: skip
+    run(diagnose_pictures, options)
