@@ -23,7 +23,8 @@ def add_explore_tab(page: Page, tab: gr.Tab, token: gr.BrowserState) -> None:
     names = [f"{name} ({count})" for name, count in page.explorer.classes()]
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
-            drawn = gr.HTML(_WAITING, js_on_load=SELECT_JS, min_height=420, elem_id="knn-map")
+            drawn = gr.HTML(_WAITING, js_on_load=SELECT_JS, min_height=300, elem_id="knn-map")
+            detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-stored")
         with gr.Column(scale=2, min_width=300):
             chosen = gr.Dropdown(
                 names, value=None, label="Class", filterable=True, elem_id="knn-class"
@@ -32,7 +33,6 @@ def add_explore_tab(page: Page, tab: gr.Tab, token: gr.BrowserState) -> None:
                 class_page("", [], 0, lambda row_id: None), js_on_load=SELECT_JS,
                 elem_id="knn-rows",
             )  # fmt: skip
-    detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-stored")
     found = gr.HTML("", js_on_load=SELECT_JS, elem_id="knn-findings")
     handlers = _Handlers(page)
     options: dict[str, Any] = {"api_visibility": "private", **HEAVY}

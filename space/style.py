@@ -36,6 +36,7 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-map svg { width: 100%; height: auto; display: block; }
 .knn-map circle[data-row] { cursor: pointer; }
 .knn-map circle[data-row]:hover { stroke: #1c2126; stroke-width: 2; }
+#knn-rows .knn-tiles { max-height: 34rem; overflow-y: auto; }
 .knn-groups { display: flex; flex-wrap: wrap; gap: .6rem; }
 .knn-group { display: flex; flex-wrap: wrap; gap: .4rem; padding: .4rem;
   border: 1px solid var(--border-color-primary); border-radius: 12px; }

@@ -66,9 +66,9 @@ def bars(probabilities: Mapping[str, float], kind: str) -> str:
         kind: `blend`, `head` or `knn`; names the list.
     """
     rows = "".join(
-        f'<li data-label="{text(name)}" data-score="{value:.6f}"><span class="knn-name">'
-        f'{text(name)}</span><span class="knn-bar" aria-hidden="true"><i style="width:'
-        f'{100 * value:.1f}%"></i></span><span class="knn-value">{value:.1%}</span></li>'
+        f'<li data-label="{text(name)}" data-score="{value:.6f}"><span class="knn-name" title="'
+        f'{text(name)}">{text(name)}</span><span class="knn-bar" aria-hidden="true"><i style="'
+        f'width:{100 * value:.1f}%"></i></span><span class="knn-value">{value:.1%}</span></li>'
         for name, value in list(probabilities.items())[:_BARS]
     )
     return f'<ul class="knn-bars knn-{kind}">{rows}</ul>'
