@@ -14,6 +14,8 @@ import torch
 import typer
 from harness import report, timings_of
 
+from hf_knn import Datastore
+
 SPACE = Path(__file__).parents[2] / "space"
 FORWARD, CLASSIFY = "backbone forward", "/classify"
 
@@ -33,6 +35,8 @@ def main(
     from visitors import Visitors
 
     model = open_builtin().model
+    store = model.datastore
+    assert isinstance(store, Datastore)
     service = Service(model, Visitors(model, None))
     rows = load_task("openmoji-categories")
     seconds: dict[str, list[float]] = {FORWARD: [], CLASSIFY: []}
@@ -50,8 +54,8 @@ def main(
             if number >= 2:  # after warming up
                 seconds[FORWARD].append(between - started)
                 seconds[CLASSIFY].append(ended - between)
-    title = f"/classify inside the server, {len(model.datastore)} stored pictures"
-    report(title, timings_of(seconds, FORWARD), FORWARD, output, rows=len(model.datastore))
+    title = f"/classify inside the server, {len(store)} stored pictures"
+    report(title, timings_of(seconds, FORWARD), FORWARD, output, rows=len(store))
 
 
 if __name__ == "__main__":
