@@ -19,7 +19,10 @@ def demo(
     ] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="The folder it was trained on, to show the neighbours' pictures."),
+        typer.Option(
+            help="The folder it was trained on, to show the neighbours' pictures; with --push "
+            "small copies go along, for everybody to see."
+        ),
     ] = None,
     push: Annotated[
         str | None, typer.Option(help="Push it as the Space org/name instead of starting it.")
@@ -35,4 +38,4 @@ def demo(
     if push is None:
         run(show_demo, checkpoint, port, pictures)
     else:
-        run(push_space, checkpoint, push, private)
+        run(push_space, checkpoint, push, private, pictures)

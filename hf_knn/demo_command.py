@@ -1,10 +1,12 @@
 """`hf-knn demo`: the page around a checkpoint, here or as a Space of the Hub."""
 
+import io
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,9 +14,13 @@ from huggingface_hub import HfApi
 from rich.markup import escape
 
 from .console import console
+from .datastore import Datastore
+from .inspection import check_root, open_picture, pictures_of
 from .manifest import MANIFEST_NAME
 
 _PACKAGE = Path(__file__).parent
+_PICTURES = "pictures.zip"
+_SIDE = 192
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -44,16 +50,18 @@ def show_demo(checkpoint: str | None, port: int | None, pictures: Path | None) -
         raise OSError(f"Expected the page to run until it is closed, but it ended with {status}.")
 
 
-def push_space(checkpoint: str | None, repo_id: str, private: bool) -> None:
+def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Path | None) -> None:
     """Pushes the page as a Space, in one commit, with the package and a checkpoint of a folder.
 
     Args:
         checkpoint: a folder, whose files go along, or a Hub id, which the Space opens.
         repo_id: `org/name` of the Space; made if it is not there.
         private: whether a Space that is made is private.
+        pictures: the folder that the checkpoint was trained on, of which small pictures go along
+            for everybody to see; None shows plain tiles.
 
     Raises:
-        ValueError: without a checkpoint.
+        ValueError: without a checkpoint, or for a folder without its pictures.
         OSError: if the Hub refuses.
     """
     if checkpoint is None:
@@ -62,6 +70,9 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
         build_space(folder, checkpoint)
+        if pictures is not None:
+            count = pack_pictures(folder / _PICTURES, checkpoint, pictures)
+            console.print(f"{count} small pictures go along; whoever sees the Space sees them.")
         api.create_repo(
             repo_id, repo_type="space", space_sdk="gradio", exist_ok=True, private=private or None
         )
@@ -97,6 +108,36 @@ def build_space(folder: Path, checkpoint: str) -> None:
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8")
     card.write_text(text.replace("models: []", f"models:\n  - {checkpoint}", 1), encoding="utf-8")
+
+
+def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
+    """Small copies of the stored pictures, without their metadata, in one file.
+
+    Args:
+        target: the zip file; a picture is named after its path.
+        checkpoint: a folder or a Hub id with a datastore.
+        pictures: the folder that its paths are relative to.
+
+    Returns:
+        How many were found.
+
+    Raises:
+        ValueError: if none was found, or the checkpoint holds no rows.
+    """
+    is_folder = Path(checkpoint).is_dir()
+    store = Datastore.load(checkpoint) if is_folder else Datastore.from_pretrained(checkpoint)
+    check_root(pictures, pictures_of(store, []))
+    count = 0
+    with zipfile.ZipFile(target, "w") as file:  # stored: WEBP cannot be packed further
+        for path in dict.fromkeys(store.paths or []):
+            image = open_picture(pictures, path)
+            if image is not None:
+                image.thumbnail((_SIDE, _SIDE))
+                buffer = io.BytesIO()
+                image.save(buffer, "WEBP", quality=82)
+                file.writestr(f"{path}.webp", buffer.getvalue())
+                count += 1
+    return count
 
 
 def space_folder() -> Path:

@@ -17,7 +17,7 @@ from service import Service
 from shared import QUEUE_SIZE, Page
 from style import CSS, HEAD
 from teach_tab import add_teach_tab, list_taught
-from thumbnails import FolderPictures, NoPictures, Pictures
+from thumbnails import FolderPictures, NoPictures, Pictures, ZipPictures
 from uploads import MAX_BYTES, MAX_FILES, SpaceError
 from views import text
 from visitors import Visitors
@@ -87,14 +87,19 @@ def open_page(checkpoint: str | None, pictures: str | None, data: str | None) ->
     Args:
         checkpoint: a folder or a Hub id; None takes `model` or what `model.txt` names, beside this
             file, else the embedded one.
-        pictures: the folder that the model was trained on; None shows plain tiles.
+        pictures: the folder that the model was trained on; None takes `pictures.zip` beside this
+            file, else shows plain tiles.
         data: where to keep what visitors teach; None keeps it in memory.
 
     Raises:
         ValueError: for a damaged checkpoint.
         OSError: if something is not there.
     """
-    found: Pictures = NoPictures() if pictures is None else FolderPictures(Path(pictures))
+    found: Pictures = NoPictures()
+    if pictures is not None:
+        found = FolderPictures(Path(pictures))
+    elif (_HERE / "pictures.zip").is_file():
+        found = ZipPictures(_HERE / "pictures.zip")
     samples = sorted(str(path) for path in (_HERE / "examples").glob("*.*"))[:6]
     if checkpoint is None and (_HERE / "model").is_dir():
         checkpoint = str(_HERE / "model")

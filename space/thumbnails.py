@@ -1,5 +1,6 @@
 """Where the small pictures of published rows come from."""
 
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,23 @@ class NoPictures:
     def find(self, path: str) -> bytes | None:
         """Nothing."""
         return None
+
+
+class ZipPictures:
+    """Small pictures that were pushed beside the page.
+
+    Args:
+        file: a zip of WEBP files, each named after its picture's path.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._zip = zipfile.ZipFile(file)
+        self._names = set(self._zip.namelist())
+
+    def find(self, path: str) -> bytes | None:
+        """A small WEBP of the picture; None if there is none."""
+        name = f"{path}.webp"
+        return self._zip.read(name) if path and name in self._names else None
 
 
 class FolderPictures:

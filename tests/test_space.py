@@ -21,7 +21,7 @@ from gradio_client.exceptions import AppError
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
 from service import Service, Settings
-from thumbnails import FolderPictures
+from thumbnails import FolderPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
 from views import as_csv, bars, disagrees, text
 from visitors import Visitors, new_token
@@ -369,6 +369,15 @@ def test_pictures_outside_the_folder_are_not_shown(tmp_path):
 
 
 # ---- what is shown ------------------------------------------------------------------------------
+
+
+def test_small_pictures_that_were_pushed_are_found_by_path_alone(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
+        file.writestr("a/b.png.webp", b"small")
+        file.writestr("secret", b"other")
+    found = ZipPictures(tmp_path / "pictures.zip")
+    assert found.find("a/b.png") == b"small"
+    assert [found.find(path) for path in ("", "secret", "../a/b.png", "a/c.png")] == [None] * 4
 
 
 def test_labels_are_text():

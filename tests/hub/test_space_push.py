@@ -39,6 +39,36 @@ def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path)
     assert hub.repo(SPACE, "space").private
 
 
+def test_small_pictures_go_along_when_asked(hub: Hub, model: Any, tmp_path: Path) -> None:
+    import io
+    import zipfile
+
+    from PIL import Image
+
+    from hf_knn import Datastore
+
+    store = model.datastore
+    paths = [f"some/{row}.jpg" for row in range(len(store))]
+    model.datastore = Datastore.from_features(store.features, store.labels, paths=paths)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures" / "some").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010E] = "where I live"
+    for path in paths[1:]:
+        Image.new("RGB", (400, 300), "red").save(tmp_path / "pictures" / path, exif=exif)
+    pictures = str(tmp_path / "pictures")
+    done = push(str(tmp_path / "model"), "--push", SPACE, "--pictures", pictures)
+    assert done.exit_code == 0, done.stderr
+    data = hub.files(SPACE, kind="space")["pictures.zip"]
+    assert b"where I live" not in data
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        assert file.namelist() == [f"{path}.webp" for path in paths[1:]]
+        assert Image.open(io.BytesIO(file.read(f"{paths[1]}.webp"))).size == (192, 144)
+    done = push(str(tmp_path / "model"), "--push", SPACE, "--pictures", str(tmp_path))
+    assert done.exit_code == 1
+    assert "to hold the pictures" in " ".join(done.stderr.split())
+
+
 def test_a_model_of_the_hub_is_named(hub: Hub, model: Any) -> None:
     model.push_to_hub("org/knn-tiny")
     done = push("org/knn-tiny", "--push", SPACE)
