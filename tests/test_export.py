@@ -83,6 +83,19 @@ def test_a_class_taught_later_keeps_its_votes(tmp_path: Path) -> None:
     assert_alike(tmp_path / "out", model, pixels(8, seed=2))
 
 
+def test_a_class_taught_to_a_ridge_head_keeps_its_votes(tmp_path: Path) -> None:
+    model = tiny_model("vit", head="ridge", knn_weight=0.3)
+    model.config.head_regularizer = 1.0
+    taught = model(pixel_values=pixels(3, seed=9)).pooler_output.detach()
+    model.teach(features=taught, labels=["elk"] * 3)
+    assert model.config.blended_classes < model.config.classes
+    export_onnx(model, tmp_path / "out")
+    images = pixels(8, seed=9)
+    assert_alike(tmp_path / "out", model, images)
+    found = answers(tmp_path / "out", images)["log_probs"]
+    assert found[:3].argmax(1).tolist() == [model.config.class_names.index("elk")] * 3
+
+
 def test_the_script_answers_as_the_pipeline_does(vit: Any, tmp_path: Path) -> None:
     folder, model = vit
     generator = np.random.default_rng(0)

@@ -3,11 +3,13 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Errand
 from pictures import write_folder
 from tiny import LABELS, all_files, tiny_model
 from typer.testing import CliRunner, Result
@@ -15,7 +17,7 @@ from typer.testing import CliRunner, Result
 import hf_knn_cli
 from hf_knn import KnnForImageClassification
 from hf_knn.manifest import MANIFEST_NAME
-from hf_knn.teach_command import teach_pictures
+from hf_knn.teach_command import forget_rows, teach_pictures
 
 NEW = "<img src=x onerror=alert(1)>"
 
@@ -138,6 +140,26 @@ def test_relabel_and_undo(folder: Path) -> None:
     assert model.config.class_names == list(LABELS)
     assert torch.equal(model.datastore.labels, store.labels)
     assert run("undo", folder).exit_code == 1
+
+
+def test_processes_that_teach_and_forget_at_once_lose_nothing(
+    folder: Path, pictures: Path
+) -> None:
+    known = opened(folder).datastore.ids.tolist()
+
+    def teach(label: str) -> None:
+        teach_pictures(folder, pictures / "elk", label, "fail", json_output=True)
+
+    def forget(row_id: int) -> None:
+        forget_rows(folder, [row_id], [], None, False, None, json_output=True)
+
+    errands = [Errand.start(partial(teach, label)) for label in ("a", "b", "c")]
+    errands += [Errand.start(partial(forget, row_id)) for row_id in known[:3]]
+    assert [errand.outcome() for errand in errands] == [""] * 6
+    store = opened(folder).datastore
+    assert len(store) == len(known) + 3 * 3 - 3
+    assert set(known[3:]) < set(store.ids.tolist())
+    assert len(set(store.ids.tolist())) == len(store)
 
 
 def test_two_teachers_at_once_lose_nothing(folder: Path, pictures: Path) -> None:
