@@ -9,7 +9,17 @@ from .datastore import Datastore
 from .explaining import Calibration, Explanation, explain
 from .receipts import Receipt
 from .rows import Values
-from .teaching import Follower, Label, features_of, forget, merge, relabel, teach, undo
+from .teaching import (
+    Follower,
+    Label,
+    features_of,
+    fingerprint_rows,
+    forget,
+    merge,
+    relabel,
+    teach,
+    undo,
+)
 
 
 class Remembering:
@@ -31,6 +41,20 @@ class Remembering:
         """Nothing was changed yet; called when a model is made."""
         self.changes = []
         self.forgotten = self.follower = self.calibration = None
+
+    def fingerprint_rows(self) -> str:
+        """A hash of all stored rows and their mean, whatever their order.
+
+        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
+        first change of each is as fast as later ones.
+
+        Returns:
+            64 hexadecimal digits, as in a receipt.
+
+        Raises:
+            ValueError: without a datastore of the model's own.
+        """
+        return fingerprint_rows(self)
 
     def teach(
         self,

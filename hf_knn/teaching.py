@@ -4,6 +4,7 @@ Every function changes all it should or nothing, and returns a receipt. Numbers 
 change while rows have them: a new class gets the next number, one without rows keeps its own.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -51,7 +52,14 @@ class Follower:
         self._seen = _marks(model.datastore)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of a model count again when they need to
+        return type(None), ()  # pickles of a model count again when they need to
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Follower":
+        copied = object.__new__(Follower)
+        copied.total, copied.ridge = self.total, self.ridge and self.ridge.copy()
+        store, *rows = self._seen  # the copy of a datastore shares its rows until it changes
+        copied._seen = (copy.deepcopy(store, memo), *rows)
+        return copied
 
     def is_of(self, model: Any) -> bool:
         """Whether datastore and head are the ones this was made from."""
@@ -68,6 +76,19 @@ class Follower:
         if self.ridge is not None:
             model.head.classifier = solve_head(self.ridge, model.config, model.head)
             model.config.num_head_labels = self.ridge.num_labels
+
+
+def fingerprint_rows(model: Any) -> str:
+    """Of all rows of a model; what was counted for it serves later changes, also of copies.
+
+    Args:
+        model: a `KnnForImageClassification` with a datastore of its own.
+
+    Raises:
+        ValueError: without one.
+    """
+    store = _store(model)
+    return _follower(model).fingerprint(store)
 
 
 def features_of(model: Any, images: Any, batch_size: int = 32) -> Tensor:

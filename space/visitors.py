@@ -18,6 +18,9 @@ from hf_knn import Datastore, KnnForImageClassification
 MAX_IN_MEMORY = 256
 """Visitors whose models are held; those who wait longest make room if a journal keeps them."""
 
+MAX_BYTES = 2 * 2**30
+"""Of the rows and sums that those visitors' models hold together, about."""
+
 MAX_ON_DISK = 5000
 """Journals."""
 
@@ -27,7 +30,23 @@ IDLE_IN_MEMORY = 3600.0
 KEPT_ON_DISK = 30 * 24 * 3600.0
 """Seconds after its last change when a journal is deleted."""
 
+_EXPIRE_EVERY = 3600.0
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
+
+
+def room_for(model: KnnForImageClassification) -> int:
+    """How many visitors' models may be held: each has rows, a copy to search, sums of a head.
+
+    Args:
+        model: the published model.
+    """
+    store = model.datastore
+    if not isinstance(store, Datastore):
+        return MAX_IN_MEMORY
+    bytes_each = 6 * len(store) * store.dim
+    if model.config.head == "ridge":
+        bytes_each += 8 * store.dim**2
+    return max(1, min(MAX_IN_MEMORY, MAX_BYTES // max(1, bytes_each)))
 
 
 def new_token() -> str:
@@ -55,24 +74,27 @@ class Visitors:
     Args:
         model: the published model.
         folder: where journals are kept; None keeps everything in memory.
-        max_in_memory: see `MAX_IN_MEMORY`.
+        max_in_memory: None is what `MAX_IN_MEMORY` and `MAX_BYTES` allow.
     """
 
     def __init__(
         self,
         model: KnnForImageClassification,
         folder: Path | None,
-        max_in_memory: int = MAX_IN_MEMORY,
+        max_in_memory: int | None = None,
     ) -> None:
         self._model = model
-        self._max = max_in_memory
+        self._max = max_in_memory or room_for(model)
         self._lock = threading.Lock()
         self._overlays: dict[str, Overlay] = {}
         self._folder = None
+        self._next_expiry = time.monotonic() + _EXPIRE_EVERY
         if folder is not None:  # features of other weights mean nothing: a folder per model
             self._folder = folder / fingerprint(model)[:32]
             self._folder.mkdir(parents=True, exist_ok=True)
             self.expire()
+        if isinstance(model.datastore, Datastore) and len(model.datastore):
+            model.fingerprint_rows()  # counted once, for the first change of every visitor
 
     @contextmanager
     def hold(self, token: str, create: bool = False) -> Iterator[Overlay | None]:
@@ -88,6 +110,8 @@ class Visitors:
         Raises:
             SpaceError: for a bad token, or if there are too many visitors.
         """
+        if time.monotonic() > self._next_expiry:
+            self.expire()
         while True:
             overlay = self._find(check_token(token), create) if token else None
             if overlay is None:
@@ -106,6 +130,7 @@ class Visitors:
         Returns:
             How many.
         """
+        self._next_expiry = time.monotonic() + _EXPIRE_EVERY
         if self._folder is None:
             return 0
         oldest = time.time() - KEPT_ON_DISK

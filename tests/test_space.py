@@ -24,9 +24,10 @@ from service import Service, Settings
 from thumbnails import FolderPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
 from views import as_csv, bars, disagrees, text
-from visitors import Visitors, new_token
+from visitors import MAX_IN_MEMORY, Visitors, new_token, room_for
 
-from hf_knn import BadImageError, KnnForImageClassification
+import hf_knn.teaching
+from hf_knn import BadImageError, Datastore, KnnForImageClassification
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<img src=x onerror=alert(1)>"
@@ -297,6 +298,44 @@ def test_visitors_are_bounded_and_none_is_lost(model, lessons, tmp_path):
     unkept.teach(lessons[:1], "dog", "", "")
     with pytest.raises(SpaceError, match="Too many visitors"):
         unkept.teach(lessons[:1], "dog", "", "")
+
+
+def test_large_models_leave_room_for_fewer_visitors(model, monkeypatch):
+    assert room_for(model) == MAX_IN_MEMORY
+    monkeypatch.setattr("visitors.MAX_BYTES", 6 * len(model.datastore) * model.datastore.dim * 3)
+    assert room_for(model) == 3
+    monkeypatch.setattr("visitors.MAX_BYTES", 1)
+    assert room_for(model) == 1
+
+
+def test_the_rows_are_counted_once_for_all_visitors(model, lessons, monkeypatch):
+    service = Service(model, Visitors(model, None))
+    counted: list[int] = []
+    count = hf_knn.teaching._total
+
+    def counting(store: Datastore) -> int:
+        counted.append(len(store))
+        return count(store)
+
+    monkeypatch.setattr("hf_knn.teaching._total", counting)
+    for _ in range(2):
+        service.teach(lessons[:1], "dog", "", "")
+    assert counted == [1, 1]  # what was taught
+
+
+def test_old_journals_go_also_while_the_page_is_open(model, lessons, tmp_path, monkeypatch):
+    service = Service(model, Visitors(model, tmp_path / "data", max_in_memory=1))
+    first = service.teach(lessons[:1], "dog", "", "")["visitor"]
+    service.teach(lessons[:1], "dog", "", "")  # the first one makes room
+    monkeypatch.setattr("visitors.KEPT_ON_DISK", -1.0)
+    service.explain(service.look(lessons[0]), Settings(), "")
+    assert len(list((tmp_path / "data").rglob("*.journal"))) == 2
+    later = time.monotonic() + 4000
+    monkeypatch.setattr("visitors.time.monotonic", lambda: later)
+    service.explain(service.look(lessons[0]), Settings(), "")
+    assert len(list((tmp_path / "data").rglob("*.journal"))) == 1
+    with service.visitors.hold(first) as overlay:
+        assert overlay is None
 
 
 def test_old_journals_go(model, lessons, tmp_path):

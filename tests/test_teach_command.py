@@ -142,9 +142,7 @@ def test_relabel_and_undo(folder: Path) -> None:
     assert run("undo", folder).exit_code == 1
 
 
-def test_processes_that_teach_and_forget_at_once_lose_nothing(
-    folder: Path, pictures: Path
-) -> None:
+def test_processes_that_teach_and_forget_at_once_lose_nothing(folder: Path, pictures: Path) -> None:
     known = opened(folder).datastore.ids.tolist()
 
     def teach(label: str) -> None:
