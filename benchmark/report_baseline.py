@@ -115,8 +115,8 @@ def baseline_report(new: Results, old: Results) -> Report:
     """What changed between two folders; same errors as `compare`."""
     changes, left_out = compare(new, old)
     blocks: list[Block] = [facts_of(new)]
-    blocks.append(Bullets(_lines(changes)))
-    rest: list[Block] = [Bullets(left_out)] if left_out else []
+    blocks.append(Bullets([("", line) for line in _lines(changes)]))
+    rest: list[Block] = [Bullets([("", line) for line in left_out])] if left_out else []
     sections = [
         Section("In short", blocks),
         Section("Cell by cell", [_table(new, changes)] if changes else []),

@@ -7,12 +7,12 @@ from report_document import Block, Bullets, Facts, Grid, Heading, Report, Sectio
 from report_pairs import Difference, across_pairs, differences_of, shared_arms
 from report_pictures import Source, galleries
 from report_sections import (
-    complementarity_section,
+    complementarity_blocks,
     forest_block,
     gain_section,
     heat_section,
-    lowdata_section,
-    peers_section,
+    lowdata_blocks,
+    peers_blocks,
     reliability_section,
 )
 from report_statistics import METHOD
@@ -26,6 +26,10 @@ PROTOCOLS = {
         "The blend and k-NN are tuned on validation; the fixed blend is not tuned at all (k 20, "
         "T 0.14, λ 0.5).",
     ),
+    "lowdata": (
+        "Few labelled pictures",
+        "Pictures per class for training; labels used for validation are part of them.",
+    ),
     "linear": (
         "Loss of the linear head",
         "Each loss had the same number of trials. Shuffled: the factors of the reweighted loss, "
@@ -33,10 +37,13 @@ PROTOCOLS = {
         "nothing to do with what k-NN finds hard.",
     ),
     "finetune": ("Fine-tuning", "The whole network is trained, then head and neighbours vote."),
-    "lowdata": ("Few labelled pictures, in numbers", "Validation labels are part of the budget."),
     "robustness": ("Shifted test pictures", "Everything is chosen on pictures without the shift."),
-    "complementarity": ("Complementarity, in numbers", ""),
-    "peers": ("Peers on the same features", "Each alone, and as a voice in a blend."),
+    "peers": (
+        "Is it k-NN, or any second voice?",
+        "Other classical models on the same features, each alone, beside the head, and beside "
+        "k-NN.",
+    ),
+    "complementarity": ("What the voices have in common", ""),
 }
 """Protocols in the order of a report: heading, and what one should know."""
 
@@ -47,7 +54,7 @@ _FOREST = {
 _WILCOXON = (
     "One difference per pair of task and backbone, the mean over splits, shots and shifts; "
     "Wilcoxon's signed rank test, two-sided, Holm-corrected within the comparisons of the method "
-    "and, apart from them, within those of the peers. “Clearly”: every interval of the pair "
+    "and, apart from them, within those of the peers. “Clearly”: settings whose bootstrap interval "
     "excludes 0. Backbones on one task are not independent of each other, so that p is rather too "
     "small; fewer than six pairs cannot give p < 0.05 whatever they are."
 )
@@ -70,10 +77,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
         blocks = [across_table(across), Text(_WILCOXON, soft=True)]
         sections.append(Section("Across tasks", blocks))
     sections += [
-        lowdata_section(results),
         gain_section(results, differences),
-        peers_section(results, differences),
-        complementarity_section(results),
         heat_section(results),
         reliability_section(results),
         Section("Repaired and broken answers", galleries(results, source)),
@@ -104,7 +108,8 @@ def facts_of(results: Results) -> Facts:
 
 def _lead(results: Results) -> list[str]:
     times = sorted(str(c.document["provenance"].get("finished", "")) for c in results.cells)
-    when = f"Measured between {times[0]} and {times[-1]}." if times[0] else ""
+    first, last = (time[:16].replace("T", " ") for time in (times[0], times[-1]))
+    when = f"Measured between {first} and {last}." if first else ""
     return [
         "Frozen features, a head, its nearest neighbours among the training pictures, and the "
         "blend of both. Differences are paired, test items are touched once, and every number is "
@@ -128,6 +133,7 @@ def _protocol(results: Results, protocol: str, differences: Sequence[Difference]
     cells = [cell for cell in results.cells if cell.setting.protocol == protocol]
     own = [d for d in differences if d.comparison.protocol == protocol]
     blocks: list[Block] = [Text(words)] if words else []
+    blocks += _special(results, protocol, own)
     blocks.append(overview(results, protocol, shared_arms(cells)))
     if protocol in _FOREST:
         first, second = _FOREST[protocol]
@@ -135,6 +141,15 @@ def _protocol(results: Results, protocol: str, differences: Sequence[Difference]
     if own:
         blocks.append(differences_table(results, own, folded="Paired differences, one by one"))
     return Section(heading, [*blocks, all_metrics(results, protocol)])
+
+
+def _special(results: Results, protocol: str, own: Sequence[Difference]) -> list[Block]:
+    """What only one protocol has."""
+    if protocol == "lowdata":
+        return lowdata_blocks(results)
+    if protocol == "peers":
+        return peers_blocks(results, own)
+    return complementarity_blocks(results) if protocol == "complementarity" else []
 
 
 def _failures(results: Results) -> list[Block]:

@@ -24,10 +24,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Bullets:
-    """Lines of a list."""
+    """Lines of a list: what is in bold, if anything, and the rest."""
 
     kind: ClassVar[str] = "bullets"
-    items: Sequence[str]
+    lines: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def _block(block: Block, folder: Path) -> Iterator[str]:
         case Heading():
             yield f"### {escaped(block.text)}"
         case Bullets():
-            yield from (f"- {escaped(item)}" for item in block.items)
+            for lead, rest in block.lines:
+                yield f"- **{escaped(lead)}** {escaped(rest)}" if lead else f"- {escaped(rest)}"
         case Facts():
             yield " · ".join(f"**{escaped(value)}** {escaped(name)}" for value, name in block.facts)
         case Grid():

@@ -35,6 +35,13 @@ _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "lowdata": (*_VOICES, ("ridge", "head")),
 }
+TESTED = frozenset(
+    {("knn", "blend", "head"), ("knn", "knn", "head"), ("knn", "blend", "fixed")}
+    | {("linear", "reweighted", arm) for arm in ("plain", "shuffled", "constant")}
+    | {("linear", "focal", "plain"), ("finetune", "blend", "head")}
+    | {("lowdata", "blend", "head"), ("lowdata", "knn", "head"), ("robustness", "blend", "head")}
+)
+"""What is asked across tasks, named beforehand: each further test costs the others power."""
 
 
 class Comparison(NamedTuple):
@@ -54,6 +61,13 @@ class Comparison(NamedTuple):
     def family(self) -> str:
         """Tests that are corrected together: `method`, or `peers`."""
         return "peers" if self.protocol == "peers" else "method"
+
+    @property
+    def tested(self) -> bool:
+        """Whether it is among what is tested across tasks."""
+        if self.protocol == "peers":
+            return self.second != "head" or self.first in ("blend", f"{BESIDE_HEAD}knn")
+        return tuple(self) in TESTED
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,8 @@ class Across:
     Attributes:
         comparison: the arms.
         by_pair: mean top-1 difference of each pair, over splits, shots and shifts.
-        clear: pairs whose every interval excludes 0 on the same side: above, below.
+        clear: settings whose interval excludes 0: above, below.
+        settings: number of settings.
         test: of the differences.
         adjusted: p after Holm's correction within the family.
     """
@@ -93,6 +108,7 @@ class Across:
     comparison: Comparison
     by_pair: dict[tuple[str, str], float]
     clear: tuple[int, int]
+    settings: int
     test: SignedRank
     adjusted: float
 
@@ -187,10 +203,11 @@ def nll_of(cell: Cell, arm: str) -> Floats:
 
 
 def across_pairs(differences: Sequence[Difference]) -> list[Across]:
-    """One signed rank test per comparison, Holm-corrected within each family."""
+    """One signed rank test per tested comparison, Holm-corrected within each family."""
     grouped: dict[Comparison, list[Difference]] = defaultdict(list)
     for difference in differences:
-        grouped[difference.comparison].append(difference)
+        if difference.comparison.tested:
+            grouped[difference.comparison].append(difference)
     tests = {c: signed_rank(list(_by_pair(found).values())) for c, found in grouped.items()}
     adjusted: dict[Comparison, float] = {}
     for family in sorted({c.family for c in grouped}):
@@ -198,7 +215,7 @@ def across_pairs(differences: Sequence[Difference]) -> list[Across]:
         values = holm([tests[c].p for c in members])
         adjusted |= dict(zip(members, values, strict=True))
     return [
-        Across(c, _by_pair(found), _clear(found), tests[c], adjusted[c])
+        Across(c, _by_pair(found), _clear(found), len(found), tests[c], adjusted[c])
         for c, found in grouped.items()
     ]
 
@@ -211,7 +228,5 @@ def _by_pair(found: Sequence[Difference]) -> dict[tuple[str, str], float]:
 
 
 def _clear(found: Sequence[Difference]) -> tuple[int, int]:
-    signs: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for difference in found:
-        signs[difference.setting.pair].add(difference.top1.sign)
-    return sum(s == {1} for s in signs.values()), sum(s == {-1} for s in signs.values())
+    signs = [difference.top1.sign for difference in found]
+    return signs.count(1), signs.count(-1)

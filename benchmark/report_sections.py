@@ -19,7 +19,6 @@ from report_tables import setting_words, values_of, with_interval
 from report_words import DASH, MINUS, arm_name, difference_name, percent, points
 
 _MOST_ROWS = 40
-_PEERS = "Is it k-NN, or any second voice?"
 _RELIABLE = ("head", "plain", "knn", "blend", "fixed")
 
 
@@ -38,7 +37,7 @@ def forest_block(
     return [Figures(drawn, wide=True)] if drawn else []
 
 
-def lowdata_section(results: Results) -> Section:
+def lowdata_blocks(results: Results) -> list[Block]:
     """Accuracy against pictures per class, per task and backbone."""
     by_pair: dict[tuple[str, str], list[list[Cell]]] = defaultdict(list)
     for setting, cells in results.settings("lowdata").items():
@@ -58,7 +57,7 @@ def lowdata_section(results: Results) -> Section:
         )
         drawn.append(curves(f"lowdata-{'-'.join(pair)}", title, arms, alt))
     text = Text("Mean over splits; the band is ± 1 standard deviation.", soft=True)
-    return Section("Few labelled pictures", [text, Figures(drawn)] if drawn else [])
+    return [Figures(drawn), text] if drawn else []
 
 
 def gain_section(results: Results, differences: Sequence[Difference]) -> Section:
@@ -136,7 +135,7 @@ def reliability_section(results: Results) -> Section:
     return Section("Reliability", [Text(words, soft=True), Figures(drawn)] if drawn else [])
 
 
-def complementarity_section(results: Results) -> Section:
+def complementarity_blocks(results: Results) -> list[Block]:
     """How often only one of the voices is right."""
     names = {
         "both_right": "both right", "only_head": "only head", "only_knn": "only k-NN",
@@ -152,20 +151,20 @@ def complementarity_section(results: Results) -> Section:
         blend = values_of(cells, "blend", "top1")
         rows.append([*row, percent(*mean_and_std(blend)) if blend else DASH])
     if not rows:
-        return Section("What the voices have in common", [])
+        return []
     caption = (
         "Share of test items in %, mean ± std over splits. The oracle picks the right voice "
         "wherever one is right; a blend of probabilities can be above it only by a third class."
     )
     columns = ["setting", "splits", *names.values(), "blend"]
-    return Section("What the voices have in common", [Grid(columns, rows, caption=caption)])
+    return [Grid(columns, rows, caption=caption)]
 
 
-def peers_section(results: Results, differences: Sequence[Difference]) -> Section:
+def peers_blocks(results: Results, differences: Sequence[Difference]) -> list[Block]:
     """Peers alone and as second voices, averaged over pairs of task and backbone."""
     settings = results.settings("peers")
     if not settings:
-        return Section(_PEERS, [])
+        return []
     arms = shared_arms([cell for cells in settings.values() for cell in cells])
     reference = reference_voice(arms)
     rows, strong = [], set()
@@ -192,7 +191,7 @@ def peers_section(results: Results, differences: Sequence[Difference]) -> Sectio
         "how many settings they are clearly above / below 0."
     )
     grid = Grid(columns, rows, caption=caption, strong=frozenset(strong))
-    return Section(_PEERS, [grid])
+    return [grid]
 
 
 def _over_settings(settings: Iterable[list[Cell]], arm: str) -> str:

@@ -147,7 +147,7 @@ def across_table(across: Sequence[Across]) -> Grid:
             [
                 difference_name(comparison.first, comparison.second),
                 comparison.protocol, str(len(row.by_pair)),
-                f"{row.above} / {row.below}", f"{row.clear[0]} / {row.clear[1]}",
+                f"{row.above} / {row.below}", f"{row.clear[0]} / {row.clear[1]} of {row.settings}",
                 points(row.mean, 2), p_value(row.test.p), p_value(row.adjusted), note or DASH,
             ]
         )  # fmt: skip
