@@ -17,7 +17,14 @@ from report_sections import (
 )
 from report_statistics import METHOD
 from report_summary import summary_lines
-from report_tables import across_table, all_metrics, cost_table, differences_table, overview
+from report_tables import (
+    across_table,
+    all_metrics,
+    cost_table,
+    cost_words,
+    differences_table,
+    overview,
+)
 from report_words import DASH, plural
 
 PROTOCOLS = {
@@ -81,7 +88,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
         heat_section(results),
         reliability_section(results),
         Section("Repaired and broken answers", galleries(results, source)),
-        Section("Cost", [cost_table(results)]),
+        Section("Cost", [Text(cost_words(results)), cost_table(results)]),
         Section("What failed", _failures(results)),
         Section("How it was measured", _method(results)),
     ]
@@ -133,8 +140,9 @@ def _protocol(results: Results, protocol: str, differences: Sequence[Difference]
     cells = [cell for cell in results.cells if cell.setting.protocol == protocol]
     own = [d for d in differences if d.comparison.protocol == protocol]
     blocks: list[Block] = [Text(words)] if words else []
-    blocks += _special(results, protocol, own)
-    blocks.append(overview(results, protocol, shared_arms(cells)))
+    special = _special(results, protocol, own)
+    folded = "Top-1 of every arm, in numbers" if special else ""
+    blocks += [*special, overview(results, protocol, shared_arms(cells), folded)]
     if protocol in _FOREST:
         first, second = _FOREST[protocol]
         blocks += forest_block(results, own, first, second, f"difference-{protocol}")

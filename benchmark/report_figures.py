@@ -84,7 +84,7 @@ class Spot(NamedTuple):
 def forest(name: str, title: str, rows: Sequence[Row], alt: str) -> Figure:
     """Differences with intervals, one line each; 0 is marked."""
     height = 0.9 + 0.27 * len(rows)
-    return _drawn(name, alt, (7.2, height), partial(_forest, title=title, rows=rows))
+    return _drawn(name, alt, (6.4, height), partial(_forest, title=title, rows=rows))
 
 
 def curves(name: str, title: str, arms: Mapping[str, Curve], alt: str) -> Figure:
@@ -94,7 +94,7 @@ def curves(name: str, title: str, arms: Mapping[str, Curve], alt: str) -> Figure
 
 def gains(name: str, title: str, spots: Sequence[Spot], alt: str) -> Figure:
     """Gain of the blend over the head against the head's accuracy."""
-    return _drawn(name, alt, (7.2, 4.2), partial(_gains, title=title, spots=spots))
+    return _drawn(name, alt, (6.4, 4.0), partial(_gains, title=title, spots=spots))
 
 
 def heat(
@@ -120,6 +120,9 @@ def _drawn(name: str, alt: str, size: tuple[float, float], draw: Draw) -> Figure
 
 def _png(size: tuple[float, float], draw: Draw, theme: Theme) -> bytes:
     canvas = Canvas(figsize=size, dpi=_DPI, facecolor=theme.paper, layout="constrained")
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.09, h_pad=0.09)  # inches
     axes = canvas.add_subplot()
     axes.set_facecolor(theme.paper)
     axes.tick_params(colors=theme.soft, labelsize=8, length=3)
@@ -199,7 +202,7 @@ def _gains(axes: Axes, theme: Theme, title: str, spots: Sequence[Spot]) -> None:
         colour = (*theme.arms.values(), *theme.others)[1 + number % 10]
         axes.errorbar(
             x, y, yerr=np.maximum([low, high], 0), fmt=markers[number % len(markers)],
-            color=colour, markersize=5, elinewidth=1, alpha=0.85, label=_literal(series),
+            color=colour, ecolor=(colour, 0.35), markersize=5, elinewidth=1, label=_literal(series),
         )  # fmt: skip
     axes.grid(color=theme.line, linewidth=0.6)
     axes.set_axisbelow(True)

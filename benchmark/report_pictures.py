@@ -8,6 +8,7 @@ from PIL import Image
 from report_cells import Cell, Results, Setting
 from report_document import Block, Gallery, Heading, Text, Tile
 from report_statistics import Ints
+from report_words import arm_name
 
 from hf_knn import thumbnail
 
@@ -117,9 +118,12 @@ def _of_cell(results: Results, task: str, cell: Cell, source: Source | None) -> 
         _tile(cell, int(place), good, picture)
         for (place, good), picture in zip(chosen, pictures, strict=True)
     ]
+    for good, words in ((True, "Repaired by the blend:"), (False, "Broken by the blend:")):
+        some = [tile for tile in tiles if tile.good == good]
+        blocks += [Text(words), Gallery(some)] if some else []
     if tiles:
         licence = cell.document["task"].get("licence") or "unknown"
-        blocks += [Gallery(tiles), Text(f"Licence of the pictures: {licence}.", soft=True)]
+        blocks.append(Text(f"Licence of the pictures: {licence}.", soft=True))
     return blocks
 
 
@@ -144,7 +148,7 @@ def _tile(cell: Cell, place: int, good: bool, picture: Picture) -> Tile:
         return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
     lines = [
-        f"{arm}: {named(int(arrays[f'predicted/{arm}'][place]))} "
+        f"{arm_name(arm)}: {named(int(arrays[f'predicted/{arm}'][place]))} "
         f"({float(arrays[f'confidence/{arm}'][place]):.0%})"
         for arm in ("head", "knn", "blend")
         if f"predicted/{arm}" in arrays

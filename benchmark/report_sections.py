@@ -19,6 +19,11 @@ from report_tables import setting_words, values_of, with_interval
 from report_words import DASH, MINUS, arm_name, difference_name, percent, points
 
 _MOST_ROWS = 40
+_FEWEST = 10  # items of a bin that is drawn
+_SERIES = {
+    "knn": "all training pictures", "lowdata": "few pictures per class", "finetune": "fine-tuned",
+    "robustness": "shifted pictures",
+}  # fmt: skip
 _RELIABLE = ("head", "plain", "knn", "blend", "fixed")
 
 
@@ -63,7 +68,14 @@ def lowdata_blocks(results: Results) -> list[Block]:
 def gain_section(results: Results, differences: Sequence[Difference]) -> Section:
     """Gain of the blend against the accuracy of the head."""
     found = [d for d in differences if d.comparison[1:] == ("blend", "head")]
-    spots = [Spot(head_accuracy(results, d), d.top1, _series(results, d)) for d in found]
+    spots = [
+        Spot(
+            head_accuracy(results, d),
+            d.top1,
+            _SERIES.get(d.comparison.protocol, d.comparison.protocol),
+        )
+        for d in found
+    ]
     if len(spots) < 2:
         return Section("Gain and head accuracy", [])
     alt = "Gain of the blend over the head against the accuracy of the head: " + "; ".join(
@@ -72,11 +84,6 @@ def gain_section(results: Results, differences: Sequence[Difference]) -> Section
     figure = gains("gain", "Where the blend helps", spots, alt)
     text = Text("One point per setting; whiskers are the 95 % intervals of the gain.", soft=True)
     return Section("Gain and head accuracy", [text, Figures([figure], wide=True)])
-
-
-def _series(results: Results, difference: Difference) -> str:
-    title = results.title("task", difference.setting.task)
-    return f"{title}, {difference.comparison.protocol}"
 
 
 def heat_section(results: Results) -> Section:
@@ -119,18 +126,21 @@ def reliability_section(results: Results) -> Section:
         for arm in (a for a in _RELIABLE if a in shared_arms(cells)):
             confidence = np.concatenate([c.arrays[f"confidence/{arm}"] for c in cells])
             correct = np.concatenate([c.correct(arm) for c in cells])
-            arms[arm] = reliability_bins(confidence.astype(np.float64), correct)
+            bins = reliability_bins(confidence.astype(np.float64), correct)
+            arms[arm] = bins[bins[:, 2] >= _FEWEST]
         title = " · ".join(setting_words(results, setting))
         alt = f"Reliability of {title}: " + "; ".join(
             f"{arm} sure by {percent(float(np.average(b[:, 0], weights=b[:, 2])))} % on average, "
             f"right in {percent(float(np.average(b[:, 1], weights=b[:, 2])))} %"
             for arm, b in arms.items()
+            if len(b)
         )
         name = f"reliability-{'-'.join(setting.pair)}-{setting.detail}"
         drawn.append(reliability(name, title, arms, alt))
     words = (
-        "Ten bins of equal width, all splits pooled; a dot is as large as its bin. On the dotted "
-        "line an arm is right as often as it is sure; below it, it is too sure."
+        f"Ten bins of equal width, all splits pooled, those of fewer than {_FEWEST} items left "
+        "out; a dot is as large as its bin. On the dotted line an arm is right as often as it is "
+        "sure; below it, it is too sure."
     )
     return Section("Reliability", [Text(words, soft=True), Figures(drawn)] if drawn else [])
 

@@ -15,7 +15,7 @@ from report_pairs import (
     shared_arms,
 )
 from report_statistics import rank_correlation
-from report_words import arm_name, p_value, plural, points, signed
+from report_words import arm_name, p_words, plural, points, signed
 
 _MOST_NAMED = 6
 _ALPHA = 0.05
@@ -82,7 +82,7 @@ def across_line(row: Across) -> str:
     )
     line = line[0].upper() + line[1:] if not line.startswith("k-NN") else line
     if row.test.can_conclude:
-        return f"{line}. Wilcoxon p {_p(row.test.p)}, Holm-adjusted p {_p(row.adjusted)}."
+        return f"{line}. Wilcoxon {p_words(row.test.p)}, Holm-adjusted {p_words(row.adjusted)}."
     verb = "differs is" if row.test.pairs == 1 else "differ are"
     return (
         f"{line}. The {row.test.pairs} {plural(row.test.pairs, 'pair')} that {verb} too few for a "
@@ -131,7 +131,7 @@ def accuracy_line(results: Results, differences: Sequence[Difference]) -> str:
     said = f"{tendency} as the head gets better" if p < _ALPHA else "shows no clear trend"
     return (
         f"The gain of the blend {said}: Spearman's rank correlation {signed(rho, 2)} over "
-        f"{len(found)} settings (p {_p(p)}, taking settings of one task as independent)."
+        f"{len(found)} settings ({p_words(p)}, taking settings of one task as independent)."
     )
 
 
@@ -198,8 +198,3 @@ def oracle_line(results: Results) -> str:
 
 def _chosen(differences: Sequence[Difference], *key: str) -> list[Difference]:
     return [d for d in differences if d.comparison == Comparison(*key)]
-
-
-def _p(p: float) -> str:
-    shown = p_value(p)
-    return shown if shown.startswith("<") else f"= {shown}"

@@ -42,7 +42,7 @@ def setting_words(results: Results, setting: Setting) -> list[str]:
     return [*words, setting.detail] if setting.detail else words
 
 
-def overview(results: Results, protocol: str, arms: Sequence[str]) -> Grid:
+def overview(results: Results, protocol: str, arms: Sequence[str], folded: str = "") -> Grid:
     """Top-1 of each arm of a protocol, one row per setting; the best is bold."""
     settings = results.settings(protocol)
     detailed = any(setting.detail for setting in settings)
@@ -61,7 +61,7 @@ def overview(results: Results, protocol: str, arms: Sequence[str]) -> Grid:
     columns = ["task", "backbone", *(["variant"] if detailed else []), "splits"]
     return Grid(
         [*columns, *map(arm_name, arms)], rows, words=2 + detailed, strong=frozenset(strong),
-        caption="Top-1 on test in %, mean ± std over splits; the best arm is bold.",
+        caption="Top-1 on test in %, mean ± std over splits; the best arm is bold.", folded=folded,
     )  # fmt: skip
 
 
@@ -178,3 +178,14 @@ def cost_table(results: Results) -> Grid:
         )  # fmt: skip
     columns = ["setting", "cells", *phases, "total s", "images", "images/s", "peak MiB"]
     return Grid(columns, rows, folded="Seconds per phase, summed over splits")
+
+
+def cost_words(results: Results) -> str:
+    """Seconds of each phase over all cells, the longest first."""
+    totals: dict[str, float] = {}
+    for cell in results.cells:
+        for phase, seconds in cell.document["seconds"].items():
+            totals[phase] = totals.get(phase, 0.0) + (seconds or 0.0)
+    order = sorted(totals, key=lambda phase: -totals[phase])
+    shown = ", ".join(f"{phase} {totals[phase]:,.0f} s" for phase in order)
+    return f"All {len(results.cells):,} cells together: {shown}."

@@ -26,8 +26,8 @@ def arm_name(arm: str) -> str:
 
 def clean(text: object) -> str:
     """A text in one line without control characters and turns of direction."""
-    spaced = " ".join(str(text).split())
-    return "".join(c for c in spaced if unicodedata.category(c) not in _DROPPED)
+    spaced = (" " if character in "\n\r\t\v\f" else character for character in str(text))
+    return "".join(c for c in spaced if unicodedata.category(c) not in _DROPPED).strip()
 
 
 def points(value: float, digits: int = 1) -> str:
@@ -52,7 +52,7 @@ def percent(mean: float, std: float | None = None) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value as it is printed; a dash for none."""
+    """A p-value as a table shows it; a dash for none."""
     if p != p:
         return DASH
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -61,3 +61,9 @@ def p_value(p: float) -> str:
 def plural(count: int, word: str) -> str:
     """A word with its s unless there is exactly one."""
     return word if count == 1 else f"{word}s"
+
+
+def p_words(p: float) -> str:
+    """A p-value as a sentence says it, kept on one line."""
+    shown = p_value(p)
+    return f"p {shown if shown.startswith('<') else f'= {shown}'}".replace(" ", "\u00a0")
