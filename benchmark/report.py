@@ -9,7 +9,7 @@ from report_build import build_report
 from report_cells import load_results
 from report_markdown import write_markdown
 from report_page import write_html
-from report_pictures import offline_pictures
+from report_pictures import local_pictures
 from report_push import push_results
 from report_table import write_table
 from rich.console import Console
@@ -43,7 +43,8 @@ def main(
     try:
         results = load_results(folder)
         if baseline is None:
-            report = build_report(results, offline_pictures if pictures else None)
+            source = local_pictures(results.run.get("options", {}).get("limit"))
+            report = build_report(results, source if pictures else None)
             paths = [write_table(results, target)]
         else:
             report = baseline_report(results, load_results(baseline))

@@ -1,5 +1,7 @@
 """Reads the folder of a run and refuses what doesn't belong together."""
 
+import hashlib
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -202,20 +204,28 @@ def _load_cell(path: Path) -> Cell:
     shift = ", ".join(str(v) if k == "shift" else f"{k} {v}" for k, v in sorted(rest.items()))
     shots = about.get("shots")
     setting = Setting(about["task"], about["backbone"], about["protocol"], shots, shift)
-    arrays = _load_arrays(path.with_suffix(".npz"), list(document["arms"]))
+    stored = path.with_suffix(".npz")
+    arrays = _load_arrays(stored, list(document["arms"]), document.get("arrays_sha256"))
     cell = Cell(path.stem, setting, int(about["seed"]), document, arrays)
     _check_accuracy(cell, path)
     return cell
 
 
-def _load_arrays(path: Path, arms: list[str]) -> dict[str, NDArray[Any]]:
+def _load_arrays(path: Path, arms: list[str], sha256: str | None) -> dict[str, NDArray[Any]]:
     if not path.exists():
         raise FileNotFoundError(
             f"Expected {path} beside the cell's JSON, but it isn't there; do delete the cell and "
             "run it again."
         )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"Expected {path} with the sha256 {sha256} that its JSON names, but got {found}: it is "
+            "damaged or of another run; do delete the cell and run it again."
+        )
     wanted = [*_ARRAYS, *(f"{kind}/{arm}" for arm in arms for kind in _PER_ARM)]
-    with np.load(path, allow_pickle=False) as stored:
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Galleries: pictures where the blend repairs the head's answer, and where it breaks it."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from hf_knn import thumbnail
 
 MOST = 6
 """Pictures of each kind."""
+
+_LOCAL = ("offline", "folder")
 
 
 class Picture(NamedTuple):
@@ -36,26 +39,26 @@ Source = Callable[[str, Sequence[int]], list[Picture]]
 """From a task and ids of rows to these rows; raises `PicturesMissingError`."""
 
 
-def offline_pictures(task: str, ids: Sequence[int]) -> list[Picture]:
-    """Rows of a task of `benchmark/tasks.py`, drawn on first use.
+def local_pictures(limit: int | None = None) -> Source:
+    """Rows of tasks that need no network: drawn from installed packages, or in a folder.
 
     Args:
-        task: its id.
-        ids: rows.
-
-    Raises:
-        PicturesMissingError: for a task that is not among them, or without the packages.
+        limit: of the run, which chooses among a task's rows.
     """
-    try:
-        from tasks import TASKS, load_task
-    except ModuleNotFoundError as error:
-        raise PicturesMissingError(f"{error.name} is not installed") from error
-    if task not in TASKS:
-        raise PicturesMissingError("the task is not one that is drawn from installed packages")
-    rows = load_task(task)
-    if ids and max(ids) >= len(rows):
-        raise PicturesMissingError(f"row {max(ids)} was asked for, the task has {len(rows)}")
-    return [Picture(rows[row]["image"], rows[row]["label"]) for row in map(int, ids)]
+
+    def source(task: str, ids: Sequence[int]) -> list[Picture]:
+        try:
+            loading = import_module("loading")
+            if loading.find_task(task).source not in _LOCAL:
+                raise PicturesMissingError("the task's pictures are not on this machine")
+            rows = loading.load_task(task, limit=limit).rows
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise PicturesMissingError(str(error)) from error
+        if ids and max(ids) >= len(rows):
+            raise PicturesMissingError(f"row {max(ids)} was asked for, the task has {len(rows)}")
+        return [Picture(rows[int(row)]["image"], int(rows[int(row)]["label"])) for row in ids]
+
+    return source
 
 
 def galleries(results: Results, source: Source | None) -> list[Block]:

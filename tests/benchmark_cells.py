@@ -1,5 +1,6 @@
 """Writes folders as `benchmark/run.py` does, with made-up answers; it documents their layout."""
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,8 +110,10 @@ def write_cell(folder: Path, plan: Plan, about: Mapping[str, Any]) -> Path:
             "test_clean": metrics(probabilities[clean], items["labels"][clean]),
             "per_class": None,
         }
-    np.savez_compressed(folder / "cells" / f"{name}.npz", allow_pickle=False, **arrays)
+    stored = folder / "cells" / f"{name}.npz"
+    np.savez(stored, allow_pickle=False, **arrays)
     document = _document(plan, about, arms, items)
+    document["arrays_sha256"] = hashlib.sha256(stored.read_bytes()).hexdigest()
     path = folder / "cells" / f"{name}.json"
     path.write_text(json.dumps(document))
     return path
