@@ -81,7 +81,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
     sections = [Section("In short", short)]
     sections += [_protocol(results, name, differences) for name in _protocols(results)]
     if across:
-        blocks = [across_table(across), Text(_WILCOXON, soft=True)]
+        blocks: list[Block] = [across_table(across), Text(_WILCOXON, soft=True)]
         sections.append(Section("Across tasks", blocks))
     sections += [
         gain_section(results, differences),

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from report_document import Figure
 from report_statistics import Floats, Interval
@@ -119,10 +120,8 @@ def _drawn(name: str, alt: str, size: tuple[float, float], draw: Draw) -> Figure
 
 
 def _png(size: tuple[float, float], draw: Draw, theme: Theme) -> bytes:
-    canvas = Canvas(figsize=size, dpi=_DPI, facecolor=theme.paper, layout="constrained")
-    engine = canvas.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.09, h_pad=0.09)  # inches
+    engine = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)  # inches
+    canvas = Canvas(figsize=size, dpi=_DPI, facecolor=theme.paper, layout=engine)
     axes = canvas.add_subplot()
     axes.set_facecolor(theme.paper)
     axes.tick_params(colors=theme.soft, labelsize=8, length=3)

@@ -16,7 +16,7 @@ from hf_knn import thumbnail
 MOST = 6
 """Pictures of each kind."""
 
-_LOCAL = ("offline", "folder")
+_LOCAL = ("offline", "imagefolder")
 
 
 class Picture(NamedTuple):
