@@ -50,7 +50,7 @@ def compare(new: Results, old: Results) -> tuple[list[Change], list[str]]:
     before = old.settings()
     changes, left_out = [], []
     for setting, cells in new.settings().items():
-        words = " · ".join([setting.protocol, *setting_words(new, setting)])
+        words = " · ".join([setting.protocol, *setting_words(setting)])
         pairs = _pairs(cells, before.pop(setting, []))
         alike = [pair for pair in pairs if _same_items(*pair)]
         if len(alike) < len(pairs):
@@ -60,7 +60,7 @@ def compare(new: Results, old: Results) -> tuple[list[Change], list[str]]:
         if alike:
             changes += _changes(setting, alike)
     left_out += [
-        f"{' · '.join([setting.protocol, *setting_words(old, setting)])}: in the baseline only"
+        f"{' · '.join([setting.protocol, *setting_words(setting)])}: in the baseline only"
         for setting in before
     ]
     return changes, left_out
@@ -151,7 +151,7 @@ def _table(new: Results, changes: list[Change]) -> Grid:
     bad: set[tuple[int, int]] = set()
     for number, change in enumerate(changes):
         nll = [signed(value, 3) for value in change.nll]
-        words = " · ".join([change.setting.protocol, *setting_words(new, change.setting)])
+        words = " · ".join([change.setting.protocol, *setting_words(change.setting)])
         rows.append(
             [
                 words, arm_name(change.arm), str(change.seeds), with_interval(change.top1),

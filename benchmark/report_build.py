@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from report_cells import Results
+from report_clean import clean_section
 from report_document import Block, Bullets, Facts, Grid, Heading, Report, Section, Text
 from report_pairs import Difference, across_pairs, differences_of, shared_arms
 from report_pictures import Source, galleries
+from report_protocols import FOREST, PROTOCOLS, protocols_of
 from report_sections import (
     complementarity_blocks,
     forest_block,
@@ -27,37 +29,6 @@ from report_tables import (
 )
 from report_words import DASH, plural
 
-PROTOCOLS = {
-    "knn": (
-        "Head, neighbours and blend",
-        "The blend and k-NN are tuned on validation; the fixed blend is not tuned at all (k 20, "
-        "T 0.14, λ 0.5).",
-    ),
-    "lowdata": (
-        "Few labelled pictures",
-        "Pictures per class for training; labels used for validation are part of them.",
-    ),
-    "linear": (
-        "Loss of the linear head",
-        "Each loss had the same number of trials. Shuffled: the factors of the reweighted loss, "
-        "dealt to other pictures; constant: their mean for all. What remains of a gain there has "
-        "nothing to do with what k-NN finds hard.",
-    ),
-    "finetune": ("Fine-tuning", "The whole network is trained, then head and neighbours vote."),
-    "robustness": ("Shifted test pictures", "Everything is chosen on pictures without the shift."),
-    "peers": (
-        "Is it k-NN, or any second voice?",
-        "Other classical models on the same features, each alone, beside the head, and beside "
-        "k-NN.",
-    ),
-    "complementarity": ("What the voices have in common", ""),
-}
-"""Protocols in the order of a report: heading, and what one should know."""
-
-_FOREST = {
-    "knn": ("blend", "head"), "linear": ("reweighted", "plain"), "finetune": ("blend", "head"),
-    "robustness": ("blend", "head"),
-}  # fmt: skip
 _WILCOXON = (
     "One difference per pair of task and backbone, the mean over splits, shots and shifts; "
     "Wilcoxon's signed rank test, two-sided, Holm-corrected within the comparisons of the method "
@@ -79,7 +50,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
     lines = summary_lines(results, differences, across)
     short: list[Block] = [facts_of(results), Bullets(lines), *_notes(results)]
     sections = [Section("In short", short)]
-    sections += [_protocol(results, name, differences) for name in _protocols(results)]
+    sections += [_protocol(results, name, differences) for name in protocols_of(results)]
     if across:
         blocks: list[Block] = [across_table(across), Text(_WILCOXON, soft=True)]
         sections.append(Section("Across tasks", blocks))
@@ -87,6 +58,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
         gain_section(results, differences),
         heat_section(results),
         reliability_section(results),
+        clean_section(results),
         Section("Repaired and broken answers", galleries(results, source)),
         Section("Cost", [Text(cost_words(results)), cost_table(results)]),
         Section("What failed", _failures(results)),
@@ -129,12 +101,6 @@ def _notes(results: Results) -> list[Block]:
     return [Text(f"Note: {warning}") for warning in results.warnings]
 
 
-def _protocols(results: Results) -> list[str]:
-    there = dict.fromkeys(cell.setting.protocol for cell in results.cells)
-    known = [name for name in PROTOCOLS if name in there]
-    return known + [name for name in there if name not in PROTOCOLS]
-
-
 def _protocol(results: Results, protocol: str, differences: Sequence[Difference]) -> Section:
     heading, words = PROTOCOLS.get(protocol, (protocol, ""))
     cells = [cell for cell in results.cells if cell.setting.protocol == protocol]
@@ -143,9 +109,9 @@ def _protocol(results: Results, protocol: str, differences: Sequence[Difference]
     special = _special(results, protocol, own)
     folded = "Top-1 of every arm, in numbers" if special else ""
     blocks += [*special, overview(results, protocol, shared_arms(cells), folded)]
-    if protocol in _FOREST:
-        first, second = _FOREST[protocol]
-        blocks += forest_block(results, own, first, second, f"difference-{protocol}")
+    if protocol in FOREST:
+        first, second = FOREST[protocol]
+        blocks += forest_block(own, first, second, f"difference-{protocol}")
     if own:
         blocks.append(differences_table(results, own, folded="Paired differences, one by one"))
     return Section(heading, [*blocks, all_metrics(results, protocol)])
@@ -195,25 +161,27 @@ def _data(results: Results) -> Grid:
         if cell.setting.shots is None or cell.setting.task not in rows:
             counts = [f"{data.get(part) or 0:,}" for part in ("train", "validation", "test")]
             rows[cell.setting.task] = [
-                str(task.get("title") or cell.setting.task), str(task.get("licence") or DASH),
+                cell.setting.task, str(task.get("title") or DASH), str(task.get("licence") or DASH),
                 str(task.get("revision")), str(task.get("classes", DASH)), *counts,
                 f"{data.get('near_duplicates_in_train') or 0:,}",
             ]  # fmt: skip
     columns = [
-        "task", "licence", "revision", "classes", "train", "validation", "test", "near duplicates",
+        "task", "title", "licence", "revision", "classes", "train", "validation", "test",
+        "near duplicates",
     ]  # fmt: skip
-    return Grid(columns, list(rows.values()), words=3)
+    return Grid(columns, list(rows.values()), words=4)
 
 
 def _models(results: Results) -> Grid:
     rows = {
         cell.setting.backbone: [
-            str(cell.document["model"].get("title") or cell.setting.backbone),
+            cell.setting.backbone,
+            str(cell.document["model"].get("title") or DASH),
             str(cell.document["model"].get("revision")),
         ]
         for cell in results.cells
     }
-    return Grid(["backbone", "revision"], list(rows.values()), words=2)
+    return Grid(["backbone", "title", "revision"], list(rows.values()), words=3)
 
 
 def _machine(results: Results) -> Grid:

@@ -113,14 +113,6 @@ class Results:
         ordered = sorted(found, key=lambda s: (s.protocol, *s.pair, s.shots or 0, s.shift))
         return {key: sorted(found[key], key=lambda cell: cell.seed) for key in ordered}
 
-    def title(self, kind: str, name: str) -> str:
-        """What a `task` or `backbone` is called in words."""
-        part = "task" if kind == "task" else "model"
-        for cell in self.cells:
-            if getattr(cell.setting, kind) == name:
-                return str(cell.document[part].get("title") or name)
-        return name
-
 
 def load_results(folder: Path) -> Results:
     """Reads a folder that `benchmark/run.py` wrote.

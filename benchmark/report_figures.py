@@ -18,6 +18,7 @@ from report_statistics import Floats, Interval
 from report_words import arm_name, difference_name
 
 _DPI = 150
+_LONGEST = 48  # characters
 _COLOURS_KEPT = 96  # flat drawings: a palette is a third of the size
 
 
@@ -84,7 +85,7 @@ class Spot(NamedTuple):
 
 def forest(name: str, title: str, rows: Sequence[Row], alt: str) -> Figure:
     """Differences with intervals, one line each; 0 is marked."""
-    height = 0.9 + 0.27 * len(rows)
+    height = 1.4 + 0.27 * len(rows)
     return _drawn(name, alt, (6.4, height), partial(_forest, title=title, rows=rows))
 
 
@@ -150,8 +151,9 @@ def _legend(axes: Axes, theme: Theme) -> None:
 
 
 def _literal(text: str) -> str:
-    """Names are no formulas."""
-    return text.replace("$", r"\$")
+    """Names are no formulas, and long ones would leave no room to draw."""
+    lines = (x if len(x) <= _LONGEST else f"{x[: _LONGEST - 1]}…" for x in text.split("\n"))
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def _forest(axes: Axes, theme: Theme, title: str, rows: Sequence[Row]) -> None:

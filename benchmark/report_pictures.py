@@ -70,7 +70,7 @@ def galleries(results: Results, source: Source | None) -> list[Block]:
     """
     blocks: list[Block] = []
     for task, cell in _chosen_cells(results).items():
-        blocks += _of_cell(results, task, cell, source)
+        blocks += _of_cell(task, cell, source)
     return blocks
 
 
@@ -99,17 +99,14 @@ def pick(cell: Cell, good: bool, most: int = MOST) -> Ints:
     return places[np.argsort(-moved if good else moved, kind="stable")][:most]
 
 
-def _of_cell(results: Results, task: str, cell: Cell, source: Source | None) -> list[Block]:
-    words = " · ".join(
-        [results.title("task", task), results.title("backbone", cell.setting.backbone)]
-    )
+def _of_cell(task: str, cell: Cell, source: Source | None) -> list[Block]:
     head, blend = cell.correct("head"), cell.correct("blend")
     repaired, broken = int((blend & ~head).sum()), int((head & ~blend).sum())
     text = (
         f"Split {cell.seed}: of {len(head)} test items the blend repairs {repaired} answers of "
         f"the head and breaks {broken}."
     )
-    blocks: list[Block] = [Heading(words), Text(text)]
+    blocks: list[Block] = [Heading(" · ".join(cell.setting.pair)), Text(text)]
     if source is None:
         return [*blocks, Text("Pictures were not asked for.", soft=True)]
     chosen = [(place, good) for good in (True, False) for place in pick(cell, good)]

@@ -28,7 +28,7 @@ _RELIABLE = ("head", "plain", "knn", "blend", "fixed")
 
 
 def forest_block(
-    results: Results, differences: Sequence[Difference], first: str, second: str, name: str
+    differences: Sequence[Difference], first: str, second: str, name: str
 ) -> list[Block]:
     """A forest plot of one comparison; split into several when there are many settings."""
     found = [d for d in differences if d.comparison[1:] == (first, second)]
@@ -36,7 +36,7 @@ def forest_block(
     drawn = []
     for start in range(0, len(found), _MOST_ROWS):
         part = found[start : start + _MOST_ROWS]
-        rows = [Row(" · ".join(setting_words(results, d.setting)), d.top1) for d in part]
+        rows = [Row(" · ".join(setting_words(d.setting)), d.top1) for d in part]
         alt = f"{title}: " + "; ".join(f"{r.label} {with_interval(r.interval)}" for r in rows)
         drawn.append(forest(f"{name}-{start // _MOST_ROWS + 1}", title, rows, alt))
     return [Figures(drawn, wide=True)] if drawn else []
@@ -50,7 +50,7 @@ def lowdata_blocks(results: Results) -> list[Block]:
             by_pair[setting.pair].append(cells)
     drawn = []
     for pair, groups in by_pair.items():
-        title = f"{results.title('task', pair[0])} · {results.title('backbone', pair[1])}"
+        title = " · ".join(pair)
         arms: dict[str, Curve] = {}
         for arm in shared_arms([cell for cells in groups for cell in cells]):
             stats = [mean_and_std(values_of(cells, arm, "top1")) for cells in groups]
@@ -93,7 +93,7 @@ def heat_section(results: Results) -> Section:
         maps = [cell.document["heat"] for cell in cells if cell.document.get("heat")]
         if not maps:
             continue
-        title = " · ".join(setting_words(results, setting))
+        title = " · ".join(setting_words(setting))
         first = maps[0]
         alike = [
             m for m in maps if (m["k"], m["temperature"]) == (first["k"], first["temperature"])
@@ -128,7 +128,7 @@ def reliability_section(results: Results) -> Section:
             correct = np.concatenate([c.correct(arm) for c in cells])
             bins = reliability_bins(confidence.astype(np.float64), correct)
             arms[arm] = bins[bins[:, 2] >= _FEWEST]
-        title = " · ".join(setting_words(results, setting))
+        title = " · ".join(setting_words(setting))
         alt = f"Reliability of {title}: " + "; ".join(
             f"{arm} sure by {percent(float(np.average(b[:, 0], weights=b[:, 2])))} % on average, "
             f"right in {percent(float(np.average(b[:, 1], weights=b[:, 2])))} %"
@@ -154,7 +154,7 @@ def complementarity_blocks(results: Results) -> list[Block]:
     rows = []
     for setting, cells in results.settings("complementarity").items():
         extras = [cell.document.get("extra") or {} for cell in cells]
-        row = [" · ".join(setting_words(results, setting)), str(len(cells))]
+        row = [" · ".join(setting_words(setting)), str(len(cells))]
         for name in names:
             values = [extra[name] for extra in extras if extra.get(name) is not None]
             row.append(percent(*mean_and_std(values)) if values else DASH)

@@ -51,7 +51,7 @@ def summary_lines(
     by_comparison = {row.comparison: row for row in across}
 
     def name(pair: tuple[str, str]) -> str:
-        return f"{results.title('task', pair[0])} with {results.title('backbone', pair[1])}"
+        return " with ".join(pair)
 
     lines = []
     for key, lead in _LEADS.items():

@@ -36,10 +36,9 @@ def shown_metric(values: Sequence[float], metric: str) -> str:
     return percent(average, deviation)
 
 
-def setting_words(results: Results, setting: Setting) -> list[str]:
+def setting_words(setting: Setting) -> list[str]:
     """Task, backbone and, if there is any, shots and shift."""
-    words = [results.title("task", setting.task), results.title("backbone", setting.backbone)]
-    return [*words, setting.detail] if setting.detail else words
+    return [*setting.pair, *([setting.detail] if setting.detail else [])]
 
 
 def overview(results: Results, protocol: str, arms: Sequence[str], folded: str = "") -> Grid:
@@ -48,7 +47,7 @@ def overview(results: Results, protocol: str, arms: Sequence[str], folded: str =
     detailed = any(setting.detail for setting in settings)
     rows, strong = [], set()
     for number, (setting, cells) in enumerate(settings.items()):
-        words = setting_words(results, setting)
+        words = setting_words(setting)
         words += [""] * (2 + detailed - len(words))
         values = [values_of(cells, arm, "top1") for arm in arms]
         best = max((mean(v) for v in values if v), default=0.0)
@@ -69,7 +68,7 @@ def all_metrics(results: Results, protocol: str) -> Grid:
     """Every metric of every arm, with and without near duplicates, and what was chosen."""
     rows = []
     for setting, cells in results.settings(protocol).items():
-        where = " · ".join(setting_words(results, setting))
+        where = " · ".join(setting_words(setting))
         for arm in shared_arms(cells):
             row = [where, arm_name(arm)]
             for part in ("test", "test_clean"):
@@ -120,7 +119,7 @@ def differences_table(
         clean = DASH if difference.clean is None else with_interval(difference.clean)
         rows.append(
             [
-                name, " · ".join(setting_words(results, setting)), str(difference.splits),
+                name, " · ".join(setting_words(setting)), str(difference.splits),
                 with_interval(difference.top1), clean, f"{shown[0]} [{shown[1]}, {shown[2]}]",
             ]
         )  # fmt: skip
@@ -170,7 +169,7 @@ def cost_table(results: Results) -> Grid:
         memory = max(c.document.get("peak_memory_bytes") or 0 for c in cells)
         rows.append(
             [
-                " · ".join([setting.protocol, *setting_words(results, setting)]), str(len(cells)),
+                " · ".join([setting.protocol, *setting_words(setting)]), str(len(cells)),
                 *(f"{s:.1f}" if s else DASH for s in seconds), f"{sum(seconds):.1f}",
                 f"{images:,}" if images else "cached", f"{mean(rates):.0f}" if rates else DASH,
                 f"{memory / 2**20:,.0f}" if memory else DASH,

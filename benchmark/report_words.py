@@ -42,7 +42,8 @@ def signed(value: float, digits: int) -> str:
 
 def difference_name(first: str, second: str) -> str:
     """Two arms, the second taken from the first."""
-    return f"{arm_name(first)} {MINUS} {arm_name(second)}"
+    names = (f"({n})" if " + " in n else n for n in map(arm_name, (first, second)))
+    return f" {MINUS} ".join(names)
 
 
 def percent(mean: float, std: float | None = None) -> str:

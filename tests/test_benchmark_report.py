@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from report import app
 from report_baseline import baseline_report, compare
 from report_build import build_report
 from report_cells import Results, Setting, load_results
+from report_clean import without_near_duplicates
 from report_document import Gallery, Text
 from report_markdown import write_markdown
 from report_page import render_html, write_html
@@ -26,7 +28,7 @@ from sklearn.metrics import log_loss
 from typer.testing import CliRunner
 
 HOSTILE = "<img src=x onerror=alert(1)>|*\u202e"
-SMALL = Plan(tasks=("digits",), backbones=("lite0",), protocols=("knn",), seeds=(0, 1))
+SMALL = Plan(("digits",), ("lite0",), ("knn",), (0, 1), near=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def source(task: str, ids: object) -> list[Picture]:
 @pytest.fixture(scope="module")
 def written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    report = build_report(results, source)
+    cells = [cell for cell in results.cells if cell.setting.backbone == "lite0"]
+    report = build_report(replace(results, cells=cells), source)
     write_markdown(report, folder)
     write_html(report, folder / "report.html")
     return folder
@@ -151,6 +154,18 @@ def test_differences_are_those_of_the_answers(results):
     pairs = np.stack([1 - true, true], axis=1)
     wanted = log_loss(np.ones(len(true)), pairs, labels=[0, 1])
     assert nll_of(cells[0], "head").mean() == pytest.approx(wanted)
+
+
+def test_results_without_near_duplicates_are_those_of_the_run(results):
+    """The top-1 that the run measured on clean items, and the same differences as in the tables."""
+    rest = without_near_duplicates(results)
+    for before, after in zip(results.cells, rest.cells, strict=True):
+        assert len(after.arrays["ids"]) == (~before.arrays["near_duplicate"]).sum()
+        for arm in before.arms:
+            wanted = before.arms[arm]["test_clean"]
+            assert after.arms[arm]["test"] == pytest.approx(wanted)
+    clean = [d.clean for d in differences_of(results)]
+    assert clean == [d.top1 for d in differences_of(rest)]
 
 
 def test_groups_are_drawn_where_they_repeat(results, small):
@@ -257,7 +272,8 @@ def test_the_page_is_one_safe_file(written):
     for heading in (
         "In short", "Head, neighbours and blend", "Few labelled pictures", "Across tasks",
         "Loss of the linear head", "Is it k-NN, or any second voice?", "k and temperature",
-        "Reliability", "Repaired and broken answers", "Cost", "What failed", "How it was measured",
+        "Reliability", "The same without near duplicates", "Cost",
+        "Repaired and broken answers", "What failed", "How it was measured",
     ):  # fmt: skip
         assert heading in text
 
@@ -279,8 +295,10 @@ def test_the_markdown_has_its_pictures_and_no_markup_of_strangers(written):
     assert all(widths[n - 1] == widths[n] == widths[n + 1] for n in starts)
 
 
-def test_the_same_results_give_the_same_page(small):
-    pages = [render_html(build_report(load_results(small))) for _ in range(2)]
+def test_the_same_results_give_the_same_page(tmp_path):
+    plan = Plan(("digits",), ("lite0",), ("linear",), (0, 1), near=0)
+    results = load_results(write_run(tmp_path / "run", plan))
+    pages = [render_html(build_report(results)) for _ in range(2)]
     assert pages[0] == pages[1]
 
 
@@ -364,7 +382,7 @@ def test_folders_that_cannot_be_compared(small, tmp_path):
     shifted = old.cells[0]
     shifted.arrays["ids"] = shifted.arrays["ids"] + 1
     _, left_out = compare(load_results(small), old)
-    assert left_out == ["knn · Digits · lite0: 1 splits with other test items"]
+    assert left_out == ["knn · digits · lite0: 1 splits with other test items"]
     more = write_run(tmp_path / "more", Plan(**SMALL.__dict__ | {"backbones": ("vit",)}))
     changes, left_out = compare(load_results(more), old)
     assert changes == []
