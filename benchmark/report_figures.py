@@ -130,13 +130,11 @@ def _png(size: tuple[float, float], draw: Draw, theme: Theme) -> bytes:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.line)
     draw(axes, theme)
-    stream = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(stream)
+    agg = FigureCanvasAgg(canvas)
+    agg.draw()
     small = io.BytesIO()
-    with Image.open(stream) as picture:
-        picture.convert("RGB").quantize(_COLOURS_KEPT, dither=Image.Dither.NONE).save(
-            small, "PNG", optimize=True
-        )
+    picture = Image.fromarray(np.asarray(agg.buffer_rgba())).convert("RGB")
+    picture.quantize(_COLOURS_KEPT, dither=Image.Dither.NONE).save(small, "PNG")
     return small.getvalue()
 
 
