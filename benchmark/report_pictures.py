@@ -122,8 +122,9 @@ def _of_cell(task: str, cell: Cell, source: Source | None) -> list[Block]:
         some = [tile for tile in tiles if tile.good == good]
         blocks += [Text(words), Gallery(some)] if some else []
     if tiles:
-        licence = cell.document["task"].get("licence") or "unknown"
-        blocks.append(Text(f"Licence of the pictures: {licence}.", soft=True))
+        about = cell.document["task"]
+        words = f"Pictures: {about.get('title') or task}. Licence: {about.get('licence')}."
+        blocks.append(Text(words, soft=True))
     return blocks
 
 

@@ -83,11 +83,7 @@ def across_line(row: Across) -> str:
     line = line[0].upper() + line[1:] if not line.startswith("k-NN") else line
     if row.test.can_conclude:
         return f"{line}. Wilcoxon {p_words(row.test.p)}, Holm-adjusted {p_words(row.adjusted)}."
-    verb = "differs is" if row.test.pairs == 1 else "differ are"
-    return (
-        f"{line}. The {row.test.pairs} {plural(row.test.pairs, 'pair')} that {verb} too few for a "
-        "signed rank test to conclude anything."
-    )
+    return f"{line}. Too few pairs differ ({row.test.pairs}) for a signed rank test."
 
 
 def _clear_words(row: Across) -> str:
@@ -178,7 +174,7 @@ def duplicates_line(results: Results, differences: Sequence[Difference]) -> str:
     return (
         f"{near / total:.1%} of test items have a near duplicate in training. Without them the "
         f"mean gain of the blend over the head is {points(after, 2)} points, with them "
-        f"{points(before, 2)}, in the {len(gains)} {plural(len(gains), 'setting')} that have any."
+        f"{points(before, 2)}, over {len(gains)} {plural(len(gains), 'setting')} with any."
     )
 
 
