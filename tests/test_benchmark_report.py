@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_sections
 from benchmark_cells import POOL, Plan, cell_name, cells_of, write_cell, write_run
 from datasets import Dataset
 from PIL import Image
@@ -16,11 +17,12 @@ from report_baseline import baseline_report, compare
 from report_build import build_report
 from report_cells import Results, Setting, load_results
 from report_clean import without_near_duplicates
-from report_document import Gallery, Text
+from report_document import Figures, Gallery, Text
 from report_markdown import write_markdown
 from report_page import render_html, write_html
 from report_pairs import Across, Comparison, across_pairs, comparisons_of, differences_of, nll_of
 from report_pictures import Picture, PicturesMissingError, galleries, pick
+from report_sections import heat_section
 from report_statistics import signed_rank
 from report_summary import across_line, summary_lines, where_not
 from report_table import as_dataset
@@ -295,6 +297,16 @@ def test_the_markdown_has_its_pictures_and_no_markup_of_strangers(written):
     assert all(widths[n - 1] == widths[n] == widths[n + 1] for n in starts)
 
 
+def test_drawings_beyond_the_most_are_said(results, monkeypatch):
+    monkeypatch.setattr(report_sections, "MOST_PANELS", 1)
+    text, figures = heat_section(results).blocks
+    assert isinstance(text, Text)
+    assert text.text.endswith("The first 1 of 2 are drawn.")
+    assert isinstance(figures, Figures)
+    (figure,) = figures.figures
+    assert "best 80.0 % at k 50, T 0.01" in figure.alt
+
+
 def test_the_same_results_give_the_same_page(tmp_path):
     plan = Plan(("digits",), ("lite0",), ("linear",), (0, 1), near=0)
     results = load_results(write_run(tmp_path / "run", plan))
@@ -312,11 +324,8 @@ def test_a_gallery_shows_what_the_blend_changed(results):
     for place in pick(cell, good=False):
         assert head[place] > blend[place]
     assert {tile.good for tile in tiles} == {True, False}
-    assert any(
-        block.text == "Pictures: Digits. Licence: CC-BY-SA-4.0."
-        for block in blocks
-        if isinstance(block, Text)
-    )
+    texts = [block.text for block in blocks if isinstance(block, Text)]
+    assert "Pictures: Digits. Licence: CC-BY-SA-4.0." in texts
 
 
 def test_pictures_that_are_not_there_or_not_the_same_are_said(results):

@@ -80,6 +80,26 @@ def test_items_of_a_group_are_drawn_together():
     assert_as_scipy(found, values)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("same", [True, False])
+def test_intervals_hold_the_truth_when_splits_share_items(same):
+    """Three splits out of one pool, or of the same test items; what an item does mostly stays."""
+    chances = [0.05, 0.88, 0.07]
+    rng = np.random.default_rng(0)
+    hits = []
+    for seed in range(300):
+        pool = rng.choice([-1.0, 0.0, 1.0], 400, p=chances)
+        fixed = rng.choice(400, 120, replace=False)
+        splits = []
+        for _ in range(3):
+            ids = fixed if same else rng.choice(400, 120, replace=False)
+            fresh = rng.choice([-1.0, 0.0, 1.0], 120, p=chances)
+            splits.append(split(np.where(rng.random(120) < 0.8, pool[ids], fresh), ids))
+        (found,) = paired_bootstrap(splits, 300, seed=seed)
+        hits.append(found.low <= 0.02 <= found.high)
+    assert np.mean(hits) >= 0.925
+
+
 def test_columns_are_told_apart_and_the_seed_decides():
     values = np.stack([differences(80), differences(80, 1)], axis=1)
     both = paired_bootstrap([split(values)], 200)
