@@ -139,7 +139,7 @@ def _lines(changes: list[Change]) -> list[str]:
     count = len(changes)
     lines = [
         f"Of {count} {plural(count, 'arm')} in their settings, {len(better)} are clearly better, "
-        f"{len(worse)} clearly worse and {len(same)} answer alike on every item."
+        f"{len(worse)} clearly worse and {len(same)} are right on the same items as before."
     ]
     mean = float(np.mean([c.top1.mean for c in changes]))
     return [*lines, f"The mean change of top-1 is {points(mean, 2)} points."]

@@ -363,7 +363,7 @@ def test_a_folder_against_itself_has_not_changed(small):
     assert {change.arm for change in changes} == {"head", "knn", "blend", "fixed", "dino"}
     assert all(change.top1 == (0, 0, 0) for change in changes)
     text = render_html(baseline_report(results, results))
-    assert "0 are clearly better, 0 clearly worse and 5 answer alike" in text
+    assert "0 are clearly better, 0 clearly worse and 5 are right on the same items" in text
 
 
 def test_a_change_is_found_item_by_item(small, tmp_path):

@@ -11,7 +11,7 @@ from report_push import push_results
 from typer.testing import CliRunner
 
 REPO = "org/results"
-PLAN = Plan(tasks=("digits",), backbones=("lite0",), protocols=("linear",), seeds=(0, 1))
+PLAN = Plan(tasks=("digits",), backbones=("lite0",), protocols=("linear",), seeds=(0, 1), near=0)
 
 
 def test_results_are_pushed_in_one_commit_and_open_as_a_dataset(hub: Hub, tmp_path: Path) -> None:
