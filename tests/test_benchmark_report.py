@@ -21,11 +21,12 @@ from report_document import Figures, Gallery, Text
 from report_markdown import write_markdown
 from report_page import render_html, write_html
 from report_pairs import Across, Comparison, across_pairs, comparisons_of, differences_of, nll_of
-from report_pictures import Picture, PicturesMissingError, galleries, pick
+from report_pictures import Picture, PicturesMissingError, galleries, local_pictures, pick
 from report_sections import heat_section
 from report_statistics import signed_rank
 from report_summary import across_line, summary_lines, where_not
 from report_table import as_dataset
+from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 from typer.testing import CliRunner
 
@@ -339,6 +340,17 @@ def test_pictures_that_are_not_there_or_not_the_same_are_said(results):
         blocks = galleries(results, wrong)
         assert not any(isinstance(block, Gallery) for block in blocks)
         assert any(words in block.text for block in blocks if isinstance(block, Text))
+
+
+def test_pictures_of_tasks_that_need_no_network():
+    """Row numbers are those of the run; a task of the Hub is never downloaded for a report."""
+    pytest.importorskip("loading", reason="benchmark/loading.py, which gives the pictures")
+    (row,) = local_pictures()("digits", [7])
+    assert row.label == load_digits().target[7]
+    with pytest.raises(PicturesMissingError, match="not on this machine"):
+        local_pictures()("cifar10", [0])
+    with pytest.raises(PicturesMissingError, match="row 5000 was asked for, the task has 1797"):
+        local_pictures()("digits", [5000])
 
 
 # ---- table, baseline, command -------------------------------------------------------------------
