@@ -19,6 +19,7 @@ _LAZY = {
     "FactorControl": "probe_settings",
     "MilvusDatastore": "milvus_store",
     "Neighbors": "search_backend",
+    "PAGE_STYLE": "page_style",
     "ProbeConfig": "probe_settings",
     "ProbeGrid": "probe_settings",
     "ProbeScore": "probe",
@@ -46,6 +47,7 @@ _LAZY = {
     "score_labels": "label_errors",
     "score_probes": "probe",
     "stratified_folds": "folds",
+    "thumbnail": "pages",
     "train_probes": "probe",
     "tune": "tuning",
 }

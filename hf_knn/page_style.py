@@ -1,6 +1,6 @@
 """The style sheet of a page: light and dark, on a phone and on paper."""
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2126; --soft: #59636e;
   --line: #d5dbe1; --card: #f5f7f9; --good: #1a7f37; --bad: #b42318; --link: #0b5cad; }
 @media (prefers-color-scheme: dark) {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .page_style import STYLE
+from .page_style import PAGE_STYLE
 
 THUMBNAIL_SIZE = 112
 """Side of a tile's picture, in pixels."""
@@ -218,7 +218,7 @@ def render_page(title: str, sections: Sequence[Section], lead: Sequence[str] = (
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<title>{_text(title)}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",
         ]

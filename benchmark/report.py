@@ -1,0 +1,65 @@
+"""Writes the report of a benchmark run: `python benchmark/report.py DIR`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from report_baseline import baseline_report
+from report_build import build_report
+from report_cells import load_results
+from report_markdown import write_markdown
+from report_page import write_html
+from report_pictures import local_pictures
+from report_push import push_results
+from report_table import write_table
+from rich.console import Console
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What benchmark/run.py wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report goes; DIR itself by default.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="DIR2", help="Compare with this folder, cell by cell.")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Galleries of pictures, of tasks drawn from installed packages.")
+    ] = True,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Push DIR as a dataset, in one commit.")
+    ] = None,
+) -> None:
+    """Writes report.md, report.html, their figures and results.parquet."""
+    console = Console()
+    target = output or folder
+    if push is not None and (output is not None or baseline is not None):
+        raise typer.BadParameter(
+            "goes neither with --output nor with --baseline", param_hint="push"
+        )
+    try:
+        results = load_results(folder)
+        if baseline is None:
+            source = local_pictures(results.run.get("options", {}).get("limit"))
+            report = build_report(results, source if pictures else None)
+            paths = [write_table(results, target)]
+        else:
+            report = baseline_report(results, load_results(baseline))
+            target = output or folder / f"against-{baseline.resolve().name}"
+            paths = []
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]{type(error).__name__}[/]:", end=" ")
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from error
+    paths += [write_markdown(report, target), write_html(report, target / "report.html")]
+    for path in paths:
+        console.print(str(path), markup=False)
+    if push is not None:
+        console.print(push_results(folder, push), markup=False)
+
+
+if __name__ == "__main__":
+    app()
