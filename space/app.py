@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from api import add_api
+from benchmark_tab import add_benchmark_tab, find_report
 from builtin import open_builtin
 from classify_tab import add_classify_tab
 from explore_tab import add_explore_tab
@@ -57,6 +58,10 @@ def make_app(page: Page) -> gr.Blocks:
             answer_after(change)
         with gr.Tab("Explore", id="explore") as explore:
             add_explore_tab(page, explore, token)
+        report = find_report()
+        if report is not None:
+            with gr.Tab("Benchmark", id="benchmark") as benchmark:
+                add_benchmark_tab(report, benchmark)
         with gr.Tab("API", id="api"):
             gr.Markdown(_api_text())
         app.load(

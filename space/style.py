@@ -32,6 +32,8 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-knn .knn-bar i { background: #b6651d; }
 .knn-voices { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr));
   gap: 0 1.5rem; }
+.knn-report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary);
+  border-radius: 12px; background: #fff; }
 .knn-map { margin: 0; background: #fff; border-radius: 12px; overflow: hidden; }
 .knn-map svg { width: 100%; height: auto; display: block; }
 .knn-map circle[data-row] { cursor: pointer; }

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import html
 import io
 import json
 import time
@@ -15,6 +16,7 @@ import yaml
 from space_app import PER_CLASS, Running, features_of, published, running, write_picture
 
 pytest.importorskip("gradio")
+from benchmark_tab import find_report, report_frame
 from exports import write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -463,6 +465,19 @@ def test_the_front_matter_is_what_the_hub_wants():
     assert (data.sdk, data.app_file, data.python_version) == ("gradio", "app.py", "3.12")
     assert data.sdk_version == version("gradio")
     assert (ROOT / "space" / str(data.app_file)).is_file()
+
+
+def test_a_report_is_shown_in_a_frame_without_scripts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_KNN_RESULTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"benchmark/report\.py"):
+        find_report()
+    page = tmp_path / "report.html"
+    page.write_text('<h1 class="a">92 % & more</h1><script>alert(1)</script>', "utf-8")
+    assert find_report() == page
+    frame = report_frame(page)
+    assert frame.count("<") == 2
+    assert 'sandbox=""' in frame
+    assert html.unescape(frame.partition('srcdoc="')[2].partition('"')[0]) == page.read_text()
 
 
 # ---- endpoints ----------------------------------------------------------------------------------
