@@ -146,10 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         page = open_page(given.checkpoint, given.pictures, os.environ.get("HF_KNN_DATA") or None)
+        app = make_app(page)
     except (SpaceError, ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    launch(make_app(page), server_port=given.port)
+    launch(app, server_port=given.port)
     return 0
 
 
