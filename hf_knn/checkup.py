@@ -77,6 +77,8 @@ def examine(
     groups: Ints | None,
     seed: int,
     watch: Watch = unwatched,
+    *,
+    with_curve: bool = True,
 ) -> None:
     """Looks for everything that pictures with features can have.
 
@@ -86,6 +88,7 @@ def examine(
         groups: [M] which of them belong together; None: each is its own.
         seed: of folds and parts.
         watch: told of the progress.
+        with_curve: measure what more pictures would bring, which takes longest.
     """
     rows = subset(checkup.pictures, checkup.usable)
     found: list[Finding] = []
@@ -97,7 +100,7 @@ def examine(
     with checkup.phase("outliers"):
         found += _outliers(checkup, rows)
     found += balance_findings(rows)
-    found += _look_at_labels(checkup, rows, pairs, groups, seed, watch)
+    found += _look_at_labels(checkup, rows, pairs, groups, seed, watch, with_curve)
     checkup.findings += [_renumbered(one, checkup.usable) for one in found]
 
 
@@ -174,8 +177,9 @@ def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
 
 
 def _look_at_labels(
-    checkup: Checkup, rows: Pictures, pairs: Pairs, groups: Ints | None, seed: int, watch: Watch
-) -> list[Finding]:
+    checkup: Checkup, rows: Pictures, pairs: Pairs, groups: Ints | None, seed: int, watch: Watch,
+    with_curve: bool,
+) -> list[Finding]:  # fmt: skip
     """Likely label errors and the learning curve, where there are labels to compare."""
     labels = torch.from_numpy(rows.labels)
     classes = len(rows.label_names)
@@ -190,8 +194,9 @@ def _look_at_labels(
         done = watch("Asking out of fold", len(folds))
         voices = out_of_fold(checkup.features, labels, classes, folds, done)
         scores = score_labels(voices, labels)
-    with checkup.phase("learning curve"):
-        checkup.curve = _curve(checkup.features, labels, classes, folds, voices, seed, watch)
+    if with_curve:
+        with checkup.phase("learning curve"):
+            checkup.curve = _curve(checkup.features, labels, classes, folds, voices, seed, watch)
     checkup.voices, checkup.scores = voices, scores
     return label_findings(scores, voices, rows)
 

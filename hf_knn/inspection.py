@@ -22,6 +22,7 @@ def inspect_datastore(
     root: Path | None = None,
     seed: int = 0,
     watch: Watch = unwatched,
+    with_curve: bool = True,
 ) -> Checkup:
     """Looks for copies, likely label errors, outliers and small classes among stored rows.
 
@@ -32,6 +33,7 @@ def inspect_datastore(
             pixels; None compares features alone.
         seed: of folds and parts.
         watch: told of the progress.
+        with_curve: measure what more pictures would bring, which takes longest.
 
     Returns:
         What was found; its pictures are the rows, in order.
@@ -52,7 +54,7 @@ def inspect_datastore(
             prints = _prints(root, pictures, watch)
         if prints is None:
             checkup.skipped.append("Pixels: not every picture of the datastore can be opened.")
-    examine(checkup, prints, None, seed, watch)
+    examine(checkup, prints, None, seed, watch, with_curve=with_curve)
     return checkup
 
 

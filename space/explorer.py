@@ -93,7 +93,7 @@ class Explorer:
         if len(store) > MAX_ROWS:
             chosen = np.random.default_rng(self._seed).choice(len(store), MAX_ROWS, replace=False)
             store = store.subset(store.ids[np.sort(chosen)])
-        checkup = inspect_datastore(store, self._names, seed=self._seed)
+        checkup = inspect_datastore(store, self._names, seed=self._seed, with_curve=False)
         ids = store.ids.numpy()
         kinds: dict[str, list[Any]] = {}
         for finding in sorted(checkup.findings, key=lambda one: -one.score):
