@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -113,6 +114,10 @@ def _build_efficientnet_lite0(folder: Path) -> None:
     model = TimmWrapperModel(TimmWrapperConfig(architecture=LITE0))
     model.timm_model.load_state_dict(features)
     model.save_pretrained(folder)
+    _save_lite0_processor(folder)
+
+
+def _save_lite0_processor(folder: Path) -> None:
     processor = BitImageProcessor(
         size={"shortest_edge": 256},  # 224 / 0.875, bicubic by default
         crop_size={"height": 224, "width": 224},
@@ -122,10 +127,15 @@ def _build_efficientnet_lite0(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _build_tiny_vit_digits(folder: Path) -> None:
+def _build_efficientnet_lite0_random(folder: Path) -> None:
+    TimmWrapperModel(TimmWrapperConfig(architecture=LITE0)).save_pretrained(folder)
+    _save_lite0_processor(folder)
+
+
+def _build_tiny_vit(folder: Path, side: int, patch: int) -> None:
     config = ViTConfig(
-        image_size=8,
-        patch_size=2,
+        image_size=side,
+        patch_size=patch,
         num_hidden_layers=4,
         hidden_size=64,
         num_attention_heads=4,
@@ -133,7 +143,9 @@ def _build_tiny_vit_digits(folder: Path) -> None:
     )
     # With its pooling layer: AutoModel adds one anyway, and would draw it anew on each load.
     ViTModel(config).save_pretrained(folder)
-    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=HALF, image_std=HALF)
+    processor = ViTImageProcessor(
+        size={"height": side, "width": side}, image_mean=HALF, image_std=HALF
+    )
     processor.save_pretrained(folder)
 
 
@@ -152,7 +164,21 @@ OFFLINE_BACKBONES = {
             "ViT of 4 layers and width 64 for 8x8 pixels, random weights",
             "Apache-2.0",
             ("torch", "transformers"),
-            _build_tiny_vit_digits,
+            partial(_build_tiny_vit, side=8, patch=2),
+        ),
+        OfflineBackbone(
+            "tiny-vit",
+            "ViT of 4 layers and width 64 for 16x16 pixels, trained on the pictures of each split",
+            "Apache-2.0",
+            ("torch", "transformers"),
+            partial(_build_tiny_vit, side=16, patch=4),
+        ),
+        OfflineBackbone(
+            "efficientnet-lite0-random",
+            "EfficientNet-Lite0 with random weights: what the architecture alone is worth",
+            "Apache-2.0",
+            ("timm", "torch", "transformers"),
+            _build_efficientnet_lite0_random,
         ),
     )
 }

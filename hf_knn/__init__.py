@@ -41,6 +41,7 @@ _LAZY = {
     "out_of_fold": "voices",
     "print_of": "prints",
     "score_labels": "label_errors",
+    "score_log_probs": "metrics",
     "score_probes": "probe",
     "stratified_folds": "folds",
     "train_probes": "probe",
