@@ -4,7 +4,6 @@ Ids with `verified=False` were written from memory, without a network; timm's we
 installed timm. `benchmark/verify.py` checks them where there is a network.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ def find_backbone(name: str) -> Backbone:
     raise unknown_name("backbone", name, BACKBONES)
 
 
-def place_of(entry: Backbone, cache_dir: Path | None) -> str | os.PathLike[str]:
+def place_of(entry: Backbone, cache_dir: Path | None) -> str | Path:
     """The folder or Hub id of a backbone; an offline one is made on first use."""
     assert entry.location is not None
     return build_backbone(entry.location, cache_dir) if entry.offline else entry.location
