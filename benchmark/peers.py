@@ -55,7 +55,7 @@ class Data(NamedTuple):
 
     def reduced(self) -> "Data":
         """The same on the first principal components of the training pictures."""
-        width = min(PCA_WIDTH, *self.train.shape)
+        width = max(1, min(PCA_WIDTH, len(self.train) // 2, self.train.shape[1]))
         fitted = PCA(width, svd_solver="randomized", random_state=0).fit(self.train)
         parts = (fitted.transform(part) for part in (self.train, self.validation, self.test))
         train, validation, test = parts

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from backbones import SCRATCH, Backbone, place_of
+from huggingface_hub import HfApi
 from loading import LoadedTask
 from numpy.typing import NDArray
 from splits import Parts, split_pool
@@ -85,6 +86,17 @@ class OpenBackbone:
     def is_scratch(self) -> bool:
         """Whether its features are those of a training on each split."""
         return self.entry.kind == SCRATCH
+
+    @cached_property
+    def revision(self) -> str:
+        """What its weights are of: the folder's versions, a commit on the Hub, or a folder."""
+        place = place_of(self.entry, self.cache_dir)
+        if isinstance(place, Path):
+            return place.name
+        if Path(place).is_dir():
+            return "local"
+        name = place if "/" in place else f"timm/{place}"
+        return str(HfApi().model_info(name, revision=self.entry.revision).sha)
 
     def fresh(self) -> KnnForImageClassification:
         """A new model on the pretrained backbone."""

@@ -32,6 +32,23 @@ def train_scratch(
         seed: of the head and of the order.
         epochs: passes over the rows.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model waits for its threads more than it computes
+    try:
+        return _train(backbone, pixels, labels, train, num_labels, seed, epochs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    backbone: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    train: Any,
+    num_labels: int,
+    seed: int,
+    epochs: int,
+) -> Rows:
     rows = torch.as_tensor(train, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
