@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from offline_tasks import split_indices
 
-from hf_knn import stratified_folds
+from hf_knn import few_rows, stratified_folds
 
 Rows = NDArray[np.int64]
 
@@ -81,10 +81,10 @@ def _split_rest(
     rest = np.sort(np.concatenate([train, validation]))
     share = len(validation) / len(rest) if len(validation) else VALIDATION_SHARE
     if groups is None:
-        kept, held, more = split_indices(
-            labels[rest], seed, (1 - share, 0.999 * share, 0.001 * share)
-        )
-        return Parts(rest[kept], np.sort(rest[np.concatenate([held, more])]), test)
+        values = labels[rest]
+        held = few_rows(torch.from_numpy(values), share, seed)
+        held = held[np.bincount(values)[values[held]] > 1]  # a lone picture is for training
+        return Parts(np.delete(rest, held), rest[held], test)
     train, validation = _hold_out(labels, groups, rest, max(2, round(1 / share)), seed)
     return Parts(train, validation, test)
 

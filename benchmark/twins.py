@@ -43,7 +43,7 @@ class Twins:
     def pairs(self) -> NDArray[np.int64]:
         """[P, 2] numbers of pictures in the pool."""
         if self.path.exists():
-            return np.loadtxt(self.path, np.int64, ndmin=2).reshape(-1, 2)
+            return np.array(self.path.read_text().split(), np.int64).reshape(-1, 2)
         if not self.loaded.is_streamed:
             self.prints = [print_of(image.convert("RGB")) for image in self.loaded.rows["image"]]
         if self.exact_only:
