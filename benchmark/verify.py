@@ -5,7 +5,7 @@ splits and columns. For each backbone: whether the repository and its revision a
 without a revision are told the one to pin.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 import typer
@@ -82,10 +82,8 @@ def verify(tasks: Iterable[str] | None, backbones: Iterable[str] | None) -> list
         tasks = [name for name, task in TASKS.items() if task.source is Source.HUB]
     if backbones is None:
         backbones = [n for n, b in BACKBONES.items() if b.location and not b.offline]
-    checks: list[Callable[[], Verdict]] = []
-    checks += [lambda name=name: verify_task(find_task(name)) for name in tasks]
-    checks += [lambda name=name: verify_backbone(find_backbone(name)) for name in backbones]
-    return [check() for check in checks]
+    found = [verify_task(find_task(name)) for name in tasks]
+    return found + [verify_backbone(find_backbone(name)) for name in backbones]
 
 
 def main(

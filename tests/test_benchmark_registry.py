@@ -40,7 +40,8 @@ def test_the_papers_backbones_are_there_or_say_why_not():
 
 def test_timm_ids_that_count_as_verified_are_in_timm():
     known = set(timm.list_pretrained())
-    ids = [b.location for b in BACKBONES.values() if (b.location or "").startswith("timm/")]
+    places = [backbone.location or "" for backbone in BACKBONES.values()]
+    ids = [place for place in places if place.startswith("timm/")]
     assert len(ids) > 5
     for location in ids:
         assert location.removeprefix("timm/") in known
