@@ -12,6 +12,7 @@ import runner
 import torch
 from backbones import find_backbone
 from cells import Cell, is_finished
+from export import as_dataset
 from folder import locked
 from loading import load_task
 from peers import PEERS
@@ -165,6 +166,29 @@ def test_the_weight_of_a_second_voice_is_that_of_tune():
     wanted = tune(near, head, labels, 3, "one_standard_error", grid=one)
     votes = knn_log_probs(near.similarities, near.labels, 3, 0.5)
     assert choose_weight(head, votes, labels) == pytest.approx(wanted.knn_weight)
+
+
+def test_backbones_that_are_trained(place, tmp_path):
+    trained = cells_of(place, ["finetune"])
+    scratch = [cell._replace(backbone="tiny-vit") for cell in cells_of(place, ["knn", "lowdata"])]
+    scratch += [scratch[-1]._replace(shots=4)]
+    done = run(place, tmp_path / "one", [*trained, *scratch], epochs=1)
+    assert done.failures == []
+    again = run(place, tmp_path / "two", scratch, epochs=1)
+    for cell in scratch:  # the same training gives the same numbers
+        assert read(done.folder, cell)[0]["arms"] == read(again.folder, cell)[0]["arms"]
+    sizes = read(done.folder, scratch[-1])[0]["data"]
+    assert (sizes["train"], sizes["validation"]) == (9, 3)  # one of four to choose on
+    assert set(read(done.folder, trained[0])[0]["arms"]) == {"head", "knn", "blend", "fixed"}
+
+
+def test_the_table_has_a_row_per_cell_and_arm(finished):
+    folder, cells = finished
+    table = as_dataset(folder)
+    assert len(table) == sum(len(read(folder, cell)[0]["arms"]) for cell in cells)
+    knn = table.filter(lambda row: row["protocol"] == "knn" and row["arm"] == "blend")[0]
+    document, _ = read(folder, next(cell for cell in cells if cell.protocol == "knn"))
+    assert knn["test_top1"] == document["arms"]["blend"]["test"]["top1"]
 
 
 # ---- going on -----------------------------------------------------------------------------------
