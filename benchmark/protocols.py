@@ -58,10 +58,10 @@ def linear_arms() -> dict[str, list[ProbeConfig]]:
     Factors are divided by their mean, so that they do not act as a larger learning rate, except
     in `constant`, which is that very control: each loss times the mean factor.
     """
-    rates, alphas = (0.1, 0.03), (0.03, 0.1, 0.3)
+    rates, alphas = (0.03, 0.01, 0.003), (0.03, 0.3)
     arms = {
         "reweighted": ProbeGrid(rates, alphas=alphas).configs(),
-        "focal": ProbeGrid(rates, gammas=(0.5, 1.0, 2.0)).configs(),
+        "focal": ProbeGrid(rates, gammas=(0.5, 2.0)).configs(),
         "shuffled": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.SHUFFLED,)).configs(),
         "constant": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.CONSTANT,)).configs(),
     }

@@ -19,6 +19,7 @@ from hf_knn import (
     ProbeSettings,
     blend_log_probs,
     choose_probe,
+    default_grid,
     knn_log_probs,
     score_probes,
     train_probes,
@@ -26,14 +27,15 @@ from hf_knn import (
 )
 
 EPOCHS, BATCH, WARMUP = 25, 256, 2.0
-PLAIN = ProbeGrid((0.1, 0.03, 0.01), (0.0, 1e-3)).configs()
+PLAIN = ProbeGrid((0.03, 0.01, 0.003), (0.0, 1e-3)).configs()
 """Six trials, as every arm of every protocol has."""
 
 FIXED = {"k": 20, "temperature": 0.14, "knn_weight": 0.5}
 """Nothing chosen; what low-data cells without labels to choose on take too."""
 
+FIXED_K = int(FIXED["k"])
 DINO_TEMPERATURE = 0.14  # 0.07 on cosines is 0.14 on squared distances
-LARGEST_K = 512
+FEW_LABELS = 16  # per class, below which `hf_knn.tune` takes its coarse grid
 FLOOR = 1e-12
 
 
@@ -92,7 +94,8 @@ class Voices:
 
     def search(self, store: Datastore, rows: Rows) -> Neighbors:
         """The nearest rows of a store, as many as any cell asks for."""
-        return store.search(rows.store, min(LARGEST_K, len(store)))
+        chosen_on = len(self.split.validation.labels) or len(self.split.train.labels)
+        return store.search(rows.store, widest(len(store), self.num_labels, chosen_on))
 
     @cached_property
     def head(self) -> Arm:
@@ -210,10 +213,18 @@ def mixed(first: Arm, second: Arm, weight: float) -> Arm:
     return Arm(validation, blend_log_probs(first.test, second.test, weight), chosen)
 
 
+def widest(rows: int, num_labels: int, chosen_on: int) -> int:
+    """The largest k of the grid that `tune` takes: 512 neighbours cost ten times 128."""
+    is_coarse = chosen_on < FEW_LABELS * num_labels
+    largest = max(default_grid(rows, num_labels, coarse=is_coarse).k)
+    return min(rows, max(FIXED_K, largest))
+
+
 def leave_one_out(store: Datastore, rows: Rows, num_labels: int) -> Tensor:
     """[N] leave-one-out log p_knn of each row's own label; `rows` are those of the store."""
     ids = torch.arange(len(rows.labels))
-    near = store.search(rows.store, min(LARGEST_K, len(store) - 1), ids)
+    width = min(len(store) - 1, widest(len(store), num_labels, len(ids)))
+    near = store.search(rows.store, width, ids)
     silent = torch.zeros(len(rows.labels), num_labels)
     best = tune(near, silent, rows.labels, num_labels, "log_likelihood").best_knn
     votes = votes_of(near, num_labels, max(1, best.k), best.temperature)
