@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from accelerate import PartialState
-from cells import Cell
+from cells import Cell, is_finished
 from estimates import check_disk, estimate, seconds_of
 from experiments import hide_progress_bars
 from protocols import PROTOCOLS
@@ -76,6 +77,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure head, k-NN and blend; without arguments a quickstart that needs no network."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)  # first: without a device accelerate overlooks the other ranks
     is_quick = suite == QUICK
     foreign: dict[str, Any] = {
         "--backbone": backbones, "--protocol": protocol, "--shots": shots, "--dry-run": dry_run,
@@ -143,7 +146,7 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
         console.print(
             f"[red]Failed[/] {cell.name}: {type(error).__name__}: {error}", soft_wrap=True
         )
-    done = sum(progress.done for progress in run.progress.values())
+    done = sum(is_finished(folder, cell) for cell in cells)
     console.print(f"{done} of {len(cells)} cells are in {folder}.", soft_wrap=True)
     console.print(f"Done after {time.perf_counter() - started:.0f} s.")
     console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)

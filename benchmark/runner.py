@@ -153,10 +153,12 @@ class Run:
             return
         bench = Bench(study, pairs, self.folder, options)
         self.progress[key].seconds += time.perf_counter() - started
-        shares = {share: i for i, share in enumerate(dict.fromkeys(map(_share, cells)))}
+        shots = sorted({cell.shots or 0 for cell in cells})
         for cell in cells:
             together = cell.protocol in COLLECTIVE
-            mine = shares[_share(cell)] % state.num_processes == state.process_index
+            # cells of one split and as many shots share fitted voices
+            place = cell.seed + shots.index(cell.shots or 0)
+            mine = place % state.num_processes == state.process_index
             if mine or together:
                 self._run_cell(bench, cell, write=state.is_main_process if together else True)
 
@@ -275,8 +277,3 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1_024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _share(cell: Cell) -> tuple[int, int | None]:
-    """Cells that one rank should have together, since they share fitted voices."""
-    return cell.seed, cell.shots

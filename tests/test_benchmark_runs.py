@@ -314,7 +314,7 @@ def command(place: Path, output: Path, launcher: list[str]) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "benchmark" / "run.py"), *arguments]
 
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
