@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runner
+import scratch as scratch_module
 import torch
 from backbones import find_backbone
 from cells import Cell, is_finished
@@ -168,7 +169,8 @@ def test_the_weight_of_a_second_voice_is_that_of_tune():
     assert choose_weight(head, votes, labels) == pytest.approx(wanted.knn_weight)
 
 
-def test_backbones_that_are_trained(place, tmp_path):
+def test_backbones_that_are_trained(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch_module, "LEAST_STEPS", 4)
     trained = cells_of(place, ["finetune"])
     scratch = [cell._replace(backbone="tiny-vit") for cell in cells_of(place, ["knn", "lowdata"])]
     scratch += [scratch[-1]._replace(shots=4)]
