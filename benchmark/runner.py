@@ -22,7 +22,7 @@ from results import provenance
 from study import Study
 from twins import Twins, near_duplicates
 
-EPOCHS = 30
+EPOCHS = 20
 
 
 @dataclass(frozen=True)
