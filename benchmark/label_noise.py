@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from backbones import build_backbone
 from numpy.typing import NDArray
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 from results import mean_and_std, provenance
 from sklearn.metrics import roc_auc_score
-from tasks import load_task
 from torch import Tensor
 
 from hf_knn import (
@@ -131,7 +131,7 @@ def main() -> None:
     folder = build_backbone("efficientnet-lite0")
     document: dict[str, Any] = {"provenance": provenance(), "share": options.share, "tasks": {}}
     for task in options.tasks:
-        dataset = load_task(task)
+        dataset = load_pictures(task)
         names = dataset.features["label"].names
         model = KnnForImageClassification.from_backbone(folder, names)
         rows = extract_features(model, dataset)

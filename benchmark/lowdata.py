@@ -14,13 +14,13 @@ from typing import Annotated
 import matplotlib as mpl
 import torch
 import typer
-from backbones import build_backbone
 from few_shot import ARMS, VOICES, Rows, measure_split
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 from results import provenance
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student  # type: ignore[import-untyped]
-from tasks import load_task
 from tqdm import tqdm
 
 from hf_knn import KnnForImageClassification, extract_features, few_rows, few_shots
@@ -72,7 +72,7 @@ def main(
 
 def task_features(task: str, backbone: str, cache_dir: Path | None) -> tuple[Rows, int]:
     """Features of a task by a frozen backbone, and how many classes it has."""
-    dataset = load_task(task, cache_dir)
+    dataset = load_pictures(task, cache_dir)
     names = dataset.features["label"].names
     model = KnnForImageClassification.from_backbone(build_backbone(backbone, cache_dir), names)
     cache = None if cache_dir is None else cache_dir / "features"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from offline_tasks import load_pictures
 from PIL import Image
 from results import mean_and_std, provenance
-from tasks import load_task
 
 from hf_knn import find_pairs, print_of
 
@@ -51,7 +51,7 @@ class Originals(NamedTuple):
 
 
 def load(task: str) -> Originals:
-    dataset = load_task(task)
+    dataset = load_pictures(task)
     images = [entry["image"].convert("RGB") for entry in dataset]
     return Originals(dataset["name"][:], images, [print_of(image) for image in images])
 

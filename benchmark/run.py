@@ -1,98 +1,184 @@
-"""The offline benchmark: `python benchmark/run.py`, or `accelerate launch benchmark/run.py`.
+"""The benchmark: `python benchmark/run.py`, or `accelerate launch benchmark/run.py --suite NAME`.
 
-Without arguments: openmoji sub-categories on a frozen EfficientNet-Lite0 over several splits, and
-digits with a tiny ViT trained from scratch. It needs no network and writes a table, a JSON file, a
-picture of neighbours and a checkpoint.
+Without arguments it is the quickstart: real pictures, no network, under three minutes. With a suite
+it measures the suite's cells into a folder that can be continued at any time.
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from accelerate import PartialState
-from experiments import TaskResult, run_from_scratch, run_frozen
-from plots import draw_task
-from results import results_table, seconds_table, write_results
+from cells import Cell, is_finished
+from estimates import check_disk, estimate, seconds_of
+from experiments import hide_progress_bars
+from protocols import PROTOCOLS
+from quickstart import EPOCHS as HEAD_EPOCHS
+from quickstart import SCRATCH_EPOCHS, SCRATCH_SEEDS, SEEDS, run_quickstart
 from rich.console import Console
-from tasks import load_task
+from rich.live import Live
+from rich.table import Table
+from runner import EPOCHS, Options, Progress, Run
+from suites import QUICK, SUITES, make_cells
 
-DEFAULT_TASKS = ["openmoji", "digits"]
-FROZEN = {"openmoji": "efficientnet-lite0", "openmoji-categories": "efficientnet-lite0"}
-FROM_SCRATCH = {"digits": "tiny-vit-digits"}
+app = typer.Typer(add_completion=False)
 
 
+@app.command()
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path(
-        "outputs/quickstart"
-    ),
+    suite: Annotated[str, typer.Option(help=f"One of {[QUICK, *SUITES]}.")] = QUICK,
     task: Annotated[
-        list[str] | None, typer.Option(help=f"One of {sorted(FROZEN | FROM_SCRATCH)}; repeatable.")
+        list[str] | None,
+        typer.Option(help="Repeatable: a known name, imagefolder:PATH, hub:ID[@REVISION][:CONFIG]"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Splits of each frozen task.")] = 5,
-    scratch_seeds: Annotated[int, typer.Option(min=1, help="Splits trained from scratch.")] = 1,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the head on frozen features.")] = 60,
-    scratch_epochs: Annotated[int, typer.Option(min=1, help="Of a model from scratch.")] = 40,
+    backbones: Annotated[
+        list[str] | None,
+        typer.Option("--backbone", "--backbones", help="Repeatable: a name, a Hub id, a folder."),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: {', '.join(PROTOCOLS)}.")
+    ] = None,
+    shots: Annotated[
+        list[int] | None, typer.Option(min=1, help="Repeatable: pictures per class of lowdata.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many splits.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells, seconds and disk; run nothing.")
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(min=8, help="Pictures per task, to try things out.")
+    ] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Keep features, not pictures.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the Hub task.")] = None,
+    precision: Annotated[str, typer.Option(help="Of features: fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Quick: of the head. Else: of backbones that are trained."),
+    ] = None,
+    scratch_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Quick: splits trained from scratch.")
+    ] = None,
+    scratch_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Quick: of a model from scratch.")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Default: $HF_KNN_CACHE or ~/.cache/hf_knn.")
     ] = None,
 ) -> None:
-    """Run the offline default: head, k-NN and blend on real pictures, no network."""
+    """Measure head, k-NN and blend; without arguments a quickstart that needs no network."""
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)  # first: without a device accelerate overlooks the other ranks
+    is_quick = suite == QUICK
+    foreign: dict[str, Any] = {
+        "--backbone": backbones, "--protocol": protocol, "--shots": shots, "--dry-run": dry_run,
+        "--stream": stream, "--revision": revision,
+    }  # fmt: skip
+    if not is_quick:
+        foreign = {"--scratch-seeds": scratch_seeds, "--scratch-epochs": scratch_epochs}
+    for name, value in foreign.items():
+        if value:
+            raise typer.BadParameter(
+                f"{name} is not an option of the suite {suite!r}; "
+                f"do pass --suite with one of {list(SUITES) if is_quick else [QUICK]}"
+            )
+    try:
+        if is_quick:
+            run_quickstart(
+                output or Path("outputs/quickstart"), task or [], seeds or SEEDS,
+                scratch_seeds or SCRATCH_SEEDS, epochs or HEAD_EPOCHS,
+                scratch_epochs or SCRATCH_EPOCHS, limit, cache_dir,
+            )  # fmt: skip
+            return
+        cells = make_cells(
+            suite, tasks=task, backbones=backbones, protocols=protocol, shots=shots, seeds=seeds
+        )
+        options = Options(
+            limit, epochs or EPOCHS, precision, batch_size, stream, revision, cache_dir
+        )
+        folder = output or Path("outputs") / suite
+        if dry_run:
+            _list(cells, options)
+            return
+        check_disk(folder, estimate(cells, limit, stream).megabytes)
+        failed = _run(folder, suite, cells, options)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"Error: {error}") from error
+    if failed:
+        raise SystemExit(1)
+
+
+def _list(cells: list[Cell], options: Options) -> None:
+    table = Table(title=f"{len(cells)} cells", title_justify="left")
+    for column in ("cell", "about s"):
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
+    for cell in cells:
+        table.add_row(cell.name, f"{seconds_of(cell, options.limit):.1f}")
+    found = estimate(cells, options.limit, options.streaming)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(
+        f"About {found.seconds / 60:.0f} minutes with features, within a factor of three, and "
+        f"{found.megabytes:,.0f} MB of disk. Nothing was run."
+    )
+
+
+def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
+    """Runs and shows it; returns how many cells failed on this rank."""
     started = time.perf_counter()
     state = PartialState()
     console = Console(quiet=not state.is_main_process)
-    tasks = task or DEFAULT_TASKS
-    unknown = sorted(set(tasks) - set(FROZEN | FROM_SCRATCH))
-    if unknown:
-        raise typer.BadParameter(
-            f"unknown task {unknown}; choose from {sorted(FROZEN | FROM_SCRATCH)}"
+    hide_progress_bars()
+    with _shown(console) as watch:
+        run = Run(folder, options, watch)
+        run.run(suite, cells)
+    for cell, error in run.failures:
+        console.print(
+            f"[red]Failed[/] {cell.name}: {type(error).__name__}: {error}", soft_wrap=True
         )
-    results: list[TaskResult] = []
-    for name in tasks:
-        if name in FROZEN:
-            result = run_frozen(name, FROZEN[name], seeds, epochs, limit, cache_dir, console.print)
-        else:
-            result = run_from_scratch(
-                name, FROM_SCRATCH[name], scratch_seeds, scratch_epochs, limit, cache_dir,
-                console.print,
-            )  # fmt: skip
-        results.append(result)
-    if state.is_main_process:
-        _write(results, output, limit, cache_dir, console, sys.argv[1:])
-        console.print(f"Done after {time.perf_counter() - started:.0f} s.")
+    done = sum(is_finished(folder, cell) for cell in cells)
+    console.print(f"{done} of {len(cells)} cells are in {folder}.", soft_wrap=True)
+    console.print(f"Done after {time.perf_counter() - started:.0f} s.")
+    console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
+    return len(run.failures)
 
 
-def _write(
-    results: list[TaskResult],
-    output: Path,
-    limit: int | None,
-    cache_dir: Path | None,
-    console: Console,
-    options: list[str],
-) -> None:
-    console.print(results_table(results))
-    console.print(seconds_table(results))
-    write_results(output / "results.json", results, {"arguments": options})
-    first = results[0]
-    assert first.model is not None
-    rows = load_task(first.task, cache_dir, limit)
-    draw_task(first, rows, output / "neighbors.png")
-    checkpoint = output / "checkpoint"
-    assert first.model.datastore is not None
-    first.model.datastore.source = {"dataset": first.task, "split": "train, seed 0"}
-    first.model.save_pretrained(checkpoint)
-    query = output / "query.png"
-    rows[first.test_rows[0]]["image"].save(query)
-    console.print(f"Numbers: {output / 'results.json'}")
-    console.print(f"Picture: {output / 'neighbors.png'}")
-    console.print(f"Checkpoint: {checkpoint}")
-    command = f".venv/bin/hf-knn predict {checkpoint} {query}"
-    console.print(f"Next: [bold]{command}[/]", soft_wrap=True)
+@contextmanager
+def _shown(console: Console) -> Iterator[Any]:
+    """A live table on a terminal; elsewhere a line per task and backbone."""
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def say(progress: dict[tuple[str, str], Progress], doing: str) -> None:
+            if doing.endswith(": features") and doing not in said:
+                said.add(doing)
+                console.print(doing, soft_wrap=True)
+
+        yield say
+        return
+    with Live(console=console, refresh_per_second=2) as live:
+        yield lambda progress, doing: live.update(_progress_table(progress, doing))
+
+
+def _progress_table(progress: dict[tuple[str, str], Progress], doing: str) -> Table:
+    table = Table(title="Cells of this rank", title_justify="left", caption=doing)
+    for column in ("task", "backbone", "cells", "finished", "from before", "failed", "seconds"):
+        table.add_column(column, justify="left" if column in ("task", "backbone") else "right")
+    for (task, backbone), p in progress.items():
+        numbers = (p.total, p.done, p.skipped, p.failed)
+        table.add_row(task, backbone, *map(str, numbers), f"{p.seconds:.0f}")
+    return table
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -15,8 +15,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from backbones import build_backbone
 from lowdata import Rows, task_features
+from offline_backbones import build_backbone
 from results import provenance
 from rich.console import Console
 from rich.table import Table

@@ -16,11 +16,11 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from backbones import build_backbone
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 from results import provenance
 from rich.console import Console
 from rich.table import Table
-from tasks import load_task
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Measure what a taught class is worth, and what it costs the others."""
     console, started = Console(), time.perf_counter()
-    dataset = load_task(task, cache_dir)
+    dataset = load_pictures(task, cache_dir)
     names = list(dataset.features["label"].names)
     place = build_backbone(backbone, cache_dir)
     model = KnnForImageClassification.from_backbone(place, names)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmark"))  # the offline pictures
 
-from backbones import build_backbone
-from tasks import load_task
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 
 from hf_knn import KnnForImageClassification, KnnTrainer, KnnTrainingArguments
 
 
 def main() -> None:
     """Train, tune and measure."""
-    pictures = load_task("digits").train_test_split(0.3, seed=0, stratify_by_column="label")
+    pictures = load_pictures("digits").train_test_split(0.3, seed=0, stratify_by_column="label")
     labels = pictures["train"].features["label"].names
     model = KnnForImageClassification.from_backbone(
         build_backbone("efficientnet-lite0"), labels, head="ridge"

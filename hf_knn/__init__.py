@@ -45,6 +45,7 @@ _LAZY = {
     "place_features": "feature_map",
     "print_of": "prints",
     "score_labels": "label_errors",
+    "score_log_probs": "metrics",
     "score_probes": "probe",
     "stratified_folds": "folds",
     "thumbnail": "pages",

@@ -123,6 +123,24 @@ _DEFINITIONS = (
 )
 
 
+def score_log_probs(log_probs: Scores, labels: Labels) -> dict[str, float]:
+    """All metrics of one voice, from arrays.
+
+    Args:
+        log_probs: [N, C] float64, floored log-probabilities.
+        labels: [N] int64.
+
+    Returns:
+        `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier`, and `auroc` for two classes.
+    """
+    is_binary = log_probs.shape[1] == 2
+    return {
+        definition.name: definition.compute(log_probs, labels)
+        for definition in _DEFINITIONS
+        if is_binary or definition.name != "auroc"
+    }
+
+
 class LogProbMetric(evaluate.Metric):
     """One number from log-probabilities and labels.
 
@@ -155,12 +173,9 @@ class LogProbMetric(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         log_probs = np.asarray(predictions, dtype=np.float64)
         labels = np.asarray(references, dtype=np.int64)
-        is_binary = log_probs.shape[1] == 2
-        return {
-            definition.name: definition.compute(log_probs, labels)
-            for definition in self.definitions
-            if is_binary or definition.name != "auroc" or len(self.definitions) == 1
-        }
+        if len(self.definitions) == 1:
+            return {self.definitions[0].name: self.definitions[0].compute(log_probs, labels)}
+        return score_log_probs(log_probs, labels)
 
 
 def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -72,11 +72,11 @@ def open_builtin(
             "Expected a model, but got none; set HF_KNN_MODEL to a checkpoint or a Hub id."
         )
     sys.path.append(str(_BENCHMARK))
-    from backbones import build_backbone  # a clone alone has them
     from cache import build_once, cache_root
-    from tasks import load_task, split_indices
+    from offline_backbones import build_backbone  # a clone alone has them
+    from offline_tasks import load_pictures, split_indices
 
-    rows = load_task(task, limit=limit)
+    rows = load_pictures(task, limit=limit)
     train, validation, test = split_indices(rows["label"][:], 0, (0.8, 0.15, 0.05))
     name = f"{task}_{backbone}_{len(rows)}_r{_REVISION}"
     place = cache_root() / "space" / name

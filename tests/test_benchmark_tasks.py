@@ -12,25 +12,25 @@ from pathlib import Path
 
 import cache
 import numpy as np
+import offline_tasks
 import pytest
-import tasks
 import timm
 import torch
-from backbones import build_backbone, efficientnet_lite0, rename_in_order
 from cache import build_once, cache_root, versioned
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
-from tasks import (
-    TASKS,
-    load_task,
+from offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
+from offline_tasks import (
+    OFFLINE_TASKS,
+    load_pictures,
     match_emoji,
     read_emoji,
     render_glyph,
     select_rows,
     split_indices,
 )
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
 from transformers import AutoImageProcessor, AutoModel
 
 GLYPHS = string.ascii_letters + string.digits
@@ -80,15 +80,18 @@ def test_openmoji_counts(column, classes, rows):
 def test_openmoji_tasks_share_one_drawing(tmp_path, monkeypatch):
     emoji = [e for e in read_emoji() if e.subcategory in ("cat-face", "heart", "hotel")]
     drawn = []
-    render = tasks.render_openmoji
+    render = offline_tasks.render_openmoji
 
     def counted(hexcode):
         drawn.append(hexcode)
         return render(hexcode)
 
-    monkeypatch.setattr(tasks, "read_emoji", lambda: emoji)
-    monkeypatch.setattr(tasks, "render_openmoji", counted)
-    fine, coarse = load_task("openmoji", tmp_path), load_task("openmoji-categories", tmp_path)
+    monkeypatch.setattr(offline_tasks, "read_emoji", lambda: emoji)
+    monkeypatch.setattr(offline_tasks, "render_openmoji", counted)
+    fine, coarse = (
+        load_pictures("openmoji", tmp_path),
+        load_pictures("openmoji-categories", tmp_path),
+    )
     assert sorted(drawn) == sorted(e.hexcode for e in emoji)
     assert fine.features["label"].names == ["cat-face", "heart"]  # two hotels are no class
     assert coarse.features["label"].names == ["Smileys & Emotion"]
@@ -106,7 +109,7 @@ def test_openmoji_tasks_share_one_drawing(tmp_path, monkeypatch):
 
 
 def test_glyphs_are_every_character_in_every_face(shared_cache, no_network):
-    dataset = load_task("glyphs", shared_cache)
+    dataset = load_pictures("glyphs", shared_cache)
     assert len(dataset) == 19 * 62
     assert dataset.features["label"].names == sorted("".join(GLYPHS))
     assert set(Counter(dataset["label"][:]).values()) == {19}
@@ -134,7 +137,7 @@ def test_glyphs_of_two_faces_differ():
 
 
 def test_digits_are_those_of_sklearn(shared_cache, no_network):
-    dataset, digits = load_task("digits", shared_cache), load_digits()
+    dataset, digits = load_pictures("digits", shared_cache), load_digits()
     assert dataset["label"][:] == digits.target.tolist()
     assert dataset.features["label"].names == [str(digit) for digit in range(10)]
     assert (dataset["name"][0], dataset["name"][1796]) == ("digit-0000", "digit-1796")
@@ -148,8 +151,8 @@ def test_digits_are_those_of_sklearn(shared_cache, no_network):
     ("limit", "counts"), [(100, [10] * 10), (43, [9, 9, 9, 8, 8]), (8, [8]), (5000, None)]
 )
 def test_limit_takes_the_same_balanced_subset(shared_cache, limit, counts):
-    subset = load_task("digits", shared_cache, limit)
-    whole = load_task("digits", shared_cache)
+    subset = load_pictures("digits", shared_cache, limit)
+    whole = load_pictures("digits", shared_cache)
     if counts is None:
         assert len(subset) == len(whole)
         return
@@ -157,7 +160,7 @@ def test_limit_takes_the_same_balanced_subset(shared_cache, limit, counts):
     sizes = Counter(subset["label"][:])
     assert sorted(sizes) == list(range(label.num_classes))
     assert sorted(sizes.values(), reverse=True) == counts
-    assert subset["name"][:] == load_task("digits", shared_cache, limit)["name"][:]
+    assert subset["name"][:] == load_pictures("digits", shared_cache, limit)["name"][:]
     names = dict(zip(whole["name"][:], whole["label"][:], strict=True))
     assert [label.int2str(row["label"]) for row in subset] == [
         str(names[n]) for n in subset["name"]
@@ -165,9 +168,9 @@ def test_limit_takes_the_same_balanced_subset(shared_cache, limit, counts):
 
 
 def test_loading_leaves_the_drawn_folder_as_it_is(shared_cache):
-    load_task("digits", shared_cache)
+    load_pictures("digits", shared_cache)
     before = sorted(shared_cache.rglob("*"))
-    load_task("digits", shared_cache, limit=80)
+    load_pictures("digits", shared_cache, limit=80)
     assert sorted(shared_cache.rglob("*")) == before
 
 
@@ -237,19 +240,19 @@ def test_split_refuses(labels, fractions, message):
 
 def test_unknown_names_are_answered_with_near_ones(tmp_path):
     with pytest.raises(ValueError, match=r"'openmojis'; do you mean openmoji or openmoji-categ"):
-        load_task("openmojis", tmp_path)
+        load_pictures("openmojis", tmp_path)
     with pytest.raises(
         ValueError, match=r"do you mean digits or glyphs or openmoji or openmoji-categories"
     ):
-        load_task("zzz", tmp_path)
+        load_pictures("zzz", tmp_path)
     with pytest.raises(ValueError, match=r"do you mean efficientnet-lite0\?"):
         build_backbone("efficientnet_lite0", tmp_path)
     with pytest.raises(ValueError, match=r"Expected limit .* but got 7"):
-        load_task("digits", tmp_path, limit=7)
+        load_pictures("digits", tmp_path, limit=7)
 
 
 def test_tasks_are_named_by_their_key():
-    assert [task.name for task in TASKS.values()] == list(TASKS)
+    assert [task.name for task in OFFLINE_TASKS.values()] == list(OFFLINE_TASKS)
 
 
 def test_versioned_changes_with_the_builder_and_names_what_is_missing():

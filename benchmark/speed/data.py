@@ -10,8 +10,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # the tasks lie beside this folder
 
-from backbones import build_backbone
-from tasks import load_task
+from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 
 from hf_knn import KnnForImageClassification, extract_features
 
@@ -60,7 +60,7 @@ DATA: dict[str, Callable[[int, int], Rows]] = {"clusters": clustered, "jittered"
 def _real_features(cache_dir: Path | None = None) -> Rows:
     parts = []
     for name in ("openmoji", "glyphs"):
-        pictures = load_task(name, cache_dir)
+        pictures = load_pictures(name, cache_dir)
         folder = build_backbone("efficientnet-lite0", cache_dir)
         model = KnnForImageClassification.from_backbone(folder, pictures.features["label"].names)
         parts.append(extract_features(model, pictures, model.image_processor).features)

@@ -1,0 +1,163 @@
+"""Features of all pictures of a task, computed once and shared by every protocol and split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from backbones import SCRATCH, Backbone, place_of
+from huggingface_hub import HfApi
+from loading import LoadedTask
+from numpy.typing import NDArray
+from splits import Parts, split_pool
+from torch import Tensor
+
+from hf_knn import KnnForImageClassification, extract_features
+
+
+class Rows(NamedTuple):
+    """Some pictures as numbers.
+
+    Attributes:
+        head: [N, D] features for heads.
+        store: [N, D'] features for neighbours.
+        labels: [N] int64.
+    """
+
+    head: Tensor
+    store: Tensor
+    labels: Tensor
+
+    def select(self, rows: Any) -> "Rows":
+        """Some of them, in the order given."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return Rows(*(part[index] for part in self))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All pictures of a task.
+
+    Attributes:
+        rows: N of them.
+        groups: [N] what belongs together; None: each is its own.
+        roles: [N] what the source says each is for.
+        images: how many went through the backbone now; the others were cached.
+        seconds: of that.
+    """
+
+    rows: Rows
+    groups: NDArray[np.int64] | None
+    roles: NDArray[np.int8]
+    images: int = 0
+    seconds: float = 0.0
+
+    def parts(self, seed: int) -> Parts:
+        """Row numbers of the split of a seed."""
+        return split_pool(self.rows.labels.numpy(), self.groups, self.roles, seed)
+
+
+class OpenBackbone:
+    """A backbone that is opened when it is first needed.
+
+    Args:
+        entry: which.
+        label_names: of the task.
+        cache_dir: where offline backbones and features are kept.
+        batch_size: pictures per forward pass.
+        precision: `fp32`, `bf16` or `fp16`.
+    """
+
+    def __init__(
+        self,
+        entry: Backbone,
+        label_names: list[str],
+        cache_dir: Path | None = None,
+        batch_size: int = 32,
+        precision: str = "fp32",
+    ) -> None:
+        self.entry, self.label_names, self.cache_dir = entry, label_names, cache_dir
+        self.batch_size, self.precision = batch_size, precision
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether its features are those of a training on each split."""
+        return self.entry.kind == SCRATCH
+
+    @cached_property
+    def revision(self) -> str:
+        """What its weights are of: the folder's versions, a commit on the Hub, or a folder."""
+        place = place_of(self.entry, self.cache_dir)
+        if isinstance(place, Path):
+            return place.name
+        if Path(place).is_dir():
+            return "local"
+        name = place if "/" in place else f"timm/{place}"
+        return str(HfApi().model_info(name, revision=self.entry.revision).sha)
+
+    def fresh(self) -> KnnForImageClassification:
+        """A new model on the pretrained backbone."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = KnnForImageClassification.from_backbone(
+            place_of(self.entry, self.cache_dir),
+            self.label_names,
+            pooling=self.entry.pooling,
+            knn_pooling=self.entry.knn_pooling,
+            normalization=self.entry.normalization,
+            hub_options={"revision": self.entry.revision} if self.entry.revision else None,
+        )
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        return model
+
+    @cached_property
+    def model(self) -> KnnForImageClassification:
+        """The model whose backbone stays as it is."""
+        return self.fresh()
+
+    def features(self, dataset: Any, model: KnnForImageClassification | None = None) -> Any:
+        """Features of some pictures, from the cache where they were computed before."""
+        cache = None if self.cache_dir is None else self.cache_dir / "features"
+        return extract_features(
+            model or self.model, dataset, cache_dir=cache, batch_size=self.batch_size,
+            precision=self.precision, use_cache=model is None,
+        )  # fmt: skip
+
+    def rows(self, found: Any, model: KnnForImageClassification | None = None) -> Rows:
+        """Features as the two parts that heads and neighbours see."""
+        config = (model or self.model).config
+        head = found.features[:, : config.feature_dim]
+        store = found.features[:, config.feature_dim :] if config.extra_dim else head
+        return Rows(head, store, found.labels)
+
+
+def pool_features(
+    loaded: LoadedTask, backbone: OpenBackbone, see: Callable[[Any], None] = lambda rows: None
+) -> Pool:
+    """Computes or reads the features of all pictures; all ranks take part.
+
+    Args:
+        loaded: the task.
+        backbone: a frozen one.
+        see: shown the pictures that go through, some at a time.
+    """
+    parts, roles, groups, images, seconds = [], [], [], 0, 0.0
+    for role, rows in loaded.chunks():
+        see(rows)
+        found = backbone.features(rows)
+        parts.append(backbone.rows(found))
+        roles.append(np.full(len(rows), role, np.int8))
+        groups += list(map(str, rows["group"][:])) if "group" in rows.column_names else []
+        images, seconds = images + found.computed, seconds + found.seconds
+    joined = Rows(*(torch.cat(same) for same in zip(*parts, strict=True)))
+    owners = np.unique(groups, return_inverse=True)[1].astype(np.int64) if groups else None
+    return Pool(joined, owners, np.concatenate(roles), images, seconds)
+
+
+def labels_only(loaded: LoadedTask) -> Pool:
+    """The pool of a backbone that is trained on each split, whose features come with the split."""
+    labels = torch.as_tensor(np.asarray(loaded.rows["label"][:]), dtype=torch.int64)
+    empty = torch.empty(len(labels), 0)
+    return Pool(Rows(empty, empty, labels), loaded.groups, loaded.roles)

@@ -1,0 +1,143 @@
+"""The protocols: what is measured on one split. Each is a function from a study to its arms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lowdata_protocol import measure_lowdata
+from peers import measure_peers
+from study import Study
+from voices import PLAIN, Arm, Voices
+
+from hf_knn import FactorControl, ProbeConfig, ProbeGrid
+
+
+@dataclass
+class Measured:
+    """What a protocol found on one split.
+
+    Attributes:
+        voices: with the split and its test pictures.
+        arms: by name.
+        heat: accuracy of the neighbours alone on validation, by k and temperature.
+        extra: rates of how voices agree.
+    """
+
+    voices: Voices
+    arms: dict[str, Arm]
+    heat: dict[str, Any] | None = None
+    extra: dict[str, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def measure_knn(study: Study, seed: int, option: Any) -> Measured:
+    """Head, neighbours, their blend, the fixed cell, and the vote of DINO."""
+    voices = study.voices(seed)
+    arms = _base(voices) | {"fixed": voices.fixed, "dino": voices.dino}
+    return Measured(voices, arms, heat_of(voices))
+
+
+def measure_linear(study: Study, seed: int, option: Any) -> Measured:
+    """The losses of method.md 4 and their controls, six trials each."""
+    voices = study.voices(seed)
+    arms = {"plain": voices.head, "knn": voices.knn, "blend": voices.blend}
+    for name, configs in linear_arms().items():
+        arms[name] = voices.probe(
+            configs,
+            voices.own_votes,
+            knn_loss_clamp=10.0,
+            knn_loss_normalize="none" if name == "constant" else "mean",
+        )
+    return Measured(voices, arms, heat_of(voices))
+
+
+def linear_arms() -> dict[str, list[ProbeConfig]]:
+    """The trials of each arm beside `plain`, as many as it has.
+
+    Factors are divided by their mean, so that they do not act as a larger learning rate, except
+    in `constant`, which is that very control: each loss times the mean factor.
+    """
+    rates, alphas = (0.03, 0.01, 0.003), (0.03, 0.3)
+    arms = {
+        "reweighted": ProbeGrid(rates, alphas=alphas).configs(),
+        "focal": ProbeGrid(rates, gammas=(0.5, 2.0)).configs(),
+        "shuffled": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.SHUFFLED,)).configs(),
+        "constant": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.CONSTANT,)).configs(),
+    }
+    assert {len(configs) for configs in arms.values()} == {len(PLAIN)}
+    return arms
+
+
+def measure_complementarity(study: Study, seed: int, option: Any) -> Measured:
+    """Who is right where: the head, the neighbours, both or neither."""
+    voices = study.voices(seed)
+    labels = voices.split.test.labels
+    head, knn = (arm.test.argmax(1) == labels for arm in (voices.head, voices.knn))
+    rates = {
+        "both_right": head & knn,
+        "only_head": head & ~knn,
+        "only_knn": ~head & knn,
+        "neither": ~head & ~knn,
+        "oracle": head | knn,
+    }
+    extra = {name: float(hits.double().mean()) for name, hits in rates.items()}
+    return Measured(voices, _base(voices), heat_of(voices), extra)
+
+
+def measure_robustness(study: Study, seed: int, option: Any) -> Measured:
+    """Everything as in `knn`, the test pictures damaged; chosen on clean pictures."""
+    clean = study.voices(seed)
+    damaged = clean.split._replace(test=study.shifted_test(seed, str(option)))
+    voices = Voices(damaged, study.num_labels, seed)
+    arms = _base(voices) | {"fixed": voices.fixed, "dino": voices.dino}
+    return Measured(voices, arms)
+
+
+def measure_finetune(study: Study, seed: int, option: Any) -> Measured:
+    """The whole backbone trained; then the neighbours of its new features beside its own head."""
+    voices = study.finetuned(seed)
+    return Measured(voices, _base(voices) | {"fixed": voices.fixed}, heat_of(voices))
+
+
+def _measure_lowdata(study: Study, seed: int, option: Any) -> Measured:
+    return Measured(*measure_lowdata(study, seed, int(option)))
+
+
+def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
+    voices = study.voices(seed)
+    return Measured(voices, measure_peers(voices), heat_of(voices))
+
+
+PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
+    "knn": measure_knn,
+    "linear": measure_linear,
+    "complementarity": measure_complementarity,
+    "peers": _measure_peers,
+    "lowdata": _measure_lowdata,
+    "robustness": measure_robustness,
+    "finetune": measure_finetune,
+}
+
+COLLECTIVE = ("robustness", "finetune")
+"""Protocols that all ranks work on together, since pictures go through the backbone."""
+
+NEED_PICTURES = ("robustness", "finetune")
+"""Protocols that cannot do with features of a stream."""
+
+
+def heat_of(voices: Voices) -> dict[str, Any] | None:
+    """Top-1 of the neighbours alone on validation, k by temperature."""
+    if not voices.has_validation:
+        return None
+    cells = [cell for cell in voices.tuned.table if cell.knn_weight == 1]
+    ks = sorted({cell.k for cell in cells})
+    temperatures = sorted({cell.temperature for cell in cells})
+    top1 = torch.zeros(len(ks), len(temperatures))
+    for cell in cells:
+        top1[ks.index(cell.k), temperatures.index(cell.temperature)] = cell.accuracy
+    return {"k": ks, "temperature": temperatures, "top1": top1.tolist()}
+
+
+def _base(voices: Voices) -> dict[str, Arm]:
+    return {"head": voices.head, "knn": voices.knn, "blend": voices.blend}

@@ -1,0 +1,102 @@
+"""One task with one backbone: what its protocols share, so that nothing is computed twice."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from loading import LoadedTask
+from pool import OpenBackbone, Pool, Rows
+from scratch import train_scratch
+from shifts import shifted
+from torch import Tensor
+from tuning_run import fine_tune
+from voices import Arm, Split, Voices
+
+from hf_knn import few_shots
+
+REMEMBERED = 8
+"""Splits whose fitted voices are kept, for the next protocol."""
+
+
+class Study:
+    """One task with one backbone.
+
+    Args:
+        loaded: the task.
+        backbone: the backbone.
+        pool: features of all pictures; of a backbone trained on each split the labels alone.
+        epochs: of a backbone that is trained.
+    """
+
+    def __init__(
+        self, loaded: LoadedTask, backbone: OpenBackbone, pool: Pool, epochs: int = 30
+    ) -> None:
+        self.loaded, self.backbone, self.pool, self.epochs = loaded, backbone, pool, epochs
+        self.num_labels = len(loaded.label_names)
+        self.voices = lru_cache(maxsize=REMEMBERED)(self._voices)
+        self._pixels: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] of the pool."""
+        return self.pool.rows.labels
+
+    def split(self, seed: int) -> Split:
+        """The pictures of a seed as features."""
+        parts = self.pool.parts(seed)
+        rows = self.pool.rows
+        if self.backbone.is_scratch:
+            rows = self.trained_rows(parts.train, seed)
+        return Split(*(rows.select(part) for part in parts))
+
+    def _voices(self, seed: int) -> Voices:
+        return Voices(self.split(seed), self.num_labels, seed)
+
+    def few(self, seed: int, shots: int) -> tuple[Any, Any]:
+        """Row numbers of the few labelled pictures of a seed, and of its test pictures.
+
+        Those for validation are among the few: labels to choose on are part of the budget.
+        """
+        parts = self.pool.parts(seed)
+        everyone = torch.as_tensor([*parts.train, *parts.validation]).sort().values
+        return everyone[few_shots(self.labels[everyone], shots, seed)], parts.test
+
+    def trained_rows(self, train: Any, seed: int) -> Rows:
+        """Features of all pictures by the small backbone, trained on some of them from scratch."""
+        return train_scratch(
+            self.backbone.fresh().backbone, self.pixels, self.labels, train,
+            self.num_labels, seed, self.epochs,
+        )  # fmt: skip
+
+    @property
+    def pixels(self) -> Tensor:
+        """[N, 3, H, W] all pictures, as a small backbone sees them."""
+        if self._pixels is None:
+            processor = self.backbone.model.image_processor
+            pictures = self.loaded.rows["image"]
+            blocks = [
+                processor(
+                    images=[image.convert("RGB") for image in pictures[start : start + 256]],
+                    return_tensors="pt",
+                )["pixel_values"]
+                for start in range(0, len(pictures), 256)
+            ]
+            self._pixels = torch.cat(blocks)
+        return self._pixels
+
+    def shifted_test(self, seed: int, shift: str) -> Rows:
+        """Features of the test pictures of a seed, damaged."""
+        pictures = self.loaded.rows.select(self.pool.parts(seed).test)
+        found = self.backbone.features(shifted(pictures, shift))
+        return self.backbone.rows(found)
+
+    def finetuned(self, seed: int) -> Voices:
+        """Voices of a backbone that was trained on the training pictures of a seed."""
+        parts = self.pool.parts(seed)
+        tuned = fine_tune(self.backbone.fresh(), self.loaded.rows, parts, seed, self.epochs)
+        found = self.backbone.features(self.loaded.rows, tuned.model)
+        rows = self.backbone.rows(found, tuned.model)
+        split = Split(*(rows.select(part) for part in parts))
+        answers = [tuned.head_log_probs(found.features[part]) for part in parts[1:]]
+        head = Arm(answers[0], answers[1], tuned.chosen)
+        return Voices(split, self.num_labels, seed, head)

@@ -1,0 +1,161 @@
+"""Tasks on the Hub: pinned, stored or streamed, and everything that can be wrong with one."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backbones import Backbone
+from cells import Cell
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageColumn
+from hub_server import Hub
+from loading import load_task
+from PIL import Image
+from runner import Options, Run
+from verify import verify_backbone, verify_task
+
+REPO = "org/shapes"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", tmp_path / "modules")
+
+
+def picture(label: int, number: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(100 * label + number).integers(0, 90, (24, 24, 3), np.uint8)
+    pixels[:, :, label] += 120
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def parquet(count: int, start: int, label: str = "label") -> bytes:
+    names = ["disc", "ring"]
+    features = Features(
+        {"image": ImageColumn(), label: ClassLabel(names=names), "x": Value("int64")}
+    )
+    rows = [
+        {"image": picture(row % 2, start + row), label: row % 2, "x": row} for row in range(count)
+    ]
+    stream = io.BytesIO()
+    Dataset.from_list(rows, features=features).to_parquet(stream)
+    return stream.getvalue()
+
+
+def publish(hub: Hub, train: int = 24, label: str = "label", private: bool = False) -> str:
+    """One more commit of the dataset; returns it."""
+    repo = hub.repos.get(("dataset", REPO)) or hub.create(REPO, "dataset", private)
+    files = {
+        "train.parquet": parquet(train, 0, label),
+        "test.parquet": parquet(16, 500, label),
+    }
+    return repo.commit("main", files, f"{train} pictures")
+
+
+def rows_of(loaded: Any) -> Iterator[tuple[int, int, bytes]]:
+    for role, rows in loaded.chunks():
+        for row in rows:
+            yield role, row["label"], row["image"].tobytes()
+
+
+def test_a_pinned_revision_stays_when_the_dataset_moves(hub: Hub) -> None:
+    first = publish(hub)
+    second = publish(hub, train=40)
+    pinned = load_task(f"hub:{REPO}@{first}")
+    assert (pinned.revision, pinned.label_names) == (first, ["disc", "ring"])
+    assert [len(part) for part in pinned.parts()] == [20, 4, 16]
+    newest = load_task(f"hub:{REPO}")
+    assert newest.revision == second
+    assert len(newest.train) + len(newest.validation) == 40
+
+
+def test_a_stream_gives_the_same_pictures(hub: Hub) -> None:
+    publish(hub)
+    stored = load_task(f"hub:{REPO}", streaming=False)
+    streamed = load_task(f"hub:{REPO}", streaming=True)
+    assert streamed.is_streamed
+    assert list(rows_of(streamed)) == list(rows_of(stored))
+    with pytest.raises(ValueError, match="but they are streamed; do leave streaming out"):
+        _ = streamed.rows
+
+
+def test_stored_and_streamed_cells_have_the_same_numbers(hub: Hub, tmp_path: Path) -> None:
+    publish(hub)
+    name = f"hub:{REPO}"
+    cell = Cell(name, "tiny-vit-digits", "knn", 0)
+    frozen = Cell(name, str(frozen_folder(tmp_path)), "knn", 0)
+    found = {}
+    for streaming in (False, True):
+        run = Run(tmp_path / f"out-{streaming}", Options(cache_dir=tmp_path, streaming=streaming))
+        run.run("test", [frozen])
+        assert run.failures == []
+        (path,) = (run.folder / "cells").glob("*.json")
+        found[streaming] = json.loads(path.read_text())
+        assert found[streaming]["task"]["revision"] == hub.repo(REPO, "dataset").branches["main"]
+    for arm, facts in found[False]["arms"].items():
+        assert facts["test"] == found[True]["arms"][arm]["test"]
+    run = Run(tmp_path / "scratch", Options(cache_dir=tmp_path, streaming=True))
+    run.run("test", [cell])
+    (failure,) = run.failures
+    assert "are streamed" in str(failure[1])  # a backbone that is trained needs pictures again
+
+
+def frozen_folder(tmp_path: Path) -> Path:
+    from tiny import processor, tiny_backbone
+
+    tiny_backbone("vit").save_pretrained(tmp_path / "backbone")
+    processor().save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+def test_a_folder_of_results_refuses_a_moved_revision(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub)
+    options = Options(cache_dir=tmp_path, epochs=1)
+    cells = [Cell(f"hub:{REPO}", "tiny-vit-digits", "knn", 0)]
+    Run(tmp_path / "out", options).run("test", cells)
+    second = publish(hub, train=40)
+    with pytest.raises(ValueError, match=rf"at the revision {first}.*it is {second} now"):
+        Run(tmp_path / "out", options).run("test", cells)
+
+
+def test_what_is_missing_is_named(hub: Hub) -> None:
+    publish(hub, label="species")
+    with pytest.raises(ValueError, match=r"columns \['image', 'label'\].*\['label'\] is not among"):
+        load_task(f"hub:{REPO}")
+    with pytest.raises(ValueError, match=r"revision nowhere of org/shapes.*pin another"):
+        load_task(f"hub:{REPO}@nowhere")
+
+
+def test_a_closed_dataset_says_how_to_get_access(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(hub, private=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with pytest.raises(PermissionError, match=r"accept its terms at https://.*set HF_TOKEN"):
+        load_task(f"hub:{REPO}")
+
+
+def test_verify_finds_what_does_not_fit(hub: Hub) -> None:
+    from dataclasses import replace
+
+    from tasks import find_task
+
+    commit = publish(hub)
+    entry = replace(find_task(f"hub:{REPO}"), splits=("train", None, "test"))
+    good = verify_task(entry)
+    assert good.revision == commit
+    wrong = verify_task(replace(entry, label="species", classes=3, splits=("train", None, "dev")))
+    assert good.problems == [] or "does not tell" in good.problems[0]
+    assert len(wrong.problems) >= len(good.problems)
+    gone = verify_task(replace(entry, location="org/nothing"))
+    assert gone.revision == ""
+    assert "org/nothing" in gone.problems[0]
+    hub.create("org/backbone")
+    assert verify_backbone(Backbone("b", "B", "org/backbone")).problems == []
+    assert verify_backbone(Backbone("b", "B", "org/absent")).revision == ""
