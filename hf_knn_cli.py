@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_cache import BackendOption
+from hf_knn_cli_cache import app as cache
 from hf_knn_cli_demo import app as demonstration
 from hf_knn_cli_memory import app as memory
 
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(memory)
 app.add_typer(demonstration)
+app.add_typer(cache)
 
 
 class OnBadImage(StrEnum):
@@ -162,6 +165,7 @@ def train(
     precision: Annotated[
         Precision, typer.Option(help="Of the forward pass that computes features.")
     ] = Precision.FP32,
+    backend: BackendOption = None,
     test_share: Annotated[
         float,
         typer.Option(
@@ -352,6 +356,7 @@ def evaluate(
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = OnBadImage.SKIP,
+    backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure head, neighbours and blend on labelled pictures."""
@@ -379,6 +384,7 @@ def tune(
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = OnBadImage.SKIP,
+    backend: BackendOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
     ] = None,
@@ -497,6 +503,7 @@ def doctor(
         str, typer.Option(help="As for `train`; its features are kept and used again there.")
     ] = DEFAULT_BACKBONE,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    backend: BackendOption = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),

@@ -54,6 +54,7 @@ LAYERS = [
         "explain_command",
         "milvus_command",
         "demo_command",
+        "cache_command",
         "cli",
     },
 ]
