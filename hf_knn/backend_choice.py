@@ -22,7 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .configuration_knn import KnnConfig
-from .encoder_graphs import GraphError, check_installed, installed_backends, load_encoder
+from .encoder_graphs import (
+    GraphError,
+    OnnxEncoder,
+    OpenVinoEncoder,
+    check_installed,
+    installed_backends,
+    is_known_to_agree,
+    load_encoder,
+    note_agreement,
+)
 from .encoders import AUTO, BACKENDS, OPENVINO, TORCH, Encoder, TorchEncoder
 from .feature_cache import cache_root
 
@@ -122,12 +131,15 @@ def open_encoder(backend: str, work: Work) -> Encoder:
     if pixels is None:  # nothing to encode: any will do
         return torch_encoder
     encoder = _load(backend, work, pixels)
+    if is_known_to_agree(encoder, work.precision):
+        return encoder
     gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
     if gap > TOLERANCE:
         raise GraphError(
             f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
             f"differ by {gap:.1e}; choose backend='torch'."
         )
+    note_agreement(encoder, work.precision, gap)
     return encoder
 
 
@@ -173,6 +185,7 @@ def _measure(work: Work, pixels: Tensor, place: Path) -> str:
             logger.warning("Backend %s is not used: %s", name, error)
             continue
         if gaps[name] <= TOLERANCE:
+            note_agreement(encoder, work.precision, gaps[name])
             contestants[name] = encoder
         else:
             logger.warning("Backend %s is not used: off by %.1e.", name, gaps[name])
@@ -186,7 +199,7 @@ def _measure(work: Work, pixels: Tensor, place: Path) -> str:
     return best
 
 
-def _load(name: str, work: Work, pixels: Tensor) -> Encoder:
+def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
     shape = (pixels.shape[2], pixels.shape[3])
     return load_encoder(
         name, work.backbone, work.config, shape, work.mark, work.precision, work.batch_size

@@ -26,7 +26,7 @@ from .feature_cache import cache_root
 
 logger = logging.getLogger(__name__)
 
-BATCH = 8
+BATCH = 4
 """Pictures per call: the activations of more leave the caches of a core."""
 
 _NEEDED = {ONNX: ("onnx", "onnxruntime"), OPENVINO: ("onnx", "openvino")}
@@ -66,10 +66,12 @@ class OnnxEncoder:
     """
 
     name = ONNX
+    package = "onnxruntime"
 
     def __init__(self, path: Path, batch_size: int) -> None:
         import onnxruntime
 
+        self.path = path
         self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, BATCH)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -97,10 +99,12 @@ class OpenVinoEncoder:
     """
 
     name = OPENVINO
+    package = "openvino"
 
     def __init__(self, path: Path, batch_size: int, precision: str = "fp32") -> None:
         import openvino
 
+        self.path = path
         self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, BATCH)
         kinds = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
         options: dict[str, Any] = {
@@ -119,6 +123,25 @@ class OpenVinoEncoder:
         request = self._model.create_infer_request()  # one may not be shared by threads
         found = request.infer({0: pixels.numpy()}, share_inputs=True)[0]
         return lambda: torch.from_numpy(found)
+
+
+def is_known_to_agree(encoder: OnnxEncoder | OpenVinoEncoder, precision: str) -> bool:
+    """Whether this graph was compared with PyTorch before, in this version of the runtime."""
+    return _agreement(encoder, precision).is_file()
+
+
+def note_agreement(encoder: OnnxEncoder | OpenVinoEncoder, precision: str, gap: float) -> None:
+    """Remembers that the graph was compared with PyTorch, and how well it agreed."""
+    place = _agreement(encoder, precision)
+    try:
+        place.write_text(f"{gap:.3e}\n", encoding="utf-8")
+    except OSError as error:  # compared again the next time
+        logger.debug("%s: %s", place, error)
+
+
+def _agreement(encoder: OnnxEncoder | OpenVinoEncoder, precision: str) -> Path:
+    package = encoder.package
+    return encoder.path.with_name(f"agrees-{package}-{version(package)}-{precision}.txt")
 
 
 def installed_backends() -> list[str]:

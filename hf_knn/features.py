@@ -113,7 +113,7 @@ def extract_features(
         dataset: a `datasets.Dataset` with pictures and labels.
         processing_class: the image processor; None takes the model's own.
         pooling: for a plain vision model: `cls`, `mean`, …; None chooses as `from_backbone` does.
-        batch_size: pictures per forward pass, >= 1; `onnx` and `openvino` take at most 8.
+        batch_size: pictures per forward pass, >= 1; `onnx` and `openvino` take at most 4.
         precision: `fp32`, or `bf16` / `fp16` by autocast; features are float32 in any case.
         backend: `torch`, `onnx`, `openvino`, or `auto`: from 500 pictures on, the fastest of those
             installed whose features are within 1e-2 of PyTorch's, measured once per model and

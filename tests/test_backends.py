@@ -74,6 +74,8 @@ def test_a_graph_is_exported_once_per_weights(backend: str, knn_cache: Path) -> 
     run(model, rows, backend=backend, use_cache=False)
     (graph,) = knn_cache.rglob("graph.onnx")
     before = graph.stat().st_ino
+    (gap,) = [path.read_text() for path in graph.parent.glob("agrees-*-fp32.txt")]
+    assert 0 <= float(gap) < 1e-4
     run(model, rows, backend=backend, use_cache=False)
     assert [path.stat().st_ino for path in knn_cache.rglob("graph.onnx")] == [before]
     other = small_model(seed=1)
@@ -109,6 +111,8 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
 
     monkeypatch.setattr(backend_choice, "installed_backends", lambda: ["onnx", "openvino"])
     monkeypatch.setattr(backend_choice, "load_encoder", load)
+    monkeypatch.setattr(backend_choice, "is_known_to_agree", lambda *_: False)
+    monkeypatch.setattr(backend_choice, "note_agreement", lambda *_: None)
     monkeypatch.setattr(backend_choice, "TorchEncoder", lambda *_: load("torch"))
     monkeypatch.setattr(backend_choice.time, "perf_counter", lambda: clock[0])
     return speeds
