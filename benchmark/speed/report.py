@@ -49,11 +49,7 @@ def _section(name: str, document: dict[str, Any], page: Path) -> Iterator[str]:
     facts |= {key: value for key, value in document.items() if key not in known}
     yield from _facts(facts, 0)
     machine = document.get("machine") or {}
-    yield from (
-        "",
-        f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}.",
-        "",
-    )
+    yield from ("", f"Machine: {', '.join(f'{k} {v}' for k, v in machine.items())}.", "")
 
 
 def _table(timings: Sequence[dict[str, Any]], peer: str) -> Iterator[str]:
@@ -61,12 +57,9 @@ def _table(timings: Sequence[dict[str, Any]], peer: str) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for timing in timings:
         seconds = median(timing["seconds"])
-        numbers = (timing["ratio"], timing["ratio_low"], timing["ratio_high"])
-        yield (
-            f"| {timing['name']} | {seconds:.3g} | "
-            + " | ".join(f"{n:.2f}" for n in numbers)
-            + " |"
-        )
+        cells = [timing["name"], f"{seconds:.3g}"]
+        cells += [f"{timing[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high")]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _facts(facts: Mapping[str, Any], depth: int) -> Iterator[str]:

@@ -23,6 +23,7 @@ class Script:
         quick: arguments of the run within 15 minutes.
         seconds: how long that run may take.
         full: arguments of the run without limits.
+        in_folder: whether it is told a folder for its files, not a file.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Script:
     quick: tuple[str, ...] = ()
     seconds: int = 90
     full: tuple[str, ...] = ()
+    in_folder: bool = False
 
 
 SCRIPTS = (
@@ -43,11 +45,11 @@ SCRIPTS = (
     Script("search", "search.py"),
     Script("approximate", "approximate.py"),
     Script("leave_one_out", "leave_one_out.py"),
-    Script("growth", "growth.py"),
+    Script("growth", "growth.py", in_folder=True),
     Script("heads", "heads.py"),
     Script("tuning", "tuning.py"),
     Script("fine_tuning", "fine_tuning.py"),
-    Script("scale", "scale.py"),
+    Script("scale-clusters", "scale.py", in_folder=True),
 )  # fmt: skip
 """The newest claims first: what the time does not reach is said in the page."""
 
@@ -66,7 +68,8 @@ def run_script(script: Script, output: Path, full: bool, left: float) -> str | N
         return "not run: the time for all scripts was spent"
     place, log = output / f"{script.name}.json", output / f"{script.name}.log"
     arguments = script.full if full else script.quick
-    command = [sys.executable, str(HERE / script.file), *arguments, "--output", str(place)]
+    command = [sys.executable, str(HERE / script.file), *arguments, "--output"]
+    command.append(str(output if script.in_folder else place))
     with log.open("w", encoding="utf-8") as stream:
         try:
             done = subprocess.run(
