@@ -37,7 +37,7 @@ lint: setup ## ruff (lint and format) and mypy
 
 bench: setup ## Speed against named peers, as ratios: benchmark/speed/SPEED.md, 15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,onnx,openvino]'
-	$(BIN)/python benchmark/speed/run.py
+	$(BIN)/python benchmark/speed/run_all.py
 
 clean: ## Remove .venv and what the runs wrote
 	rm -rf .venv outputs

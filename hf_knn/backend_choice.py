@@ -191,8 +191,8 @@ def _measure(work: Work, pixels: Tensor, place: Path) -> str:
             logger.warning("Backend %s is not used: off by %.1e.", name, gaps[name])
     seconds = {name: float("inf") for name in contestants}
     for _ in range(_ROUNDS):
-        for name, encoder in contestants.items():
-            seconds[name] = min(seconds[name], _seconds(encoder, pixels))
+        for name, contestant in contestants.items():
+            seconds[name] = min(seconds[name], _seconds(contestant, pixels))
     rates = {name: len(pixels) / value for name, value in seconds.items()}
     best = max(rates, key=lambda name: rates[name])
     _remember(place, {"backend": best, "pictures_per_second": rates, "gaps": gaps})

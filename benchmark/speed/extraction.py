@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -184,7 +185,7 @@ def main(
     contestants: dict[str, Callable[[], object]] = {PEER: lambda: ours("torch", fewer)}
     for title, name in OURS.items():
         if name in backends:
-            contestants[title] = lambda name=name: ours(name, rows)
+            contestants[title] = partial(ours, name, rows)
     contestants[PIPELINE] = lambda: peer_pipe([str(path) for path in some], batch_size=_BATCH)
     contestants[PLAIN] = lambda: plain_timm(plain, some)
     shares = dict.fromkeys((PEER, PIPELINE, PLAIN), part / pictures)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from report import write_page
+from speed_page import write_page
 
 HERE = Path(__file__).parent
 
@@ -76,7 +76,7 @@ def run_script(script: Script, output: Path, full: bool, left: float) -> str | N
                 command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False
             )
         except subprocess.TimeoutExpired:
-            return f"not finished within {limit:.0f} s; `python benchmark/speed/run.py --full`"
+            return f"not finished within {limit:.0f} s; `python benchmark/speed/run_all.py --full`"
     return None if done.returncode == 0 else f"failed with {done.returncode}, see {log}"
 
 
