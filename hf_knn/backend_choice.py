@@ -59,6 +59,8 @@ class Work:
         precision: `fp32`, `bf16` or `fp16`.
         batch_size: pictures per forward pass, >= 1.
         rows: how many pictures there are, cached or not.
+        is_kept: whether the features are kept; those of a model that is being trained are not, and
+            `auto` makes no graph of each of its states.
         sample: makes [b, 3, H, W] float32, some pictures as the encoder will get them, b >= 1; None
             if none of them can be decoded.
     """
@@ -69,6 +71,7 @@ class Work:
     precision: str
     batch_size: int
     rows: int
+    is_kept: bool
     sample: Callable[[], Tensor | None]
 
 
@@ -110,7 +113,7 @@ def choose_backend(wanted: str, work: Work) -> str:
     known = _read(place)
     if known is not None:
         return known
-    if work.rows < FEWEST_ROWS:
+    if work.rows < FEWEST_ROWS or not work.is_kept:
         return TORCH
     pixels = work.sample()
     if pixels is None:

@@ -123,7 +123,7 @@ def extract_features(
             out and reports it in `skipped`.
         cache_dir: where features are kept; None is `$HF_KNN_CACHE/features`, or below
             `~/.cache/hf_knn`.
-        use_cache: False neither reads nor writes the cache of features.
+        use_cache: False neither reads nor writes the cache of features, and `auto` exports nothing.
         progress: show a progress bar.
         group_by: a column that says which pictures belong together, for `ImageFeatures.groups`.
 
@@ -149,7 +149,7 @@ def extract_features(
     backbone = model.backbone if isinstance(model, KnnForImageClassification) else model
     work = Work(
         backbone, config, _mark_of(backbone), precision, batch_size, len(rows),
-        _sampler(rows, processor),
+        use_cache, _sampler(rows, processor),
     )  # fmt: skip
     chosen = choose_backend(backend, work)
     root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"

@@ -10,7 +10,13 @@ import torch
 from pictures import dataset_of, small_backbone, small_model, small_processor, small_resnet
 from torch import Tensor
 
-from hf_knn import backend_choice, encoder_graphs, extract_features
+from hf_knn import (
+    KnnTrainer,
+    KnnTrainingArguments,
+    backend_choice,
+    encoder_graphs,
+    extract_features,
+)
 from hf_knn.backend_choice import Work, choose_backend, largest_gap, open_encoder
 from hf_knn.encoder_graphs import GraphError
 from hf_knn.features import ImageFeatures
@@ -28,12 +34,11 @@ def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFe
     return extract_features(model, rows, processor, progress=False, **options)
 
 
-def work_of(rows: int = 10_000, pixels: Tensor | None = None, **options: Any) -> Work:
-    model = small_model()
-    shown = torch.randn(4, 3, 8, 8) if pixels is None else pixels
-    values = {"precision": "fp32", "mark": "m"} | options
+def work_of(rows: int = 10_000, **options: Any) -> Work:
+    model, pixels = small_model(), torch.randn(4, 3, 8, 8)
+    values = {"precision": "fp32", "mark": "m", "is_kept": True} | options
     return Work(
-        model.backbone, model.config, values["mark"], values["precision"], 32, rows, lambda: shown
+        model.backbone, model.config, batch_size=32, rows=rows, sample=lambda: pixels, **values
     )
 
 
@@ -154,6 +159,7 @@ def test_auto_keeps_what_agrees_and_pays(
 def test_auto_is_torch_where_a_graph_does_not_pay_or_fit(stubs: dict[str, Any]) -> None:
     assert choose_backend("auto", work_of(rows=499)) == "torch"
     assert choose_backend("auto", work_of(precision="bf16")) == "torch"
+    assert choose_backend("auto", work_of(is_kept=False)) == "torch"
     half = work_of(mark="half")
     half.backbone.bfloat16()
     assert choose_backend("auto", half) == "torch"
@@ -204,6 +210,14 @@ def test_bad_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_KNN_BACKEND", "tensorrt")
     with pytest.raises(ValueError, match="but got 'tensorrt'"):
         run(small_model(), dataset_of([0]))
+
+
+def test_a_trainer_passes_the_backend_on(tmp_path: Path) -> None:
+    arguments = KnnTrainingArguments(
+        str(tmp_path), freeze_backbone=True, feature_backend="tensorrt", report_to=[]
+    )
+    with pytest.raises(ValueError, match="but got 'tensorrt'"):
+        KnnTrainer(small_model(), arguments, train_dataset=dataset_of(LABELS)).train()
 
 
 @pytest.mark.parametrize("backend", GRAPHS)
