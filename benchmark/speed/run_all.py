@@ -1,5 +1,7 @@
 """Runs the speed scripts, each in a process of its own with a time limit, and writes SPEED.md."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,13 +73,18 @@ def run_script(script: Script, output: Path, full: bool, left: float) -> str | N
     command = [sys.executable, str(HERE / script.file), *arguments, "--output"]
     command.append(str(output if script.in_folder else place))
     with log.open("w", encoding="utf-8") as stream:
+        child = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
+            code = child.wait(limit)
         except subprocess.TimeoutExpired:
             return f"not finished within {limit:.0f} s; `python benchmark/speed/run_all.py --full`"
-    return None if done.returncode == 0 else f"failed with {done.returncode}, see {log}"
+        finally:
+            if child.poll() is None:  # with what it started itself
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    return None if code == 0 else f"failed with {code}, see {log}"
 
 
 def main(
