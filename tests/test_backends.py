@@ -36,7 +36,8 @@ def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFe
 
 def work_of(rows: int = 10_000, **options: Any) -> Work:
     model, pixels = small_model(), torch.randn(4, 3, 8, 8)
-    values = {"precision": "fp32", "mark": "m", "is_kept": True} | options
+    values: dict[str, Any] = {"precision": "fp32", "mark": "m", "is_kept": True}
+    values |= options
     return Work(
         model.backbone, model.config, batch_size=32, rows=rows, sample=lambda: pixels, **values
     )
