@@ -35,17 +35,9 @@ lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: setup ## Speed against named peers, as ratios
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmark/speed/search.py
-	$(BIN)/python benchmark/speed/approximate.py
-	$(BIN)/python benchmark/speed/leave_one_out.py
-	$(BIN)/python benchmark/speed/growth.py
-	$(BIN)/python benchmark/speed/heads.py
-	$(BIN)/python benchmark/speed/tuning.py
-	$(BIN)/python benchmark/speed/fine_tuning.py
-	$(BIN)/python benchmark/speed/teaching.py
-	$(BIN)/python benchmark/speed/scale.py
+bench: setup ## Speed against named peers, as ratios: benchmark/speed/SPEED.md, 15 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,onnx,openvino]'
+	$(BIN)/python benchmark/speed/run_all.py
 
 clean: ## Remove .venv and what the runs wrote
 	rm -rf .venv outputs

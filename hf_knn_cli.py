@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_cache import app as cache
 from hf_knn_cli_choices import (
     DEFAULT_BACKBONE,
     Augmentation,
+    BackendOption,
     ClassWeights,
     Criterion,
     HeadKind,
@@ -36,6 +38,7 @@ app = typer.Typer(
 app.add_typer(use)
 app.add_typer(memory)
 app.add_typer(demonstration)
+app.add_typer(cache)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -107,6 +110,7 @@ def train(
     precision: Annotated[
         Precision, typer.Option(help="Of the forward pass that computes features.")
     ] = Precision.FP32,
+    backend: BackendOption = None,
     test_share: Annotated[
         float,
         typer.Option(

@@ -1,6 +1,10 @@
 """The choices among which options of `hf-knn` are made; nothing heavy is imported."""
 
+import os
 from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 
@@ -75,3 +79,39 @@ def text_of(choice: StrEnum | None) -> str | None:
         choice: made, or None.
     """
     return None if choice is None else str(choice)
+
+
+class Backend(StrEnum):
+    """What runs the backbone when features are computed."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+
+
+def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
+    """Every extraction of this command reads the variable, also those of a trainer."""
+    if backend is not None:
+        before = os.environ.get("HF_KNN_BACKEND")
+        os.environ["HF_KNN_BACKEND"] = str(backend)
+        context.call_on_close(lambda: _restore(before))
+    return backend
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        del os.environ["HF_KNN_BACKEND"]
+    else:
+        os.environ["HF_KNN_BACKEND"] = before
+
+
+BackendOption = Annotated[
+    Backend | None,
+    typer.Option(
+        callback=_use,
+        help="What computes features; auto takes the fastest installed that agrees with PyTorch. "
+        "Default: $HF_KNN_BACKEND, else auto.",
+        show_default=False,
+    ),
+]

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_choices import BackendOption
+
 app = typer.Typer()
 
 Checkpoint = Annotated[
@@ -30,6 +32,7 @@ def teach(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
     ] = False,
+    backend: BackendOption = None,
     json_output: AsJson = False,
 ) -> None:
     """Teach new pictures or classes, without training."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_knn_cli_choices import DEFAULT_BACKBONE, Criterion, OnBadImage, text_of
+from hf_knn_cli_choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage, text_of
 
 WHY = "Reasons"
 """A group of options in `--help`."""
@@ -23,6 +23,7 @@ def evaluate(
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = OnBadImage.SKIP,
+    backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure head, neighbours and blend on labelled pictures."""
@@ -53,6 +54,7 @@ def tune(
     plot: Annotated[
         Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
     ] = None,
+    backend: BackendOption = None,
 ) -> None:
     """Choose k, temperature and the blend anew, on pictures of your own."""
     from hf_knn.cli import tune_checkpoint
@@ -177,6 +179,7 @@ def doctor(
         typer.Option(help="Column of what belongs together (a patient, a camera)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Check pictures before training: broken, doubled, mislabelled, strange, too few."""

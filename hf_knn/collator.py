@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .augmentation import Augment
-from .data import LABEL, SAMPLE_ID, process_rows
+from .reading import LABEL, SAMPLE_ID, process_rows
 
 
 class KnnCollator:

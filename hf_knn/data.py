@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
-from .augmentation import EPOCH, Augment
 from .datastore import Datastore
-from .images import BadImageError, decode_image
+from .reading import IMAGE, LABEL, SAMPLE_ID, decode_entry
 
-IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
 PREDICTION_FEATURES = Features(
     {"predictions": List(Value("float32")), "references": Value("int64")}
 )
@@ -38,29 +36,6 @@ _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
 _GENERIC_NAME = re.compile(r"LABEL_\d+")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
-
-
-class BadRow(NamedTuple):
-    """A row that could not be used, and why."""
-
-    row: int
-    sample_id: int
-    path: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """Some rows, decoded and processed.
-
-    Attributes:
-        pixel_values: [B, 3, H, W] float32; without the bad rows.
-        rows: the row numbers of what was decoded, length B.
-        bad: the rows that could not be decoded.
-    """
-
-    pixel_values: Tensor | None
-    rows: list[int]
-    bad: list[BadRow]
 
 
 def hide_progress_bars() -> None:
@@ -243,7 +218,7 @@ def picture_of(dataset: Dataset, row: int) -> Any:
     Raises:
         BadImageError: if it cannot be decoded.
     """
-    return _decode(dataset[row][IMAGE])
+    return decode_entry(dataset[row][IMAGE])
 
 
 def datastore_as_dataset(
@@ -281,58 +256,6 @@ def datastore_as_dataset(
             )
         kinds[IMAGE] = Image()
     return Dataset.from_dict(columns, features=Features(kinds))
-
-
-def read_batch(dataset: Dataset, rows: Sequence[int], processor: Any) -> Batch:
-    """Decodes some rows and runs the image processor on them.
-
-    Args:
-        dataset: prepared.
-        rows: row numbers.
-        processor: an image processor.
-    """
-    entries = dataset[list(rows)]
-    pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
-    items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
-    pixels, good, bad = process_rows(items, processor)
-    numbers = [int(row) for row in rows]
-    return Batch(
-        pixels, [numbers[i] for i in good], [row._replace(row=numbers[row.row]) for row in bad]
-    )
-
-
-def process_rows(
-    items: list[dict[str, Any]], processor: Any, augment: Augment | None = None
-) -> Batch:
-    """Decodes rows that were read already; row numbers are places in the list.
-
-    Args:
-        items: rows of a prepared dataset.
-        processor: an image processor.
-        augment: what the pictures go through first; the rows then have an `epoch`.
-    """
-    images, good, bad = [], [], []
-    for place, item in enumerate(items):
-        try:
-            image = _decode(item[IMAGE])
-            if augment is not None:
-                image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
-            images.append(image)
-            good.append(place)
-        except (BadImageError, OSError) as error:
-            path = (item[IMAGE] or {}).get("path") or ""
-            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
-    options = {} if augment is None else augment.processor_options
-    pixels = None
-    if images:
-        pixels = processor(images=images, return_tensors="pt", **options)["pixel_values"]
-    return Batch(pixels, good, bad)
-
-
-def _decode(entry: dict[str, Any] | None) -> Any:
-    if entry is None:
-        raise BadImageError("the row has no picture")
-    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])
 
 
 def _load_folder(path: Path) -> Any:

@@ -1,12 +1,10 @@
-"""From pictures to features: on all ranks, resumable after a kill, cached by fingerprint."""
+"""From pictures to features: on all ranks, resumable after a kill, cached picture by picture."""
 
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,34 +13,26 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .backbone import default_pooling, evaluating, extract, hash_tensors, measure_width
+from .backbone import default_pooling, hash_tensors, measure_width
+from .backend_choice import Work, check_backend, choose_backend, open_encoder
 from .configuration_knn import KnnConfig
-from .data import (
-    BadRow,
-    fingerprint_of,
-    groups_of,
-    ids_of,
-    label_names,
-    labels_of,
-    paths_of,
-    prepare,
-    read_batch,
-)
+from .data import groups_of, ids_of, label_names, labels_of, paths_of, prepare
+from .encoders import PRECISIONS
+from .encoding import encode_rows
+from .feature_cache import KEYS_FOLDER, FeatureCache, cache_root
+from .feature_table import FeatureTable
 from .modeling_knn import KnnForImageClassification
-from .storage import hash_blocks
+from .picture_keys import picture_keys
+from .reading import BadRow, read_batch
 
 logger = logging.getLogger(__name__)
 
-SHARD_ROWS = 256
-"""Rows per cache file: what a kill can cost."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SAMPLE = 32
+"""Pictures that a backend is measured and checked on."""
 
 
 @dataclass
@@ -106,6 +96,7 @@ def extract_features(
     pooling: str | None = None,
     batch_size: int = 32,
     precision: str = "fp32",
+    backend: str | None = None,
     on_bad_image: str = "fail",
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
@@ -114,7 +105,7 @@ def extract_features(
 ) -> ImageFeatures:
     """Runs a model over a dataset, once: what was computed before comes from the cache.
 
-    With several ranks (`accelerate launch`, `torchrun`) each computes its share of the shards and
+    With several ranks (`accelerate launch`, `torchrun`) each computes its share of the pictures and
     every rank returns all features, without padding duplicates.
 
     Args:
@@ -122,13 +113,17 @@ def extract_features(
         dataset: a `datasets.Dataset` with pictures and labels.
         processing_class: the image processor; None takes the model's own.
         pooling: for a plain vision model: `cls`, `mean`, …; None chooses as `from_backbone` does.
-        batch_size: pictures per forward pass, >= 1.
+        batch_size: pictures per forward pass, >= 1; `onnx` and `openvino` take at most 4.
         precision: `fp32`, or `bf16` / `fp16` by autocast; features are float32 in any case.
+        backend: `torch`, `onnx`, `openvino`, or `auto`: from 500 pictures on, the fastest of those
+            installed whose features are within 1e-2 of PyTorch's, measured once per model and
+            machine if PyTorch would take over half a minute. None takes `$HF_KNN_BACKEND`, else
+            `auto`.
         on_bad_image: `fail` raises at the first picture that cannot be decoded, `skip` leaves it
             out and reports it in `skipped`.
         cache_dir: where features are kept; None is `$HF_KNN_CACHE/features`, or below
             `~/.cache/hf_knn`.
-        use_cache: False neither reads nor writes the cache.
+        use_cache: False neither reads nor writes the cache of features, and `auto` exports nothing.
         progress: show a progress bar.
         group_by: a column that says which pictures belong together, for `ImageFeatures.groups`.
 
@@ -138,8 +133,10 @@ def extract_features(
     Raises:
         ValueError: for an empty dataset, a picture that cannot be decoded (with its row), a picture
             without label, a missing column, or a bad option.
+        ImportError: for a backend that is not installed.
     """
     _check_options(batch_size, precision, on_bad_image)
+    backend = check_backend(backend)
     rows = prepare(dataset)
     if len(rows) == 0:
         raise ValueError("Expected a dataset with at least one picture, but it is empty.")
@@ -150,27 +147,75 @@ def extract_features(
         raise ValueError("Expected `processing_class`, since the model has no image processor.")
     config = _pooling_config(model, pooling)
     backbone = model.backbone if isinstance(model, KnnForImageClassification) else model
-    folder = _cache_folder(rows, backbone, config, processor, precision, cache_dir)
-    shards = _Shards(folder if use_cache else None, on_bad_image)
-    runner = _Runner(backbone, config, processor, batch_size, precision)
+    work = Work(
+        backbone, config, _mark_of(backbone), precision, batch_size, len(rows),
+        use_cache, _sampler(rows, processor),
+    )  # fmt: skip
+    chosen = choose_backend(backend, work)
+    root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"
+    cache = FeatureCache(None)
+    if use_cache:
+        cache = _cache_of(root, work, processor, chosen, rows)
+    table = FeatureTable(
+        len(rows), config.feature_dim + config.extra_dim,
+        picture_keys(rows, root / KEYS_FOLDER) if use_cache else None,
+    )  # fmt: skip
     started = time.perf_counter()
-    computed = shards.fill(rows, runner, progress)
+    computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
     elapsed = time.perf_counter() - started
-    parts = shards.gather()
-    bad = [BadRow(*row) for part in parts for row in part["bad"]]
-    kept = torch.cat([part["rows"] for part in parts])
+    return _collect(table, rows, labels, groups, computed, elapsed)
+
+
+def _fill(
+    table: FeatureTable, rows: Any, cache: FeatureCache, work: Work, backend: str, processor: Any,
+    on_bad_image: str, progress: bool,
+) -> int:  # fmt: skip
+    """Fills in this rank's share and what other ranks have; returns how many were encoded here."""
+    state = PartialState()
+    table.share(state.process_index, state.num_processes)
+    table.take(cache, with_bad=on_bad_image == "skip")
+    missing = table.missing()
+    computed = 0
+    if missing:
+        encoder = open_encoder(backend, work)
+        shown = progress and state.is_main_process
+        with transformers_logging.tqdm(
+            total=len(missing), desc="Extracting features", unit="img", disable=not shown
+        ) as bar:
+            for part in encode_rows(rows, missing, processor, encoder):
+                if part.bad and on_bad_image == "fail":
+                    _refuse(part.bad[0])
+                table.put(part, cache)
+                computed += len(part.rows)
+                bar.update(len(part.rows) + len(part.bad))
+        table.flush(cache)
+    if state.num_processes > 1:
+        table.merge(gather_object([table.own()]))
+    return computed
+
+
+def _collect(
+    table: FeatureTable, rows: Any, labels: Tensor, groups: Tensor | None, computed: int,
+    elapsed: float,
+) -> ImageFeatures:  # fmt: skip
+    paths, ids = paths_of(rows), ids_of(rows)
+    raw = rows.select_columns(["image"])
+    bad = []
+    for row, reason in table.bad():
+        path = (raw[row]["image"] or {}).get("path") or ""
+        bad.append(BadRow(row, int(ids[row]), path, reason))
+    kept = table.good()
     if len(kept) == 0:
         raise ValueError(
             f"Expected at least one picture that can be decoded, but none of {len(rows)} can; "
             f"row 0: {bad[0].reason}."
         )
-    for row in bad:
-        logger.warning("Skipped row %d (%s): %s.", row.row, row.path or "no path", row.reason)
-    paths = paths_of(rows)
+    for one in bad:
+        logger.warning("Skipped row %d (%s): %s.", one.row, one.path or "no path", one.reason)
     return ImageFeatures(
-        features=torch.cat([part["features"] for part in parts]),
+        features=table.features if len(kept) == len(rows) else table.features[kept],
         labels=labels[kept],
-        ids=ids_of(rows)[kept],
+        ids=ids[kept],
         label_names=label_names(rows),
         paths=[paths[row] for row in kept.tolist()],
         skipped=bad,
@@ -180,156 +225,59 @@ def extract_features(
     )
 
 
-class _Runner:
-    """The forward pass, with the model put back as it was."""
+def _refuse(bad: BadRow) -> None:
+    raise ValueError(
+        f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
+        f"cannot: {bad.reason}; repair or remove it, or pass on_bad_image='skip'."
+    )
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        config: KnnConfig,
-        processor: Any,
-        batch_size: int,
-        precision: str,
-    ) -> None:
-        self.backbone, self.config, self.processor = backbone, config, processor
-        self.batch_size, self.precision = batch_size, precision
 
-    def run(
-        self, rows: Any, numbers: range, on_batch: Callable[[int], None], stop_at_bad: bool
-    ) -> tuple[Tensor, list[int], list[BadRow]]:
-        parameter = next(self.backbone.parameters())
-        autocast = _AUTOCAST.get(self.precision)
-        parts: list[Tensor] = []
-        good: list[int] = []
-        bad: list[BadRow] = []
-        context = torch.autocast(parameter.device.type, autocast) if autocast else nullcontext()
-        with evaluating(self.backbone), context:
-            for start in range(numbers.start, numbers.stop, self.batch_size):
-                wanted = range(start, min(start + self.batch_size, numbers.stop))
-                batch = read_batch(rows, wanted, self.processor)
-                good += batch.rows
-                bad += batch.bad
-                if bad and stop_at_bad:
-                    break
+def _sampler(rows: Any, processor: Any) -> Callable[[], Tensor | None]:
+    """Makes the pixels of the first pictures that can be decoded, once."""
+    made: list[Tensor | None] = []
+
+    def sample() -> Tensor | None:
+        if not made:
+            for start in range(0, len(rows), _SAMPLE):
+                batch = read_batch(rows, range(start, min(start + _SAMPLE, len(rows))), processor)
                 if batch.pixel_values is not None:
-                    pixels = batch.pixel_values.to(parameter.device, parameter.dtype)
-                    features, _ = extract(self.backbone, pixels, self.config)
-                    parts.append(features.float().cpu())
-                on_batch(len(wanted))
-        empty = torch.empty(0, self.config.feature_dim + self.config.extra_dim)
-        return torch.cat([empty, *parts]), good, bad
+                    made.append(batch.pixel_values)
+                    break
+            else:
+                made.append(None)
+        return made[0]
+
+    return sample
 
 
-class _Shards:
-    """Features in files of `SHARD_ROWS` rows, each written whole under the hash of its content."""
-
-    def __init__(self, folder: Path | None, on_bad_image: str) -> None:
-        self.folder, self.on_bad_image = folder, on_bad_image
-        self.parts: dict[int, dict[str, Any]] = {}
-
-    def fill(self, rows: Any, runner: _Runner, progress: bool) -> int:
-        """Computes this rank's share of what is not cached; returns how many pictures."""
-        state = PartialState()
-        starts = range(0, len(rows), SHARD_ROWS)
-        mine = list(starts)[state.process_index :: state.num_processes]
-        cached = {start: self._read(start) for start in mine}
-        self.parts = {start: part for start, part in cached.items() if part is not None}
-        missing = [start for start in mine if start not in self.parts]
-        total = sum(min(SHARD_ROWS, len(rows) - start) for start in missing)
-        computed = 0
-        shown = progress and total > 0 and state.is_main_process
-        with transformers_logging.tqdm(
-            total=total, desc="Extracting features", unit="img", disable=not shown
-        ) as bar:
-            for start in missing:
-                numbers = range(start, min(start + SHARD_ROWS, len(rows)))
-                stops = self.on_bad_image == "fail"
-                features, good, bad = runner.run(rows, numbers, bar.update, stops)
-                if bad and stops:
-                    raise ValueError(
-                        f"Expected pictures that can be decoded, but row {bad[0].row} "
-                        f"({bad[0].path or 'no path'}) cannot: {bad[0].reason}; repair or remove "
-                        "it, or pass on_bad_image='skip'."
-                    )
-                part = {
-                    "features": features,
-                    "rows": torch.tensor(good, dtype=torch.int64),
-                    "bad": list(map(list, bad)),
-                }
-                self._write(start, part)
-                self.parts[start] = part
-                computed += len(good)
-        return computed
-
-    def gather(self) -> list[dict[str, Any]]:
-        """All ranks' shards that hold features, in row order."""
-        parts = list(self.parts.items())
-        if PartialState().num_processes > 1:
-            parts = gather_object(parts)
-        return [part for _, part in sorted(parts, key=lambda item: item[0])]
-
-    def _read(self, start: int) -> dict[str, Any] | None:
-        if self.folder is None:
-            return None
-        for path in self.folder.glob(f"shard-{start:09d}-*.safetensors"):
-            sha256, _ = hash_blocks(path)
-            if path.stem.rpartition("-")[2] == sha256[:16]:
-                part: dict[str, Any] = load_file(path)
-                part["bad"] = json.loads(part["bad"].numpy().tobytes() or b"[]")
-                if part["bad"] and self.on_bad_image == "fail":
-                    return None
-                return part
-            logger.warning("Computing %s again: the cached file is damaged.", path.name)
-            path.unlink()
-        return None
-
-    def _write(self, start: int, part: dict[str, Any]) -> None:
-        if self.folder is None:
-            return
-        text = torch.frombuffer(bytearray(json.dumps(part["bad"]).encode()), dtype=torch.uint8)
-        temporary = self.folder / f".shard-{start:09d}.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(part | {"bad": text}, temporary)
-            sha256, _ = hash_blocks(temporary)
-            temporary.replace(self.folder / f"shard-{start:09d}-{sha256[:16]}.safetensors")
-        except (OSError, SafetensorError) as error:
-            logger.warning("Features are not cached, %s cannot be written: %s", self.folder, error)
-            self.folder = None
-        finally:
-            if temporary.exists():
-                temporary.unlink()
+def _mark_of(backbone: PreTrainedModel) -> str:
+    """A name of weights and architecture."""
+    weights = hash_tensors(sorted(backbone.state_dict().items()))
+    architecture = backbone.config.to_dict() | {"_name_or_path": ""}
+    text = json.dumps([weights, architecture], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cache_root() -> Path:
-    """Where this project keeps what it can compute again: `$HF_KNN_CACHE` or `~/.cache/hf_knn`."""
-    return Path(os.environ.get("HF_KNN_CACHE") or Path.home() / ".cache" / "hf_knn")
-
-
-def _cache_folder(
-    rows: Any,
-    backbone: PreTrainedModel,
-    config: KnnConfig,
-    processor: Any,
-    precision: str,
-    cache_dir: str | Path | None,
-) -> Path | None:
-    fingerprint = fingerprint_of(rows)
-    if fingerprint is None:
-        return None
+def _cache_of(root: Path, work: Work, processor: Any, backend: str, rows: Any) -> FeatureCache:
+    poolings = [work.config.pooling, work.config.store_pooling]
     key = {
-        "data": fingerprint,
-        "backbone": hash_tensors(sorted(backbone.state_dict().items())),
-        "architecture": backbone.config.to_dict() | {"_name_or_path": ""},
-        "poolings": [config.pooling, config.store_pooling],
+        "backbone": work.mark,
+        "poolings": poolings,
         "processor": processor.to_dict(),
-        "precision": precision,
-        "shard_rows": SHARD_ROWS,
-        "format": 1,
+        "precision": work.precision,
+        "backend": backend,
+        "format": 2,
     }
     text = json.dumps(key, sort_keys=True, default=str)
-    root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"
-    return root / hashlib.sha256(text.encode()).hexdigest()[:24]
+    names = label_names(rows)
+    about = {
+        "model": work.backbone.config.name_or_path or type(work.backbone).__name__,
+        "pooling": "+".join(dict.fromkeys(map(str, poolings))),
+        "precision": work.precision,
+        "backend": backend,
+        "first_pictures": f"{len(rows)} of {', '.join(names[:3])}{' …' * (len(names) > 3)}",
+    }
+    return FeatureCache(root / hashlib.sha256(text.encode()).hexdigest()[:24], about)
 
 
 def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
@@ -344,7 +292,7 @@ def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
 def _check_options(batch_size: int, precision: str, on_bad_image: str) -> None:
     if batch_size < 1:
         raise ValueError(f"Expected `batch_size` to be >= 1, but got {batch_size}.")
-    if precision != "fp32" and precision not in _AUTOCAST:
+    if precision not in PRECISIONS:
         raise ValueError(f"Expected `precision` to be fp32, bf16 or fp16, but got {precision!r}.")
     if on_bad_image not in ("fail", "skip"):
         raise ValueError(f"Expected `on_bad_image` to be fail or skip, but got {on_bad_image!r}.")

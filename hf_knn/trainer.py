@@ -498,6 +498,7 @@ class KnnTrainer(HubTrainer):
             self.processing_class,
             batch_size=self.args.per_device_eval_batch_size,
             precision=self.args.feature_precision,
+            backend=self.args.feature_backend,
             on_bad_image=self.args.on_bad_image,
             use_cache=self.args.feature_cache and self.args.freeze_backbone,
             progress=not self.args.disable_tqdm,

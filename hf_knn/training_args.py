@@ -52,6 +52,8 @@ class KnnTrainingArguments(TrainingArguments):
             fold.
         on_bad_image: `fail` or `skip` at pictures that cannot be decoded.
         feature_precision: `fp32`, `bf16` or `fp16` for computing features.
+        feature_backend: `torch`, `onnx`, `openvino` or `auto` for computing features; None takes
+            `$HF_KNN_BACKEND`, else `auto`, see `extract_features`.
         feature_cache: keep computed features for the next run.
     """
 
@@ -114,6 +116,9 @@ class KnnTrainingArguments(TrainingArguments):
     )
     feature_precision: str = field(
         default="fp32", metadata={"help": "'fp32', 'bf16' or 'fp16' for computing features."}
+    )
+    feature_backend: str | None = field(
+        default=None, metadata={"help": "'torch', 'onnx', 'openvino' or 'auto' for features."}
     )
     feature_cache: bool = field(
         default=True, metadata={"help": "Keep computed features for the next run."}

@@ -30,6 +30,8 @@ LAYERS = [
     {"teaching", "explaining", "remembering"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
+    | {"reading", "picture_keys", "feature_cache", "feature_table", "encoders"}
+    | {"encoder_graphs", "encoding", "backend_choice"}
     | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {
         "abstaining",
@@ -53,6 +55,7 @@ LAYERS = [
         "explain_command",
         "milvus_command",
         "demo_command",
+        "cache_command",
         "cli",
     },
 ]

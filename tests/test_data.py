@@ -23,7 +23,6 @@ from PIL import Image
 
 import hf_knn.data as data
 from hf_knn.data import (
-    BadRow,
     fingerprint_of,
     ids_of,
     label_names,
@@ -31,10 +30,9 @@ from hf_knn.data import (
     load_splits,
     paths_of,
     prepare,
-    process_rows,
-    read_batch,
 )
 from hf_knn.images import decode_image
+from hf_knn.reading import BadRow, process_rows, read_batch
 
 
 def as_named(rows: Dataset) -> list[str]:

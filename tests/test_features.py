@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from pictures import (
     NAMES,
     dataset_of,
@@ -23,10 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, ViTConfig
 
-import hf_knn.features as features_module
+import hf_knn.feature_cache as cache_module
+import hf_knn.feature_table as table_module
 from hf_knn import extract_features
 from hf_knn.data import load_splits, prepare
-from hf_knn.features import ImageFeatures, cache_root
+from hf_knn.feature_cache import cache_root
+from hf_knn.features import ImageFeatures
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
@@ -232,8 +234,6 @@ VARIANTS: dict[str, Callable[[Any, Any], tuple[Any, Any, dict[str, Any]]]] = {
     "resize": lambda m, d: (m, d, {"processing_class": small_processor(resample=0)}),
     "precision": lambda m, d: (m, d, {"precision": "bf16"}),
     "pictures": lambda m, d: (m, dataset_of(LABELS, seed=1, sizes=SIZES), {}),
-    "order": lambda m, d: (m, d.select(range(len(d) - 1, -1, -1)), {}),
-    "fewer": lambda m, d: (m, d.select(range(5)), {}),
     "activation": lambda m, d: (other_activation(m), d, {}),
 }
 """What must not be answered from the cache of the plain run."""
@@ -260,6 +260,46 @@ def test_anything_else_is_computed_again(name: str) -> None:
     assert not same_shape or not torch.equal(truth.features, plain.features)
     assert run(small_model(), rows).computed == 0  # the plain one is still there
     assert extract_features(model, other, progress=False, **options).computed == 0
+
+
+def test_new_pictures_cost_only_themselves() -> None:
+    model, rows = small_model(), dataset_of(LABELS)
+    run(model, rows.select(range(5)))
+    with counting(model.backbone) as batches:
+        found = run(model, rows)
+        mixed = run(model, rows.select([9, 2, 2, 0]))
+    assert batches == [len(LABELS) - 5]
+    assert (found.computed, mixed.computed) == (len(LABELS) - 5, 0)
+    truth = run(model, rows, use_cache=False).features
+    torch.testing.assert_close(found.features, truth, rtol=1e-5, atol=1e-5)
+    assert torch.equal(mixed.features, found.features[[9, 2, 2, 0]])
+    assert mixed.labels.tolist() == [LABELS[row] for row in (9, 2, 2, 0)]
+
+
+def test_the_same_picture_twice_is_encoded_once() -> None:
+    model, rows = small_model(), dataset_of(LABELS)
+    twice = concatenate_datasets([rows, rows.select([3, 4])])
+    with counting(model.backbone) as batches:
+        found = run(model, twice)
+    assert batches == [len(LABELS)]
+    assert found.computed == len(LABELS)
+    assert torch.equal(found.features[-2:], found.features[3:5])
+    assert found.labels.tolist() == [*LABELS, *LABELS[3:5]]
+
+
+def test_a_second_run_reads_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_folder(tmp_path / "all", {"ant": 3, "bee": 3})
+    model, memory = small_model(), prepare(dataset_of(LABELS))
+    files = load_splits(tmp_path / "all")["train"]
+    first = [run(model, rows).features for rows in (memory, files)]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr("hf_knn.reading.decode_image", refuse)
+    assert torch.equal(run(model, files).features, first[1])
+    monkeypatch.setattr("hf_knn.picture_keys._keys_of", refuse)
+    assert torch.equal(run(model, memory).features, first[0])
 
 
 def test_a_prepared_dataset_is_found_in_the_cache() -> None:
@@ -332,7 +372,7 @@ def interrupted(module: nn.Module, after: int) -> Iterator[None]:
 def test_an_interrupted_run_goes_on_where_it_was(
     knn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS + LABELS[:3])  # shards of 4, 4, 4, 2
     truth = run(model, rows, use_cache=False)
     with interrupted(model.backbone, 5), pytest.raises(Interrupted):
@@ -352,7 +392,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_a_missing_shard_alone_is_computed(
     knn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     first = run(model, rows)
     shards = sorted(knn_cache.rglob("*.safetensors"))
@@ -368,10 +408,10 @@ def test_a_missing_shard_alone_is_computed(
 def test_shards_of_another_size_are_not_taken_for_whole_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     run(model, rows)
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 8)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 8)
     assert run(model, rows).ids.tolist() == list(range(len(LABELS)))
 
 
@@ -389,7 +429,7 @@ def test_a_damaged_shard_is_found_and_computed_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     first = run(model, rows)
     victim = sorted(knn_cache.rglob("*.safetensors"))[1]
@@ -423,7 +463,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     truth = run(model, rows, use_cache=False)
     cache = tmp_path / "cache"
     if kind == "disk full":
-        monkeypatch.setattr(features_module, "save_file", full)
+        monkeypatch.setattr(cache_module, "save_file", full)
     else:
         (tmp_path / "file").write_text("in the way")
         cache = tmp_path / "file" / "cache"
@@ -431,7 +471,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
         found = run(model, rows, cache_dir=cache)
     assert torch.equal(found.features, truth.features)
     assert "not cached" in caplog.text
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".npy"]
 
 
 # pictures that cannot be decoded
@@ -439,14 +479,14 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 
 @pytest.mark.parametrize("shard_rows", [4, 256])
 def test_fail_names_the_row_and_the_path(shard_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", shard_rows)
     with pytest.raises(ValueError, match=rf"row 7 \(bee/7\.png\).*{RAW}") as caught:
         run(small_model(), dataset_of(LABELS, broken=[7, 9]))
     assert "on_bad_image='skip'" in str(caught.value)
 
 
 def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
-    model, whole = small_model(), run(small_model(), dataset_of(LABELS))
+    model, whole = small_model(), run(small_model(), dataset_of(LABELS), use_cache=False)
     rows = prepare(dataset_of(LABELS, broken=[0, 7, 9])).select(range(10, -1, -1))
     for computed in (True, False):  # also from the cache
         caplog.clear()
@@ -467,7 +507,7 @@ def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_skip_a_whole_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "SHARD_ROWS", 2)
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 2)
     found = run(small_model(), dataset_of(LABELS, broken=[2, 3]), on_bad_image="skip")
     assert found.ids.tolist() == [0, 1, *range(4, len(LABELS))]
     assert found.labels.tolist() == [LABELS[row] for row in found.ids.tolist()]

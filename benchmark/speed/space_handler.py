@@ -30,15 +30,15 @@ def main(
     sys.path += [str(SPACE), str(Path(__file__).parents[1])]  # the page is no part of the package
     from api import as_json
     from builtin import open_builtin
+    from offline_tasks import load_pictures
     from service import Service, Settings
-    from tasks import load_task
     from visitors import Visitors
 
     model = open_builtin().model
     store = model.datastore
     assert isinstance(store, Datastore)
     service = Service(model, Visitors(model, None))
-    rows = load_task("openmoji-categories")
+    rows = load_pictures("openmoji-categories")
     seconds: dict[str, list[float]] = {FORWARD: [], CLASSIFY: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(pictures + 2):

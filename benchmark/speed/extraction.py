@@ -1,0 +1,220 @@
+"""From JPEG files to features: our backends, PyTorch, transformers' pipeline and plain timm.
+
+Beside the rates stand their limits: the forward pass alone with pixels in memory, decoding alone,
+processing alone, and what the three leave when they share the cores.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from harness import compare, report
+from jpegs import jpeg_folder
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    BitImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    pipeline,
+)
+
+from hf_knn import decode_image, extract_features
+
+sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
+
+from backbones import build_backbone
+
+PEER, PIPELINE, PLAIN = "hf_knn, torch", "transformers pipeline", "plain timm"
+OURS = {"hf_knn, onnx": "onnx", "hf_knn, openvino": "openvino"}
+MODELS = {"efficientnet-lite0": "tf_efficientnet_lite0", "vit-tiny": "vit_tiny_patch16_224"}
+_NEEDED = {"onnx": "onnxruntime", "openvino": "openvino"}
+_BATCH, _BLOCK = 32, 4
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A backbone of transformers that wraps one of timm, and its image processor."""
+    if name == "efficientnet-lite0":
+        folder = build_backbone(name)
+        model, processor = (
+            AutoModel.from_pretrained(folder),
+            AutoImageProcessor.from_pretrained(folder),
+        )
+        return model.eval(), processor
+    torch.manual_seed(0)
+    model = TimmWrapperModel(TimmWrapperConfig(architecture=MODELS[name]))
+    half = [0.5, 0.5, 0.5]
+    processor = BitImageProcessor(
+        size={"shortest_edge": 248}, crop_size={"height": 224, "width": 224}, image_mean=half,
+        image_std=half,
+    )  # fmt: skip
+    return model.eval(), processor
+
+
+def plain_timm(model: nn.Module, files: list[Path]) -> Tensor:
+    """What timm's documentation does with pictures."""
+    settings = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**settings, is_training=False)
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(files), _BATCH):
+            batch = [
+                transform(Image.open(path).convert("RGB")) for path in files[start : start + _BATCH]
+            ]
+            found.append(model(torch.stack(batch)))
+    return torch.cat(found)
+
+
+def in_threads(work: Callable[[Any], object], items: Iterable[Any]) -> float:
+    """Seconds for all items on as many threads as torch would use."""
+    items = list(items)
+    work(items[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, items):
+            pass
+    elapsed = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    return elapsed
+
+
+def forward_rate(backend: str, graph: Path, pixels: Tensor) -> float:
+    """Pictures per second of the graph alone, pixels in memory."""
+    blocks = [part.numpy() for part in pixels.split(_BLOCK)]
+    threads = torch.get_num_threads()
+    if backend == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
+        seconds = in_threads(lambda block: session.run(None, {"pixel_values": block}), blocks)
+    else:
+        import openvino
+
+        core = openvino.Core()
+        options = {
+            "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": openvino.Type.f32,
+        }  # fmt: skip
+        compiled = core.compile_model(core.read_model(str(graph)), "CPU", options)
+        seconds = in_threads(
+            lambda block: compiled.create_infer_request().infer({0: block}, share_inputs=True),
+            blocks,
+        )
+    return len(pixels) / seconds
+
+
+def limits(files: list[Path], processor: Any, graph: Path, backends: list[str]) -> dict[str, float]:
+    """Pictures per second of each step alone, and of all steps on shared cores."""
+    pictures = [decode_image(path) for path in files[:_BATCH]]
+    parts = [pictures[start : start + _BLOCK] for start in range(0, len(pictures), _BLOCK)]
+    found = {
+        "decode": len(files) / in_threads(decode_image, files),
+        "process": len(pictures)
+        / in_threads(lambda part: processor(images=part, return_tensors="pt"), parts),
+    }
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    for backend in backends:
+        found[f"forward {backend}"] = forward_rate(backend, graph, pixels)
+    for backend in backends:
+        steps = (found["decode"], found["process"], found[f"forward {backend}"])
+        found[f"all three {backend}"] = 1 / sum(1 / rate for rate in steps)
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    started = time.perf_counter()
+    for _ in range(20):
+        torch.mm(left, right)
+    found["matrix products, GFLOP/s"] = 20 * 2 * 1024**3 / (time.perf_counter() - started) / 1e9
+    return found
+
+
+def nearest(features: Tensor) -> Tensor:
+    """[N] the nearest other row by cosine."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    products = unit @ unit.T
+    products.fill_diagonal_(-torch.inf)
+    return products.argmax(dim=1)
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "efficientnet-lite0",
+    pictures: Annotated[int, typer.Option(help="JPEG files.")] = 384,
+    share: Annotated[float, typer.Option(help="Part that the slow contestants do.")] = 0.25,
+    rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+) -> None:
+    """Time extraction from files, alternately, and compare the features."""
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    folder = jpeg_folder(pictures)
+    files = sorted(folder.rglob("*.jpg"))
+    rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    part = max(_BATCH, round(share * pictures))
+    fewer, some = rows.select(range(part)), files[:part]
+    backbone, processor = load_model(model)
+    plain = backbone.timm_model
+    backends = [name for name in OURS.values() if find_spec(_NEEDED[name]) is not None]
+    peer_pipe = pipeline("image-feature-extraction", model=backbone, image_processor=processor)
+    features: dict[str, Tensor] = {}
+
+    def ours(backend: str, data: Any) -> None:
+        found = extract_features(
+            backbone, data, processor, backend=backend, use_cache=False, progress=False
+        )
+        features[backend] = found.features
+
+    contestants: dict[str, Callable[[], object]] = {PEER: lambda: ours("torch", fewer)}
+    for title, name in OURS.items():
+        if name in backends:
+            contestants[title] = partial(ours, name, rows)
+    contestants[PIPELINE] = lambda: peer_pipe([str(path) for path in some], batch_size=_BATCH)
+    contestants[PLAIN] = lambda: plain_timm(plain, some)
+    shares = dict.fromkeys((PEER, PIPELINE, PLAIN), part / pictures)
+    with TemporaryDirectory() as scratch:
+        os.environ["HF_KNN_CACHE"] = scratch  # after the pictures were found: graphs of this run
+        timings = compare(contestants, PEER, rounds, shares)
+        (graph,) = Path(scratch).rglob("graph.onnx")
+        alone = limits(files, processor, graph, backends)
+    wanted = features["torch"]
+    agreement = {}
+    for name in backends:
+        mine = features[name][: len(wanted)]
+        gap = float(((mine - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+        same = float((nearest(mine) == nearest(wanted)).double().mean())
+        agreement[name] = {"largest relative difference": gap, "same nearest neighbour": same}
+    rates = {timing.name: pictures / median(timing.seconds) for timing in timings}
+    reached = {
+        name: rates[title] / alone[f"forward {name}"]
+        for title, name in OURS.items()
+        if name in backends
+    }
+    print(json.dumps({"rates": rates, "alone": alone, "reached": reached, **agreement}, indent=2))
+    place = output or Path(f"outputs/speed/extraction-{model}.json")
+    report(
+        f"{pictures} JPEG files of 500 x 375, {model}", timings, PEER, place, model=model,
+        pictures=pictures, pictures_per_second=rates, limits=alone, share_of_forward=reached,
+        agreement=agreement,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,258 @@
+"""Which backend encodes: the one that was asked for, or the fastest that agrees with PyTorch.
+
+The choice is measured once per model, size of pixels and machine, and remembered. It is made here
+and nowhere else.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .configuration_knn import KnnConfig
+from .encoder_graphs import (
+    GraphError,
+    OnnxEncoder,
+    OpenVinoEncoder,
+    check_installed,
+    installed_backends,
+    is_known_to_agree,
+    load_encoder,
+    note_agreement,
+)
+from .encoders import AUTO, BACKENDS, OPENVINO, TORCH, Encoder, TorchEncoder
+from .feature_cache import cache_root
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-2
+"""The largest relative difference to PyTorch's features, of the longest row's difference."""
+FEWEST_ROWS = 500
+"""Pictures from which `auto` looks at anything but PyTorch."""
+WORTH_SECONDS = 30.0
+"""What PyTorch must be expected to take before a graph is exported."""
+BACKEND_VARIABLE = "HF_KNN_BACKEND"
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be encoded, and by what.
+
+    Attributes:
+        backbone: the vision model.
+        config: names the poolings.
+        mark: a name of the backbone's weights and architecture.
+        precision: `fp32`, `bf16` or `fp16`.
+        batch_size: pictures per forward pass, >= 1.
+        rows: how many pictures there are, cached or not.
+        is_kept: whether the features are kept; those of a model that is being trained are not, and
+            `auto` makes no graph of each of its states.
+        sample: makes [b, 3, H, W] float32, some pictures as the encoder will get them, b >= 1; None
+            if none of them can be decoded.
+    """
+
+    backbone: PreTrainedModel
+    config: KnnConfig
+    mark: str
+    precision: str
+    batch_size: int
+    rows: int
+    is_kept: bool
+    sample: Callable[[], Tensor | None]
+
+
+def check_backend(backend: str | None) -> str:
+    """The backend wanted; None takes `$HF_KNN_BACKEND`, else `auto`.
+
+    Raises:
+        ValueError: for a name there is not.
+        ImportError: for one that is not installed.
+    """
+    backend = backend or os.environ.get(BACKEND_VARIABLE) or AUTO
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected `backend` to be one of {list(BACKENDS)}, but got {backend!r}.")
+    if backend not in (AUTO, TORCH):
+        check_installed(backend)
+    return backend
+
+
+def choose_backend(wanted: str, work: Work) -> str:
+    """The backend to use.
+
+    Args:
+        wanted: see `check_backend`; anything but `auto` is checked and returned.
+        work: what it is for.
+
+    Raises:
+        ValueError: for a named backend that cannot do this, with the reason.
+    """
+    reason = _obstacle(wanted, work)
+    if wanted != AUTO:
+        if reason:
+            raise ValueError(
+                f"Expected {reason} for backend={wanted!r}; choose backend='torch', or 'auto'."
+            )
+        return wanted
+    if reason or not installed_backends():
+        return TORCH
+    place = cache_root() / "backends" / f"{_key_of(work)}.json"
+    known = _read(place)
+    if known is not None:
+        return known
+    if work.rows < FEWEST_ROWS or not work.is_kept:
+        return TORCH
+    pixels = work.sample()
+    if pixels is None:
+        return TORCH
+    return _measure(work, pixels, place)
+
+
+def open_encoder(backend: str, work: Work) -> Encoder:
+    """An encoder of a backend that `choose_backend` returned.
+
+    Raises:
+        ValueError: if the backbone cannot be exported, or its graph answers otherwise.
+    """
+    torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
+    if backend == TORCH:
+        return torch_encoder
+    pixels = work.sample()
+    if pixels is None:  # nothing to encode: any will do
+        return torch_encoder
+    encoder = _load(backend, work, pixels)
+    if is_known_to_agree(encoder, work.precision):
+        return encoder
+    gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
+    if gap > TOLERANCE:
+        raise GraphError(
+            f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
+            f"differ by {gap:.1e}; choose backend='torch'."
+        )
+    note_agreement(encoder, work.precision, gap)
+    return encoder
+
+
+def largest_gap(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of a row over that row's own length.
+
+    Args:
+        found: [B, D].
+        wanted: [B, D].
+    """
+    lengths = wanted.norm(dim=1).clamp_min(1e-12)
+    gap = float(((found - wanted).norm(dim=1) / lengths).max())
+    return gap if gap == gap else float("inf")  # NaN is as far as can be
+
+
+def _obstacle(backend: str, work: Work) -> str | None:
+    """What a graph backend would want that is not so."""
+    if backend == TORCH:
+        return None
+    parameter = next(work.backbone.parameters())
+    if parameter.device.type != "cpu":
+        return f"a model on the CPU, not on {parameter.device},"
+    if parameter.dtype != torch.float32:
+        return f"a model in float32, not {parameter.dtype},"
+    possible = ("fp32", "bf16") if backend == OPENVINO else ("fp32",)
+    return None if work.precision in possible else f"another precision than {work.precision}"
+
+
+def _measure(work: Work, pixels: Tensor, place: Path) -> str:
+    """Times what is installed on some pictures, alternately, and remembers the fastest."""
+    contestants: dict[str, Encoder] = {
+        TORCH: TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
+    }
+    wanted = contestants[TORCH].encode(pixels)()
+    if _seconds(contestants[TORCH], pixels) * work.rows / len(pixels) < WORTH_SECONDS:
+        return TORCH
+    gaps = {TORCH: 0.0}
+    for name in installed_backends():
+        try:
+            encoder = _load(name, work, pixels)
+            gaps[name] = largest_gap(encoder.encode(pixels)(), wanted)
+        except GraphError as error:
+            logger.warning("Backend %s is not used: %s", name, error)
+            continue
+        if gaps[name] <= TOLERANCE:
+            note_agreement(encoder, work.precision, gaps[name])
+            contestants[name] = encoder
+        else:
+            logger.warning("Backend %s is not used: off by %.1e.", name, gaps[name])
+    seconds = {name: float("inf") for name in contestants}
+    for _ in range(_ROUNDS):
+        for name, contestant in contestants.items():
+            seconds[name] = min(seconds[name], _seconds(contestant, pixels))
+    rates = {name: len(pixels) / value for name, value in seconds.items()}
+    best = max(rates, key=lambda name: rates[name])
+    _remember(place, {"backend": best, "pictures_per_second": rates, "gaps": gaps})
+    return best
+
+
+def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
+    shape = (pixels.shape[2], pixels.shape[3])
+    return load_encoder(
+        name, work.backbone, work.config, shape, work.mark, work.precision, work.batch_size
+    )
+
+
+def _seconds(encoder: Encoder, pixels: Tensor) -> float:
+    """How long some pictures take, on as many threads as the encoder wants."""
+    parts = pixels.split(max(1, min(encoder.batch_size, -(-len(pixels) // encoder.streams))))
+    started = time.perf_counter()
+    if encoder.streams == 1:
+        for part in parts:
+            encoder.encode(part)()
+    else:
+        with ThreadPoolExecutor(encoder.streams) as pool:
+            for _ in pool.map(lambda part: encoder.encode(part)(), parts):
+                pass
+    return time.perf_counter() - started
+
+
+def _key_of(work: Work) -> str:
+    versions = {}
+    for package in ("torch", "onnxruntime", "openvino"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    key: dict[str, Any] = {
+        "backbone": work.mark,
+        "poolings": [work.config.pooling, work.config.store_pooling],
+        "precision": work.precision,
+        "machine": [platform.node(), platform.machine(), torch.get_num_threads()],
+        "versions": versions,
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _read(place: Path) -> str | None:
+    if not place.is_file():
+        return None
+    try:
+        backend = json.loads(place.read_text(encoding="utf-8"))["backend"]
+    except (ValueError, KeyError, TypeError):
+        return None  # damaged: measured again
+    return backend if backend == TORCH or backend in installed_backends() else None
+
+
+def _remember(place: Path, choice: dict[str, Any]) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        logger.warning("The choice of %s is not remembered: %s", choice["backend"], error)

@@ -1,0 +1,80 @@
+"""Pixels to features, by PyTorch: what every other backend is measured and checked against."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .backbone import evaluating, extract
+from .configuration_knn import KnnConfig
+
+TORCH, ONNX, OPENVINO, AUTO = "torch", "onnx", "openvino", "auto"
+BACKENDS = (AUTO, TORCH, ONNX, OPENVINO)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Encoder(Protocol):
+    """What turns pixels into features.
+
+    Attributes:
+        name: of the backend.
+        streams: how many threads should call it at the same time, >= 1; with 1, only the thread
+            that made it.
+        batch_size: the most pictures per call.
+    """
+
+    name: str
+    streams: int
+    batch_size: int
+
+    def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
+        """Starts on [B, 3, H, W] float32; what it returns waits for [B, D] float32 on the CPU."""
+        ...
+
+
+class TorchEncoder:
+    """The backbone as it is, on its device; training mode and statistics are left alone.
+
+    On a GPU the pixels come from pinned memory, and copies overlap with computing.
+
+    Args:
+        backbone: a vision model.
+        config: names the poolings.
+        precision: `fp32`, or `bf16` / `fp16` by autocast.
+        batch_size: pictures per forward pass, >= 1.
+    """
+
+    name, streams = TORCH, 1
+
+    def __init__(
+        self, backbone: PreTrainedModel, config: KnnConfig, precision: str, batch_size: int
+    ) -> None:
+        self.backbone, self.config, self.batch_size = backbone, config, batch_size
+        parameter = next(backbone.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.autocast = None if precision == "fp32" else PRECISIONS[precision]
+
+    def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
+        """See `Encoder`."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            pixels = pixels.pin_memory()
+        context: Any = nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(self.device.type, self.autocast)
+        with evaluating(self.backbone), context:
+            moved = pixels.to(self.device, self.dtype, non_blocking=on_gpu)
+            features, _ = extract(self.backbone, moved, self.config)
+            found = features.float()
+        # asked for one batch later: until then the GPU works and the CPU decodes
+        return lambda: found.cpu()
+
+
+def frozen_copy(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be traced: in evaluation mode, on the CPU, without gradients."""
+    copied = copy.deepcopy(backbone).cpu().eval()
+    return copied.requires_grad_(False)

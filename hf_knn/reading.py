@@ -1,0 +1,92 @@
+"""Rows of pictures to a batch of pixels: decoded, augmented if wanted, and processed."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .augmentation import EPOCH, Augment
+from .images import BadImageError, decode_image
+
+IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
+
+
+class BadRow(NamedTuple):
+    """A row that could not be used, and why."""
+
+    row: int
+    sample_id: int
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Some rows, decoded and processed.
+
+    Attributes:
+        pixel_values: [B, 3, H, W] float32; without the bad rows.
+        rows: the row numbers of what was decoded, length B.
+        bad: the rows that could not be decoded.
+    """
+
+    pixel_values: Tensor | None
+    rows: list[int]
+    bad: list[BadRow]
+
+
+def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
+    """Decodes some rows and runs the image processor on them.
+
+    Args:
+        dataset: prepared.
+        rows: row numbers.
+        processor: an image processor.
+    """
+    entries = dataset[list(rows)]
+    pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
+    items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
+    pixels, good, bad = process_rows(items, processor)
+    numbers = [int(row) for row in rows]
+    return Batch(
+        pixels, [numbers[i] for i in good], [row._replace(row=numbers[row.row]) for row in bad]
+    )
+
+
+def process_rows(
+    items: list[dict[str, Any]], processor: Any, augment: Augment | None = None
+) -> Batch:
+    """Decodes rows that were read already; row numbers are places in the list.
+
+    Args:
+        items: rows of a prepared dataset.
+        processor: an image processor.
+        augment: what the pictures go through first; the rows then have an `epoch`.
+    """
+    images, good, bad = [], [], []
+    for place, item in enumerate(items):
+        try:
+            image = decode_entry(item[IMAGE])
+            if augment is not None:
+                image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
+            images.append(image)
+            good.append(place)
+        except (BadImageError, OSError) as error:
+            path = (item[IMAGE] or {}).get("path") or ""
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
+    options = {} if augment is None else augment.processor_options
+    pixels = None
+    if images:
+        pixels = processor(images=images, return_tensors="pt", **options)["pixel_values"]
+    return Batch(pixels, good, bad)
+
+
+def decode_entry(entry: dict[str, Any] | None) -> Any:
+    """The picture of one undecoded cell of a dataset: its bytes, or the file of its path.
+
+    Raises:
+        BadImageError: if there is none, or it cannot be decoded.
+        OSError: if the file cannot be read.
+    """
+    if entry is None:
+        raise BadImageError("the row has no picture")
+    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])

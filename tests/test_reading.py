@@ -1,0 +1,73 @@
+"""What the backbone sees is what the model's own image processor makes, however it is batched."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageColumn
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    ViTImageProcessor,
+)
+
+from hf_knn.data import prepare
+from hf_knn.encoding import encode_rows
+
+SIZES = [(50, 37), (37, 50), (64, 64), (33, 90), (20, 20), (50, 37)]
+SQUARE = {"height": 32, "width": 32}
+CROPPED: dict[str, Any] = {"size": {"shortest_edge": 36}, "crop_size": SQUARE}
+PROCESSORS = {
+    "vit": ViTImageProcessor(size=SQUARE),
+    "bit": BitImageProcessor(**CROPPED),
+    "clip": CLIPImageProcessor(**CROPPED),
+    "deit": DeiTImageProcessor(size={"height": 36, "width": 36}, crop_size=SQUARE),
+    "convnext": ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875),
+}
+
+
+class Pixels:
+    """An encoder that hands the pixels through."""
+
+    name = "pixels"
+
+    def __init__(self, streams: int, batch_size: int) -> None:
+        self.streams, self.batch_size = streams, batch_size
+
+    def encode(self, pixels: Tensor) -> Any:
+        return lambda: pixels.flatten(1)
+
+
+def jpegs() -> list[bytes]:
+    found = []
+    for seed, size in enumerate(SIZES):
+        noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG")
+        found.append(buffer.getvalue())
+    return found
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_are_those_of_the_processor_one_by_one(name: str, streams: int) -> None:
+    files, processor = jpegs(), PROCESSORS[name]
+    kinds = Features({"image": ImageColumn(), "label": ClassLabel(names=["a"])})
+    cells = [{"bytes": data, "path": None} for data in files]
+    rows = prepare(Dataset.from_dict({"image": cells, "label": [0] * len(files)}, features=kinds))
+    parts = list(encode_rows(rows, [5, 0, 1, 2, 3, 4], processor, Pixels(streams, 4)))
+    assert [row for part in parts for row in part.rows] == [5, 0, 1, 2, 3, 4]
+    found = torch.cat([part.features for part in parts if part.features is not None])
+    for row, pixels in zip([5, 0, 1, 2, 3, 4], found, strict=True):
+        with Image.open(io.BytesIO(files[row])) as opened:
+            image = opened.convert("RGB")
+        wanted = processor(images=image, return_tensors="pt")["pixel_values"].flatten()
+        assert wanted.std() > 0.1
+        assert (pixels - wanted).abs().max() <= 1e-6 * wanted.abs().max()
