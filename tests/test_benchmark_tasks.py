@@ -245,7 +245,7 @@ def test_unknown_names_are_answered_with_near_ones(tmp_path):
         ValueError, match=r"do you mean digits or glyphs or openmoji or openmoji-categories"
     ):
         load_pictures("zzz", tmp_path)
-    with pytest.raises(ValueError, match=r"do you mean efficientnet-lite0\?"):
+    with pytest.raises(ValueError, match=r"do you mean efficientnet-lite0 or "):
         build_backbone("efficientnet_lite0", tmp_path)
     with pytest.raises(ValueError, match=r"Expected limit .* but got 7"):
         load_pictures("digits", tmp_path, limit=7)
