@@ -6,8 +6,10 @@ The Hub libraries read their variables when they are imported, so these are set 
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,27 @@ _PLACES = {"hub": "HF_KNN_HUB_TESTS", "common_suite": "HF_KNN_COMMON_SUITE"}
 collect_ignore = [folder for folder, switch in _PLACES.items() if not os.environ.get(switch)]
 
 
+_BARS = {
+    "transformers.utils.logging": "enable_progress_bar",
+    "datasets.utils.tqdm": "enable_progress_bars",
+}
+
+
 @pytest.fixture(autouse=True)
 def knn_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this test's features are cached; empty at first."""
     folder = tmp_path / "hf-knn-cache"
     monkeypatch.setenv("HF_KNN_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def progress_bars() -> Iterator[None]:
+    """Commands hide the bars of libraries in their process, which is the next test's too."""
+    yield
+    for name, function in _BARS.items():
+        if name in sys.modules:
+            getattr(sys.modules[name], function)()
 
 
 @pytest.fixture
