@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+from accelerate import PartialState
 from cache import build_once, cache_root, unknown_name, versioned
 from torch import Tensor, nn
 from transformers import (
@@ -85,7 +86,7 @@ def efficientnet_lite0() -> nn.Module:
 
 
 def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
-    """Return the folder of an offline backbone, made on first use.
+    """Return the folder of an offline backbone, made on first use; all ranks call this together.
 
     Args:
         name: A key of `OFFLINE_BACKBONES`.
@@ -105,7 +106,9 @@ def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
     folder = cache_root(cache_dir) / "backbones" / versioned(name, backbone.packages, REVISION)
     with torch.random.fork_rng(devices=[]):  # a first run goes on with the same state as later ones
         torch.default_generator.manual_seed(0)
-        return build_once(folder, backbone.build)
+        # transformers saves weights on the first of several ranks only
+        with PartialState().main_process_first():
+            return build_once(folder, backbone.build)
 
 
 def _build_efficientnet_lite0(folder: Path) -> None:

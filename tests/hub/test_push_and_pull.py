@@ -333,6 +333,7 @@ def test_a_damaged_checkpoint_is_not_pushed(hub: Hub, model: Any, tmp_path: Path
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_answers_alike(hub: Hub, model: Any, tmp_path: Path) -> None:
     """Push from here, load there: only transformers and torch, through the Hub."""
     import os
