@@ -294,6 +294,7 @@ def test_bad_input_is_one_message(arguments, message):
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_of_its_own_is_one_message_without_traceback(tmp_path):
     environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "hf_knn_cli", "predict", "no-such-checkpoint/", "x.jpg"]

@@ -1363,6 +1363,7 @@ def test_the_kill_test_would_notice_a_naive_save(tmp_path, monkeypatch):
         kill_saves(tmp_path / "saved", 15)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_version(tmp_path):
     """A limit on the size of a file makes each write beyond it fail, as a full disk does."""
     wanted = versions()

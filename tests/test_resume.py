@@ -106,7 +106,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "options"), VARIANTS)
+FAST = (2, 6, 8)
+"""Of the variants; `make test-slow` runs the others."""
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(*variant, marks=() if number in FAST else pytest.mark.slow)
+        for number, variant in enumerate(VARIANTS)
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

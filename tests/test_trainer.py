@@ -205,8 +205,10 @@ def test_alpha_0_with_label_smoothing_is_the_plain_trainer(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("augmentation", ["paper", "flip", "none"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "augmentation", ["paper", pytest.param("flip", marks=pytest.mark.slow), "none"]
+)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_fine_tuning_is_the_plain_trainer(augmentation: str, workers: int, tmp_path: Path) -> None:
     data = pictures()
     models = [small_model(CLASSES), small_model(CLASSES)]
@@ -399,7 +401,7 @@ def test_gradient_accumulation_changes_nothing(alpha: float, tmp_path: Path) -> 
 # features once
 
 
-@pytest.mark.parametrize("epochs", [1, 4])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_training_picture_goes_through_the_backbone_once(
     epochs: int, cached: bool, tmp_path: Path, knn_cache: Path
@@ -928,7 +930,10 @@ def test_the_best_model_comes_back_whole(frozen: bool, tmp_path: Path) -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("save", [{"save_strategy": "epoch"}, {"save_steps": 5}])
+@pytest.mark.parametrize(
+    "save",
+    [pytest.param({"save_strategy": "epoch"}, marks=pytest.mark.slow), {"save_steps": 5}],
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_resumed_run_ends_as_the_whole_one(
     frozen: bool, save: dict[str, Any], tmp_path: Path
