@@ -440,6 +440,6 @@ def test_any_search_equals_brute_force(examples: int, monkeypatch: pytest.Monkey
             carry_out(plan)
 
     check()
-    # what a few hundred examples draw depends on the modules that are loaded: all is for the long run
+    # what few examples draw depends on the modules that are loaded: all is for the long run
     missing = set(EVERYTHING) - set(drawn)
     assert len(missing) <= (len(EVERYTHING) // 10 if examples < 1000 else 0), missing
