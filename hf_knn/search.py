@@ -7,8 +7,10 @@ until none of those could belong to the answer.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .configuration_knn import Normalization
@@ -20,6 +22,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
+_PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _ROW_BLOCK = 65_536
 _EXACT_BLOCK = 262_144
 _MOST_REMOVED = 0.3
@@ -242,10 +245,11 @@ class Searcher:
         count = k + (exclude_ids is not None) + self.first_pass.extra
         while len(pending):
             certain = []
-            # beyond a half, proposing candidates costs more than comparing with every row
-            every_row = 2 * count >= len(self.places)
+            # beyond a third, gathering candidates costs more than comparing with every row
+            every_row = 3 * count >= len(self.places)
             width = len(self.ids) if every_row else count
-            step = max(1, _RESCORE_BYTES // (8 * width * max(1, queries.shape[1])))
+            apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
+            step = max(1, _RESCORE_BYTES // (8 * width * apart))
             for start in range(0, len(pending), step):
                 chunk = pending[start : start + step]
                 excluded = None if exclude_ids is None else exclude_ids[chunk]
@@ -270,7 +274,8 @@ class Searcher:
             proposed, limit = self.first_pass.candidates(scaled, width)
             is_row = (proposed >= 0) & (proposed < len(self.places))
             candidates = np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1)
-        similarities = self._rescore(queries, candidates)  # [B, width]
+        rescore = self._compare_all if every_row else self._rescore
+        similarities = rescore(queries, candidates)  # [B, width]
         similarities[candidates < 0] = -np.inf
         if excluded is not None:
             similarities[self.ids[candidates] == excluded[:, None]] = -np.inf
@@ -288,12 +293,30 @@ class Searcher:
         step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
         for start in range(0, len(used), step):
             rows = self.space.normalize(self.features[used[start : start + step]])
-            for i, query in enumerate(queries):
+
+            def fill(i: int, rows: Floats = rows, start: int = start) -> None:
                 if len(used) <= step:
-                    similarities[i] = self.space.compare(rows[places[i]], query)  # [width]
+                    similarities[i] = self.space.compare(rows[places[i]], queries[i])  # [width]
                 else:
                     here = (places[i] >= start) & (places[i] < start + step)
-                    similarities[i, here] = self.space.compare(rows[places[i, here] - start], query)
+                    chosen = rows[places[i, here] - start]
+                    similarities[i, here] = self.space.compare(chosen, queries[i])
+
+            _in_threads(fill, len(queries), similarities.size)
+        return similarities
+
+    def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
+        """What `_rescore` finds where the candidates of each query are all rows in their order."""
+        similarities = np.empty(candidates.shape)
+        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(self.ids), step):
+            part = slice(start, start + step)
+            rows = self.space.normalize(self.features[part])
+
+            def fill(i: int, rows: Floats = rows, part: slice = part) -> None:
+                similarities[i, part] = self.space.compare(rows, queries[i])
+
+            _in_threads(fill, len(queries), similarities.size)
         return similarities
 
 
@@ -345,6 +368,23 @@ def nearest_first(similarities: Floats, ids: Ints, k: int) -> Ints:
         k: how many.
     """
     return np.lexsort((ids, -similarities), axis=-1)[:, :k]
+
+
+def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
+    """Runs a task for each of `count` numbers; numpy lets go of the interpreter meanwhile."""
+    threads = min(torch.get_num_threads(), count) if pairs > _PAIRS_FOR_THREADS else 1
+
+    def run(span: Ints) -> None:
+        for number in span:
+            task(int(number))
+
+    spans = np.array_split(np.arange(count), max(1, threads))
+    if threads < 2:
+        run(spans[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(run, span) for span in spans]:
+            done.result()
 
 
 def recall_of(found: Ints, wanted: Ints) -> float:
