@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tiny import assert_same_rows, assert_same_tensors, pixels, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-from hf_knn import Datastore, KnnForImageClassification
+from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.publishing import PushConflictError
 
 
@@ -360,3 +360,24 @@ def test_a_process_without_the_package_answers_alike(hub: Hub, model: Any, tmp_p
     with torch.no_grad():
         wanted = model(pixel_values=pixels(3, seed=4)).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+
+
+def test_a_model_whose_rows_are_in_milvus_is_pushed_as_a_reference(
+    hub: Hub, model: Any, cache: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("milvus_lite")
+    embedded = model.datastore
+    uri = str(tmp_path / "rows.db")
+    model.datastore = MilvusDatastore.from_datastore(embedded, uri, "rows", progress=False)
+    model.push_to_hub(REPO)
+    files = hub.repo(REPO).history()[0].files
+    assert "datastore.json" in files
+    assert not any(name.startswith("datastore-") for name in files), "no row leaves the server"
+    with pytest.raises(ValueError, match="consent to ask a server"):
+        AutoModel.from_pretrained(REPO, cache_dir=cache)
+    found = AutoModel.from_pretrained(REPO, cache_dir=cache, trust_remote_datastore=True)
+    picture = pixels(2)
+    with torch.inference_mode():
+        answer = found.eval()(pixel_values=picture).logits
+        model.datastore = embedded
+        assert torch.equal(answer, model.eval()(pixel_values=picture).logits)

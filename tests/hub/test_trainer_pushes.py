@@ -9,7 +9,7 @@ from hub_checks import assert_whole
 from hub_server import Fault, Hub
 from test_resume import make_trainer
 from tiny import assert_same_tensors
-from transformers import AutoModel
+from transformers import AutoModel, TrainerCallback
 
 from hf_knn import KnnTrainer
 from hf_knn.resume import problem_of
@@ -70,3 +70,20 @@ def test_a_push_that_fails_during_training_is_said_and_costs_nothing(
     assert "A push during training failed" in caplog.text
     assert len(hub.repo("org/run").history()) == 1
     assert trainer.state.global_step == 4
+
+
+def test_a_push_that_had_failed_before_the_next_began_is_said(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, "every_save")
+
+    class Waits(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **others: Any) -> None:
+            if state.global_step == 3:  # the first push is over, the second comes a step later
+                assert trainer.push_in_progress.jobs[0].exception(timeout=60) is not None
+
+    trainer.add_callback(Waits())
+    hub.faults.append(Fault("status", "POST .*/commit/", times=1, status=403))
+    trainer.train()
+    assert caplog.text.count("A push during training failed") == 1
+    assert len(hub.repo("org/run").history()) == 1
