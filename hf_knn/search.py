@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
+_COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _ROW_BLOCK = 65_536
 _EXACT_BLOCK = 262_144
@@ -150,8 +151,8 @@ class RowSpace:
         """Similarity of one query with [K, D] normalised rows, each pair by itself."""
         if self.is_l2:
             rows = rows - query
-            return -np.einsum("kd,kd->k", rows, rows)
-        return np.einsum("kd,d->k", rows, query)
+            return -np.vecdot(rows, rows)
+        return np.vecdot(rows, query)
 
     def _largest_length(self, features: Rows) -> float:
         largest = 0.0
@@ -308,7 +309,7 @@ class Searcher:
     def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
         """What `_rescore` finds where the candidates of each query are all rows in their order."""
         similarities = np.empty(candidates.shape)
-        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        step = max(1, _COMPARE_BYTES // (8 * queries.shape[1]))
         for start in range(0, len(self.ids), step):
             part = slice(start, start + step)
             rows = self.space.normalize(self.features[part])
@@ -316,7 +317,7 @@ class Searcher:
             def fill(i: int, rows: Floats = rows, part: slice = part) -> None:
                 similarities[i, part] = self.space.compare(rows, queries[i])
 
-            _in_threads(fill, len(queries), similarities.size)
+            _in_threads(fill, len(queries), len(queries) * len(rows))
         return similarities
 
 
