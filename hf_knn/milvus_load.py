@@ -160,6 +160,39 @@ def check_content(collection: MilvusCollection, about: About) -> None:
         )
 
 
+def open_whole(place: MilvusCollection, recover: bool = False) -> About:
+    """The record of a collection that is whole and ready to be read.
+
+    Args:
+        place: the collection.
+        recover: count the rows anew after an interrupted change, and take what is there.
+
+    Raises:
+        DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
+        DatastoreConnectionError: if the server does not answer.
+    """
+    about = place.read_about()
+    if about is None or not place.has_rows():
+        raise DatastoreError(
+            f"Expected {place} to be a datastore, but there is none; load one with "
+            "MilvusDatastore.from_datastore."
+        )
+    if about.state == LOADING or (about.state == CHANGING and not recover):
+        raise DatastoreError(f"Expected {place} to be whole, but {INTERRUPTED[about.state]}.")
+    place.load()
+    if recover:
+        count, total = count_content(place, about)
+        about = dataclasses.replace(about, state=WHOLE, count=count, total=total)
+        place.write_about(about)
+    found = place.count()
+    if found != about.count:
+        raise DatastoreError(
+            f"Expected {place} to hold {about.count} rows, but it holds {found}; somebody else "
+            "changed it: drop it and load again, or connect with recover=True."
+        )
+    return about
+
+
 def _ids_in(collection: MilvusCollection) -> np.ndarray:
     pages = [[row["id"] for row in page] for page in collection.pages(["id"], "", _ID_PAGE)]
     return np.array([row_id for page in pages for row_id in page], np.int64)

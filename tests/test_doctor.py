@@ -176,6 +176,36 @@ def test_missing_labels_and_files_are_findings_not_the_end(clean, backbone, tmp_
     assert found(lines_of(tmp_path / "out"), "broken") == {"nowhere.png"}
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv", "empty labels"])
+def test_without_labels_the_rest_is_looked_for(kind, clean, backbone, tmp_path):
+    """A copy, a broken file and a stranger are found, and what was left out is said."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name in COLOURS:
+        for i in range(10):
+            shutil.copy(clean / "train" / name / f"{i:03d}.png", folder / f"{name}{i}.png")
+    shutil.copy(folder / "ant3.png", folder / "copy.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    source = folder
+    if kind != "folder":
+        source = tmp_path / "list.csv"
+        columns = ("path", "") if kind == "csv" else ("path,label", ",")
+        lines = [f"{path}{columns[1]}" for path in sorted(folder.iterdir())]
+        source.write_text("\n".join([columns[0], *lines]) + "\n")
+    out = tmp_path / "out"
+    done = hf_knn("doctor", source, "--backbone", backbone, "-o", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    counts = {name: count for name, count in answer["counts"].items() if count}
+    assert counts.pop("outlier", 0) <= 1
+    assert counts == {"broken": 1, "exact_duplicate": 1}
+    assert answer["classes"] == 0
+    assert "no labels" in answer["not_looked_at"][0]
+    assert found(lines_of(out), "broken") == {"broken.png"}
+    assert {line["label"] for line in lines_of(out)} == {""}
+    assert "Label errors, label conflicts" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_column_that_is_not_there_is_named(clean, backbone, tmp_path):
     done = hf_knn("doctor", clean, "--backbone", backbone, "-o", tmp_path, "--group-by", "patient")
     assert done.exit_code == 1
