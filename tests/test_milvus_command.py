@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import hf_knn
 from PIL import Image
-from test_cli import hf_knn
 from test_milvus_store import Stopped, stop_after
 from tiny import tiny_model
 
