@@ -13,6 +13,7 @@ from .indexing import FLAT
 from .manifest import Binding, IndexInfo
 from .milvus_changes import rows_with
 from .milvus_collection import MilvusCollection
+from .milvus_index import effort_name
 from .milvus_load import check_content, space_of
 from .milvus_rows import ROW_FIELDS, About, decode_rows, rows_per_call
 from .row_fingerprint import StoredRows
@@ -63,8 +64,10 @@ class MilvusReading:
 
     @property
     def index(self) -> IndexInfo:
-        """How it is searched: exactly."""
-        return IndexInfo(FLAT, FLAT)
+        """How it is searched, with the recall that was measured when the rows were loaded."""
+        about, name = self._about, self._about.index.lower()
+        effort = effort_name(about.index)
+        return IndexInfo(name, name, {effort: about.effort} if effort else {}, about.recall)
 
     @property
     def location(self) -> str | None:

@@ -11,10 +11,12 @@ from transformers.utils.logging import tqdm
 
 from .datastore import Datastore
 from .datastore_reference import DatastoreReference, RemoteConsent, read_manifest
+from .indexing import FLAT, MIN_RECALL
 from .manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError
 from .milvus_changes import add_rows, relabel_rows, remove_rows
 from .milvus_client import PATIENCE, TIMEOUT, MilvusServer, check_exists, check_uri, token_of
 from .milvus_collection import MilvusCollection
+from .milvus_index import index_of
 from .milvus_load import BATCH_ROWS, load_rows, open_whole
 from .milvus_reading import MilvusReading, rows_where
 from .milvus_search import Hits, search_collection
@@ -24,11 +26,12 @@ from .storage import exclusive_lock, write_durably
 
 
 class MilvusDatastore(MilvusReading):
-    """Rows of (features, label, id) in a collection of Milvus, searched exactly.
+    """Rows of (features, label, id) in a collection of Milvus, searched exactly by default.
 
     Milvus (Lite, Standalone or Distributed, by the address) proposes candidates, which are compared
-    here in float64: the answers are those of `Datastore` with the same rows. The constructor takes
-    ready parts: build with `from_datastore`, open with `connect` or `open`.
+    here in float64: with `index="flat"` the answers are those of `Datastore` with the same rows; an
+    approximate index may miss some, see `index.recall`. The constructor takes ready parts: build
+    with `from_datastore`, open with `connect` or `open`.
 
     There should be one writer at a time: a change that finds another one's is refused. A change
     that a kill or a lost connection interrupts leaves the collection marked, and it is not opened
@@ -60,6 +63,8 @@ class MilvusDatastore(MilvusReading):
         patience: float = PATIENCE,
         batch_size: int = BATCH_ROWS,
         progress: bool = True,
+        index: str = FLAT,
+        min_recall: float = MIN_RECALL,
     ) -> Self:
         """Loads the rows of an embedded datastore; called again, it goes on where it was stopped.
 
@@ -73,17 +78,24 @@ class MilvusDatastore(MilvusReading):
             patience: seconds for which a call is tried again.
             batch_size: rows per call, >= 1; fewer where rows are wide.
             progress: show a progress bar.
+            index: `flat` (exact), `ivf_flat`, `hnsw` or `autoindex` (what the server chooses).
+            min_recall: an approximate index is searched as hard as this recall at 20 takes,
+                measured on a sample of the rows; in (0, 1].
 
         Raises:
             ImportError: without pymilvus (`pip install hf-knn[milvus]`).
-            ValueError: for a bad argument, or a collection that holds other rows.
+            ValueError: for a bad argument, a collection that holds other rows, or an index that
+                does not reach `min_recall`; then the collection is not whole.
             DatastoreError: if what was read back is not what was written.
             DatastoreConnectionError: if the server does not answer; call again to go on.
         """
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` to be >= 1, but got {batch_size}.")
+        if not 0 < min_recall <= 1:
+            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
+        kind = index_of(index)
         place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
-        load_rows(store, place, batch_size, progress)
+        load_rows(store, place, batch_size, progress, kind, min_recall)
         loaded = cls(place, open_whole(place))
         loaded.digest, loaded.binding = store.digest, store.binding
         return loaded
@@ -181,7 +193,7 @@ class MilvusDatastore(MilvusReading):
         labels: Values | None = None,
         split: str | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, exactly.
+        """Finds the k nearest rows of each query, exactly with a `flat` index.
 
         Args:
             queries: [B, D] finite raw features of any float dtype and device.

@@ -22,7 +22,7 @@ LAYERS = [
     | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
     | {"search_backend", "row_fingerprint", "datastore_reference"}
-    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
+    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search", "milvus_index"},
     {"hub_files", "publishing", "model_card"},
     {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}
     | {

@@ -52,6 +52,14 @@ def test_the_rows_move_and_predict_finds_them(checkpoint, uri, tmp_path, monkeyp
     assert "refers to Milvus already" in again.output
 
 
+def test_the_index_is_chosen_and_its_recall_said(checkpoint, uri):
+    done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "hnsw", "--index", "hnsw")
+    assert done.exit_code == 0, done.stderr
+    assert "searched by hnsw (ef 64, recall@20 1.0000)" in done.stdout
+    done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "x", "--index", "annoy")
+    assert done.exit_code == 1
+
+
 def test_it_goes_on_where_it_was_stopped(checkpoint, uri, monkeypatch):
     command = ("milvus", checkpoint, "--uri", uri, "--collection", "rows", "--batch-size", 7)
     with monkeypatch.context() as patch:
