@@ -1,8 +1,6 @@
 """`KnnTrainer`: the Hugging Face Trainer with a datastore, a reweighted loss and three voices."""
 
-import copy
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +20,11 @@ from .collator import KnnCollator
 from .configuration_knn import Head
 from .datastore import Datastore
 from .features import ImageFeatures
-from .fitting import Part, own_votes
+from .fitting import Part, own_votes, with_fresh_head
 from .fitting_at_once import fit_at_once
 from .folds import Fold, stratified_folds
-from .heads import KnnHead
 from .hub_trainer import HubTrainer
-from .loss import KnnLoss
+from .loss import KnnLoss, check_finite
 from .measuring import (
     HeldOut,
     ask_voices,
@@ -39,7 +36,7 @@ from .measuring import (
 from .modeling_knn import KnnForImageClassification
 from .probe import ProbeChoice
 from .probe_settings import ProbeGrid
-from .training_args import ARGUMENTS_NAME, KnnTrainingArguments
+from .training_args import KnnTrainingArguments
 from .training_rows import (
     KnownFeatures,
     check_at_once,
@@ -309,13 +306,7 @@ class KnnTrainer(HubTrainer):
             mean = self.loss.mean(outputs.head_logits, labels, surprise)
             loss = (mean, outputs) if return_outputs else mean
         value = loss[0] if isinstance(loss, tuple) else loss
-        if not value.isfinite():
-            shown = [] if sample_ids is None else sample_ids.tolist()
-            raise FloatingPointError(
-                f"Expected a finite loss, but got {float(value.detach())} at step "
-                f"{self.state.global_step + 1}, sample ids {shown[:64]}; lower the learning rate "
-                "or look at these pictures. The last checkpoint is whole."
-            )
+        check_finite(value, self.state.global_step + 1, sample_ids)
         return loss
 
     def _refresh(self) -> None:
@@ -422,12 +413,7 @@ class KnnTrainer(HubTrainer):
 
     def _fit_fold(self, features: ImageFeatures) -> KnnForImageClassification:
         """A fresh head and datastore from some of the rows, by the same recipe."""
-        shared = {id(self.model.backbone): self.model.backbone}
-        model = copy.deepcopy(self.model, shared)
-        with torch.random.fork_rng(devices=[]):  # the same folds whatever was drawn before
-            torch.manual_seed(self.args.seed)
-            model.head = KnnHead.from_config(model.config)
-            model.head.apply(model._init_weights)
+        model = with_fresh_head(self.model, self.args.seed)
         with tempfile.TemporaryDirectory() as folder:
             trainer = KnnTrainer(model, quiet_arguments(self.args, folder), train_dataset=features)
             trainer.remove_callback(PrinterCallback)
@@ -451,8 +437,7 @@ class KnnTrainer(HubTrainer):
             self.model.save_pretrained(folder, state_dict=state_dict)
         finally:
             self.model.datastore = store
-        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / ARGUMENTS_NAME).write_text(arguments + "\n", encoding="utf-8")
+        self.args.write_json(folder)
         if self.is_in_train:
             self.loss.save(folder)
 
