@@ -150,9 +150,13 @@ def milvus(
         str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+    index: Annotated[
+        str,
+        typer.Option(help="flat (exact), ivf_flat, hnsw or autoindex; their recall is measured."),
+    ] = "flat",
 ) -> None:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
     from hf_knn.console import run
     from hf_knn.milvus_command import move_to_milvus
 
-    run(move_to_milvus, checkpoint, uri, collection, token, batch_size)
+    run(move_to_milvus, checkpoint, uri, collection, token, batch_size, index)

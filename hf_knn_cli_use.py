@@ -162,7 +162,9 @@ def export(
 
 @app.command()
 def doctor(
-    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    pictures: Annotated[
+        str, typer.Argument(help="Pictures as for `train`; without labels less is looked for.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
     ] = Path("knn-doctor"),

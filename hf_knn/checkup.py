@@ -183,6 +183,12 @@ def _look_at_labels(
     """Likely label errors and the learning curve, where there are labels to compare."""
     labels = torch.from_numpy(rows.labels)
     classes = len(rows.label_names)
+    if not classes:
+        checkup.skipped.append(
+            "Label errors, label conflicts, balance and learning curve: the pictures have no "
+            "labels (one sub-folder per label, or a column `label`)."
+        )
+        return []
     if int((torch.bincount(labels, minlength=classes) > 1).sum()) < 2:
         checkup.skipped.append(
             "Label errors and learning curve: fewer than two classes have two pictures."

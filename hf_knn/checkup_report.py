@@ -69,7 +69,8 @@ def sections_of(checkup: Checkup, show: Show) -> list[Section]:
         by_kind[finding.kind].append(finding)
     sections = [_summary(checkup)]
     sections += [_section(kind, found, checkup, show) for kind, found in by_kind.items() if found]
-    sections += [_classes(checkup)]
+    if checkup.pictures.label_names:
+        sections.append(_classes(checkup))
     if checkup.curve is not None:
         sections.append(_curve(checkup))
     return [*sections, _limits(checkup)]

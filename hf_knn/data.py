@@ -60,27 +60,29 @@ def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
         FileNotFoundError: if a local source is not there.
         ValueError: if it holds no pictures or no labels, listing the columns there are.
     """
-    path = Path(source)
-    if path.is_dir():
-        splits = _load_folder(path)
-    elif path.suffix == ".csv" and path.is_file():
-        splits = {"train": _load_csv(path)}
-    elif path.suffix == ".parquet" and path.is_file():
-        splits = load_dataset("parquet", data_files=str(path))
-    elif not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(
-            f"Expected {source} to be a folder, a csv, a parquet file or a Hub id, "
-            "but there is nothing there."
-        )
-    else:
-        splits = _load_from_hub(str(source), options)
-    named = {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
-    columns = {name: _with_columns(rows) for name, rows in named.items()}
-    classes = None
-    kinds = [rows.features[LABEL] for rows in columns.values()]
-    if not all(isinstance(kind, ClassLabel) and kind.names == kinds[0].names for kind in kinds):
-        classes = _class_names(value for rows in columns.values() for value in _values(rows))
-    return {name: _with_labels(rows, classes) for name, rows in columns.items()}
+    return _labelled(_read_splits(source, options, needs_labels=True))
+
+
+def load_pictures(source: str | Path, **options: Any) -> tuple[dict[str, Dataset], bool]:
+    """Opens a set of pictures, with labels or without.
+
+    Args:
+        source: as for `load_splits`; also a folder of pictures without sub-folders, and a csv
+            without a column `label`.
+        options: as for `load_splits`.
+
+    Returns:
+        The splits by name, as `load_splits` returns them, and whether they have labels; without,
+        all pictures are of one class.
+
+    Raises:
+        FileNotFoundError: if a local source is not there.
+        ValueError: if it holds no pictures, or some of its splits have labels and others none.
+    """
+    splits = _read_splits(source, options, needs_labels=False)
+    if not _is_plain_folder(Path(source)) and any(map(_has_labels, splits.values())):
+        return _labelled(splits), True
+    return {name: _with_columns(_of_one_class(rows)) for name, rows in splits.items()}, False
 
 
 def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
@@ -258,6 +260,61 @@ def datastore_as_dataset(
     return Dataset.from_dict(columns, features=Features(kinds))
 
 
+def _read_splits(
+    source: str | Path, options: dict[str, Any], *, needs_labels: bool
+) -> dict[str, Dataset]:
+    """What `datasets` reads, split by split, with the columns as they are."""
+    path = Path(source)
+    if path.is_dir():
+        splits = _load_folder(path)
+    elif path.suffix == ".csv" and path.is_file():
+        splits = {"train": _load_csv(path, needs_labels)}
+    elif path.suffix == ".parquet" and path.is_file():
+        splits = load_dataset("parquet", data_files=str(path))
+    elif not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(
+            f"Expected {source} to be a folder, a csv, a parquet file or a Hub id, "
+            "but there is nothing there."
+        )
+    else:
+        splits = _load_from_hub(str(source), options)
+    return {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
+
+
+def _labelled(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Splits whose labels are numbered alike."""
+    columns = {name: _with_columns(rows) for name, rows in splits.items()}
+    classes = None
+    kinds = [rows.features[LABEL] for rows in columns.values()]
+    if not all(isinstance(kind, ClassLabel) and kind.names == kinds[0].names for kind in kinds):
+        classes = _class_names(value for rows in columns.values() for value in _values(rows))
+    return {name: _with_labels(rows, classes) for name, rows in columns.items()}
+
+
+def _has_labels(dataset: Dataset) -> bool:
+    """Whether there is a column of labels, of any kind, with a value in it."""
+    if LABEL in dataset.column_names:
+        kind = dataset.features[LABEL]
+        is_plain = isinstance(kind, ClassLabel | Value)
+        return not is_plain or any(not _is_missing(value) for value in _values(dataset))
+    kinds = dataset.features.items()
+    return any(isinstance(kind, ClassLabel) or _holds_classes(name, kind) for name, kind in kinds)
+
+
+def _of_one_class(dataset: Dataset) -> Dataset:
+    if LABEL in dataset.column_names:
+        dataset = dataset.remove_columns(LABEL)
+    kind = ClassLabel(names=["picture"])
+    return dataset.add_column(LABEL, [0] * len(dataset), feature=kind)
+
+
+def _is_plain_folder(path: Path) -> bool:
+    """Whether a folder holds files only, so that its own name would be taken for their label."""
+    if not path.is_dir() or any(entry.is_dir() for entry in path.iterdir()):
+        return False
+    return not any(path.glob("metadata.*")) and not any(path.glob("dataset_*.json"))
+
+
 def _load_folder(path: Path) -> Any:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
@@ -281,7 +338,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _load_csv(path: Path) -> Dataset:
+def _load_csv(path: Path, needs_labels: bool) -> Dataset:
     try:
         rows = load_dataset("csv", data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError) as error:
@@ -291,7 +348,7 @@ def _load_csv(path: Path) -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"Expected {path} to have at least one row, but it has none.")
     places = next((name for name in ("path", "file_name", IMAGE) if name in rows.column_names), "")
-    if not places or LABEL not in rows.column_names:
+    if not places or (needs_labels and LABEL not in rows.column_names):
         raise ValueError(
             f"Expected {path} to have the columns path,label, but it has {rows.column_names}."
         )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .checkup import Checkup, Watch, examine, unwatched
 from .console import progress_bars
-from .data import groups_of, ids_of, label_names, load_splits, paths_of
+from .data import groups_of, ids_of, label_names, load_pictures, paths_of
 from .features import extract_features
 from .findings import Finding, Kind, Pictures
 from .folds import few_rows
@@ -38,7 +38,7 @@ class Source:
     """Labelled pictures of all splits.
 
     Attributes:
-        parts: the rows of each split that have a label.
+        parts: the rows of each split that have a label; all, where none has one.
         pictures: all rows that are looked at, split by split.
         places: [N] the row of each picture in the part of its split; -1 for one without a label.
         groups: [N] which belong together; None: each is its own.
@@ -62,15 +62,16 @@ def open_source(options: DoctorOptions) -> Source:
 
     Raises:
         FileNotFoundError: if a local source is not there.
-        ValueError: if it holds no pictures, no labels, or no column to group by.
+        ValueError: if it holds no pictures, or no column to group by.
     """
     parts: dict[str, Any] = {}
     fields: dict[str, list[Any]] = {
         name: [] for name in ("split", "row", "id", "path", "label", "place", "group")
     }
     names: list[str] = []
-    for split, dataset in load_splits(options.pictures).items():
-        names = label_names(dataset)
+    splits, has_labels = load_pictures(options.pictures)
+    for split, dataset in splits.items():
+        names = label_names(dataset) if has_labels else []
         labels = _labels(dataset)
         if options.group_by is not None:
             groups_of(dataset, options.group_by)  # refuses a column that is not there
@@ -85,7 +86,7 @@ def open_source(options: DoctorOptions) -> Source:
         fields["row"] += rows.tolist()
         fields["id"] += ids[rows].tolist()
         fields["path"] += [paths[row] for row in rows]
-        fields["label"] += labels[rows].tolist()
+        fields["label"] += labels[rows].tolist() if has_labels else [-1] * len(rows)
         fields["place"] += places.tolist()
         fields["group"] += _group_values(dataset, options.group_by, rows, split)
     pictures = Pictures(
@@ -175,7 +176,7 @@ def _features(source: Source, options: DoctorOptions, usable: NDArray[np.int64])
             f"Expected at least one picture that can be used, but none of "
             f"{len(source.pictures)} can; see hf_knn.images for what is accepted."
         )
-    names = list(source.pictures.label_names)
+    names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)
     table: dict[tuple[str, int], torch.Tensor] = {}
     for split, part in source.parts.items():

@@ -55,8 +55,9 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         typer.echo(json.dumps(summary_of(checkup, page), indent=2, ensure_ascii=False))
         return
     print_checkup(checkup, page)
+    labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     console.print(
-        f"Next: look at the page, act on {CSV_NAME}, then [bold]hf-knn train "
+        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]hf-knn train "
         f"{escape(plain(options.pictures))}[/]",
         soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """Heads from cached features without a training loop: closed form, and the best of many."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -140,6 +141,21 @@ def fit_probe(
         settings: how it is trained.
     """
     copy_head(_train(features, votes, model, [config], settings, False), model.head)
+
+
+def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageClassification:
+    """A copy of a model that shares its backbone and has learned nothing.
+
+    Args:
+        model: stays as it is.
+        seed: of the new head's weights, whatever was drawn before.
+    """
+    fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh.head = KnnHead.from_config(fresh.config)
+        fresh.head.apply(fresh._init_weights)
+    return fresh
 
 
 def copy_head(heads: ProbeHeads, target: KnnHead) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .folds import Fold, few_rows
 from .functional import blend_log_probs
-from .voices import WEIGHT, Voices, ask
+from .voices import WEIGHT, HeadCell, Voices, ask, choose_cell
 
 FRACTIONS = (0.125, 0.25, 0.5)
 """Parts of the fitted rows that are tried beside all of them."""
@@ -88,12 +88,17 @@ def measure_curve(
     sizes = np.zeros((len(folds), len(FRACTIONS) + 1))
     accuracies = np.zeros_like(sizes)
     blend = voices.blend
+    cells: dict[float, HeadCell] = {}
     for row, fold in enumerate(folds):
         held_out, wanted = torch.from_numpy(fold.held_out), labels[fold.held_out]
         for column, fraction in enumerate(FRACTIONS):
             part = fold.fitted[few_rows(labels[fold.fitted], fraction, seed + row)]
             rows = torch.from_numpy(part)
-            head, knn = ask(features[rows], labels[rows], num_labels, features[held_out])
+            if fraction not in cells:
+                cells[fraction] = choose_cell(features[rows], labels[rows], num_labels)
+            head, knn = ask(
+                features[rows], labels[rows], num_labels, features[held_out], cells[fraction]
+            )
             answers = blend_log_probs(head, knn, WEIGHT).argmax(1)
             sizes[row, column] = len(rows)
             accuracies[row, column] = (answers == wanted).double().mean()

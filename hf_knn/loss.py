@@ -166,3 +166,23 @@ class KnnLoss:
         if self.args.knn_loss_gamma:
             factors = factors * focal_loss_weights(column, first, self.args.knn_loss_gamma)
         return factors
+
+
+def check_finite(loss: Tensor, step: int, sample_ids: Tensor | None) -> None:
+    """Refuses a loss that is not finite, before it reaches the weights.
+
+    Args:
+        loss: of a batch.
+        step: that it belongs to.
+        sample_ids: [B] of the batch, if known.
+
+    Raises:
+        FloatingPointError: with the step and the sample ids.
+    """
+    if not loss.isfinite():
+        shown = [] if sample_ids is None else sample_ids.tolist()
+        raise FloatingPointError(
+            f"Expected a finite loss, but got {float(loss.detach())} at step {step}, sample ids "
+            f"{shown[:64]}; lower the learning rate or look at these pictures. The last checkpoint "
+            "is whole."
+        )

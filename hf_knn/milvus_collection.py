@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from .first_pass import Singles
 from .manifest import DatastoreError
 from .milvus_client import DatastoreRefusalError, MilvusServer
+from .milvus_index import MilvusIndex, build_parameters
 from .milvus_rows import (
     ABOUT_FIELDS,
     ABOUT_KEY,
@@ -86,9 +87,10 @@ class MilvusCollection:
             about: the record.
             width: of the vectors that Milvus searches.
         """
-        self._make(self.about_name, self._about_schema(), "L2")
+        self._make(self.about_name, self._about_schema(), "L2", MilvusIndex.FLAT, {})
         self.write_about(about)
-        self._make(self.name, self._row_schema(width), "IP")
+        parameters = build_parameters(about.index, about.count)
+        self._make(self.name, self._row_schema(width), "IP", about.index, parameters)
 
     def has_rows(self) -> bool:
         """Whether the collection of the rows is there."""
@@ -136,7 +138,12 @@ class MilvusCollection:
         return found
 
     def search(
-        self, vectors: Singles, count: int, where: str, fields: Sequence[str]
+        self,
+        vectors: Singles,
+        count: int,
+        where: str,
+        fields: Sequence[str],
+        parameters: dict[str, int],
     ) -> list[list[Any]]:
         """The rows with the largest inner products.
 
@@ -145,13 +152,15 @@ class MilvusCollection:
             count: how many per vector, at most `LARGEST_ANSWER`.
             where: a Milvus expression; empty for all rows.
             fields: what to return of a row.
+            parameters: of the index, see `milvus_index.search_parameters`.
 
         Returns:
             Per vector, hits with `distance` (the inner product) and `entity`, best first.
         """
         found = self._read(
             "search", data=list(vectors), anns_field=VECTOR, filter=where, limit=count,
-            output_fields=list(fields), search_params={"metric_type": "IP"},
+            output_fields=list(fields),
+            search_params={"metric_type": "IP", "params": parameters},
         )  # fmt: skip
         if len(found) != len(vectors):
             raise DatastoreError(
@@ -192,14 +201,16 @@ class MilvusCollection:
             self.load()
             return read()
 
-    def _make(self, name: str, schema: Any, metric: str) -> None:
+    def _make(
+        self, name: str, schema: Any, metric: str, kind: str, parameters: dict[str, int]
+    ) -> None:
         """Makes a collection with its index; goes on where a process was killed."""
         if not self.server.call("has_collection", name):
             # whoever wrote a row must find it
             self.server.call("create_collection", name, schema=schema, consistency_level="Strong")
         if not self.server.call("list_indexes", name):
             index = self.server.library.MilvusClient.prepare_index_params()
-            index.add_index(VECTOR, index_type="FLAT", metric_type=metric)
+            index.add_index(VECTOR, index_type=str(kind), metric_type=metric, params=parameters)
             # nothing is there yet to wait for, and loading asks for it again
             self.server.call("create_index", name, index, sync=False)
         self.server.call("load_collection", name)

@@ -13,7 +13,12 @@ from .modeling_knn import KnnForImageClassification
 
 
 def move_to_milvus(
-    checkpoint: Path, uri: str, collection: str, token: str | None, batch_size: int
+    checkpoint: Path,
+    uri: str,
+    collection: str,
+    token: str | None,
+    batch_size: int,
+    index: str = "flat",
 ) -> None:
     """Loads the rows of a checkpoint into Milvus and saves the checkpoint with a reference.
 
@@ -26,6 +31,7 @@ def move_to_milvus(
         collection: name for the rows.
         token: of the server; None takes `MILVUS_TOKEN`.
         batch_size: rows per call.
+        index: see `MilvusDatastore.from_datastore`.
 
     Raises:
         ValueError: for another folder, or one whose rows lie elsewhere.
@@ -46,12 +52,13 @@ def move_to_milvus(
         raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
     with progress_bars():
         model.datastore = MilvusDatastore.from_datastore(
-            model.datastore, uri, collection, token=token, batch_size=batch_size
+            model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
         )
     model.save_pretrained(checkpoint)
     store = model.datastore
     console.print(
-        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared. "
+        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
+        f"searched by {escape(str(store.index))}. "
         f"{escape(str(checkpoint))} holds a reference to them, and no rows."
     )
     console.print(

@@ -4,11 +4,14 @@ import dataclasses
 import logging
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers.utils.logging import tqdm
 
 from .datastore import Datastore
+from .indexing import MIN_RECALL
 from .manifest import DatastoreError
 from .milvus_collection import MilvusCollection
+from .milvus_index import RECALL_K, MilvusIndex, sample_rows, set_effort
 from .milvus_rows import (
     CHANGING,
     LOADING,
@@ -20,6 +23,7 @@ from .milvus_rows import (
     encode_rows,
     rows_per_call,
 )
+from .milvus_search import search_collection
 from .row_fingerprint import sum_of
 from .row_table import RowParts
 from .search import RowSpace
@@ -45,11 +49,12 @@ def space_of(about: About) -> RowSpace:
     )
 
 
-def describe(store: Datastore) -> About:
+def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
     """The record about a collection that shall hold a datastore's rows.
 
     Args:
         store: the datastore.
+        index: of a `MilvusIndex`.
 
     Raises:
         ValueError: for rows that Milvus cannot hold.
@@ -73,13 +78,19 @@ def describe(store: Datastore) -> About:
         largest=_HEADROOM * (largest or 1.0),
         next_id=int(store.ids.max()) + 1 if len(store) else 0,
         has_paths=store.paths is not None,
+        index=index,
         source=dict(store.source),
         mean=store.mean,
     )
 
 
 def load_rows(
-    store: Datastore, collection: MilvusCollection, batch_size: int, progress: bool
+    store: Datastore,
+    collection: MilvusCollection,
+    batch_size: int,
+    progress: bool,
+    index: str = MilvusIndex.FLAT,
+    min_recall: float = MIN_RECALL,
 ) -> About:
     """Brings the rows of a datastore into a collection, or finishes what was begun.
 
@@ -91,6 +102,8 @@ def load_rows(
         collection: where to.
         batch_size: rows per call.
         progress: show a progress bar.
+        index: of a `MilvusIndex`.
+        min_recall: that an approximate one has to reach.
 
     Returns:
         The record, which now says `whole`.
@@ -100,7 +113,7 @@ def load_rows(
         DatastoreError: if what was read back is not what was written.
         DatastoreConnectionError: if the server does not answer; call again.
     """
-    wanted, known = describe(store), collection.read_about()
+    wanted, known = describe(store, index), collection.read_about()
     if known is not None and known.state == CHANGING:
         raise DatastoreError(f"Expected {collection} to be whole, but {INTERRUPTED[CHANGING]}.")
     if known is not None and known.fingerprint != wanted.fingerprint:
@@ -108,6 +121,11 @@ def load_rows(
             f"Expected {collection} to be free, but it {'' if known.state == WHOLE else 'shall '}"
             f"hold {known.count} rows, fingerprint {known.fingerprint[:12]}…, where these are "
             f"{wanted.count}, {wanted.fingerprint[:12]}…; take another name, or drop it."
+        )
+    if known is not None and known.index != index:
+        raise ValueError(
+            f"Expected {collection} to be searched by {index}, but it was made for {known.index}; "
+            "take another name, or drop it."
         )
     if known is not None and known.state == WHOLE and collection.has_rows():
         return known
@@ -125,6 +143,8 @@ def load_rows(
     _write(store, collection, space, missing, batch_size, progress)
     collection.flush()
     check_content(collection, wanted)
+    if index != MilvusIndex.FLAT and len(store) > 1:
+        wanted = _with_recall(store, collection, wanted, min_recall)
     whole = dataclasses.replace(wanted, state=WHOLE)
     collection.write_about(whole)
     return whole
@@ -158,6 +178,59 @@ def check_content(collection: MilvusCollection, about: About) -> None:
             f"{about.fingerprint[:12]}…, but it holds {count}, {found.fingerprint[:12]}…; somebody "
             "else changed it: drop it and load again."
         )
+
+
+def open_whole(place: MilvusCollection, recover: bool = False) -> About:
+    """The record of a collection that is whole and ready to be read.
+
+    Args:
+        place: the collection.
+        recover: count the rows anew after an interrupted change, and take what is there.
+
+    Raises:
+        DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
+        DatastoreConnectionError: if the server does not answer.
+    """
+    about = place.read_about()
+    if about is None or not place.has_rows():
+        raise DatastoreError(
+            f"Expected {place} to be a datastore, but there is none; load one with "
+            "MilvusDatastore.from_datastore."
+        )
+    if about.state == LOADING or (about.state == CHANGING and not recover):
+        raise DatastoreError(f"Expected {place} to be whole, but {INTERRUPTED[about.state]}.")
+    place.load()
+    if recover:
+        count, total = count_content(place, about)
+        about = dataclasses.replace(about, state=WHOLE, count=count, total=total)
+        place.write_about(about)
+    found = place.count()
+    if found != about.count:
+        raise DatastoreError(
+            f"Expected {place} to hold {about.count} rows, but it holds {found}; somebody else "
+            "changed it: drop it and load again, or connect with recover=True."
+        )
+    return about
+
+
+def _with_recall(
+    store: Datastore, collection: MilvusCollection, about: About, min_recall: float
+) -> About:
+    """The record with an effort that reaches a recall, and that recall."""
+    chosen = sample_rows(len(store))
+    rows, ids = store.features[chosen], store.ids[chosen]
+    k = min(RECALL_K, len(store) - 1)
+    # by its labels a datastore is searched exactly, whatever its index
+    exact = store.search(rows, k, ids, labels=store.labels.unique()).ids.numpy()
+    space = space_of(about)
+    queries = space.normalize(rows.numpy())
+
+    def ask(effort: int) -> NDArray[np.int64]:
+        tried = dataclasses.replace(about, effort=effort)
+        return search_collection(collection, tried, space, queries, k, ids.numpy()).ids
+
+    effort, recall = set_effort(about.index, len(store), ask, exact, min_recall)
+    return dataclasses.replace(about, effort=effort, recall=recall)
 
 
 def _ids_in(collection: MilvusCollection) -> np.ndarray:

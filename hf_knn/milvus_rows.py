@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .first_pass import Singles
 from .manifest import SHA256_PATTERN, STORAGE_DTYPES, DatastoreError, Fields
+from .milvus_index import MilvusIndex, check_parts
 from .row_fingerprint import StoredRows, combine
 
 ROW_FIELDS = ["id", "label", "split", "path", "features"]
@@ -51,6 +52,9 @@ class About:
         largest: of the lengths of the normalised rows, which fixes the scale of `l2`.
         next_id: larger than any id that was ever given.
         has_paths: whether rows know where their picture lies.
+        index: of a `MilvusIndex`; all but `FLAT` are approximate.
+        effort: how hard it is searched, see `milvus_index.set_effort`.
+        recall: at 20, measured when the rows were loaded; None for an exact one.
         source: where the rows came from.
         mean: [dim] float32.
     """
@@ -65,6 +69,9 @@ class About:
     largest: float
     next_id: int
     has_paths: bool
+    index: str = MilvusIndex.FLAT
+    effort: int = 0
+    recall: float | None = None
     source: dict[str, str] = field(default_factory=dict)
     mean: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
@@ -103,6 +110,14 @@ class About:
         if fields.count("format") != _FORMAT:
             raise fields.wrong("format", f"{_FORMAT}; upgrade hf_knn")
         dim, largest = fields.count("dim"), fields.get("largest")
+        # records of before there was a choice say nothing about it
+        kind, effort, recall = (
+            values.get(name, usual)
+            for name, usual in (("index", MilvusIndex.FLAT), ("effort", 0), ("recall", None))
+        )
+        problem = check_parts(kind, effort, recall)
+        if problem:
+            raise DatastoreError(f"Expected the record of a datastore to have an {problem}.")
         if len(mean) != dim or not np.isfinite(mean).all():
             raise fields.wrong("dim", f"the {len(mean)} finite values of the mean")
         if not isinstance(largest, float) or not 0 < largest < float("inf"):
@@ -118,6 +133,9 @@ class About:
             largest=largest,
             next_id=int(fields.matching("next_id", _NUMBER)),
             has_paths=bool(fields.get("has_paths")),
+            index=kind,
+            effort=effort,
+            recall=recall,
             source=fields.texts("source"),
             mean=torch.from_numpy(mean.astype(np.float32)),
         )

@@ -1,8 +1,9 @@
-"""Exact neighbours from Milvus: it proposes candidates, and float64 decides, as in `search.py`.
+"""Neighbours from Milvus: it proposes candidates, and float64 decides, as in `search.py`.
 
 Milvus compares float32 vectors, so its order among nearly equal rows is its own. It is asked for
 some rows more than wanted; their stored features are compared here. If a row that it left out could
-still belong to the answer it is asked for more of them, and in the end all rows are read.
+still belong to the answer it is asked for more of them, and in the end all rows are read. With an
+approximate index that is so only where it returns too few.
 """
 
 import logging
@@ -12,6 +13,7 @@ import numpy as np
 
 from .first_pass import Ints, float32_rounding, limits
 from .milvus_collection import LARGEST_ANSWER, MilvusCollection
+from .milvus_index import MilvusIndex, search_parameters
 from .milvus_rows import ROW_FIELDS, About, decode_rows, rows_per_call
 from .row_fingerprint import StoredRows
 from .search import Floats, RowSpace, nearest_first
@@ -116,7 +118,8 @@ def _ask(
 ) -> tuple[Hits, np.ndarray]:
     """The best of what Milvus proposes, and for which queries nothing nearer was left out."""
     vectors, length = space.first_pass_queries(queries)
-    replies = collection.search(vectors, count, where, ROW_FIELDS)
+    parameters = search_parameters(about.index, about.effort, count)
+    replies = collection.search(vectors, count, where, ROW_FIELDS, parameters)
     # fewer than were asked for are all there are
     last = [reply[-1]["distance"] if len(reply) >= count else -np.inf for reply in replies]
     limit = limits(np.array(last, np.float32), float32_rounding(vectors.shape[1]))
@@ -127,6 +130,8 @@ def _ask(
     for i, reply in enumerate(replies):
         candidates[i, : len(reply)] = [place[hit["entity"]["id"]] for hit in reply]
     hits = _compare(rows, candidates, space, queries, k, excluded)
+    if about.index != MilvusIndex.FLAT:  # nothing is known of what it left out
+        return hits, hits.ids[:, -1] != _NOBODY
     score = space.as_score(hits.similarities[:, -1], queries, length)
     return hits, (score > limit) | np.isneginf(limit)
 

@@ -1,11 +1,9 @@
 """A datastore whose rows lie in Milvus: the same rows, ids and answers as an embedded one."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,46 +11,27 @@ from transformers.utils.logging import tqdm
 
 from .datastore import Datastore
 from .datastore_reference import DatastoreReference, RemoteConsent, read_manifest
-from .indexing import FLAT
-from .manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError, IndexInfo
-from .milvus_changes import add_rows, relabel_rows, remove_rows, rows_with
+from .indexing import FLAT, MIN_RECALL
+from .manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError
+from .milvus_changes import add_rows, relabel_rows, remove_rows
 from .milvus_client import PATIENCE, TIMEOUT, MilvusServer, check_exists, check_uri, token_of
 from .milvus_collection import MilvusCollection
-from .milvus_load import (
-    BATCH_ROWS,
-    INTERRUPTED,
-    check_content,
-    count_content,
-    load_rows,
-    space_of,
-)
-from .milvus_rows import (
-    CHANGING,
-    LOADING,
-    ROW_FIELDS,
-    WHOLE,
-    About,
-    decode_rows,
-    rows_per_call,
-)
+from .milvus_index import index_of
+from .milvus_load import BATCH_ROWS, load_rows, open_whole
+from .milvus_reading import MilvusReading, rows_where
 from .milvus_search import Hits, search_collection
-from .row_fingerprint import StoredRows
-from .rows import (
-    Values,
-    as_whole_numbers,
-)
+from .rows import Values
 from .search_backend import Neighbors, check_request
 from .storage import exclusive_lock, write_durably
 
-_PAGE = 16_384
 
-
-class MilvusDatastore:
-    """Rows of (features, label, id) in a collection of Milvus, searched exactly.
+class MilvusDatastore(MilvusReading):
+    """Rows of (features, label, id) in a collection of Milvus, searched exactly by default.
 
     Milvus (Lite, Standalone or Distributed, by the address) proposes candidates, which are compared
-    here in float64: the answers are those of `Datastore` with the same rows. The constructor takes
-    ready parts: build with `from_datastore`, open with `connect` or `open`.
+    here in float64: with `index="flat"` the answers are those of `Datastore` with the same rows; an
+    approximate index may miss some, see `index.recall`. The constructor takes ready parts: build
+    with `from_datastore`, open with `connect` or `open`.
 
     There should be one writer at a time: a change that finds another one's is refused. A change
     that a kill or a lost connection interrupts leaves the collection marked, and it is not opened
@@ -72,16 +51,6 @@ class MilvusDatastore:
         binding: the checkpoint that it was opened with, if any.
     """
 
-    def __init__(self, collection: MilvusCollection, about: About) -> None:
-        self.collection, self._about = collection, about
-        self._space = space_of(about)
-        self._counts: dict[str, int] = {"": about.count}
-        self.metric, self.normalization = about.metric, about.normalization
-        self.mean, self.source = about.mean, dict(about.source)
-        self.digest: str | None = None
-        self.home: Path | None = None
-        self.binding: Binding | None = None
-
     @classmethod
     def from_datastore(
         cls,
@@ -94,6 +63,8 @@ class MilvusDatastore:
         patience: float = PATIENCE,
         batch_size: int = BATCH_ROWS,
         progress: bool = True,
+        index: str = FLAT,
+        min_recall: float = MIN_RECALL,
     ) -> Self:
         """Loads the rows of an embedded datastore; called again, it goes on where it was stopped.
 
@@ -107,18 +78,25 @@ class MilvusDatastore:
             patience: seconds for which a call is tried again.
             batch_size: rows per call, >= 1; fewer where rows are wide.
             progress: show a progress bar.
+            index: `flat` (exact), `ivf_flat`, `hnsw` or `autoindex` (what the server chooses).
+            min_recall: an approximate index is searched as hard as this recall at 20 takes,
+                measured on a sample of the rows; in (0, 1].
 
         Raises:
             ImportError: without pymilvus (`pip install hf-knn[milvus]`).
-            ValueError: for a bad argument, or a collection that holds other rows.
+            ValueError: for a bad argument, a collection that holds other rows, or an index that
+                does not reach `min_recall`; then the collection is not whole.
             DatastoreError: if what was read back is not what was written.
             DatastoreConnectionError: if the server does not answer; call again to go on.
         """
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` to be >= 1, but got {batch_size}.")
+        if not 0 < min_recall <= 1:
+            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
+        kind = index_of(index)
         place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
-        load_rows(store, place, batch_size, progress)
-        loaded = cls._opened(place)
+        load_rows(store, place, batch_size, progress, kind, min_recall)
+        loaded = cls(place, open_whole(place))
         loaded.digest, loaded.binding = store.digest, store.binding
         return loaded
 
@@ -154,7 +132,7 @@ class MilvusDatastore:
             MilvusServer(check_exists(check_uri(uri)), token_of(token), timeout, patience),
             collection,
         )
-        return cls._opened(place, recover)
+        return cls(place, open_whole(place, recover))
 
     @classmethod
     def open(
@@ -193,7 +171,8 @@ class MilvusDatastore:
             reference = found
         address, secret = RemoteConsent(trust_remote_datastore, uri, token).place_of(reference)
         server = MilvusServer(check_exists(address), secret, timeout, patience)
-        store = cls._opened(MilvusCollection(server, reference.collection))
+        place = MilvusCollection(server, reference.collection)
+        store = cls(place, open_whole(place))
         store.binding = reference.binding
         about = store._about
         if (about.count, about.fingerprint) != (reference.num_rows, reference.fingerprint):
@@ -205,100 +184,6 @@ class MilvusDatastore:
             )
         return store
 
-    @classmethod
-    def _opened(cls, place: MilvusCollection, recover: bool = False) -> Self:
-        about = place.read_about()
-        if about is None or not place.has_rows():
-            raise DatastoreError(
-                f"Expected {place} to be a datastore, but there is none; load one with "
-                "MilvusDatastore.from_datastore."
-            )
-        if about.state == LOADING or (about.state == CHANGING and not recover):
-            raise DatastoreError(f"Expected {place} to be whole, but {INTERRUPTED[about.state]}.")
-        place.load()
-        if recover:
-            count, total = count_content(place, about)
-            about = dataclasses.replace(about, state=WHOLE, count=count, total=total)
-            place.write_about(about)
-        found = place.count()
-        if found != about.count:
-            raise DatastoreError(
-                f"Expected {place} to hold {about.count} rows, but it holds {found}; somebody else "
-                "changed it: drop it and load again, or connect with recover=True."
-            )
-        return cls(place, about)
-
-    def __len__(self) -> int:
-        return self._about.count
-
-    def __repr__(self) -> str:
-        return (
-            f"MilvusDatastore({len(self)} x {self.dim} {self.dtype}, metric={self.metric!r}, "
-            f"normalization={self.normalization!r}, {self.collection})"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # the rows are in one place, whoever asks
-
-    @property
-    def dim(self) -> int:
-        """Width of a row (D)."""
-        return self._about.dim
-
-    @property
-    def dtype(self) -> str:
-        """Storage dtype, `float16` or `float32`."""
-        return self._about.dtype
-
-    @property
-    def index(self) -> IndexInfo:
-        """How it is searched: exactly."""
-        return IndexInfo(FLAT, FLAT)
-
-    @property
-    def location(self) -> str | None:
-        """Where the rows lie, in words."""
-        return f"{self.collection} (Milvus)"
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all rows, the mean, and how they are compared; 64 hexadecimal digits."""
-        return self._about.fingerprint
-
-    @property
-    def features(self) -> Tensor:
-        """[N, D] the stored raw features, in the order of the ids; all rows are read."""
-        parts = [rows.features for rows in self.blocks()]
-        return torch.from_numpy(np.concatenate([np.empty((0, self.dim), self.dtype), *parts]))
-
-    @property
-    def labels(self) -> Tensor:
-        """[N] int64, in the order of the ids; read from the server."""
-        return torch.tensor(self._column("label"), dtype=torch.int64)
-
-    @property
-    def ids(self) -> Tensor:
-        """[N] int64, ascending; read from the server."""
-        return torch.tensor(self._column("id"), dtype=torch.int64)
-
-    @property
-    def paths(self) -> list[str] | None:
-        """Where each row's picture lies, in the order of the ids; None if nobody said."""
-        return self._column("path") if self._about.has_paths else None
-
-    def blocks(self, split: str | None = None) -> Iterator[StoredRows]:
-        """All rows in the order of their ids, block by block.
-
-        Args:
-            split: only rows of this one; None for all.
-
-        Yields:
-            The next rows, as many as fit into one message.
-        """
-        where = _filter(None, split)
-        for page in self.collection.pages(ROW_FIELDS, where, rows_per_call(self.dim, 4096)):
-            yield decode_rows(page, self._about)
-
     def search(
         self,
         queries: Tensor | NDArray,
@@ -308,7 +193,7 @@ class MilvusDatastore:
         labels: Values | None = None,
         split: str | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, exactly.
+        """Finds the k nearest rows of each query, exactly with a `flat` index.
 
         Args:
             queries: [B, D] finite raw features of any float dtype and device.
@@ -326,12 +211,12 @@ class MilvusDatastore:
             DatastoreConnectionError: if the server does not answer.
         """
         wanted = check_request(queries, k, exclude_ids, self.dim)
-        if split is not None and not self._count(_filter(None, split)):
+        if split is not None and not self._count(rows_where(None, split)):
             raise ValueError(
                 f"Expected `split` to be one that the datastore has, but no row of "
                 f"{self.collection} is of {split!r}."
             )
-        where = _filter(labels, split)
+        where = rows_where(labels, split)
         width = wanted.width(self._count(where))
         if width == 0 or len(wanted.queries) == 0:
             found = Hits.none(len(wanted.queries), width)
@@ -366,28 +251,6 @@ class MilvusDatastore:
                     part = slice(start, start + batch_size)
                     yield self.search(rows.features[part], k, rows.ids[part])
                 bar.update(len(rows.ids))
-
-    def label_beyond(self, classes: int) -> int | None:
-        """A label >= classes that a row has; None if there is none.
-
-        Args:
-            classes: how many classes there are.
-        """
-        for page in self.collection.pages(["label"], f"label >= {int(classes)}"):
-            return int(page[0]["label"])
-        return None
-
-    def path_of(self, row_id: int) -> str:
-        """Where the picture of a row lies, relative to its dataset; empty if not known.
-
-        Args:
-            row_id: an id that the datastore has.
-
-        Raises:
-            ValueError: for an id that it does not have.
-        """
-        (path,) = (row["path"] for row in rows_with(self.collection, [row_id], ["id", "path"]))
-        return str(path)
 
     def add(
         self,
@@ -449,38 +312,6 @@ class MilvusDatastore:
         """
         self._take(relabel_rows(self.collection, self._about, ids, labels))
 
-    def verify(self) -> None:
-        """Reads all rows and compares them with the fingerprint.
-
-        Raises:
-            DatastoreError: with both numbers, if rows were lost, doubled or changed.
-            DatastoreConnectionError: if the server does not answer.
-        """
-        check_content(self.collection, self._about)
-
-    def to_datastore(self, *, split: str | None = None, index: str = FLAT) -> Datastore:
-        """An embedded datastore of the rows, in the order of their ids, with the same mean.
-
-        Args:
-            split: only rows of this one; None for all.
-            index: of the embedded one, see `Datastore.from_features`.
-        """
-        parts = list(self.blocks(split))
-        if not parts:
-            parts = [decode_rows([], self._about)]
-        ids, labels, features = (
-            torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in range(3)
-        )
-        paths = [path for part in parts for path in part.paths] if self._about.has_paths else None
-        store = Datastore(
-            features, labels, ids, self.mean, metric=self.metric,
-            normalization=self.normalization, index=index, paths=paths,
-        )  # fmt: skip
-        store.digest, store.source = self.digest, dict(self.source)
-        if split is not None:
-            store.source["split"] = split
-        return store
-
     def reference(self, binding: Binding | None = None) -> DatastoreReference:
         """What a checkpoint keeps instead of the rows.
 
@@ -527,30 +358,6 @@ class MilvusDatastore:
     def close(self) -> None:
         """Closes the connection; the rows stay where they are."""
         self.collection.server.close()
-
-    def _column(self, name: str) -> list[Any]:
-        pages = self.collection.pages(["id", name], "", _PAGE)
-        return [row[name] for page in pages for row in page]
-
-    def _count(self, where: str) -> int:
-        if where not in self._counts:
-            self._counts[where] = self.collection.count(where)
-        return self._counts[where]
-
-    def _take(self, after: About) -> None:
-        self._about, self._counts = after, {"": after.count}
-
-
-def _filter(labels: Values | None, split: str | None) -> str:
-    """The Milvus expression for rows of some classes and one split."""
-    parts = []
-    if labels is not None:
-        classes = as_whole_numbers(labels, "labels").unique().tolist()
-        parts.append(f"label in {classes}")
-    if split is not None:
-        text = split.replace("\\", "\\\\").replace('"', '\\"')
-        parts.append(f'split == "{text}"')
-    return " and ".join(parts)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from .manifest import MANIFEST_NAME, Manifest
 from .modeling_knn import KnnForImageClassification
 from .receipts import Receipt
 from .storage import exclusive_lock
+from .teaching import own_rows
 
 _SHOWN = 20
 
@@ -212,10 +213,9 @@ def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -
 
 
 def _store(model: KnnForImageClassification, place: Path) -> Datastore:
-    if not isinstance(model.datastore, Datastore):
-        where = "none" if model.datastore is None else f"one in {model.datastore.location}"
-        raise ValueError(f"Expected {place} to hold a datastore, but it has {where}.")
-    return model.datastore
+    if model.datastore is None:
+        raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
+    return own_rows(model)
 
 
 def _ids_of_paths(store: Datastore, paths: list[str]) -> list[int]:

@@ -87,7 +87,7 @@ def fingerprint_rows(model: Any) -> str:
     Raises:
         ValueError: without one.
     """
-    store = _store(model)
+    store = own_rows(model)
     return _follower(model).fingerprint(store)
 
 
@@ -165,7 +165,7 @@ def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store = _store(model)
+    store = own_rows(model)
     store.check_alike(other)
     numbers = other.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
@@ -182,7 +182,7 @@ def forget(
     recenter: bool = False,
 ) -> Receipt:
     """Removes rows; see `KnnForImageClassification.forget`."""
-    store = _store(model)
+    store = own_rows(model)
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
     if label is not None:
@@ -198,7 +198,7 @@ def relabel(model: Any, ids: Values, labels: Sequence[Label]) -> Receipt:
 
 def undo(model: Any) -> Receipt:
     """Takes the last change back; see `KnnForImageClassification.undo`."""
-    _store(model)
+    own_rows(model)
     if not model.changes or model.changes[-1].action == Change.UNDO:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
     last, gone = model.changes[-1], model.forgotten
@@ -226,7 +226,7 @@ def _add(
     ids: Values | None,
     paths: Sequence[str] | None,
 ) -> Receipt:
-    store, follower = _store(model), _follower(model)
+    store, follower = own_rows(model), _follower(model)
     numbers, new = _numbers(model, labels, len(rows))
     before = len(store), follower.fingerprint(store)
     added = store.add(rows, numbers, ids, paths)
@@ -246,7 +246,7 @@ def _add(
 
 
 def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
-    store, follower = _store(model), _follower(model)
+    store, follower = own_rows(model), _follower(model)
     before = len(store), follower.fingerprint(store)
     gone = store.subset(ids)
     names = [model.config.class_names[number] for number in gone.labels.tolist()]
@@ -273,7 +273,7 @@ def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
 
 
 def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
-    store, follower = _store(model), _follower(model)
+    store, follower = own_rows(model), _follower(model)
     numbers, new = _numbers(model, labels, len(ids))
     before = len(store), follower.fingerprint(store)
     old = store.subset(ids)
@@ -324,18 +324,39 @@ def _finish(
     return receipt
 
 
-def _store(model: Any) -> Datastore:
+def own_rows(model: Any) -> Datastore:
+    """The datastore of a model whose rows lie beside it, so that they change as one.
+
+    Args:
+        model: a `KnnForImageClassification`.
+
+    Raises:
+        ValueError: without one, or for one elsewhere, saying what to do.
+    """
     if model.datastore is None:
         raise ValueError(
             "Expected a model with a datastore to change, but it has none; train it first."
         )
     if not isinstance(model.datastore, Datastore):
         raise ValueError(
-            f"Expected rows beside the model, but they lie in {model.datastore.location}; change "
-            "them there with `datastore.add`, `remove` and `relabel`, or bring them back with "
-            "`datastore.to_datastore()`."
+            f"Expected rows beside the model, but they lie in {model.datastore.location}: that and "
+            f"the files of a checkpoint cannot be changed as one. {_elsewhere(model)}"
         )
     return model.datastore
+
+
+def _elsewhere(model: Any) -> str:
+    """How to change rows that lie elsewhere."""
+    home = "bring them home first (model.datastore = model.datastore.to_datastore())"
+    if follows_rows(model.config):
+        return (
+            f"A ridge head has to follow its rows, so {home}, change and save the model, and load "
+            "a new collection with `hf-knn milvus`."
+        )
+    return (
+        "Change rows of known classes there (model.datastore.add, remove or relabel), then save "
+        f"the model: until then its checkpoint refuses to open. For new classes and undo, {home}."
+    )
 
 
 def _follower(model: Any) -> Follower:

@@ -1,8 +1,10 @@
 """The arguments of `KnnTrainer`: those of `TrainingArguments` and the k-NN ones."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -187,6 +189,15 @@ class KnnTrainingArguments(TrainingArguments):
                 "Expected `dataloader_persistent_workers` to be False, since workers that outlive "
                 "an epoch would repeat its augmentation; leave it out."
             )
+
+    def write_json(self, folder: Path) -> None:
+        """Writes the arguments into a folder, without tokens.
+
+        Args:
+            folder: of a checkpoint.
+        """
+        text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
+        (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     @property
     def refresh_steps(self) -> int | None:

@@ -22,10 +22,18 @@ LAYERS = [
     | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
     | {"search_backend", "row_fingerprint", "datastore_reference"}
-    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
+    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search", "milvus_index"},
     {"hub_files", "publishing", "model_card"},
     {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}
-    | {"datastore_files", "datastore", "backbone", "milvus_load", "milvus_changes", "milvus_store"},
+    | {
+        "datastore_files",
+        "datastore",
+        "backbone",
+        "milvus_load",
+        "milvus_changes",
+        "milvus_store",
+        "milvus_reading",
+    },
     {"checkpoint"},
     {"teaching", "explaining", "remembering"},
     {"modeling_knn"},
@@ -41,12 +49,14 @@ LAYERS = [
         "tuning",
         "votes",
         "fitting",
+        "measuring",
         "plots",
     }
     | {"pages", "page_style", "findings", "prints", "alignment", "duplicates", "voices"}
     | {"label_errors", "outliers", "balance", "learning_curve", "checkup", "drawings"}
     | {"feature_map", "inspection"},
-    {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"},
+    {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"}
+    | {"training_rows", "fitting_at_once"},
     {"export", "differences", "console", "checkup_report", "doctor", "doctor_command"}
     | {
         "inspect_command",

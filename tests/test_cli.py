@@ -7,18 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import enable_progress_bars
+from commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
-from typer.testing import CliRunner, Result
-
-import hf_knn_cli
-from hf_knn.console import console
 
 ROOT = Path(__file__).parent.parent
 BROKEN = "disc/007.jpg"
@@ -26,14 +20,7 @@ BROKEN = "disc/007.jpg"
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    config = ViTConfig(
-        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64,
-    )  # fmt: skip
-    ViTModel(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_backbone(tmp_path_factory.mktemp("backbone"), patch_size=4, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +45,6 @@ def pictures(tmp_path_factory) -> Path:
     broken = folder / BROKEN
     broken.write_bytes(broken.read_bytes()[:300])
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def wide_terminal() -> Iterator[None]:
-    """So that rich does not break the lines that are looked for; and no setting outlives a test."""
-    width = console.width
-    console.width = 200
-    yield
-    console.width = width
-    enable_progress_bars()
-
-
-def hf_knn(*arguments: object) -> Result:
-    runner = CliRunner(env={"COLUMNS": "200"})
-    return runner.invoke(hf_knn_cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,13 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import enable_progress_bars
+from commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
-from typer.testing import CliRunner, Result
-
-import hf_knn_cli
-from hf_knn.console import console
+from typer.testing import Result
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 COLOURS = {"ant": (220, 40, 40), "bee": (230, 200, 30), "cat": (40, 90, 210)}
@@ -23,14 +18,7 @@ COLOURS = {"ant": (220, 40, 40), "bee": (230, 200, 30), "cat": (40, 90, 210)}
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64,
-    )  # fmt: skip
-    ViTModel(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 def picture(name: str, seed: int) -> Image.Image:
@@ -75,7 +63,7 @@ def spoiled(clean, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checked(spoiled, backbone, wide_terminal, tmp_path_factory) -> tuple[Path, Result]:
+def checked(spoiled, backbone, tmp_path_factory) -> tuple[Path, Result]:
     """The report about the spoiled folder, which stays as it is."""
     output = tmp_path_factory.mktemp("report") / "out"
     before = {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")}
@@ -83,20 +71,6 @@ def checked(spoiled, backbone, wide_terminal, tmp_path_factory) -> tuple[Path, R
     assert done.exit_code == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in spoiled.rglob("*")} == before
     return output, done
-
-
-@pytest.fixture(autouse=True, scope="module")
-def wide_terminal() -> Iterator[None]:
-    width = console.width
-    console.width = 200
-    yield
-    console.width = width
-    enable_progress_bars()
-
-
-def hf_knn(*arguments: object) -> Result:
-    runner = CliRunner(env={"COLUMNS": "200"})
-    return runner.invoke(hf_knn_cli.app, [str(argument) for argument in arguments])
 
 
 def lines_of(folder: Path) -> list[dict[str, str]]:
@@ -174,6 +148,36 @@ def test_missing_labels_and_files_are_findings_not_the_end(clean, backbone, tmp_
     assert done.exit_code == 0, done.stderr
     assert found(lines_of(tmp_path / "out"), "no_label") == {"023.png"}
     assert found(lines_of(tmp_path / "out"), "broken") == {"nowhere.png"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "empty labels"])
+def test_without_labels_the_rest_is_looked_for(kind, clean, backbone, tmp_path):
+    """A copy, a broken file and a stranger are found, and what was left out is said."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name in COLOURS:
+        for i in range(10):
+            shutil.copy(clean / "train" / name / f"{i:03d}.png", folder / f"{name}{i}.png")
+    shutil.copy(folder / "ant3.png", folder / "copy.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    source = folder
+    if kind != "folder":
+        source = tmp_path / "list.csv"
+        columns = ("path", "") if kind == "csv" else ("path,label", ",")
+        lines = [f"{path}{columns[1]}" for path in sorted(folder.iterdir())]
+        source.write_text("\n".join([columns[0], *lines]) + "\n")
+    out = tmp_path / "out"
+    done = hf_knn("doctor", source, "--backbone", backbone, "-o", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    counts = {name: count for name, count in answer["counts"].items() if count}
+    assert counts.pop("outlier", 0) <= 1
+    assert counts == {"broken": 1, "exact_duplicate": 1}
+    assert answer["classes"] == 0
+    assert "no labels" in answer["not_looked_at"][0]
+    assert found(lines_of(out), "broken") == {"broken.png"}
+    assert {line["label"] for line in lines_of(out)} == {""}
+    assert "Label errors, label conflicts" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_column_that_is_not_there_is_named(clean, backbone, tmp_path):

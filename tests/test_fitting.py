@@ -141,7 +141,7 @@ def test_folds_of_a_ridge_head_have_heads_of_their_own(
         seen.append(set(rows.ids.tolist()))
         return fit_closed_form(model, rows, *args)
 
-    monkeypatch.setattr("hf_knn.trainer.fit_closed_form", spied)
+    monkeypatch.setattr("hf_knn.fitting_at_once.fit_closed_form", spied)
     trainer = make_trainer("ridge", tmp_path, features)
     trainer.train()
     trainer.tune()

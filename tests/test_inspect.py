@@ -2,18 +2,14 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import enable_progress_bars
+from commands import hf_knn, wide_terminal  # noqa: F401
 from pictures import NAMES, encoded, picture, random_features, small_model
-from typer.testing import CliRunner, Result
 
-import hf_knn_cli
 from hf_knn import Datastore
-from hf_knn.console import console
 
 CLASSES, ROWS = 3, 120
 
@@ -42,20 +38,6 @@ def root(tmp_path_factory) -> Path:
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(encoded(picture(row % CLASSES, row if row != 7 else 4)))
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def wide_terminal() -> Iterator[None]:
-    width = console.width
-    console.width = 200
-    yield
-    console.width = width
-    enable_progress_bars()
-
-
-def hf_knn(*arguments: object) -> Result:
-    runner = CliRunner(env={"COLUMNS": "200"})
-    return runner.invoke(hf_knn_cli.app, [str(argument) for argument in arguments])
 
 
 def ids_of(folder: Path, kind: str) -> set[int]:

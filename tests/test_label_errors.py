@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from pictures import random_features
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from hf_knn.findings import Kind, Pictures
 from hf_knn.folds import stratified_folds
 from hf_knn.label_errors import label_findings, score_labels
-from hf_knn.voices import K, out_of_fold
+from hf_knn.voices import K, choose_cell, out_of_fold
 
 CLASSES = 4
 
@@ -88,6 +89,26 @@ def test_the_neighbours_are_those_of_scikit_learn():
         wanted = oracle.predict_proba(queries.numpy())
         found = voices.knn[fold.held_out].exp().numpy()
         assert np.abs(found - wanted).max() < 5e-3  # rows are stored as float16
+
+
+def test_the_head_is_that_of_scikit_learn():
+    """With one choice of regulariser and temperature, made on the rows of the first fold."""
+    features, labels = rows(2.0)
+    folds = stratified_folds(labels, 5, 0)
+    voices = out_of_fold(features, labels, CLASSES, folds)
+    first = folds[0].fitted
+    cell = choose_cell(features[first], labels[first], CLASSES)
+    for fold in folds:
+        fitted = features[fold.fitted].double()
+        mean = fitted.mean(0)
+        unit = torch.nn.functional.normalize(fitted - mean, dim=1).numpy()
+        queries = torch.nn.functional.normalize(features[fold.held_out].double() - mean, dim=1)
+        scale = np.square(unit - unit.mean(0)).sum() / min(unit.shape[1], len(unit) - 1)
+        oracle = Ridge(alpha=cell.regularizer * scale)
+        oracle.fit(unit, np.eye(CLASSES)[labels[fold.fitted]])
+        wanted = torch.from_numpy(oracle.predict(queries.numpy()) / cell.temperature).softmax(1)
+        found = voices.head[fold.held_out].exp().numpy()
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
 def test_one_class_is_refused():

@@ -180,3 +180,40 @@ def test_the_card_says_where_the_rows_are(made):
     assert "The rows are not in this repository: they lie in the collection c" in card
     assert "rows.db" in card
     assert "The rows are not in this repository" not in make_card(model, "org/name")
+
+
+def test_what_is_said_instead_of_teaching_works(made):
+    """Neither the rows nor the checkpoint move when a change is refused; the advice then works."""
+    folder, _ = made
+    model = KnnForImageClassification.from_pretrained(folder, **TRUST)
+    rows, before = model.datastore.features[:1].float() + 1, content(folder)
+    count = len(model.datastore)
+    for change in (
+        lambda: model.teach(features=rows, labels=["new"]),
+        lambda: model.forget(model.datastore.ids[:1]),
+        lambda: model.relabel(model.datastore.ids[:1], [0]),
+        model.undo,
+    ):
+        with pytest.raises(ValueError, match="cannot be changed as one") as error:
+            change()
+        assert "datastore.add, remove or relabel" in str(error.value)
+    assert (len(model.datastore), content(folder)) == (count, before)
+    model.datastore.verify()
+
+    model.datastore.add(rows, [0])
+    with pytest.raises(DatastoreError, match="was changed since the checkpoint was saved"):
+        KnnForImageClassification.from_pretrained(folder, **TRUST)
+    model.save_pretrained(folder)
+    again = KnnForImageClassification.from_pretrained(folder, **TRUST)
+    assert len(again.datastore) == count + 1
+    again.datastore = again.datastore.to_datastore()
+    assert again.teach(features=rows + 1, labels=["new"]).new_classes == ["new"]
+    assert again.undo().rows_after == count + 1
+
+
+def test_a_ridge_head_is_sent_home_with_its_rows(made):
+    model = KnnForImageClassification.from_pretrained(made[0], **TRUST)
+    model.config.head, model.config.head_regularizer = "ridge", 1.0
+    with pytest.raises(ValueError, match="has to follow its rows") as error:
+        model.forget(model.datastore.ids[:1])
+    assert "hf-knn milvus" in str(error.value)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import hf_knn
 from PIL import Image
-from test_cli import hf_knn
 from test_milvus_store import Stopped, stop_after
 from tiny import tiny_model
 
@@ -50,6 +50,14 @@ def test_the_rows_move_and_predict_finds_them(checkpoint, uri, tmp_path, monkeyp
     again = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "rows")
     assert again.exit_code == 1
     assert "refers to Milvus already" in again.output
+
+
+def test_the_index_is_chosen_and_its_recall_said(checkpoint, uri):
+    done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "hnsw", "--index", "hnsw")
+    assert done.exit_code == 0, done.stderr
+    assert "searched by hnsw (ef 64, recall@20 1.0000)" in done.stdout
+    done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "x", "--index", "annoy")
+    assert done.exit_code == 1
 
 
 def test_it_goes_on_where_it_was_stopped(checkpoint, uri, monkeypatch):

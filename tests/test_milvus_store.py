@@ -12,7 +12,7 @@ from milvus_servers import free_port
 from oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn import Datastore, MilvusDatastore, milvus_search
+from hf_knn import Datastore, MilvusDatastore, milvus_index, milvus_search
 from hf_knn.datastore_reference import DatastoreReference, RemoteConsent, read_manifest
 from hf_knn.manifest import DatastoreError
 from hf_knn.milvus_client import DatastoreConnectionError, MilvusServer, check_uri
@@ -113,6 +113,47 @@ def test_all_rows_are_read_where_milvus_cannot_return_enough(pair, monkeypatch, 
     monkeypatch.setattr(milvus_search, "LARGEST_ANSWER", 10)
     assert_same(inside, store, 20, exclude_ids=store.ids[:9])
     assert "all rows are read" in caplog.text
+
+
+@pytest.mark.parametrize("index", ["ivf_flat", "hnsw", "autoindex"])
+def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
+    """The oracle is an exact search of the embedded rows, on other queries than were measured."""
+    centers = 4 * torch.randn(20, DIM, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2000, DIM, generator=torch.Generator().manual_seed(2))
+    rows = centers.repeat(100, 1) + noise
+    store = Datastore.from_features(rows[:1900], torch.arange(1900) % 20, index="flat")
+    inside = load(store, uri, name, index=index, min_recall=0.9)
+    found, exact = inside.search(rows[1900:], 20), store.search(rows[1900:], 20)
+    hits = (found.ids[:, :, None] == exact.ids[:, None, :]).any(2).double().mean()
+    assert inside.index.recall >= 0.9
+    assert float(hits) == pytest.approx(inside.index.recall, abs=0.08)
+    assert inside.index.spec == index
+    assert (inside.index.parameters == {}) == (index == "autoindex")
+    again = MilvusDatastore.connect(uri, name)
+    assert again.index == inside.index
+    only = again.search(rows[1900:], 20, labels=[3])
+    assert set(only.labels.unique().tolist()) == {3}
+    assert only.ids.shape == (100, 20)
+    assert len(again.search(rows[:2], 1900).ids.unique()) == 1900
+    with pytest.raises(ValueError, match="was made for"):
+        load(store, uri, name, index="flat")
+
+
+def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
+    monkeypatch.setattr(milvus_index, "recall_of", lambda found, wanted: 0.5)
+    with pytest.raises(ValueError, match=r"it reached 0\.5000"):
+        load(embedded(), uri, name, index="ivf_flat")
+    with pytest.raises(DatastoreError, match="load was interrupted"):
+        MilvusDatastore.connect(uri, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"index": "annoy"}, "'ivf_flat'"), ({"index": "hnsw", "min_recall": 1.5}, "min_recall")],
+)
+def test_bad_indexes(options, wanted, uri, name):
+    with pytest.raises(ValueError, match=wanted):
+        load(embedded(), uri, name, **options)
 
 
 def test_filters(pair):
