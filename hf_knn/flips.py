@@ -113,6 +113,8 @@ def _cheapest(terms: Doubles, k: int, most: int, is_all: bool) -> Iterator[list[
     kept: list[tuple[float, int]] = []
     removed: list[int] = []
     total, least = 0.0, -_ROUNDING * float(np.abs(terms).max(initial=0))
+    if not is_all and len(terms) > k and np.partition(terms, -k)[-k:].sum() < least:
+        return  # not even the k largest terms are enough
     for place, term in enumerate(terms.tolist()):
         if len(removed) == most:
             return
@@ -183,5 +185,10 @@ def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
     if len(voters):
         left = ballot._replace(similarities=ballot.similarities[voters], k=len(voters))
         shares, labels = vote_shares(left).numpy(), ballot.labels[voters].numpy()
-        scores = np.array([shares @ _gains(ballot, c, labels) for c in range(ballot.classes)])
+        votes = np.bincount(labels, shares, minlength=ballot.classes)
+        weight, known = ballot.knn_weight, votes[: len(ballot.head)].sum()
+        scores = np.concatenate([
+            weight * votes[: len(ballot.head)] + (1 - weight) * known * ballot.head.numpy(),
+            votes[len(ballot.head) :],
+        ])  # fmt: skip
     return int(scores.argmax())

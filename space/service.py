@@ -10,10 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from overlay import Overlay, request_digest
 from torch import Tensor
-from uploads import SpaceError, check_files, check_label, read_upload, thumbnail
+from uploads import (
+    SpaceError,
+    Upload,
+    check_files,
+    check_label,
+    read_upload,
+    shrink,
+    thumbnail,
+)
 from visitors import Visitors, check_token, new_token
 
-from hf_knn import BadImageError, Datastore, Explanation, KnnForImageClassification
+from hf_knn import (
+    BadImageError,
+    Datastore,
+    Explanation,
+    KnnForImageClassification,
+    PictureEncoder,
+)
 
 WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
 MAX_K = 100
@@ -37,20 +51,30 @@ class Settings(NamedTuple):
     weighting: str | None = None
 
 
-class Look(NamedTuple):
+class Look:
     """A picture that has been through the backbone.
+
+    Args:
+        upload: the picture.
+        features: of it.
 
     Attributes:
         name: of the file.
         digest: of the file.
         features: [1, D] float32.
-        thumbnail: a small WEBP.
     """
 
-    name: str
-    digest: str
-    features: Tensor
-    thumbnail: bytes
+    def __init__(self, upload: Upload, features: Tensor) -> None:
+        self.name, self.digest, self.features = upload.name, upload.digest, features
+        self._image = shrink(upload.image)
+        self._thumbnail: bytes | None = None
+
+    @property
+    def thumbnail(self) -> bytes:
+        """A small WEBP, made when it is first shown or kept: an answer alone needs none."""
+        if self._thumbnail is None:
+            self._thumbnail = thumbnail(self._image)
+        return self._thumbnail
 
 
 class Near(NamedTuple):
@@ -75,12 +99,20 @@ class Service:
     Args:
         model: the published model, in eval mode; it is never changed.
         visitors: the overlays.
+        backend: what makes features, see `PictureEncoder`.
+
+    Raises:
+        ValueError: for a model without image processor, or a backend that cannot run it.
+        ImportError: for a backend that is not installed.
     """
 
-    def __init__(self, model: KnnForImageClassification, visitors: Visitors) -> None:
+    def __init__(
+        self, model: KnnForImageClassification, visitors: Visitors, backend: str = "torch"
+    ) -> None:
         self.model = model.eval()
         self.visitors = visitors
-        self._looks: OrderedDict[str, Look] = OrderedDict()
+        self._encoder = PictureEncoder(model, backend)
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def look(self, path: str | None) -> Look:
@@ -92,20 +124,16 @@ class Service:
         """
         upload = read_upload(path)
         with self._lock:
-            known = self._looks.get(upload.digest)
-            if known is not None:
-                self._looks.move_to_end(upload.digest)
-                return known._replace(name=upload.name)
-        pixels = self.model.image_processor(images=[upload.image], return_tensors="pt")
-        with torch.inference_mode():
-            pixels = pixels["pixel_values"].to(self.model.device, self.model.dtype)
-            features = self.model(pixel_values=pixels).pooler_output.float().cpu()
-        found = Look(upload.name, upload.digest, features.clone(), thumbnail(upload.image))
+            features = self._features.get(upload.digest)
+            if features is not None:
+                self._features.move_to_end(upload.digest)
+                return Look(upload, features)
+        features = self._encoder([upload.image])
         with self._lock:
-            self._looks[upload.digest] = found
-            if len(self._looks) > _KEPT_FEATURES:
-                self._looks.popitem(last=False)
-        return found
+            self._features[upload.digest] = features
+            if len(self._features) > _KEPT_FEATURES:
+                self._features.popitem(last=False)
+        return Look(upload, features)
 
     def look_at_all(self, paths: Sequence[str]) -> list[Look]:
         """Several pictures, all or none.
