@@ -38,7 +38,7 @@ class PictureEncoder:
         if model.image_processor is None:
             raise ValueError("Expected a model with an `image_processor`, but it has none.")
         self._model = model.eval()
-        sample = self._pixels([Image.effect_noise((256, 256), 60).convert("RGB")])
+        sample = self._pixels(_patterns())
         self._shape = sample.shape[1:]
         work = Work(
             model.backbone, model.config, mark_of(model.backbone), "fp32", 1, _ANSWERS, True,
@@ -73,3 +73,10 @@ class PictureEncoder:
             "pixel_values"
         ]
         return pixels
+
+
+def _patterns() -> list[Image.Image]:
+    """Pictures that a graph is compared on before there are any: smooth ones and noise."""
+    made = [Image.effect_noise((256, 256), spread) for spread in (5, 30, 90)]
+    made += [Image.linear_gradient("L"), Image.radial_gradient("L")]
+    return [image.convert("RGB") for image in made]
