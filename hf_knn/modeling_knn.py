@@ -226,6 +226,7 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
+                    model.thumbnails = attempt.read_thumbnails()
                     model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():

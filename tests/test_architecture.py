@@ -21,7 +21,7 @@ LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
     | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
-    | {"search_backend", "row_fingerprint", "datastore_reference"}
+    | {"search_backend", "row_fingerprint", "datastore_reference", "thumbnails"}
     | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search"},
     {"hub_files", "publishing", "model_card"},
     {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}

@@ -23,7 +23,8 @@ from gradio_client.exceptions import AppError
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
 from service import Service, Settings
-from thumbnails import FolderPictures, ZipPictures
+from shared import Page
+from thumbnails import FolderPictures, NoPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
 from views import as_csv, bars, disagrees, text
 from visitors import MAX_IN_MEMORY, Visitors, new_token, room_for
@@ -129,6 +130,18 @@ def test_a_backend_answers_alike(backend, model, service, tmp_path, knn_cache, m
     done = other.teach(paths, "dog", "", "")
     assert service.model.config.classes == 3
     assert other.explain(other.look(paths[0]), Settings(), done["visitor"]).neighbors
+
+
+def test_small_pictures_come_from_the_checkpoint_first(model, place, tmp_path):
+    first, second = model.datastore.ids.tolist()[:2]
+    own = copy.deepcopy(model)
+    own.keep_thumbnails({first: str(write_picture(tmp_path / "other.png", 3))})
+    page = Page.of(Service(own, Visitors(own, None)), FolderPictures(place / "pictures"), [])
+    find = page.picture_of("")
+    plain = Page.of(Service(model, Visitors(model, None)), NoPictures(), []).picture_of("")
+    assert find(first) == own.thumbnails.get(first)
+    assert find(second) == page.pictures.find(model.datastore.path_of(second)) is not None
+    assert plain(first) is None
 
 
 def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
