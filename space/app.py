@@ -116,7 +116,7 @@ def open_page(
         checkpoint = (_HERE / "model.txt").read_text(encoding="utf-8").strip()
     if checkpoint is None:
         embedded = open_builtin()
-        model, found = embedded.model, embedded.pictures
+        model = embedded.model
         folder = Path(tempfile.mkdtemp(prefix="hf-knn-samples-"))
         for number, image in enumerate(embedded.samples):
             image.save(folder / f"{number}.png")
