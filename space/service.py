@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from overlay import Overlay, request_digest
+from settings import Settings, checked
 from torch import Tensor
 from uploads import (
     SpaceError,
@@ -29,26 +30,8 @@ from hf_knn import (
     PictureEncoder,
 )
 
-WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
-MAX_K = 100
 MAX_KEY = 200
 _KEPT_FEATURES = 1024
-
-
-class Settings(NamedTuple):
-    """How the neighbours vote; None is what the model was tuned to.
-
-    Attributes:
-        k: neighbours, 1 to 100.
-        temperature: > 0, at most 10.
-        knn_weight: λ, 0 (head alone) to 1 (neighbours alone).
-        weighting: one of `WEIGHTINGS`.
-    """
-
-    k: int | None = None
-    temperature: float | None = None
-    knn_weight: float | None = None
-    weighting: str | None = None
 
 
 class Look:
@@ -238,7 +221,7 @@ class Service:
             model = self.model if overlay is None else overlay.model
             view = copy.copy(model)
             view.config = copy.copy(model.config)
-            for name, value in _checked(settings).items():
+            for name, value in checked(settings).items():
                 setattr(view.config, name, value)
             yield view
             model.calibration = view.calibration  # counted once per version of the rows
@@ -253,22 +236,3 @@ def check_key(key: str) -> str:
     if len(key) > MAX_KEY:
         raise SpaceError(f"Expected a key of at most {MAX_KEY} characters, but got {len(key)}.")
     return key
-
-
-def _checked(settings: Settings) -> dict[str, Any]:
-    k, temperature, weight, weighting = settings
-    if k is not None and not (float(k).is_integer() and 1 <= k <= MAX_K):
-        raise SpaceError(f"Expected `k` to be a whole number from 1 to {MAX_K}, but got {k}.")
-    if temperature is not None and not 0 < temperature <= 10:
-        raise SpaceError(f"Expected `temperature` to be in (0, 10], but got {temperature}.")
-    if weight is not None and not 0 <= weight <= 1:
-        raise SpaceError(f"Expected `knn_weight` to be in [0, 1], but got {weight}.")
-    if weighting is not None and weighting not in WEIGHTINGS:
-        raise SpaceError(f"Expected `weighting` to be one of {', '.join(WEIGHTINGS)}.")
-    named = {
-        "k": None if k is None else int(k),
-        "knn_temperature": temperature,
-        "knn_weight": weight,
-        "knn_weighting": weighting,
-    }
-    return {name: value for name, value in named.items() if value is not None}

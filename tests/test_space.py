@@ -17,16 +17,17 @@ from space_app import PER_CLASS, Running, features_of, published, running, write
 
 pytest.importorskip("gradio")
 from benchmark_tab import find_report, report_frame
-from exports import write_dataset
+from exports import as_csv, write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
-from service import Service, Settings
+from service import Service
+from settings import Settings
 from shared import Page
 from thumbnails import FolderPictures, NoPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
-from views import as_csv, bars, disagrees, text
+from views import bars, disagrees, text
 from visitors import MAX_IN_MEMORY, Visitors, new_token, room_for
 
 import hf_knn.teaching

@@ -36,7 +36,8 @@ def main(
     from api import as_json
     from builtin import open_builtin
     from offline_tasks import load_pictures
-    from service import Service, Settings
+    from service import Service
+    from settings import Settings
     from shared import Page
     from thumbnails import NoPictures
     from uploads import read_upload
