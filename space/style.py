@@ -65,6 +65,7 @@ details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-q
 .knn-detail { border-top: 1px solid var(--border-color-primary); padding-top: .6rem; }
 .knn-detail .knn-answer h3 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 480px) {
+  .tab-container button { padding: 0 .55rem !important; }
   .knn-tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .knn-answer > img, .knn-answer > .knn-plain { width: 96px; height: 96px; }
   .knn-answer h2 { font-size: 1.35rem; }
