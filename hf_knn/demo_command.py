@@ -18,6 +18,7 @@ from .console import console
 from .datastore import Datastore
 from .inspection import check_root, open_picture, pictures_of
 from .manifest import MANIFEST_NAME
+from .thumbnails import THUMBNAILS_NAME
 
 _PACKAGE = Path(__file__).parent
 _PICTURES = "pictures.zip"
@@ -76,6 +77,9 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Pa
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
         build_space(folder, checkpoint)
+        if (folder / "model" / THUMBNAILS_NAME).is_file():
+            console.print("The checkpoint's small pictures go along; whoever sees the Space sees "
+                          "them.")  # fmt: skip
         if pictures is not None:
             count = pack_pictures(folder / _PICTURES, checkpoint, pictures)
             console.print(f"{count} small pictures go along; whoever sees the Space sees them.")
