@@ -266,6 +266,15 @@ def train(
             help="Draw test pictures and who voted for the model card; it shows training pictures.",
         ),
     ] = False,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            rich_help_panel=STORE,
+            help="Keep small pictures of the training pictures in the checkpoint, for explanations "
+            "and the demo; whoever opens it sees them.",
+        ),
+    ] = False,
     report_to: Annotated[
         list[str] | None,
         typer.Option(help="tensorboard, trackio, …; repeatable. Logs of the training."),
@@ -286,7 +295,7 @@ def train(
         calibrate=calibrate, test_share=test_share, shots=shots, fraction=fraction,
         group_by=group_by, pooling=pooling, knn_pooling=knn_pooling, batch_size=batch_size,
         precision=str(precision), on_bad_image=str(on_bad_image), show_neighbors=show_neighbors,
-        report_to=report_to or [], seed=seed,
+        thumbnails=thumbnails, report_to=report_to or [], seed=seed,
     )  # fmt: skip
     run(train_pictures, options)
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hf_knn_cli_choices import Backend
+
 app = typer.Typer()
 
 
@@ -24,6 +26,10 @@ def demo(
             "small copies go along, for everybody to see."
         ),
     ] = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="What makes features here. Default: $HF_KNN_BACKEND, else torch."),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(help="Push it as the Space org/name instead of starting it.")
     ] = None,
@@ -36,6 +42,11 @@ def demo(
     from hf_knn.demo_command import push_space, show_demo
 
     if push is None:
-        run(show_demo, checkpoint, port, pictures)
+        run(show_demo, checkpoint, port, pictures, None if backend is None else backend.value)
+    elif backend is not None:
+        raise typer.BadParameter(
+            "not with --push: set the variable HF_KNN_BACKEND in the Space's settings, and add its "
+            "package to requirements.txt there."
+        )
     else:
         run(push_space, checkpoint, push, private, pictures)

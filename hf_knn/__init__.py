@@ -20,6 +20,7 @@ _LAZY = {
     "MilvusDatastore": "milvus_store",
     "Neighbors": "search_backend",
     "PAGE_STYLE": "page_style",
+    "PictureEncoder": "serving",
     "ProbeConfig": "probe_settings",
     "ProbeGrid": "probe_settings",
     "ProbeScore": "probe",

@@ -41,6 +41,7 @@ from .processors import load_processor
 from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
 from .search_backend import SearchBackend
 from .storage import give_default_mode, identity, replaced_folder
+from .thumbnails import THUMBNAILS_NAME, Thumbnails
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ OWN_CODE = (
     "milvus_store.py", "model_card.py", "modeling_knn.py", "persistence.py", "processors.py",
     "publishing.py", "receipts.py", "remembering.py", "ridge_head.py", "ridge_state.py",
     "row_fingerprint.py", "row_table.py", "rows.py", "search.py", "search_backend.py",
-    "storage.py", "teaching.py",
+    "storage.py", "teaching.py", "thumbnails.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -81,7 +82,7 @@ def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
         name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, *OWN_CODE)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME, *OWN_CODE)
         or name.startswith(".datastore-")
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -117,6 +118,7 @@ def write_checkpoint(
                 write_changes(model.changes, staging)
             if model.neighbor_picture is not None:
                 (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
+            _write_thumbnails(model, staging)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
@@ -126,6 +128,16 @@ def write_checkpoint(
             f"Could not save the checkpoint to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+
+
+def _write_thumbnails(model: Any, folder: Path) -> None:
+    """Those of the rows that there are: no byte of a row that is gone reaches the disk."""
+    if model.thumbnails is None or model.datastore is None:
+        return
+    kept = model.thumbnails.only(model.datastore.ids.tolist())
+    if len(kept):
+        kept.save(folder)
+        give_default_mode(folder / THUMBNAILS_NAME)
 
 
 def made_by(model: Any) -> str:
@@ -291,6 +303,17 @@ class CheckpointAttempt:
             )  # fmt: skip
         return store
 
+    def read_thumbnails(self) -> Thumbnails | None:
+        """Small pictures of the rows, if the datastore's manifest names their file.
+
+        Raises:
+            DatastoreError: for a damaged file.
+        """
+        binding = None if self.manifest is None else self.manifest.binding
+        if binding is None or THUMBNAILS_NAME not in [record.name for record in binding.files]:
+            return None
+        return Thumbnails.load(self.reader.resolve(THUMBNAILS_NAME))
+
     def was_replaced(self) -> bool:
         """Whether another version is there than when this attempt began."""
         return self._manifest_identity() != self.seen
@@ -306,7 +329,7 @@ class CheckpointAttempt:
                 record.verify(path)
             except DatastoreError as error:
                 damaged.append(error)
-        names = [record.name for record in binding.files if record.name.endswith(".safetensors")]
+        names = [name for record in binding.files if _is_weights(name := record.name)]
         if any(name not in found for name in names):
             return damaged[0]
         processor = self.reader.resolve(IMAGE_PROCESSOR_NAME)
@@ -357,8 +380,14 @@ def _bind(model: Any, folder: Path) -> Binding:
     names = [CONFIG_NAME, *(path.name for path in weights)]
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         names.append(SAFE_WEIGHTS_INDEX_NAME)
+    if (folder / THUMBNAILS_NAME).is_file():
+        names.append(THUMBNAILS_NAME)
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum, processor_sum, pooling, dtype, files)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
 
 
 def _fingerprint(

@@ -215,8 +215,19 @@ class DatastoreRows:
         Raises:
             ValueError: for an id that it does not have.
         """
-        row = int(self._positions([row_id])[0])
-        return self._table.paths[row] if self._table.paths is not None else ""
+        return self.paths_of([row_id])[0]
+
+    def paths_of(self, ids: Values) -> list[str]:
+        """Where the pictures of some rows lie; see `path_of`.
+
+        Args:
+            ids: [M] unique ids that the datastore has.
+
+        Raises:
+            ValueError: for an id that it does not have.
+        """
+        rows, paths = self._positions(ids).tolist(), self._table.paths
+        return [""] * len(rows) if paths is None else [paths[row] for row in rows]
 
     def verify(self) -> None:
         """Hashes the files behind the rows and checks their content, once.

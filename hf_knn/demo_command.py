@@ -13,10 +13,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from rich.markup import escape
 
+from .backend_choice import check_backend
 from .console import console
 from .datastore import Datastore
 from .inspection import check_root, open_picture, pictures_of
 from .manifest import MANIFEST_NAME
+from .thumbnails import THUMBNAILS_NAME
 
 _PACKAGE = Path(__file__).parent
 _PICTURES = "pictures.zip"
@@ -24,16 +26,20 @@ _SIDE = 192
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
-def show_demo(checkpoint: str | None, port: int | None, pictures: Path | None) -> None:
+def show_demo(
+    checkpoint: str | None, port: int | None, pictures: Path | None, backend: str | None = None
+) -> None:
     """Starts the page and waits until it is closed.
 
     Args:
         checkpoint: a folder or a Hub id; None builds a small model.
         port: of the server; None takes a free one.
         pictures: the folder that the checkpoint was trained on.
+        backend: what makes features; None takes `$HF_KNN_BACKEND`, else `torch`.
 
     Raises:
-        ImportError: without gradio.
+        ImportError: without gradio, or the backend.
+        ValueError: for a backend that there is not.
         OSError: if the page ends with an error, which it has said.
     """
     if find_spec("gradio") is None:
@@ -42,6 +48,7 @@ def show_demo(checkpoint: str | None, port: int | None, pictures: Path | None) -
     command += [] if checkpoint is None else [checkpoint]
     command += [] if port is None else ["--port", str(port)]
     command += [] if pictures is None else ["--pictures", str(pictures)]
+    command += [] if backend is None else ["--backend", check_backend(backend)]
     try:
         status = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:  # how one closes it
@@ -70,6 +77,9 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Pa
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
         build_space(folder, checkpoint)
+        if (folder / "model" / THUMBNAILS_NAME).is_file():
+            console.print("The checkpoint's small pictures go along; whoever sees the Space sees "
+                          "them.")  # fmt: skip
         if pictures is not None:
             count = pack_pictures(folder / _PICTURES, checkpoint, pictures)
             console.print(f"{count} small pictures go along; whoever sees the Space sees them.")

@@ -1,8 +1,9 @@
 """`hf-knn predict --explain`: why each answer is what it is, on the screen or as a page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from rich.table import Table
 from .console import console
 from .explaining import Explanation, Voter
 from .images import BadImageError, decode_image
+from .inspection import open_picture
 from .modeling_knn import KnnForImageClassification
-from .pages import Fact, Group, Section, Tile, Tone, thumbnail, write_page
+from .pages import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from .pages import Table as PageTable
+from .thumbnails import Thumbnails
 
 _TILES = 24
 
@@ -65,7 +68,8 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     if options.page is not None:
         pairs = zip(images, decoded, found, strict=True)
-        sections = [_section(path, image, one, options) for path, image, one in pairs]
+        show = partial(_stored, options.pictures, model.thumbnails)
+        sections = [_section(path, image, one, options, show) for path, image, one in pairs]
         lead = [f"{len(images)} pictures, answered by {checkpoint}."]
         write_page(options.page, "Answers and their reasons", sections, lead)
         if not options.json_output:
@@ -151,13 +155,17 @@ def _share(voice: dict[str, float], name: str) -> str:
 
 
 def _section(
-    path: Path, image: Image.Image, explanation: Explanation, options: ExplainOptions
+    path: Path,
+    image: Image.Image,
+    explanation: Explanation,
+    options: ExplainOptions,
+    show: Callable[[Voter], str | None],
 ) -> Section:
     probability = explanation.probabilities[explanation.answer]
     flip = set() if explanation.flip is None else set(explanation.flip.row_ids)
     own = Tile(explanation.answer, thumbnail(image, 224), [f"{probability:.1%}"], alt=path.name)
     shown = explanation.neighbors[:_TILES]
-    tiles = [_tile(voter, explanation.answer, flip, options.pictures) for voter in shown]
+    tiles = [_tile(voter, explanation.answer, flip, show(voter)) for voter in shown]
     facts = [Fact(f"{probability:.0%}", f"blended probability of {explanation.answer}")]
     if explanation.neighbors:
         facts.append(Fact(f"{explanation.margin:.0%}", "margin of the vote"))
@@ -177,21 +185,17 @@ def _section(
     )  # fmt: skip
 
 
-def _tile(voter: Voter, answer: str, flip: set[int], root: Path | None) -> Tile:
+def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Tile:
     lines = [f"share {voter.share:.1%}", f"similarity {voter.similarity:.3f}"]
     lines.append(f"id {voter.row_id}" + (", decides" if voter.row_id in flip else ""))
     tone = Tone.GOOD if voter.label == answer else Tone.BAD
-    return Tile(voter.label, _stored(voter.path, root), lines, tone, voter.path or voter.label)
+    return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
 
 
-def _stored(path: str, root: Path | None) -> str | None:
-    """The thumbnail of a stored picture; None where it is not at hand."""
-    if root is None or not path:
-        return None
-    place = (root / path).resolve()
-    if not place.is_relative_to(root.resolve()) or not place.is_file():
-        return None
-    try:
-        return thumbnail(decode_image(place))
-    except BadImageError:
-        return None
+def _stored(root: Path | None, thumbnails: Thumbnails | None, voter: Voter) -> str | None:
+    """A stored picture: from the folder, else from the checkpoint; None where it is in neither."""
+    image = None if root is None else open_picture(root, voter.path)
+    if image is not None:
+        return thumbnail(image)
+    small = None if thumbnails is None else thumbnails.get(voter.row_id)
+    return None if small is None else webp_uri(small)

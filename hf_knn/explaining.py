@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from .backbone import split_features
 from .confidence import typicality
 from .datastore import Datastore
-from .flips import Ballot, margin_of, smallest_flip, vote_shares
+from .flips import Ballot, Doubles, margin_of, smallest_flip, vote_shares
+from .indexing import FLAT
+from .search_backend import Neighbors
 
 _CALIBRATED_ON = 5000
 
@@ -95,7 +96,7 @@ class Calibration:
             found = store.search(asked.features, 1, asked.ids).similarities
         else:
             found = torch.cat([near.similarities for near in store.leave_one_out(1)])
-        self.nearest: NDArray[np.float64] = np.sort(found.double().flatten().numpy())
+        self.nearest: Doubles = np.sort(found.double().flatten().numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model count again when they need to
@@ -125,73 +126,91 @@ def explain(
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be in (0, 1), but got {level}.")
     threshold = _threshold(model, max_error)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            given = features.to(model.device)
-            output = model(features=given, sample_ids=sample_ids, return_neighbors=True)
-            _, rows = split_features(features.float().cpu(), model.config)
-            wide = _search_wide(model, rows, sample_ids)
-    finally:
-        model.train(was_training)
+    with torch.inference_mode():
+        head_part, store_part = split_features(features.to(model.device), model.config)
+        near, wide = _search(model, store_part.float(), sample_ids)
+        logits, head_logits, votes = model.weigh(head_part, near)
+    answers = _Answers(
+        logits.exp().cpu(), head_logits.float().cpu(),
+        None if votes is None else votes.exp().cpu(), wide,
+    )  # fmt: skip
     calibration = None
     if wide is not None and len(model.datastore) > 1:
         calibration = _calibration(model).nearest
     return [
-        _explain_one(model, output, wide, row, calibration, level, threshold)
+        _explain_one(model, answers, row, calibration, level, threshold)
         for row in range(len(features))
     ]
 
 
-def _search_wide(model: Any, rows: Tensor, sample_ids: Tensor | None) -> Any:
-    """As many rows more than vote as could have to be removed."""
-    store = model.datastore
+class _Answers(NamedTuple):
+    """What was found out about some pictures, on the CPU.
+
+    Attributes:
+        blend: [B, C] probabilities.
+        head: [B, C_head] logits.
+        knn: [B, C] probabilities; None without a datastore.
+        wide: [B, 2 k] rows, or all there are: those that vote and those that could come after.
+    """
+
+    blend: Tensor
+    head: Tensor
+    knn: Tensor | None
+    wide: Neighbors | None
+
+
+def _search(
+    model: Any, rows: Tensor, sample_ids: Tensor | None
+) -> tuple[Neighbors | None, Neighbors | None]:
+    """The rows that vote, and as many more as could have to be removed: one search for both."""
+    store, k = model.datastore, model.config.k
     if store is None or len(store) == 0:
-        return None
-    return store.search(rows, 2 * model.config.k, sample_ids)
+        return None, None
+    found = store.search(rows, 2 * k, sample_ids)
+    wide = Neighbors(*(part.cpu() for part in found))
+    if store.index.spec != FLAT:  # which may miss a row that it finds when asked for more
+        return store.search(rows, k, sample_ids), wide
+    return Neighbors(*(part[:, :k] for part in found)), wide
 
 
 def _explain_one(
     model: Any,
-    output: Any,
-    wide: Any,
+    answers: _Answers,
     row: int,
-    calibration: NDArray[np.float64] | None,
+    calibration: Doubles | None,
     level: float,
     threshold: float,
 ) -> Explanation:
     config, names = model.config, model.config.class_names
-    blend = output.logits[row].exp().cpu()
-    head_logits = output.head_logits[row].float().cpu()
+    blend, head, wide = answers.blend[row], answers.head[row], answers.wide
     named = {
         "answer": names[int(blend.argmax())],
         "probabilities": _named(blend, names),
-        "head": _named(functional.softmax(head_logits, dim=0), names),
+        "head": _named(functional.softmax(head, dim=0), names),
         "answers": float(blend.max()) >= threshold,
     }
-    if output.knn_log_probs is None or wide is None or wide.ids.shape[1] == 0:
+    if answers.knn is None or wide is None or wide.ids.shape[1] == 0:
         return Explanation(
             **named, knn={}, neighbors=[], margin=0.0, flip=None, typicality=None, is_typical=True
         )
-    similarities, labels = wide.similarities[row].cpu(), wide.labels[row].cpu()
-    ids = wide.ids[row].tolist()
+    similarities, labels, ids = wide.similarities[row], wide.labels[row], wide.ids[row].tolist()
     ballot = Ballot(
         similarities, labels, min(config.k, len(labels)),
-        functional.softmax(head_logits[: config.blended_classes], dim=0).double(),
+        functional.softmax(head[: config.blended_classes], dim=0).double(),
         config.knn_weight, config.knn_temperature, model.datastore.metric, config.knn_weighting,
         config.classes, is_all=len(labels) < 2 * config.k,
     )  # fmt: skip
     shares, found = vote_shares(ballot), smallest_flip(ballot)
+    columns = (ids, labels.tolist(), similarities.tolist(), shares.tolist())
+    paths = model.datastore.paths_of(ids[: ballot.k])
     voters = [
-        Voter(ids[i], names[int(labels[i])], float(similarities[i]), float(shares[i]),
-              model.datastore.path_of(ids[i]))
-        for i in range(ballot.k)
-    ]  # fmt: skip
+        Voter(row_id, names[label], similarity, share, path)
+        for row_id, label, similarity, share, path in zip(*columns, paths, strict=False)
+    ]
     p_value = None if calibration is None else typicality(float(similarities[0]), calibration)
     return Explanation(
         **named,
-        knn=_named(output.knn_log_probs[row].exp().cpu(), names),
+        knn=_named(answers.knn[row], names),
         neighbors=voters,
         margin=margin_of(shares, labels[: ballot.k], config.classes),
         flip=None if found is None else Flip([ids[i] for i in found[0]], names[found[1]], found[2]),
@@ -201,8 +220,8 @@ def _explain_one(
 
 
 def _named(probabilities: Tensor, names: list[str]) -> dict[str, float]:
-    order = probabilities.argsort(descending=True, stable=True).tolist()
-    return {names[number]: float(probabilities[number]) for number in order}
+    order = probabilities.argsort(descending=True, stable=True)
+    return {names[n]: p for n, p in zip(order.tolist(), probabilities[order].tolist(), strict=True)}
 
 
 def _calibration(model: Any) -> Calibration:

@@ -148,7 +148,7 @@ def extract_features(
     config = _pooling_config(model, pooling)
     backbone = model.backbone if isinstance(model, KnnForImageClassification) else model
     work = Work(
-        backbone, config, _mark_of(backbone), precision, batch_size, len(rows),
+        backbone, config, mark_of(backbone), precision, batch_size, len(rows),
         use_cache, _sampler(rows, processor),
     )  # fmt: skip
     chosen = choose_backend(backend, work)
@@ -250,8 +250,8 @@ def _sampler(rows: Any, processor: Any) -> Callable[[], Tensor | None]:
     return sample
 
 
-def _mark_of(backbone: PreTrainedModel) -> str:
-    """A name of weights and architecture."""
+def mark_of(backbone: PreTrainedModel) -> str:
+    """A name of a backbone's weights and architecture."""
     weights = hash_tensors(sorted(backbone.state_dict().items()))
     architecture = backbone.config.to_dict() | {"_name_or_path": ""}
     text = json.dumps([weights, architecture], sort_keys=True, default=str)

@@ -83,18 +83,27 @@ def smallest_flip(ballot: Ballot) -> tuple[list[int], int, bool] | None:
     weights = _own_weights(ballot)
     if weights is None:
         return _greedy_flip(ballot)
-    answer = _winner(ballot, np.arange(len(ballot.labels)))
     labels = ballot.labels.numpy()
+    answer = _winner(ballot, np.arange(len(labels)))
+    rivals = _rivals(ballot, answer)
+    gains = _gains(ballot, rivals, labels) - _gains(ballot, [answer], labels)  # [R, K]
     best: tuple[list[int], int] | None = None
-    for rival in _rivals(ballot, answer):
-        gains = _gains(ballot, rival, labels) - _gains(ballot, answer, labels)
+    for terms in _hopeful(weights * gains, ballot):
         most = len(labels) if best is None else len(best[0]) - 1
-        for removed in _cheapest(weights * gains, ballot.k, most, ballot.is_all):
+        for removed in _cheapest(terms, ballot.k, most, ballot.is_all):
             kept = np.setdiff1d(np.arange(len(labels)), removed)
             if _winner(ballot, kept) != answer:
                 best = (removed, _winner(ballot, kept))
                 break
     return None if best is None else (*best, True)
+
+
+def _hopeful(terms: Doubles, ballot: Ballot) -> Doubles:
+    """The rows of [R, K] terms of which the k largest, nobody else voting, would be enough."""
+    if ballot.is_all or terms.shape[1] <= ballot.k or not len(terms):
+        return terms
+    largest = np.partition(terms, -ballot.k, axis=1)[:, -ballot.k :].sum(axis=1)
+    return terms[largest >= -_ROUNDING * np.abs(terms).max(axis=1)]
 
 
 def _rivals(ballot: Ballot, answer: int) -> list[int]:
@@ -165,14 +174,14 @@ def _own_weights(ballot: Ballot) -> Doubles | None:
     return None
 
 
-def _gains(ballot: Ballot, label: int, labels: NDArray[np.int64]) -> Doubles:
-    """[K] what a unit of weight of each row gives a class."""
-    own = (labels == label).astype(np.float64)
-    if label >= len(ballot.head):  # the neighbours alone speak for it
-        return own
-    known = (labels < len(ballot.head)).astype(np.float64)
-    weight = ballot.knn_weight
-    return weight * own + (1 - weight) * float(ballot.head[label]) * known
+def _gains(ballot: Ballot, classes: list[int], labels: NDArray[np.int64]) -> Doubles:
+    """[C', K] what a unit of weight of each row gives each of some classes."""
+    wanted, size = np.array(classes, np.int64)[:, None], len(ballot.head)
+    own = (labels == wanted).astype(np.float64)
+    known = (labels < size).astype(np.float64)
+    head = ballot.head.numpy()[np.minimum(wanted, size - 1)]
+    shared = ballot.knn_weight * own + (1 - ballot.knn_weight) * head * known
+    return np.where(wanted < size, shared, own)  # of a class beyond, the neighbours alone speak
 
 
 def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
@@ -183,5 +192,10 @@ def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
     if len(voters):
         left = ballot._replace(similarities=ballot.similarities[voters], k=len(voters))
         shares, labels = vote_shares(left).numpy(), ballot.labels[voters].numpy()
-        scores = np.array([shares @ _gains(ballot, c, labels) for c in range(ballot.classes)])
+        votes = np.bincount(labels, shares, minlength=ballot.classes)
+        weight, known = ballot.knn_weight, votes[: len(ballot.head)].sum()
+        scores = np.concatenate([
+            weight * votes[: len(ballot.head)] + (1 - weight) * known * ballot.head.numpy(),
+            votes[len(ballot.head) :],
+        ])  # fmt: skip
     return int(scores.argmax())

@@ -17,6 +17,7 @@ from .doctor_command import CSV_NAME, PAGE_NAME, print_checkup, summary_of, watc
 from .drawings import map_svg
 from .feature_map import MOST_ROWS, place_features
 from .findings import write_csv
+from .images import BadImageError, decode_image
 from .inspection import inspect_datastore, open_picture
 from .modeling_knn import KnnForImageClassification
 from .pages import Drawing, Section, Table, plain, svg_uri, write_page
@@ -51,14 +52,18 @@ def inspect_checkpoint(
     pictures = checkup.pictures
 
     def show(number: int) -> Image.Image | None:
-        return None if root is None else open_picture(root, pictures.paths[number])
+        image = None if root is None else open_picture(root, pictures.paths[number])
+        if image is not None or model.thumbnails is None:
+            return image
+        return _decoded(model.thumbnails.get(int(store.ids[number])))
 
     sections = sections_of(checkup, show)
     sections[1:1] = [_facts(model, store)] + ([drawing] if drawing else [])
     name = plain(Path(checkpoint).name)
     with checkup.phase("report"):
         write_csv(output / CSV_NAME, checkup.findings, pictures)
-        page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [_lead(root)])
+        lead = _lead(root, model.thumbnails is not None)
+        page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [lead])
     if json_output:
         values = summary_of(checkup, page) | {"checkpoint": _fact_rows(model, store)}
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
@@ -116,10 +121,20 @@ def _fact_rows(model: KnnForImageClassification, store: Datastore) -> dict[str, 
     return facts
 
 
-def _lead(root: Path | None) -> str:
-    if root is None:
-        return (
-            "What hf-knn inspect found among the rows of the datastore. No pictures are stored "
-            "in a checkpoint: pass --pictures FOLDER to see them here."
-        )
-    return f"What hf-knn inspect found among the rows of the datastore; pictures from {root.name}."
+def _lead(root: Path | None, has_thumbnails: bool) -> str:
+    said = "What hf-knn inspect found among the rows of the datastore"
+    if root is not None:
+        return f"{said}; pictures from {root.name}."
+    if has_thumbnails:
+        return f"{said}; small pictures from the checkpoint."
+    return f"{said}. This checkpoint holds no pictures: pass --pictures FOLDER to see them here."
+
+
+def _decoded(small: bytes | None) -> Image.Image | None:
+    """A stored thumbnail; None where there is none that can be read."""
+    if small is None:
+        return None
+    try:
+        return decode_image(small)
+    except BadImageError:
+        return None

@@ -132,8 +132,18 @@ class MilvusReading:
         Raises:
             ValueError: for an id that it does not have.
         """
-        (path,) = (row["path"] for row in rows_with(self.collection, [row_id], ["id", "path"]))
-        return str(path)
+        return self.paths_of([row_id])[0]
+
+    def paths_of(self, ids: Values) -> list[str]:
+        """Where the pictures of some rows lie, asked for at once; see `path_of`.
+
+        Args:
+            ids: [M] unique ids that the datastore has.
+
+        Raises:
+            ValueError: for an id that it does not have.
+        """
+        return [str(row["path"]) for row in rows_with(self.collection, ids, ["id", "path"])]
 
     def verify(self) -> None:
         """Reads all rows and compares them with the fingerprint.

@@ -24,6 +24,10 @@ _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 BLOB_GLOB = "datastore-*.safetensors"
 _LARGEST_MEASUREMENT = 10**6
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
+_THUMBNAILS_NOTE = (
+    " It also holds small copies of training pictures, without metadata, as was asked for; a row "
+    "that is forgotten takes its own along."
+)
 RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
 _PICTURES = {
     RELIABILITY_NAME: "How sure it is, and how often right",
@@ -211,7 +215,8 @@ def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
         "datastore holds features of the training pictures, which can reveal something about them: "
         "share it only where you may share that. Removing a row leaves no byte of it in the next "
         "version, but earlier commits of a repository still hold it until its history is squashed "
-        "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned.",
+        "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned."
+        + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),
     ]
     return "\n".join(lines)
 

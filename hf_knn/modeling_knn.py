@@ -226,6 +226,7 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
+                    model.thumbnails = attempt.read_thumbnails()
                     model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
@@ -367,22 +368,11 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
             features, body = extract(self.backbone, pixel_values, self.config, **asked)
         assert features is not None
         head_part, store_part = split_features(features, self.config)
-        head_logits = self.head(head_part.to(self.head.mean.dtype))  # [B, C_head]
-        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
-        votes, neighbors = None, None
-        if not self.training:
-            votes, neighbors = self._ask_neighbors(store_part, sample_ids)
-        if votes is not None:
-            known = head_logits[:, : self.config.blended_classes].float()
-            log_probs = functional.log_softmax(known, dim=-1)
-            log_probs = blend_log_probs(log_probs, votes, self.config.knn_weight)
-            log_probs = soften(log_probs, self.config.blend_temperature)
-        elif self.config.classes > log_probs.shape[1]:
-            missing = self.config.classes - log_probs.shape[1]
-            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
+        neighbors = None if self.training else self._find_neighbors(store_part, sample_ids)
+        log_probs, head_logits, votes = self.weigh(head_part, neighbors)
         output = KnnImageClassifierOutput(
             loss=None if labels is None else self._head_loss(head_logits, labels),
-            logits=floor_log_probs(log_probs),  # [B, C]
+            logits=log_probs,
             head_logits=head_logits,
             knn_log_probs=votes,
             neighbors=neighbors if return_neighbors else None,
@@ -403,22 +393,48 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         freeze_statistics(self.backbone)
         return self
 
-    def _ask_neighbors(
-        self, features: Tensor, sample_ids: Tensor | None
-    ) -> tuple[Tensor | None, Neighbors | None]:
-        if self.datastore is None or len(self.datastore) == 0:
-            return None, None
+    def weigh(
+        self, features: Tensor, neighbors: Neighbors | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the head says, what the neighbours vote, and the blend of both.
+
+        Args:
+            features: [B, D] the part of the features that the head sees.
+            neighbors: [B, k'] the rows that vote; None asks the head alone.
+
+        Returns:
+            `logits`, `head_logits` and `knn_log_probs` of `KnnImageClassifierOutput`.
+        """
         config = self.config
-        neighbors = self.datastore.search(features.float(), config.k, sample_ids)
-        votes = knn_log_probs(
+        head_logits = self.head(features.to(self.head.mean.dtype))  # [B, C_head]
+        votes = None if neighbors is None else self._count_votes(neighbors)
+        if votes is not None:
+            log_probs = functional.log_softmax(
+                head_logits[:, : config.blended_classes].float(), dim=-1
+            )
+            log_probs = blend_log_probs(log_probs, votes, config.knn_weight)
+            log_probs = soften(log_probs, config.blend_temperature)
+        else:
+            log_probs = functional.log_softmax(head_logits.float(), dim=-1)
+            missing = max(0, config.classes - log_probs.shape[1])
+            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
+        return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
+
+    def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
+        if self.datastore is None or len(self.datastore) == 0:
+            return None
+        return self.datastore.search(features.float(), self.config.k, sample_ids)
+
+    def _count_votes(self, neighbors: Neighbors) -> Tensor:
+        assert self.datastore is not None
+        return knn_log_probs(
             neighbors.similarities,
             neighbors.labels,
-            config.classes,
-            config.knn_temperature,
+            self.config.classes,
+            self.config.knn_temperature,
             metric=self.datastore.metric,
-            weighting=config.knn_weighting,
+            weighting=self.config.knn_weighting,
         )
-        return votes, neighbors
 
     def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
         if len(labels) and int(labels.max()) >= self.config.classes:

@@ -154,6 +154,11 @@ def thumbnail(image: Image.Image, size: int = THUMBNAIL_SIZE) -> str:
     return _uri("image/jpeg", _encoded(small, "JPEG", quality=_QUALITY))
 
 
+def webp_uri(data: bytes) -> str:
+    """A data URI of the bytes of a WEBP file."""
+    return _uri("image/webp", data)
+
+
 def png_uri(data: bytes) -> str:
     """A data URI of the bytes of a PNG file."""
     return _uri("image/png", data)

@@ -1,6 +1,6 @@
 """What a model with a memory can do besides answering: learn, forget, and give reasons."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +18,10 @@ from .teaching import (
     merge,
     relabel,
     teach,
+    thumbnails_of,
     undo,
 )
+from .thumbnails import Thumbnails
 
 
 class Remembering:
@@ -30,17 +32,43 @@ class Remembering:
         forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
         follower: what is kept in step with the datastore while rows come and go.
         calibration: how near stored rows lie to one another, for p-values.
+        thumbnails: small pictures of stored rows, saved with the model, or None; see
+            `keep_thumbnails`.
+        forgotten_thumbnails: those of `forgotten`; never saved.
     """
 
     changes: list[Receipt]
     forgotten: Datastore | None
     follower: Follower | None
     calibration: Calibration | None
+    thumbnails: Thumbnails | None
+    forgotten_thumbnails: Thumbnails | None
 
     def start_remembering(self) -> None:
         """Nothing was changed yet; called when a model is made."""
         self.changes = []
         self.forgotten = self.follower = self.calibration = None
+        self.thumbnails = self.forgotten_thumbnails = None
+
+    def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
+        """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
+
+        They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
+        checkpoint. `forget` removes those of its rows.
+
+        Args:
+            images: row id to picture (path, file content, PIL image); they join those that are
+                kept. None removes all.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
+                changed.
+        """
+        if images is None:
+            self.thumbnails = None
+            return
+        made = thumbnails_of(self, images)
+        self.thumbnails = made if self.thumbnails is None else self.thumbnails.joined(made)
 
     def fingerprint_rows(self) -> str:
         """A hash of all stored rows and their mean, whatever their order.

@@ -221,10 +221,12 @@ class RowTable:
         if len(ids) <= _FEW:  # looked for one by one: sorting all ids takes longer
             found = self.ids == ids.unsqueeze(1)  # [M, N]
             return torch.where(found.any(dim=1), found.int().argmax(dim=1), -1)
-        order = self.ids.argsort()
-        places = torch.searchsorted(self.ids[order], ids).clamp(max=len(self) - 1)
-        rows = order[places]
-        return torch.where(self.ids[rows] == ids, rows, -1)
+        wanted, back = ids.unique(return_inverse=True)  # fewer to sort than all that are there
+        places = torch.searchsorted(wanted, self.ids).clamp(max=len(wanted) - 1)  # [N]
+        hits = (wanted[places] == self.ids).nonzero().flatten()
+        rows = torch.full_like(wanted, -1)
+        rows[places[hits]] = hits
+        return rows[back]
 
 
 def split_into_shards(rows: int, row_bytes: int) -> list[Shard]:

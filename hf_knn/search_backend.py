@@ -225,6 +225,10 @@ class SearchBackend(Protocol):
         """Where the picture of a row lies; empty if not known."""
         ...
 
+    def paths_of(self, ids: Values) -> list[str]:
+        """Where the pictures of some rows lie; empty if not known."""
+        ...
+
     def save(
         self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
     ) -> Any:

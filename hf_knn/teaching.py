@@ -6,7 +6,7 @@ change while rows have them: a new class gets the next number, one without rows 
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from .receipts import Change, Receipt, Scope
 from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
 from .row_fingerprint import combine, sum_of
 from .rows import Values, as_whole_numbers
+from .thumbnails import Thumbnails, small_webp
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,17 @@ def features_of(model: Any, images: Any, batch_size: int = 32) -> Tensor:
     return torch.cat(parts).clone() if parts else torch.empty(0, width)
 
 
+def thumbnails_of(model: Any, images: Mapping[int, Any]) -> Thumbnails:
+    """Small pictures of stored rows; see `KnnForImageClassification.keep_thumbnails`."""
+    ids = [] if model.datastore is None else model.datastore.ids.tolist()
+    unknown = sorted(set(images) - set(ids))
+    if unknown:
+        raise ValueError(
+            f"Expected ids of stored rows, but the datastore does not have {unknown[:10]}."
+        )
+    return Thumbnails({i: small_webp(_decoded(image, i)) for i, image in images.items()})
+
+
 def teach(
     model: Any,
     features: Tensor,
@@ -209,7 +221,10 @@ def undo(model: Any) -> Receipt:
                 "Expected rows to bring back, but no byte of them was saved; teach them again, "
                 "or merge a backup."
             )
+        pictures = model.forgotten_thumbnails
         receipt = _add(model, Change.UNDO, gone.features, last.labels, gone.ids, gone.paths)
+        if pictures is not None and model.thumbnails is not None:
+            model.thumbnails = model.thumbnails.joined(pictures)
     elif last.action == Change.RELABEL:
         receipt = _relabel(model, Change.UNDO, ids, last.old_labels)
     else:
@@ -268,7 +283,12 @@ def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
     if action == Change.FORGET:
         notes += [_CHOICE_NOTE, _HISTORY_NOTE]
     receipt = _finish(model, follower, action, ids, before, names, notes=notes)
-    model.forgotten = gone if action == Change.FORGET else None
+    thumbnails = model.thumbnails
+    if thumbnails is not None:
+        model.thumbnails = thumbnails.without(receipt.ids)
+    if action == Change.FORGET:
+        model.forgotten = gone
+        model.forgotten_thumbnails = None if thumbnails is None else thumbnails.only(receipt.ids)
     return receipt
 
 
@@ -317,7 +337,7 @@ def _finish(
         list(old_labels), list(new_classes), remarks,
     )  # fmt: skip
     model.changes.append(receipt)
-    model.forgotten = None
+    model.forgotten = model.forgotten_thumbnails = None
     if model.measured is not None and _STALE_NOTE not in model.measured.get("note", ""):
         note = f"{model.measured.get('note', '')} {_STALE_NOTE}".strip()
         model.measured = model.measured | {"note": note}

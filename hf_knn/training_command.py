@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +80,7 @@ class TrainOptions:
     precision: str
     on_bad_image: str
     show_neighbors: bool
+    thumbnails: bool
     report_to: list[str]
     seed: int
 
@@ -130,6 +131,10 @@ def train_pictures(options: TrainOptions) -> None:
             model.measured |= {"dataset": source["dataset"], "split": "test"}
         if options.show_neighbors:
             model.neighbor_picture = _draw_neighbors(model, splits, parts)
+        if options.thumbnails:
+            with console.status("Making small pictures of the stored rows …"):
+                ids = model.datastore.ids.tolist()
+                model.keep_thumbnails(_Pictures(splits["train"], ids))
         trainer.save_model(str(options.output))
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
@@ -193,6 +198,22 @@ def _draw_neighbors(
             lambda row_id: picture_of(splits["train"], row_id), path,
         )  # fmt: skip
         return path.read_bytes()
+
+
+class _Pictures(Mapping[int, Any]):
+    """Pictures by row id, decoded one at a time: full-sized ones do not pile up."""
+
+    def __init__(self, dataset: Any, ids: list[int]) -> None:
+        self._dataset, self._ids = dataset, ids
+
+    def __getitem__(self, row_id: int) -> Any:
+        return picture_of(self._dataset, row_id)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 def _existing_card(folder: Path) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
-from service import Settings
+from settings import Settings
 from shared import HEAVY, Page, as_message
 from uploads import SpaceError
 from views import disagrees

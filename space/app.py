@@ -86,7 +86,9 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def open_page(checkpoint: str | None, pictures: str | None, data: str | None) -> Page:
+def open_page(
+    checkpoint: str | None, pictures: str | None, data: str | None, backend: str = "torch"
+) -> Page:
     """Opens a model, or the embedded one.
 
     Args:
@@ -95,9 +97,11 @@ def open_page(checkpoint: str | None, pictures: str | None, data: str | None) ->
         pictures: the folder that the model was trained on; None takes `pictures.zip` beside this
             file, else shows plain tiles.
         data: where to keep what visitors teach; None keeps it in memory.
+        backend: what makes features, see `hf_knn.PictureEncoder`.
 
     Raises:
-        ValueError: for a damaged checkpoint.
+        ValueError: for a damaged checkpoint, or a backend that cannot run it.
+        ImportError: for a backend that is not installed.
         OSError: if something is not there.
     """
     found: Pictures = NoPictures()
@@ -112,16 +116,15 @@ def open_page(checkpoint: str | None, pictures: str | None, data: str | None) ->
         checkpoint = (_HERE / "model.txt").read_text(encoding="utf-8").strip()
     if checkpoint is None:
         embedded = open_builtin()
-        model, found = embedded.model, embedded.pictures
+        model = embedded.model
         folder = Path(tempfile.mkdtemp(prefix="hf-knn-samples-"))
         for number, image in enumerate(embedded.samples):
             image.save(folder / f"{number}.png")
         samples = sorted(map(str, folder.iterdir()))
     else:
         model = KnnForImageClassification.from_pretrained(checkpoint)
-    return Page.of(
-        Service(model, Visitors(model, None if data is None else Path(data))), found, samples
-    )
+    visitors = Visitors(model, None if data is None else Path(data))
+    return Page.of(Service(model, visitors, backend), found, samples)
 
 
 def _api_text() -> str:
@@ -143,11 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", nargs="?", default=os.environ.get("HF_KNN_MODEL") or None)
     parser.add_argument("--port", type=int, default=None)
     parser.add_argument("--pictures", default=os.environ.get("HF_KNN_PICTURES") or None)
+    parser.add_argument("--backend", default=os.environ.get("HF_KNN_BACKEND") or "torch")
     given = parser.parse_args(arguments)
+    data = os.environ.get("HF_KNN_DATA") or None
     try:
-        page = open_page(given.checkpoint, given.pictures, os.environ.get("HF_KNN_DATA") or None)
-        app = make_app(page)
-    except (SpaceError, ValueError, OSError) as error:
+        app = make_app(open_page(given.checkpoint, given.pictures, data, given.backend))
+    except (SpaceError, ValueError, OSError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     launch(app, server_port=given.port)

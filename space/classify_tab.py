@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
-from exports import write_text
-from service import MAX_K, WEIGHTINGS, Look, Settings
+from exports import as_csv, write_text
+from service import Look
+from settings import MAX_K, WEIGHTINGS, Settings
 from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
 from uploads import SpaceError, check_files, read_upload, thumbnail
-from views import EMPTY, answer_page, as_csv, samples_page, text
+from views import EMPTY, answer_page, samples_page, text
 
 
 class Shown(NamedTuple):

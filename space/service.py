@@ -9,48 +9,55 @@ from typing import Any, NamedTuple
 
 import torch
 from overlay import Overlay, request_digest
+from settings import Settings, checked
 from torch import Tensor
-from uploads import SpaceError, check_files, check_label, read_upload, thumbnail
+from uploads import (
+    SpaceError,
+    Upload,
+    check_files,
+    check_label,
+    read_upload,
+    shrink,
+    thumbnail,
+)
 from visitors import Visitors, check_token, new_token
 
-from hf_knn import BadImageError, Datastore, Explanation, KnnForImageClassification
+from hf_knn import (
+    BadImageError,
+    Datastore,
+    Explanation,
+    KnnForImageClassification,
+    PictureEncoder,
+)
 
-WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
-MAX_K = 100
 MAX_KEY = 200
 _KEPT_FEATURES = 1024
 
 
-class Settings(NamedTuple):
-    """How the neighbours vote; None is what the model was tuned to.
-
-    Attributes:
-        k: neighbours, 1 to 100.
-        temperature: > 0, at most 10.
-        knn_weight: λ, 0 (head alone) to 1 (neighbours alone).
-        weighting: one of `WEIGHTINGS`.
-    """
-
-    k: int | None = None
-    temperature: float | None = None
-    knn_weight: float | None = None
-    weighting: str | None = None
-
-
-class Look(NamedTuple):
+class Look:
     """A picture that has been through the backbone.
+
+    Args:
+        upload: the picture.
+        features: of it.
 
     Attributes:
         name: of the file.
         digest: of the file.
         features: [1, D] float32.
-        thumbnail: a small WEBP.
     """
 
-    name: str
-    digest: str
-    features: Tensor
-    thumbnail: bytes
+    def __init__(self, upload: Upload, features: Tensor) -> None:
+        self.name, self.digest, self.features = upload.name, upload.digest, features
+        self._image = shrink(upload.image)
+        self._thumbnail: bytes | None = None
+
+    @property
+    def thumbnail(self) -> bytes:
+        """A small WEBP, made when it is first shown or kept: an answer alone needs none."""
+        if self._thumbnail is None:
+            self._thumbnail = thumbnail(self._image)
+        return self._thumbnail
 
 
 class Near(NamedTuple):
@@ -75,12 +82,20 @@ class Service:
     Args:
         model: the published model, in eval mode; it is never changed.
         visitors: the overlays.
+        backend: what makes features, see `PictureEncoder`.
+
+    Raises:
+        ValueError: for a model without image processor, or a backend that cannot run it.
+        ImportError: for a backend that is not installed.
     """
 
-    def __init__(self, model: KnnForImageClassification, visitors: Visitors) -> None:
+    def __init__(
+        self, model: KnnForImageClassification, visitors: Visitors, backend: str = "torch"
+    ) -> None:
         self.model = model.eval()
         self.visitors = visitors
-        self._looks: OrderedDict[str, Look] = OrderedDict()
+        self._encoder = PictureEncoder(model, backend)
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def look(self, path: str | None) -> Look:
@@ -92,20 +107,16 @@ class Service:
         """
         upload = read_upload(path)
         with self._lock:
-            known = self._looks.get(upload.digest)
-            if known is not None:
-                self._looks.move_to_end(upload.digest)
-                return known._replace(name=upload.name)
-        pixels = self.model.image_processor(images=[upload.image], return_tensors="pt")
-        with torch.inference_mode():
-            pixels = pixels["pixel_values"].to(self.model.device, self.model.dtype)
-            features = self.model(pixel_values=pixels).pooler_output.float().cpu()
-        found = Look(upload.name, upload.digest, features.clone(), thumbnail(upload.image))
+            features = self._features.get(upload.digest)
+            if features is not None:
+                self._features.move_to_end(upload.digest)
+                return Look(upload, features)
+        features = self._encoder([upload.image])
         with self._lock:
-            self._looks[upload.digest] = found
-            if len(self._looks) > _KEPT_FEATURES:
-                self._looks.popitem(last=False)
-        return found
+            self._features[upload.digest] = features
+            if len(self._features) > _KEPT_FEATURES:
+                self._features.popitem(last=False)
+        return Look(upload, features)
 
     def look_at_all(self, paths: Sequence[str]) -> list[Look]:
         """Several pictures, all or none.
@@ -210,7 +221,7 @@ class Service:
             model = self.model if overlay is None else overlay.model
             view = copy.copy(model)
             view.config = copy.copy(model.config)
-            for name, value in _checked(settings).items():
+            for name, value in checked(settings).items():
                 setattr(view.config, name, value)
             yield view
             model.calibration = view.calibration  # counted once per version of the rows
@@ -225,22 +236,3 @@ def check_key(key: str) -> str:
     if len(key) > MAX_KEY:
         raise SpaceError(f"Expected a key of at most {MAX_KEY} characters, but got {len(key)}.")
     return key
-
-
-def _checked(settings: Settings) -> dict[str, Any]:
-    k, temperature, weight, weighting = settings
-    if k is not None and not (float(k).is_integer() and 1 <= k <= MAX_K):
-        raise SpaceError(f"Expected `k` to be a whole number from 1 to {MAX_K}, but got {k}.")
-    if temperature is not None and not 0 < temperature <= 10:
-        raise SpaceError(f"Expected `temperature` to be in (0, 10], but got {temperature}.")
-    if weight is not None and not 0 <= weight <= 1:
-        raise SpaceError(f"Expected `knn_weight` to be in [0, 1], but got {weight}.")
-    if weighting is not None and weighting not in WEIGHTINGS:
-        raise SpaceError(f"Expected `weighting` to be one of {', '.join(WEIGHTINGS)}.")
-    named = {
-        "k": None if k is None else int(k),
-        "knn_temperature": temperature,
-        "knn_weight": weight,
-        "knn_weighting": weighting,
-    }
-    return {name: value for name, value in named.items() if value is not None}

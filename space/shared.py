@@ -86,11 +86,12 @@ class Page(NamedTuple):
         """
         with self.service.visitors.hold(token) as overlay:
             own = {} if overlay is None else {i: e.thumbnail for i, e in overlay.examples.items()}
-        store = self.service.model.datastore
+        store, kept = self.service.model.datastore, self.service.model.thumbnails
 
         def find(row_id: int) -> bytes | None:
-            if row_id in own:
-                return own[row_id]
+            known = own.get(row_id) or (None if kept is None else kept.get(row_id))
+            if known is not None:
+                return known
             is_there = store is not None and bool((store.ids == row_id).any())
             return self.pictures.find(store.path_of(row_id)) if is_there and store else None
 

@@ -21,9 +21,9 @@ CSS = """
 .dark .knn-notice { color: #ffe3a6; background: #463005; }
 #knn-page h3, #knn-near h3 { font-size: 1rem; margin: 1rem 0 .35rem; }
 ul.knn-bars { list-style: none; margin: 0; padding: 0; }
-.knn-bars li { display: grid; grid-template-columns: minmax(6rem, 32%) 1fr 3.6rem; gap: .6rem;
+.knn-bars li { display: grid; grid-template-columns: minmax(6rem, 38%) 1fr 3.6rem; gap: .6rem;
   align-items: center; margin: .2rem 0; padding: 0; }
-.knn-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.knn-name { overflow-wrap: anywhere; line-height: 1.2; }
 .knn-value { text-align: right; font-variant-numeric: tabular-nums; }
 .knn-bar { background: var(--border-color-primary); border-radius: 6px; height: .7rem;
   overflow: hidden; display: block; }
@@ -45,7 +45,8 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-group .knn-tile { width: 104px; }
 .knn-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr));
   gap: .5rem; margin: .3rem 0; }
-.knn-tile { display: flex; flex-direction: column; gap: .1rem; align-items: stretch;
+.knn-tile { margin: 0 !important; display: flex; flex-direction: column; gap: .1rem;
+  align-items: stretch;
   padding: .35rem; border: 1px solid var(--border-color-primary); border-radius: 10px;
   cursor: pointer; background: var(--background-fill-primary); color: var(--body-text-color);
   text-align: left; min-width: 0; }
@@ -64,6 +65,7 @@ details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-q
 .knn-detail { border-top: 1px solid var(--border-color-primary); padding-top: .6rem; }
 .knn-detail .knn-answer h3 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 480px) {
+  .tab-container button { padding: 0 .55rem !important; }
   .knn-tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .knn-answer > img, .knn-answer > .knn-plain { width: 96px; height: 96px; }
   .knn-answer h2 { font-size: 1.35rem; }

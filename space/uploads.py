@@ -96,6 +96,16 @@ def check_label(label: str | None) -> str:
     return text
 
 
+def shrink(image: Image.Image) -> Image.Image:
+    """A picture that takes little memory and still makes the same kind of thumbnail.
+
+    Args:
+        image: RGB, as the decoder returns it.
+    """
+    factor = max(image.size) // (2 * _THUMBNAIL_SIDE)
+    return image.reduce(factor) if factor > 1 and min(image.size) >= factor else image
+
+
 def thumbnail(image: Image.Image) -> bytes:
     """A small WEBP of a picture, made from its pixels alone.
 
@@ -109,7 +119,7 @@ def thumbnail(image: Image.Image) -> bytes:
         size = (small.width * scale, small.height * scale)
         small = small.resize(size, Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=82)
+    small.save(buffer, "WEBP", quality=82, method=2)  # half the time of 4, and as small
     return buffer.getvalue()
 
 

@@ -1,8 +1,6 @@
 """Answers as HTML. Every text of a visitor or a model goes through `text`."""
 
-import csv
 import html
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from journal import Example
@@ -128,24 +126,9 @@ def tile(near: Near, picture: bytes | None, remark: str = "") -> str:
     )
 
 
-def as_csv(looks: Sequence[Look], found: Sequence[Explanation]) -> str:
-    """One line per picture: the answer, how sure each voice is, and the nearest rows."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    names = ["picture", "answer", "probability", "head", "head_probability", "knn"]
-    writer.writerow([*names, "knn_probability", "typicality", "nearest_ids"])
-    for look, one in zip(looks, found, strict=True):
-        head, knn = _first(one.head), _first(one.knn)
-        nearest = " ".join(str(near.row_id) for near in one.neighbors)
-        rest = ["" if one.typicality is None else one.typicality, nearest]
-        known = [look.name, one.answer, one.probabilities[one.answer], *head, *knn, *rest]
-        writer.writerow([_plain(value) for value in known])
-    return buffer.getvalue()
-
-
 def disagrees(found: Explanation) -> bool:
     """Whether head and neighbours alone would answer differently."""
-    return bool(found.knn) and _first(found.head)[0] != _first(found.knn)[0]
+    return bool(found.knn) and first(found.head)[0] != first(found.knn)[0]
 
 
 def _strip(looks: Sequence[Look], chosen: int) -> str:
@@ -163,7 +146,7 @@ def _strip(looks: Sequence[Look], chosen: int) -> str:
 def _notices(found: Explanation) -> str:
     notes = []
     if disagrees(found):
-        head, knn = _first(found.head)[0], _first(found.knn)[0]
+        head, knn = first(found.head)[0], first(found.knn)[0]
         notes.append(
             f"Head and neighbours disagree: the head says <b>{text(head)}</b>, the neighbours "
             f"<b>{text(knn)}</b>."
@@ -183,12 +166,12 @@ def _gallery(found: Explanation, picture_of: FindPicture) -> str:
         tile(Near(row.row_id, row.label, row.similarity, row.share), picture_of(row.row_id))
         for row in found.neighbors
     ]
-    first, rest = "".join(tiles[:_TILES]), tiles[_TILES:]
+    heaviest, rest = "".join(tiles[:_TILES]), tiles[_TILES:]
     more = (
         f'<details class="knn-more"><summary>{len(rest)} more, that weigh less</summary>'
         f'<div class="knn-tiles">{"".join(rest)}</div></details>'
     )
-    return f'<div class="knn-tiles" id="knn-voters">{first}</div>{more if rest else ""}'
+    return f'<div class="knn-tiles" id="knn-voters">{heaviest}</div>{more if rest else ""}'
 
 
 def _percent(share: float) -> str:
@@ -217,11 +200,10 @@ def _voices(found: Explanation) -> str:
     return "".join(parts)
 
 
-def _first(probabilities: Mapping[str, float]) -> tuple[str, float | str]:
+def first(probabilities: Mapping[str, float]) -> tuple[str, float | str]:
+    """The likeliest class and its probability; empty texts where there is none.
+
+    Args:
+        probabilities: most likely first.
+    """
     return next(iter(probabilities.items()), ("", ""))
-
-
-def _plain(value: object) -> object:
-    """Spreadsheets run what begins like a formula."""
-    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
-    return f"'{value}" if is_formula else value

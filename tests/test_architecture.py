@@ -21,7 +21,7 @@ LAYERS = [
     {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
     | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
     | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
-    | {"search_backend", "row_fingerprint", "datastore_reference"}
+    | {"search_backend", "row_fingerprint", "datastore_reference", "thumbnails"}
     | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search", "milvus_index"},
     {"hub_files", "publishing", "model_card"},
     {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}
@@ -39,7 +39,7 @@ LAYERS = [
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
     | {"reading", "picture_keys", "feature_cache", "feature_table", "encoders"}
-    | {"encoder_graphs", "encoding", "backend_choice"}
+    | {"encoder_graphs", "encoding", "backend_choice", "serving"}
     | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
     | {
         "abstaining",
@@ -209,7 +209,7 @@ def test_public_names_are_said_once():
         "draw_neighbors",
     }
     # what the Space needs beyond it
-    promised |= {"BadImageError", "Explanation", "decode_image"}
+    promised |= {"BadImageError", "Explanation", "decode_image", "PictureEncoder"}
     promised |= {"inspect_datastore", "map_svg", "place_features"}
     promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
     promised |= {"find_pairs", "print_of", "score_log_probs"}

@@ -14,6 +14,8 @@ import pytest
 from commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 from PIL import Image
 
+from hf_knn import KnnForImageClassification
+
 ROOT = Path(__file__).parent.parent
 BROKEN = "disc/007.jpg"
 
@@ -199,7 +201,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     ]
     table.write_text("\n".join(["path,label,camera", *rows]) + "\n")
     options = ["--group-by", "camera", "--head", "ridge", "--calibrate", "--shots", 12]
-    options.append("--show-neighbors")
+    options += ["--show-neighbors", "--thumbnails"]
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
@@ -212,6 +214,9 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     assert min(Image.open(output / "neighbors.png").size) > 300
     card = (output / "README.md").read_text()
     assert "(neighbors.png)" in card
+    assert "small copies of training pictures" in card
+    found = KnnForImageClassification.from_pretrained(output)
+    assert len(found.thumbnails) == len(found.datastore) == 24
     assert "(reliability.png)" in card
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
     assert done.exit_code == 1

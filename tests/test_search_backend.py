@@ -61,12 +61,35 @@ def test_a_datastore_is_a_backend(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [Datastore, MilvusDatastore])
 def test_the_parameters_are_those_of_the_protocol(kind: type) -> None:
     """Whoever calls by name finds each parameter, with the same default."""
-    for name in ("search", "leave_one_out", "add", "remove", "relabel", "path_of", "save"):
+    for name in (
+        "search",
+        "leave_one_out",
+        "add",
+        "remove",
+        "relabel",
+        "path_of",
+        "paths_of",
+        "save",
+    ):
         wanted = inspect.signature(getattr(SearchBackend, name)).parameters
         found = inspect.signature(getattr(kind, name)).parameters
         for parameter in wanted.values():
             assert found[parameter.name].default == parameter.default, (name, parameter.name)
             assert found[parameter.name].kind == parameter.kind, (name, parameter.name)
+
+
+def test_paths_of_many_rows_are_those_of_each():
+    store = make_store()
+    named = Datastore.from_features(
+        store.features, store.labels, store.ids, paths=[f"{row}.png" for row in store.ids.tolist()]
+    )
+    for count in (0, 1, 8, 9, ROWS):
+        ids = store.ids[torch.randperm(ROWS)[:count]].tolist()
+        assert named.paths_of(ids) == [f"{row}.png" for row in ids]
+        assert store.paths_of(ids) == [""] * count
+    missing = int(store.ids.max()) + 1
+    with pytest.raises(ValueError, match="does not have"):
+        named.paths_of([*store.ids.tolist(), missing])
 
 
 @pytest.mark.parametrize(("metric", "normalization"), KINDS)

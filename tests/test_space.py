@@ -17,15 +17,17 @@ from space_app import PER_CLASS, Running, features_of, published, running, write
 
 pytest.importorskip("gradio")
 from benchmark_tab import find_report, report_frame
-from exports import write_dataset
+from exports import as_csv, write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
-from service import Service, Settings
-from thumbnails import FolderPictures, ZipPictures
+from service import Service
+from settings import Settings
+from shared import Page
+from thumbnails import FolderPictures, NoPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
-from views import as_csv, bars, disagrees, text
+from views import bars, disagrees, text
 from visitors import MAX_IN_MEMORY, Visitors, new_token, room_for
 
 import hf_knn.teaching
@@ -94,6 +96,90 @@ def test_settings_do_not_run_the_backbone_again(service, tmp_path, monkeypatch):
     monkeypatch.setattr(service.model.backbone, "forward", lambda *a, **k: pytest.fail("it ran"))
     assert service.look(path).features is look.features
     assert service.explain(look, Settings(k=3), "").neighbors
+
+
+def test_an_answer_takes_one_search_and_no_thumbnail(service, tmp_path, monkeypatch):
+    asked: list[int] = []
+    search = Datastore.search
+
+    def counted(self, queries, k, exclude_ids=None):
+        asked.append(k)
+        return search(self, queries, k, exclude_ids)
+
+    look = service.look(str(write_picture(tmp_path / "asked.png", 1)))
+    service.explain(look, Settings(), "")  # the rows are compared with one another once
+    monkeypatch.setattr(Datastore, "search", counted)
+    monkeypatch.setattr("service.thumbnail", lambda image: pytest.fail("nobody looks at it"))
+    look = service.look(str(write_picture(tmp_path / "other.png", 2)))
+    assert service.explain(look, Settings(k=4), "").neighbors
+    assert asked == [8], "those that vote, and as many that could come after"
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "auto"])
+def test_a_backend_answers_alike(backend, model, service, tmp_path, knn_cache, monkeypatch):
+    for name in {"onnx": ["onnx", "onnxruntime"], "openvino": ["onnx", "openvino"]}.get(
+        backend, []
+    ):
+        pytest.importorskip(name)
+    other = Service(model, Visitors(model, None), backend)
+    paths = [str(write_picture(tmp_path / f"{i}.png", i % 3, i, 40)) for i in range(4)]
+    for path in paths:
+        wanted, found = service.look(path).features, other.look(path).features
+        gap = (found - wanted).norm() / wanted.norm()
+        assert gap < 1e-4, "well within what is checked"
+        assert (found != wanted).any() or backend == "auto"
+    done = other.teach(paths, "dog", "", "")
+    assert service.model.config.classes == 3
+    assert other.explain(other.look(paths[0]), Settings(), done["visitor"]).neighbors
+
+
+def test_small_pictures_come_from_the_checkpoint_first(model, place, tmp_path):
+    first, second = model.datastore.ids.tolist()[:2]
+    own = copy.deepcopy(model)
+    own.keep_thumbnails({first: str(write_picture(tmp_path / "other.png", 3))})
+    page = Page.of(Service(own, Visitors(own, None)), FolderPictures(place / "pictures"), [])
+    find = page.picture_of("")
+    plain = Page.of(Service(model, Visitors(model, None)), NoPictures(), []).picture_of("")
+    assert find(first) == own.thumbnails.get(first)
+    assert find(second) == page.pictures.find(model.datastore.path_of(second)) is not None
+    assert plain(first) is None
+
+
+def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
+    import app
+
+    with pytest.raises(ValueError, match="`backend` to be one of"):
+        Service(model, Visitors(model, None), "gpu")
+    monkeypatch.setattr(
+        app, "open_page", lambda *given: Service(model, Visitors(model, None), given[-1])
+    )
+    monkeypatch.setenv("HF_KNN_BACKEND", "magic")
+    assert app.main(["somewhere"]) == 1
+    assert "Expected `backend`" in capsys.readouterr().err
+    assert app.main(["somewhere", "--backend", "other"]) == 1
+    assert "'other'" in capsys.readouterr().err
+
+
+def test_the_command_passes_the_backend_on(monkeypatch):
+    import subprocess
+
+    from typer.testing import CliRunner
+
+    import hf_knn_cli
+
+    ran: list[list[str]] = []
+
+    def noted(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
+    assert ran[0][-2:] == ["--backend", "torch"]
+    refused = CliRunner().invoke(
+        hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
+    )
+    assert refused.exit_code == 2
 
 
 @pytest.mark.parametrize(

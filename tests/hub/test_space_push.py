@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hub_server import Hub
 from huggingface_hub import snapshot_download
+from PIL import Image
 from typer.testing import CliRunner
 
 import hf_knn_cli
@@ -27,11 +28,14 @@ def push(*arguments: str) -> Any:
 
 
 def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path) -> None:
+    model.keep_thumbnails({int(model.datastore.ids[0]): Image.new("RGB", (300, 200), "red")})
     model.save_pretrained(tmp_path / "model")
     done = push(str(tmp_path / "model"), "--push", SPACE, "--private")
     assert done.exit_code == 0, done.stderr
     assert "Pushed: http" in done.stdout
+    assert "whoever sees the Space sees them" in " ".join(done.stdout.split())
     files = hub.files(SPACE, kind="space")
+    assert "model/thumbnails.safetensors" in files
     wanted = {"app.py", "README.md", "requirements.txt", "hf_knn/__init__.py"}
     wanted |= {"model/config.json", "model/datastore.json", "model/model.safetensors"}
     assert wanted <= set(files)
@@ -42,8 +46,6 @@ def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path)
 def test_small_pictures_go_along_when_asked(hub: Hub, model: Any, tmp_path: Path) -> None:
     import io
     import zipfile
-
-    from PIL import Image
 
     from hf_knn import Datastore
 
