@@ -61,7 +61,7 @@ class Pool:
 
 
 class OpenBackbone:
-    """A backbone that is opened when it is first needed.
+    """A backbone that is opened when it is first needed; all ranks make this object together.
 
     Args:
         entry: which.
@@ -81,6 +81,8 @@ class OpenBackbone:
     ) -> None:
         self.entry, self.label_names, self.cache_dir = entry, label_names, cache_dir
         self.batch_size, self.precision = batch_size, precision
+        # here, where all ranks come by once: the first of them makes it while the others wait
+        self.place = place_of(entry, cache_dir)
 
     @property
     def is_scratch(self) -> bool:
@@ -90,19 +92,18 @@ class OpenBackbone:
     @cached_property
     def revision(self) -> str:
         """What its weights are of: the folder's versions, a commit on the Hub, or a folder."""
-        place = place_of(self.entry, self.cache_dir)
-        if isinstance(place, Path):
-            return place.name
-        if Path(place).is_dir():
+        if isinstance(self.place, Path):
+            return self.place.name
+        if Path(self.place).is_dir():
             return "local"
-        name = place if "/" in place else f"timm/{place}"
+        name = self.place if "/" in self.place else f"timm/{self.place}"
         return str(HfApi().model_info(name, revision=self.entry.revision).sha)
 
     def fresh(self) -> KnnForImageClassification:
         """A new model on the pretrained backbone."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = KnnForImageClassification.from_backbone(
-            place_of(self.entry, self.cache_dir),
+            self.place,
             self.label_names,
             pooling=self.entry.pooling,
             knn_pooling=self.entry.knn_pooling,
