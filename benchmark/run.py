@@ -138,6 +138,8 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     started = time.perf_counter()
     state = PartialState()
     console = Console(quiet=not state.is_main_process)
+    if state.num_processes > 1:
+        console.print(f"{state.num_processes} ranks share the work.")
     hide_progress_bars()
     with _shown(console) as watch:
         run = Run(folder, options, watch)

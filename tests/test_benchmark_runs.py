@@ -316,16 +316,22 @@ def command(place: Path, output: Path, launcher: list[str]) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "benchmark" / "run.py"), *arguments]
 
 
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    # as benchmark/README.md says it; with --cpu accelerate starts one process without saying so
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_give_the_numbers_of_one(place, tmp_path):
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, launcher in {"one": [], "two": two}.items():
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks_give_the_numbers_of_one(launcher, place, tmp_path):
+    for name, start in {"one": [], "two": LAUNCHERS[launcher]}.items():
         done = subprocess.run(
-            command(place, tmp_path / name, launcher), env=os.environ | ENVIRONMENT,
+            command(place, tmp_path / name, start), env=os.environ | ENVIRONMENT,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
