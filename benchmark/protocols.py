@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lowdata_protocol import measure_lowdata
+from losses import linear_arms, loss_settings
+from lowdata_protocol import measure_few_losses, measure_lowdata
 from peers import measure_peers
 from study import Study
-from voices import PLAIN, Arm, Voices
-
-from hf_knn import FactorControl, ProbeConfig, ProbeGrid
+from voices import Arm, Voices
 
 
 @dataclass
@@ -43,30 +42,8 @@ def measure_linear(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
     arms = {"plain": voices.head, "knn": voices.knn, "blend": voices.blend}
     for name, configs in linear_arms().items():
-        arms[name] = voices.probe(
-            configs,
-            voices.own_votes,
-            knn_loss_clamp=10.0,
-            knn_loss_normalize="none" if name == "constant" else "mean",
-        )
+        arms[name] = voices.probe(configs, voices.own_votes, **loss_settings(name))
     return Measured(voices, arms, heat_of(voices))
-
-
-def linear_arms() -> dict[str, list[ProbeConfig]]:
-    """The trials of each arm beside `plain`, as many as it has.
-
-    Factors are divided by their mean, so that they do not act as a larger learning rate, except
-    in `constant`, which is that very control: each loss times the mean factor.
-    """
-    rates, alphas = (0.03, 0.01, 0.003), (0.03, 0.3)
-    arms = {
-        "reweighted": ProbeGrid(rates, alphas=alphas).configs(),
-        "focal": ProbeGrid(rates, gammas=(0.5, 2.0)).configs(),
-        "shuffled": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.SHUFFLED,)).configs(),
-        "constant": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.CONSTANT,)).configs(),
-    }
-    assert {len(configs) for configs in arms.values()} == {len(PLAIN)}
-    return arms
 
 
 def measure_complementarity(study: Study, seed: int, option: Any) -> Measured:
@@ -104,6 +81,10 @@ def _measure_lowdata(study: Study, seed: int, option: Any) -> Measured:
     return Measured(*measure_lowdata(study, seed, int(option)))
 
 
+def _measure_few_losses(study: Study, seed: int, option: Any) -> Measured:
+    return Measured(*measure_few_losses(study, seed, int(option)))
+
+
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
     return Measured(voices, measure_peers(voices), heat_of(voices))
@@ -115,9 +96,13 @@ PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
     "complementarity": measure_complementarity,
     "peers": _measure_peers,
     "lowdata": _measure_lowdata,
+    "lowdata_losses": _measure_few_losses,
     "robustness": measure_robustness,
     "finetune": measure_finetune,
 }
+
+FEW_PICTURES = ("lowdata", "lowdata_losses")
+"""Protocols with a cell for each number of pictures per class."""
 
 COLLECTIVE = ("robustness", "finetune")
 """Protocols that all ranks work on together, since pictures go through the backbone."""

@@ -20,20 +20,17 @@ from report_statistics import (
 FLOOR = 1e-12
 BESIDE_HEAD = "blend:head+"
 _VOICES = (("blend", "head"), ("knn", "head"), ("fixed", "head"), ("blend", "fixed"))
+_LOSSES = (
+    ("reweighted", "plain"), ("reweighted", "shuffled"), ("reweighted", "constant"),
+    ("focal", "plain"), ("shuffled", "plain"), ("constant", "plain"),
+)  # fmt: skip
 _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "knn": (*_VOICES, ("blend", "knn"), ("dino", "head")),
     "finetune": _VOICES,
     "robustness": _VOICES,
-    "linear": (
-        ("reweighted", "plain"),
-        ("reweighted", "shuffled"),
-        ("reweighted", "constant"),
-        ("focal", "plain"),
-        ("shuffled", "plain"),
-        ("constant", "plain"),
-        ("blend", "plain"),
-    ),
-    "lowdata": (*_VOICES, ("ridge", "head")),
+    "linear": (*_LOSSES, ("blend", "plain")),
+    "lowdata": (*_VOICES, ("ridge", "head"), ("blend_ridge", "ridge")),
+    "lowdata_losses": _LOSSES,
 }
 TESTED = frozenset(
     {("knn", "blend", "head"), ("knn", "knn", "head"), ("knn", "blend", "fixed")}

@@ -12,6 +12,10 @@ PROTOCOLS = {
         "Few labelled pictures",
         "Pictures per class for training; labels used for validation are part of them.",
     ),
+    "lowdata_losses": (
+        "Loss of the linear head, few pictures",
+        "As for all training pictures below; each loss is chosen on the same folds of the few.",
+    ),
     "linear": (
         "Loss of the linear head",
         "Each loss had the same number of trials. Shuffled: the factors of the reweighted loss, "

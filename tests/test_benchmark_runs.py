@@ -13,13 +13,15 @@ import scratch as scratch_module
 import torch
 from backbones import find_backbone
 from cells import Cell, is_finished
-from export import as_dataset
 from folder import locked
 from loading import load_task
+from losses import linear_arms
 from peers import PEERS
 from pictures import picture, small_backbone, small_processor, write_folder
 from pool import OpenBackbone
-from protocols import PROTOCOLS, linear_arms
+from protocols import PROTOCOLS
+from report_cells import load_results
+from report_table import as_dataset
 from run import app
 from runner import Options, Run
 from sklearn.metrics import balanced_accuracy_score
@@ -31,7 +33,7 @@ from voices import PLAIN, choose_weight
 from hf_knn import Neighbors, default_grid, knn_log_probs, tune
 
 ROOT = Path(__file__).parents[1]
-FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "robustness"]
+FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_losses", "robustness"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,8 @@ def test_the_arms_are_those_of_the_contract(finished):
         "knn": {"head", "knn", "blend", "fixed", "dino"},
         "linear": {"plain", "reweighted", "focal", "shuffled", "constant", "blend", "knn"},
         "complementarity": {"head", "knn", "blend"},
-        "lowdata": {"head", "ridge", "knn", "blend", "fixed"},
+        "lowdata": {"head", "ridge", "knn", "blend", "blend_ridge", "fixed"},
+        "lowdata_losses": {"plain", "reweighted", "focal", "shuffled", "constant"},
         "robustness": {"head", "knn", "blend", "fixed", "dino"},
     }
     alone = {*PEERS, "dino", "knn"}
@@ -186,7 +189,7 @@ def test_backbones_that_are_trained(place, tmp_path, monkeypatch):
 
 def test_the_table_has_a_row_per_cell_and_arm(finished):
     folder, cells = finished
-    table = as_dataset(folder)
+    table = as_dataset(load_results(folder))
     assert len(table) == sum(len(read(folder, cell)[0]["arms"]) for cell in cells)
     knn = table.filter(lambda row: row["protocol"] == "knn" and row["arm"] == "blend")[0]
     document, _ = read(folder, next(cell for cell in cells if cell.protocol == "knn"))
