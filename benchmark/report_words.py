@@ -15,6 +15,7 @@ ARM_NAMES = {
     "forest": "random forest",
     "dino": "DINO vote",
     "knn": "k-NN",
+    "knn_grid": "k-NN, whole grid",
 }
 
 

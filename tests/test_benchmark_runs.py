@@ -120,7 +120,7 @@ def test_the_arms_are_those_of_the_contract(finished):
     }
     alone = {*PEERS, "dino", "knn"}
     wanted["peers"] = alone | {"head"} | {f"blend:head+{name}" for name in alone}
-    wanted["peers"] |= {f"blend:{name}+knn" for name in PEERS}
+    wanted["peers"] |= {f"blend:{name}+knn" for name in PEERS} | {"knn_grid", "blend"}
     for cell in cells:
         document, _ = read(folder, cell)
         assert set(document["arms"]) == wanted[cell.protocol], cell.protocol
