@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from losses import linear_arms, loss_settings
+from phases import HEADS, TUNE
 from pool import Rows
 from study import Study
 from torch import Tensor
@@ -75,7 +76,7 @@ def few_voices(study: Study, seed: int, shots: int) -> Voices:
     rows = study.pool.rows
     train = rows.select(few)
     split = Split(train, train.select([]), rows.select(test))
-    return Voices(split, study.num_labels, seed)
+    return study.voices_of(split, seed)
 
 
 def can_choose(voices: Voices) -> bool:
@@ -97,7 +98,7 @@ def _trained(study: Study, few: Tensor, test: Tensor, seed: int, shots: int) -> 
         train, held = few[~is_held], few[is_held]
     rows = study.trained_rows(train, seed)
     split = Split(rows.select(train), rows.select(held), rows.select(test))
-    return Voices(split, study.num_labels, seed)
+    return study.voices_of(split, seed)
 
 
 def _chosen(voices: Voices) -> dict[str, Arm]:
@@ -107,9 +108,10 @@ def _chosen(voices: Voices) -> dict[str, Arm]:
     neighbors = _ask_neighbors(voices, folds)
     config, log_probs = ask_heads(voices, folds, PLAIN)
     head = voices.probe([config])
-    found = tune(neighbors, log_probs, labels, voices.num_labels)
-    asked = [_ridge_of(voices, fold.fitted, fold.asked)[0] for fold in folds]
-    beside = tune(neighbors, torch.cat(asked), labels, voices.num_labels)
+    asked = torch.cat([_ridge_of(voices, fold.fitted, fold.asked)[0] for fold in folds])
+    with voices.phases.phase(TUNE):
+        found = tune(neighbors, log_probs, labels, voices.num_labels)
+        beside = tune(neighbors, asked, labels, voices.num_labels)
     ridge, best = _ridge(voices), found.best_knn
     return {
         "head": head,
@@ -145,7 +147,8 @@ def ask_heads(
     weighs = any(config.alpha or config.gamma for config in configs)
     for fold in folds:
         own = leave_one_out(fold.store, fold.fitted, count) if weighs else None
-        heads = fit_heads(fold.fitted, count, configs, voices.seed, own, **settings)
+        with voices.phases.phase(HEADS):
+            heads = fit_heads(fold.fitted, count, configs, voices.seed, own, **settings)
         tables.append(score_probes(heads, fold.asked.head, fold.asked.labels))
         answers.append(heads.logits(fold.asked.head).log_softmax(2))
     sizes = [len(fold.asked.labels) for fold in folds]
@@ -197,5 +200,6 @@ def _ridge_of(voices: Voices, train: Rows, asked: Rows) -> tuple[Tensor, float]:
     """[B, C] log-probabilities, and the regulariser."""
     mean = train.head.mean(0)
     unit, others = (functional.normalize(rows.head - mean, dim=1) for rows in (train, asked))
-    fit = fit_ridge(unit, train.labels, voices.num_labels)
+    with voices.phases.phase(HEADS):
+        fit = fit_ridge(unit, train.labels, voices.num_labels)
     return fit.log_probs(others).float(), fit.regularizer

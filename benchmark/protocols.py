@@ -1,13 +1,14 @@
 """The protocols: what is measured on one split. Each is a function from a study to its arms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from losses import linear_arms, loss_settings
 from lowdata_protocol import measure_few_losses, measure_lowdata
 from peers import measure_peers
+from phases import PEERS
 from study import Study
 from voices import Arm, Voices
 
@@ -27,7 +28,6 @@ class Measured:
     arms: dict[str, Arm]
     heat: dict[str, Any] | None = None
     extra: dict[str, float] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def measure_knn(study: Study, seed: int, option: Any) -> Measured:
@@ -66,7 +66,7 @@ def measure_robustness(study: Study, seed: int, option: Any) -> Measured:
     """Everything as in `knn`, the test pictures damaged; chosen on clean pictures."""
     clean = study.voices(seed)
     damaged = clean.split._replace(test=study.shifted_test(seed, str(option)))
-    voices = Voices(damaged, study.num_labels, seed)
+    voices = study.voices_of(damaged, seed)
     arms = _base(voices) | {"fixed": voices.fixed, "dino": voices.dino}
     return Measured(voices, arms)
 
@@ -87,7 +87,9 @@ def _measure_few_losses(study: Study, seed: int, option: Any) -> Measured:
 
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
-    return Measured(voices, measure_peers(voices), heat_of(voices))
+    with study.phases.phase(PEERS):
+        arms = measure_peers(voices)
+    return Measured(voices, arms, heat_of(voices))
 
 
 PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {

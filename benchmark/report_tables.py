@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import mean
 
+from phases import PHASES
 from report_cells import Cell, Results, Setting
 from report_document import Grid
 from report_pairs import Across, Difference, shared_arms
@@ -160,7 +161,8 @@ def across_table(across: Sequence[Across]) -> Grid:
 def cost_table(results: Results) -> Grid:
     """Seconds by phase over all splits, pictures per second and memory."""
     settings = results.settings()
-    phases = list(dict.fromkeys(p for cell in results.cells for p in cell.document["seconds"]))
+    there = dict.fromkeys(p for cell in results.cells for p in cell.document["seconds"])
+    phases = sorted(there, key=lambda p: PHASES.index(p) if p in PHASES else len(PHASES))
     rows = []
     for setting, cells in settings.items():
         seconds = [sum(c.document["seconds"].get(p) or 0 for c in cells) for p in phases]

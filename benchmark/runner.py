@@ -17,8 +17,9 @@ from backbones import find_backbone
 from cells import Asked, Cell, describe_arms, is_finished, write_cell, write_failure
 from folder import begin, locked
 from loading import LoadedTask, load_task
+from phases import LOAD, MEASURE, Phases, rates_of
 from pool import OpenBackbone, labels_only, pool_features
-from protocols import COLLECTIVE, NEED_PICTURES, PROTOCOLS
+from protocols import COLLECTIVE, NEED_PICTURES, PROTOCOLS, Measured
 from ranks import Ranks, RunEndedError
 from results import provenance
 from study import Study
@@ -164,6 +165,7 @@ class Run:
         started = time.perf_counter()
         try:
             bench = self.ranks.together(lambda: self._open(key, loaded))
+            bench.study.phases.seconds[LOAD] = self.load_seconds.pop(key[0], 0.0)
         except RunEndedError:
             raise
         except Exception as error:  # the other backbones go on
@@ -183,7 +185,7 @@ class Run:
         options = self.options
         backbone = OpenBackbone(
             find_backbone(key[1]), loaded.label_names, options.cache_dir,
-            options.batch_size, options.precision,
+            options.batch_size, options.precision, Phases(),
         )  # fmt: skip
         twins = Twins(loaded, options.cache_dir)
         if backbone.is_scratch:
@@ -235,20 +237,33 @@ class Bench:
     pairs: Any
     folder: Path
     options: Options
-    told_images: bool = False
 
     def measure(self, cell: Cell, *, write: bool) -> None:
         """Measures a cell and writes it."""
-        study, started = self.study, time.perf_counter()
+        study = self.study
         if cell.protocol in NEED_PICTURES and study.loaded.is_streamed:
             raise ValueError(
                 f"Expected pictures on the disk for {cell.protocol}, but {cell.task} is streamed; "
                 "do leave --stream out."
             )
-        measured = PROTOCOLS[cell.protocol](study, cell.seed, cell.option)
-        seconds = {"measure": time.perf_counter() - started}
-        if not write:
-            return
+        with study.phases.phase(MEASURE):
+            measured = PROTOCOLS[cell.protocol](study, cell.seed, cell.option)
+            document, arrays = self._describe(cell, measured)
+        seconds, images, image_seconds = study.phases.take()
+        sizes = {part: document["data"][part] for part in ("train", "validation", "test")}
+        document |= {
+            "seconds": seconds,
+            "images": images,
+            "images_per_second": images / image_seconds if images else None,
+            "rates": rates_of(seconds, images, sizes),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if write:
+            write_cell(self.folder, cell, document, arrays)
+
+    def _describe(self, cell: Cell, measured: Measured) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the JSON says beside time and memory, and the arrays of the npz."""
+        study = self.study
         parts = study.pool.parts(cell.seed)
         train = parts.train
         if cell.shots is not None:
@@ -262,18 +277,10 @@ class Bench:
         )
         validation = measured.voices.split.validation.labels
         arms, arrays = describe_arms(measured.arms, validation, asked, study.num_labels)
-        images = 0 if self.told_images else study.pool.images
-        if images:
-            seconds["features"] = study.pool.seconds
-        self.told_images = True
         document = {
             "task": self._task(),
             "model": self._model(),
             "provenance": self._provenance(),
-            "seconds": seconds,
-            "images": images,
-            "images_per_second": images / study.pool.seconds if images else None,
-            "peak_memory_bytes": peak_memory(),
             "data": {
                 "train": len(measured.voices.split.train.labels),
                 "validation": len(validation),
@@ -284,7 +291,7 @@ class Bench:
             "heat": measured.heat,
             "extra": measured.extra,
         }
-        write_cell(self.folder, cell, document, arrays)
+        return document, arrays
 
     def _task(self) -> dict[str, Any]:
         entry = self.study.loaded.entry

@@ -53,6 +53,8 @@ class Task:
         gated: whether its terms must be accepted on the Hub first.
         streamed: too large for a small disk: pictures go through, features stay.
         verified: whether id, columns and revision were checked against the Hub.
+        augmentation: that keeps the labels when a backbone is fine-tuned: `paper` (crops and
+            mirroring), `flip` or `none`.
         note: what to know about it.
     """
 
@@ -76,6 +78,7 @@ class Task:
     gated: bool = False
     streamed: bool = False
     verified: bool = False
+    augmentation: str = "paper"
     note: str = ""
 
 
@@ -151,9 +154,13 @@ _HUB_TASKS = (
 _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
     "openmoji": {"classes": 70, "pictures": 1_748, "citation": "OpenMoji project"},
     "openmoji-categories": {"classes": 9, "pictures": 1_898, "citation": "OpenMoji project"},
-    "digits": {"classes": 10, "pictures": 1_797, "citation": "Alpaydin and Kaynak, UCI 1998"},
+    "digits": {
+        "classes": 10, "pictures": 1_797, "citation": "Alpaydin and Kaynak, UCI 1998",
+        "augmentation": "none",  # of 8 x 8 pixels a crop loses strokes; a mirrored 2 is none
+    },
     "glyphs": {
         "classes": 62, "pictures": 1_178, "group": "group", "citation": "matplotlib's typefaces",
+        "augmentation": "none",  # a mirrored b is a d, and capitals differ by size
         "note": "no typeface family is on two sides of a split",
     },
 }  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lowdata_protocol import measure_few_losses, measure_lowdata
+from phases import Phases
 from pool import Pool, Rows
 from sklearn.linear_model import Ridge
 from splits import TEST, TRAIN
@@ -26,7 +27,7 @@ def study_of(spread: float, *, shuffle_test: bool = False, shuffle_train: bool =
             labels[part] = own[torch.randperm(len(own), generator=generator)]
     roles = np.repeat(np.array([TRAIN, TEST], np.int8), [TRAINING, TESTED])
     loaded = SimpleNamespace(label_names=list("abcd"))
-    backbone = SimpleNamespace(is_scratch=False)
+    backbone = SimpleNamespace(is_scratch=False, phases=Phases())
     return Study(loaded, backbone, Pool(Rows(features, features, labels), None, roles))  # type: ignore[arg-type]
 
 
