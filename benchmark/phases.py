@@ -38,6 +38,10 @@ class Phases:
             self._charge()
             self._open.pop()
 
+    def add(self, name: str, seconds: float) -> None:
+        """Charges time that was measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def take(self) -> tuple[dict[str, float], int, float]:
         """`seconds`, `images` and `image_seconds`, which start anew."""
         taken = self.seconds, self.images, self.image_seconds
@@ -47,8 +51,7 @@ class Phases:
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self.add(self._open[-1], now - self._since)
         self._since = now
 
 

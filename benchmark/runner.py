@@ -165,7 +165,7 @@ class Run:
         started = time.perf_counter()
         try:
             bench = self.ranks.together(lambda: self._open(key, loaded))
-            bench.study.phases.seconds[LOAD] = self.load_seconds.pop(key[0], 0.0)
+            bench.study.phases.add(LOAD, self.load_seconds.pop(key[0], 0.0))
         except RunEndedError:
             raise
         except Exception as error:  # the other backbones go on
@@ -192,7 +192,7 @@ class Run:
             pool = labels_only(loaded)
         else:
             pool = pool_features(loaded, backbone, twins.see)
-        with PartialState().main_process_first():
+        with PartialState().main_process_first(), backbone.phases.phase(LOAD):
             pairs = twins.pairs()
         study = Study(loaded, backbone, pool, options.epochs)
         return Bench(study, pairs, self.folder, options)

@@ -67,11 +67,22 @@ class Study:
         everyone = torch.as_tensor([*parts.train, *parts.validation]).sort().values
         return everyone[few_shots(self.labels[everyone], shots, seed)], parts.test
 
-    def trained_rows(self, train: Any, seed: int) -> Rows:
-        """Features of all pictures by the small backbone, trained on some of them from scratch."""
+    def trained_rows(self, train: Any, seed: int, more: Tensor | None = None) -> Rows:
+        """Features by the small backbone, trained on some pictures from scratch.
+
+        Args:
+            train: row numbers to train on.
+            seed: of the training.
+            more: [M, 3, H, W] pictures that are asked about too, behind all others; their labels
+                come out as 0.
+        """
+        pixels, labels = self.pixels, self.labels
+        if more is not None:
+            pixels = torch.cat([pixels, more])
+            labels = torch.cat([labels, labels.new_zeros(len(more))])
         with self.phases.phase(TRAIN):
             return train_scratch(
-                self.backbone.fresh().backbone, self.pixels, self.labels, train,
+                self.backbone.fresh().backbone, pixels, labels, train,
                 self.num_labels, seed, self.epochs,
             )  # fmt: skip
 
@@ -80,12 +91,11 @@ class Study:
         """[N, 3, H, W] all pictures, as a small backbone sees them."""
         if self._pixels is None:
             with self.phases.phase(EXTRACT):
-                self._pixels = self._read_pixels()
+                self._pixels = self._read_pixels(self.loaded.rows["image"])
         return self._pixels
 
-    def _read_pixels(self) -> Tensor:
+    def _read_pixels(self, pictures: Any) -> Tensor:
         processor = self.backbone.model.image_processor
-        pictures = self.loaded.rows["image"]
         blocks = [
             processor(
                 images=[image.convert("RGB") for image in pictures[start : start + 256]],
@@ -97,8 +107,13 @@ class Study:
 
     def shifted_test(self, seed: int, shift: str) -> Rows:
         """Features of the test pictures of a seed, damaged."""
-        pictures = self.loaded.rows.select(self.pool.parts(seed).test)
-        found = self.backbone.features(shifted(pictures, shift))
+        parts = self.pool.parts(seed)
+        pictures = shifted(self.loaded.rows.select(parts.test), shift)
+        if self.backbone.is_scratch:  # trained again, to the same weights
+            rows = self.trained_rows(parts.train, seed, self._read_pixels(pictures["image"]))
+            asked = rows.select(range(len(self.labels), len(rows.labels)))
+            return asked._replace(labels=self.labels[parts.test])
+        found = self.backbone.features(pictures)
         return self.backbone.rows(found)
 
     def finetuned(self, seed: int) -> Voices:

@@ -68,10 +68,8 @@ def fine_tune(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    chosen: dict[str, Any] = {
-        "learning_rate": LEARNING_RATE,
-        "epochs": epochs,
-        "weight_decay": WEIGHT_DECAY,
-    }
-    chosen["augmentation"] = augmentation
+    chosen = {
+        "learning_rate": LEARNING_RATE, "epochs": epochs, "weight_decay": WEIGHT_DECAY,
+        "augmentation": augmentation,
+    }  # fmt: skip
     return Tuned(model, chosen)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import phases
 import pytest
 import runner
 import scratch as scratch_module
@@ -17,6 +18,8 @@ from folder import locked
 from loading import load_task
 from losses import linear_arms
 from peers import PEERS
+from phases import EXTRACT, HEADS, LOAD, MEASURE, PHASES, STORE, TUNE, Phases
+from phases import PEERS as PEERS_PHASE
 from pictures import picture, small_backbone, small_processor, write_folder
 from pool import OpenBackbone
 from protocols import PROTOCOLS
@@ -86,6 +89,9 @@ def test_every_cell_holds_what_the_report_reads(finished):
         assert document["task"]["label_names"] == ["a", "b", "c"]
         assert document["provenance"]["world_size"] == 1
         assert document["peak_memory_bytes"] > 1e6
+        assert set(document["seconds"]) <= set(PHASES)
+        assert document["seconds"][MEASURE] > 0
+        assert document["rates"].keys() <= document["seconds"].keys()
         count = document["data"]["test"]
         assert len(arrays["ids"]) == len(arrays["groups"]) == len(arrays["near_duplicate"]) == count
         for name in document["arms"]:
@@ -177,12 +183,13 @@ def test_backbones_that_are_trained(place, tmp_path, monkeypatch):
     trained = cells_of(place, ["finetune"])
     scratch = [cell._replace(backbone="tiny-vit") for cell in cells_of(place, ["knn", "lowdata"])]
     scratch += [scratch[-1]._replace(shots=4)]
+    scratch += [scratch[0]._replace(protocol="robustness", shift="brightness")]
     done = run(place, tmp_path / "one", [*trained, *scratch], epochs=1)
     assert done.failures == []
     again = run(place, tmp_path / "two", scratch, epochs=1)
     for cell in scratch:  # the same training gives the same numbers
         assert read(done.folder, cell)[0]["arms"] == read(again.folder, cell)[0]["arms"]
-    sizes = read(done.folder, scratch[-1])[0]["data"]
+    sizes = read(done.folder, scratch[-2])[0]["data"]
     assert (sizes["train"], sizes["validation"]) == (9, 3)  # one of four to choose on
     assert set(read(done.folder, trained[0])[0]["arms"]) == {"head", "knn", "blend", "fixed"}
 
@@ -194,6 +201,32 @@ def test_the_table_has_a_row_per_cell_and_arm(finished):
     knn = table.filter(lambda row: row["protocol"] == "knn" and row["arm"] == "blend")[0]
     document, _ = read(folder, next(cell for cell in cells if cell.protocol == "knn"))
     assert knn["test_top1"] == document["arms"]["blend"]["test"]["top1"]
+
+
+def test_time_is_charged_to_what_took_it(finished):
+    folder, cells = finished
+    first, *rest = (read(folder, cell)[0] for cell in cells if cell.protocol != "robustness")
+    assert {LOAD, EXTRACT, HEADS, STORE, TUNE, MEASURE} <= first["seconds"].keys()
+    assert (first["images"], first["rates"][EXTRACT]) == (36, 36 / first["seconds"][EXTRACT])
+    assert first["images_per_second"] >= first["rates"][EXTRACT]
+    for document in rest:  # loaded, extracted and stored once for all protocols of a split
+        assert not {LOAD, EXTRACT} & document["seconds"].keys()
+        assert (document["images"], document["images_per_second"]) == (0, None)
+    for cell in cells:
+        document, _ = read(folder, cell)
+        assert (PEERS_PHASE in document["seconds"]) == (cell.protocol == "peers")
+        if cell.protocol == "robustness":
+            assert 0 < document["images"] <= document["data"]["test"]  # some come out equal
+
+
+def test_a_phase_inside_another_is_taken_out_of_it(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 10.0, 10.5])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(times))
+    found = Phases()
+    with found.phase(MEASURE), found.phase(HEADS):  # 0 to 10, of which 1 to 3 are a head's
+        pass
+    assert found.take()[0] == {MEASURE: 8.0, HEADS: 2.0}
+    assert found.take() == ({}, 0, 0.0)
 
 
 # ---- going on -----------------------------------------------------------------------------------
