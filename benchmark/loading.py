@@ -23,6 +23,7 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from label_maps import positions_of
 from numpy.typing import NDArray
 from offline_tasks import MIN_PICTURES, load_pictures
 from splits import ANY, TEST, TRAIN, VALIDATION, Parts, split_pool
@@ -297,18 +298,8 @@ def _as_classes(rows: Pictures, names: list[str]) -> Pictures:
 def _with_training(loaded: LoadedTask, name: str, streaming: bool | None) -> LoadedTask:
     """Adds the training pictures of another task, whose numbers the labels then have."""
     trained = load_task(name, streaming=streaming)
-    foreign = sorted(set(loaded.label_names) - set(trained.label_names))
-    numbers_only = all(label.isdigit() for label in loaded.label_names)
-    if foreign and not numbers_only:
-        raise ValueError(
-            f"Expected the classes of {loaded.entry.name} to be among those of {name}, but "
-            f"{foreign[:5]} are not; do name them alike."
-        )
+    moved = positions_of(loaded.label_names, trained.label_names, loaded.entry.label_map)
     test = loaded.sources[TEST]
-    if numbers_only:
-        moved = [int(label) for label in loaded.label_names]
-    else:
-        moved = [trained.label_names.index(label) for label in loaded.label_names]
     if isinstance(test, Dataset):
         labels = [moved[label] for label in test["label"][:]]
         kind = ClassLabel(names=trained.label_names)
