@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import estimates
 import numpy as np
 import phases
 import pytest
@@ -335,6 +336,16 @@ def test_bad_options_are_one_clear_line(arguments, message):
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code != 0
     assert message in " ".join((said.output + str(said.exception)).replace("│", " ").split())
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2_000_000})
+    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda place: usage)
+    arguments = ["--suite", "offline", "--task", "openmoji", "-o", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1
+    assert "MB of free disk for this run, but" in said.output + str(said.exception)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- ranks and kills ----------------------------------------------------------------------------
