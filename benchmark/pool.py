@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from backbones import SCRATCH, Backbone, place_of
 from huggingface_hub import HfApi
-from loading import LoadedTask
+from loaded_task import LoadedTask
 from numpy.typing import NDArray
 from phases import EXTRACT, Phases
 from splits import Parts, split_pool

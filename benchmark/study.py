@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from loading import LoadedTask
+from loaded_task import LoadedTask
 from phases import EXTRACT, TRAIN
 from pool import OpenBackbone, Pool, Rows
 from scratch import train_scratch

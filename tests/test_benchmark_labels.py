@@ -6,7 +6,7 @@ import loading
 import pytest
 from datasets import ClassLabel
 from label_maps import LabelMap, imagenet_wnids, positions_of
-from loading import LoadedTask
+from loaded_task import LoadedTask
 from pictures import dataset_of
 from splits import TEST, TRAIN
 from tasks import Source, Task, find_task

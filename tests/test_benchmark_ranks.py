@@ -19,6 +19,7 @@ from cells import Cell
 from forks import Errand
 from offline_backbones import build_backbone
 from pictures import write_folder
+from protocols import PROTOCOLS
 from ranks import Ranks, start
 from runner import Options, Run
 from safetensors.torch import load_file
@@ -192,7 +193,7 @@ def test_a_task_that_one_rank_cannot_load_ends_the_run(
 def test_failures_of_every_rank_are_told(
     tmp_path: Path, cells: list[Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(runner.PROTOCOLS, "complementarity", lambda *_: fail(0, 0))
+    monkeypatch.setitem(PROTOCOLS, "complementarity", lambda *_: fail(0, 0))
 
     def work(rank: int) -> None:
         told = run(tmp_path, "out", cells).told

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import estimates
 import numpy as np
 import phases
 import pytest
-import runner
 import scratch as scratch_module
 import torch
 from backbones import find_backbone
@@ -407,4 +407,4 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(after, place, tmp_p
 
 
 def test_peak_memory_is_in_bytes():
-    assert 5e7 < runner.peak_memory() < 1e12
+    assert 5e7 < bench.peak_memory() < 1e12
