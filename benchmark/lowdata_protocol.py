@@ -39,7 +39,7 @@ class Fold(NamedTuple):
 
 
 def measure_lowdata(study: Study, seed: int, shots: int) -> tuple[Voices, dict[str, Arm]]:
-    """Head, ridge, neighbours, blends and fixed cell with so many pictures per class.
+    """Head, ridge, neighbours, blend and fixed cell with so many pictures per class.
 
     Heads and neighbours are chosen on the same folds of the few pictures. With one picture per
     class there is nothing to choose on: the middle of the grid and the fixed cell are taken. A
@@ -48,14 +48,13 @@ def measure_lowdata(study: Study, seed: int, shots: int) -> tuple[Voices, dict[s
     voices = few_voices(study, seed, shots)
     if voices.has_validation or not can_choose(voices):
         arms = {"head": voices.head, "knn": voices.knn, "blend": voices.blend}
-        arms |= _ridge_arms(voices)
     else:
         arms = _chosen(voices)
-    return voices, arms | {"fixed": mixed_fixed(voices, arms["head"])}
+    return voices, arms | {"ridge": _ridge(voices), "fixed": mixed_fixed(voices, arms["head"])}
 
 
-def measure_few_losses(study: Study, seed: int, shots: int) -> tuple[Voices, dict[str, Arm]]:
-    """The losses of the `linear` protocol with few pictures, each chosen on the same folds."""
+def measure_few_heads(study: Study, seed: int, shots: int) -> tuple[Voices, dict[str, Arm]]:
+    """The losses of `linear`, and ridge beside k-NN: all chosen on the same folds."""
     voices = few_voices(study, seed, shots)
     folds = folds_of(voices) if can_choose(voices) and not voices.has_validation else []
     arms = {}
@@ -65,7 +64,8 @@ def measure_few_losses(study: Study, seed: int, shots: int) -> tuple[Voices, dic
         if folds:
             configs = [ask_heads(voices, folds, configs, **settings)[0]]
         arms[name] = voices.probe(configs, own, **settings)
-    return voices, arms
+    ridge = _ridge(voices)
+    return voices, arms | {"ridge": ridge, "blend_ridge": _beside_ridge(voices, ridge, folds)}
 
 
 def few_voices(study: Study, seed: int, shots: int) -> Voices:
@@ -108,17 +108,13 @@ def _chosen(voices: Voices) -> dict[str, Arm]:
     neighbors = _ask_neighbors(voices, folds)
     config, log_probs = ask_heads(voices, folds, PLAIN)
     head = voices.probe([config])
-    asked = torch.cat([_ridge_of(voices, fold.fitted, fold.asked)[0] for fold in folds])
     with voices.phases.phase(TUNE):
         found = tune(neighbors, log_probs, labels, voices.num_labels)
-        beside = tune(neighbors, asked, labels, voices.num_labels)
-    ridge, best = _ridge(voices), found.best_knn
+    best = found.best_knn
     return {
         "head": head,
         "knn": voices.votes(max(1, best.k), best.temperature),
         "blend": _mix(voices, head, found),
-        "ridge": ridge,
-        "blend_ridge": _mix(voices, ridge, beside),
     }
 
 
@@ -178,14 +174,20 @@ def _ask_neighbors(voices: Voices, folds: list[Fold]) -> Neighbors:
     return Neighbors(*(torch.cat([part[:, :width] for part in same]) for same in fields))
 
 
-def _ridge_arms(voices: Voices) -> dict[str, Arm]:
-    """Where validation pictures choose, or nothing does."""
-    ridge = _ridge(voices)
-    if ridge.validation is None:
-        return {"ridge": ridge, "blend_ridge": voices.mix(ridge, **FIXED)}
-    labels = voices.split.validation.labels
-    found = tune(voices.near_validation, ridge.validation, labels, voices.num_labels)
-    return {"ridge": ridge, "blend_ridge": _mix(voices, ridge, found)}
+def _beside_ridge(voices: Voices, ridge: Arm, folds: list[Fold]) -> Arm:
+    """The ridge head and the neighbours, at a cell chosen on validation or on folds."""
+    if ridge.validation is not None:
+        near, asked, labels = (
+            voices.near_validation, ridge.validation, voices.split.validation.labels,
+        )  # fmt: skip
+    elif folds:
+        near = _ask_neighbors(voices, folds)
+        asked = torch.cat([_ridge_of(voices, fold.fitted, fold.asked)[0] for fold in folds])
+        labels = torch.cat([fold.asked.labels for fold in folds])
+    else:
+        return voices.mix(ridge, **FIXED)
+    with voices.phases.phase(TUNE):
+        return _mix(voices, ridge, tune(near, asked, labels, voices.num_labels))
 
 
 def _ridge(voices: Voices) -> Arm:

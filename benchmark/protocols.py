@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from losses import linear_arms, loss_settings
-from lowdata_protocol import measure_few_losses, measure_lowdata
+from lowdata_protocol import measure_few_heads, measure_lowdata
 from peers import measure_peers
 from phases import PEERS
 from study import Study
@@ -81,8 +81,8 @@ def _measure_lowdata(study: Study, seed: int, option: Any) -> Measured:
     return Measured(*measure_lowdata(study, seed, int(option)))
 
 
-def _measure_few_losses(study: Study, seed: int, option: Any) -> Measured:
-    return Measured(*measure_few_losses(study, seed, int(option)))
+def _measure_few_heads(study: Study, seed: int, option: Any) -> Measured:
+    return Measured(*measure_few_heads(study, seed, int(option)))
 
 
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
@@ -98,12 +98,12 @@ PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
     "complementarity": measure_complementarity,
     "peers": _measure_peers,
     "lowdata": _measure_lowdata,
-    "lowdata_losses": _measure_few_losses,
+    "lowdata_heads": _measure_few_heads,
     "robustness": measure_robustness,
     "finetune": measure_finetune,
 }
 
-FEW_PICTURES = ("lowdata", "lowdata_losses")
+FEW_PICTURES = ("lowdata", "lowdata_heads")
 """Protocols with a cell for each number of pictures per class."""
 
 COLLECTIVE = ("robustness", "finetune")

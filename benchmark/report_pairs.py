@@ -29,8 +29,8 @@ _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "finetune": _VOICES,
     "robustness": _VOICES,
     "linear": (*_LOSSES, ("blend", "plain")),
-    "lowdata": (*_VOICES, ("ridge", "head"), ("blend_ridge", "ridge")),
-    "lowdata_losses": _LOSSES,
+    "lowdata": (*_VOICES, ("ridge", "head")),
+    "lowdata_heads": (*_LOSSES, ("ridge", "plain"), ("blend_ridge", "ridge")),
 }
 TESTED = frozenset(
     {("knn", "blend", "head"), ("knn", "knn", "head"), ("knn", "blend", "fixed")}

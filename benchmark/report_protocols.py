@@ -12,9 +12,9 @@ PROTOCOLS = {
         "Few labelled pictures",
         "Pictures per class for training; labels used for validation are part of them.",
     ),
-    "lowdata_losses": (
-        "Loss of the linear head, few pictures",
-        "As for all training pictures below; each loss is chosen on the same folds of the few.",
+    "lowdata_heads": (
+        "Heads and losses, few pictures",
+        "Losses and their controls as below; each head is chosen on the same folds of the few.",
     ),
     "linear": (
         "Loss of the linear head",

@@ -19,9 +19,7 @@ STRENGTHS: dict[str, dict[str, float]] = {
         "plain": 2.2, "reweighted": 2.25, "focal": 2.1, "shuffled": 2.2, "constant": 2.22,
         "knn": 1.8, "blend": 2.4,
     },
-    "lowdata": {
-        "head": 1.0, "ridge": 1.1, "knn": 0.9, "blend": 1.3, "blend_ridge": 1.2, "fixed": 1.2,
-    },
+    "lowdata": {"head": 1.0, "ridge": 1.1, "knn": 0.9, "blend": 1.3, "fixed": 1.2},
     "complementarity": {"head": 2.2, "knn": 1.8, "blend": 2.4},
     "robustness": {"head": 1.6, "knn": 1.3, "blend": 1.7},
     "peers": {

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lowdata_protocol import measure_few_losses, measure_lowdata
+from lowdata_protocol import measure_few_heads, measure_lowdata
 from phases import Phases
 from pool import Pool, Rows
 from sklearn.linear_model import Ridge
@@ -33,7 +33,7 @@ def study_of(spread: float, *, shuffle_test: bool = False, shuffle_train: bool =
 
 @pytest.mark.parametrize("shots", [1, 2, 8])
 def test_easy_classes_are_learned_by_everyone(shots):
-    for measure in (measure_lowdata, measure_few_losses):
+    for measure in (measure_lowdata, measure_few_heads):
         voices, arms = measure(study_of(0.2), 0, shots)
         for name, arm in arms.items():
             hits = (arm.test.argmax(1) == voices.split.test.labels).double().mean()
@@ -41,7 +41,7 @@ def test_easy_classes_are_learned_by_everyone(shots):
 
 
 def test_nothing_is_chosen_on_the_test_pictures():
-    for measure in (measure_lowdata, measure_few_losses):
+    for measure in (measure_lowdata, measure_few_heads):
         _, first = measure(study_of(1.0), 3, 4)
         _, second = measure(study_of(1.0, shuffle_test=True), 3, 4)
         assert {name: arm.chosen for name, arm in first.items()} == {

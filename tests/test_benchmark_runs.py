@@ -37,7 +37,7 @@ from voices import PLAIN, choose_weight
 from hf_knn import Neighbors, default_grid, knn_log_probs, tune
 
 ROOT = Path(__file__).parents[1]
-FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_losses", "robustness"]
+FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_heads", "robustness"]
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,16 @@ def test_the_arms_are_those_of_the_contract(finished):
         "knn": {"head", "knn", "blend", "fixed", "dino"},
         "linear": {"plain", "reweighted", "focal", "shuffled", "constant", "blend", "knn"},
         "complementarity": {"head", "knn", "blend"},
-        "lowdata": {"head", "ridge", "knn", "blend", "blend_ridge", "fixed"},
-        "lowdata_losses": {"plain", "reweighted", "focal", "shuffled", "constant"},
+        "lowdata": {"head", "ridge", "knn", "blend", "fixed"},
+        "lowdata_heads": {
+            "plain",
+            "reweighted",
+            "focal",
+            "shuffled",
+            "constant",
+            "ridge",
+            "blend_ridge",
+        },
         "robustness": {"head", "knn", "blend", "fixed", "dino"},
     }
     alone = {*PEERS, "dino", "knn"}
