@@ -68,7 +68,7 @@ class Data(NamedTuple):
 def _logistic(data: Data) -> Iterator[Trial]:
     reduced = data.reduced()
     for c in (1.0, 10.0, 100.0, 1000.0):
-        fit = LogisticRegression(C=c, max_iter=100, tol=1e-2).fit(reduced.train, data.labels)
+        fit = LogisticRegression(C=c, max_iter=300, tol=1e-4).fit(reduced.train, data.labels)
         yield _probabilities(fit, {"C": c, "pca": PCA_WIDTH}, reduced)
 
 
