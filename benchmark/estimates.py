@@ -12,6 +12,7 @@ from tasks import Source, Task, find_task
 
 CELL_SECONDS = {
     "knn": 1.5, "linear": 6.0, "complementarity": 0.2, "peers": 6.0, "lowdata": 2.5,
+    "lowdata_heads": 8.0,
     "robustness": 1.0, "finetune": 2.0,
 }  # fmt: skip
 """Of 1,000 training pictures, 50 classes and features of 1,280 numbers, on 2 cores."""
@@ -19,7 +20,7 @@ CELL_SECONDS = {
 GPU_SPEEDUP = 40.0
 _PICTURES = 10_000  # where nobody knows
 _WIDTH, _CLASSES = 768, 50
-_ARMS = {"peers": 28, "linear": 7, "knn": 5, "lowdata": 5, "robustness": 5}
+_ARMS = {"peers": 28, "linear": 7, "knn": 5, "lowdata": 5, "lowdata_heads": 7, "robustness": 5}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Classical models on the same features: alone, beside the head, and beside the neighbours.
 
-Is it k-NN that helps a head, or any second voice? Each peer is fitted on the training pictures,
-its setting chosen among a few on validation, scores turned into probabilities by one temperature.
-Features are centred and of length 1, as the neighbours see them.
+Is it k-NN that helps a head, or any second voice? Each voice, k-NN among them, is fitted on the
+training pictures in as many settings; one is chosen on validation, after its scores were turned
+into probabilities by one temperature. Features are centred and of length 1, as the neighbours see
+them.
 """
 
 import math
@@ -21,6 +22,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics.pairwise import euclidean_distances, rbf_kernel
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import SVC
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 from voices import FLOOR, Arm, Voices, choose_weight, mixed
@@ -29,6 +31,8 @@ from hf_knn import ProbeConfig, ProbeScore, choose_probe
 
 PCA_WIDTH = 128  # of the features that LDA and logistic regression see: hundreds of times cheaper
 TREES = 50
+TRIALS = 4
+"""Settings of every voice, so that none wins by having been tuned more."""
 TEMPERATURES = tuple(np.logspace(-3, 1, 17).tolist())
 
 Floats = NDArray[np.floating]
@@ -41,7 +45,6 @@ class Trial(NamedTuple):
     validation: Floats
     test: Floats
     classes: NDArray[np.integer]
-    is_probability: bool = False
 
 
 class Data(NamedTuple):
@@ -64,14 +67,14 @@ class Data(NamedTuple):
 
 def _logistic(data: Data) -> Iterator[Trial]:
     reduced = data.reduced()
-    for c in (1.0, 10.0, 100.0):
-        fit = LogisticRegression(C=c, max_iter=100, tol=1e-2).fit(reduced.train, data.labels)
+    for c in (1.0, 10.0, 100.0, 1000.0):
+        fit = LogisticRegression(C=c, max_iter=300, tol=1e-4).fit(reduced.train, data.labels)
         yield _probabilities(fit, {"C": c, "pca": PCA_WIDTH}, reduced)
 
 
 def _ridge(data: Data) -> Iterator[Trial]:
     targets, classes = _one_hot(data.labels)
-    for alpha in (0.1, 1.0, 10.0):
+    for alpha in (0.01, 0.1, 1.0, 10.0):
         fit = Ridge(alpha=alpha).fit(data.train, targets)
         yield _trial({"alpha": alpha}, fit.predict, data[2:4], classes)
 
@@ -89,29 +92,37 @@ def _kernel_ridge(data: Data) -> Iterator[Trial]:
 def _svm(data: Data) -> Iterator[Trial]:
     for gamma in (0.5, 2.0):
         kernel, *asked = _kernels(data, gamma)
-        fit = SVC(C=10.0, kernel="precomputed").fit(kernel, data.labels)
-        chosen = {"gamma": gamma, "C": 10.0}
-        yield _trial(chosen, fit.decision_function, asked, fit.classes_)
+        for c in (1.0, 10.0):
+            fit = SVC(C=c, kernel="precomputed").fit(kernel, data.labels)
+            chosen = {"gamma": gamma, "C": c}
+            yield _trial(chosen, fit.decision_function, asked, fit.classes_)
 
 
 def _lda(data: Data) -> Iterator[Trial]:
     reduced = data.reduced()
-    fit = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    fit.fit(reduced.train, data.labels)
-    yield _probabilities(fit, {"shrinkage": "auto", "pca": PCA_WIDTH}, reduced)
+    for shrinkage in ("auto", 0.1, 0.3, 0.9):
+        fit = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+        fit.fit(reduced.train, data.labels)
+        yield _probabilities(fit, {"shrinkage": shrinkage, "pca": PCA_WIDTH}, reduced)
 
 
 def _ncm(data: Data) -> Iterator[Trial]:
-    fit = NearestCentroid().fit(data.train, data.labels)
-    yield _trial({}, lambda asked: _nearness(asked, fit.centroids_), data[2:4], fit.classes_)
+    has_spread = len(data.train) > len(np.unique(data.labels))
+    for threshold in (None, 0.1, 0.3, 1.0):
+        shrink = threshold if has_spread else None  # its unit is the spread within classes
+        fit = NearestCentroid(shrink_threshold=shrink).fit(data.train, data.labels)
+        scores = [_nearness(part, fit.centroids_) for part in data[2:4]]
+        yield Trial({"shrink_threshold": shrink}, scores[0], scores[1], fit.classes_)
 
 
 def _forest(data: Data) -> Iterator[Trial]:
-    fit = RandomForestClassifier(
-        TREES, random_state=data.seed, n_jobs=os.cpu_count() if len(data.train) > 256 else 1
-    )
-    fit.fit(data.train, data.labels)
-    yield _probabilities(fit, {"trees": TREES}, data)
+    jobs = os.cpu_count() if len(data.train) > 256 else 1
+    for leaf in (1, 2, 4, 8):
+        fit = RandomForestClassifier(
+            TREES, min_samples_leaf=leaf, random_state=data.seed, n_jobs=jobs
+        )
+        fit.fit(data.train, data.labels)
+        yield _probabilities(fit, {"trees": TREES, "min_samples_leaf": leaf}, data)
 
 
 def _knn_sklearn(data: Data) -> Iterator[Trial]:
@@ -119,6 +130,16 @@ def _knn_sklearn(data: Data) -> Iterator[Trial]:
         fit = KNeighborsClassifier(min(k, len(data.train)), weights="distance", algorithm="brute")
         fit.fit(data.train, data.labels)
         yield _probabilities(fit, {"k": k}, data)
+
+
+def _neighbors(voices: Voices) -> Iterator[Trial]:
+    """Our own, in as many settings as a peer has."""
+    classes = np.arange(voices.num_labels)
+    for k in (5, 20):
+        for temperature in (0.07, 0.14):
+            arm = voices.votes(k, temperature)
+            assert arm.validation is not None
+            yield Trial(arm.chosen, arm.validation.numpy(), arm.test.numpy(), classes)
 
 
 PEERS: dict[str, Callable[[Data], Iterator[Trial]]] = {
@@ -134,24 +155,29 @@ PEERS: dict[str, Callable[[Data], Iterator[Trial]]] = {
 
 
 def measure_peers(voices: Voices) -> dict[str, Arm]:
-    """Every peer alone, as a second voice beside the head, and with the neighbours beside it."""
+    """Every peer alone, as a second voice beside the head, and with the neighbours beside it.
+
+    `knn` has the trials of a peer; `knn_grid`, and `blend` beside the head, the whole grid of
+    `hf_knn.tune`.
+    """
     train, validation, _ = voices.split
     mean = train.head.mean(0)
     unit = [functional.normalize(rows.head - mean, dim=1).numpy() for rows in voices.split]
     data = Data(unit[0], train.labels.numpy(), unit[1], unit[2], voices.seed)
-    arms = {
-        name: _best(list(fit(data)), validation.labels, voices.num_labels)
-        for name, fit in PEERS.items()
-    }
-    arms |= {"dino": voices.dino, "knn": voices.knn}
+    with threadpool_limits(1, "blas"):  # on matrices as small as these threads cost up to 20 times
+        arms = {
+            name: _best(list(fit(data)), validation.labels, voices.num_labels)
+            for name, fit in PEERS.items()
+        }
+    knn = _best(list(_neighbors(voices)), validation.labels, voices.num_labels)
+    arms |= {"dino": voices.dino, "knn": knn}
     blends = {
         f"blend:head+{name}": _blend(voices.head, arm, validation.labels)
         for name, arm in arms.items()
     }
-    pairs = {
-        f"blend:{name}+knn": _blend(arms[name], voices.knn, validation.labels) for name in PEERS
-    }
-    return arms | {"head": voices.head} | blends | pairs
+    pairs = {f"blend:{name}+knn": _blend(arms[name], knn, validation.labels) for name in PEERS}
+    whole = {"knn_grid": voices.knn, "blend": voices.blend}
+    return arms | whole | {"head": voices.head} | blends | pairs
 
 
 def _best(trials: list[Trial], labels: Tensor, num_labels: int) -> Arm:
@@ -169,13 +195,9 @@ def _best(trials: list[Trial], labels: Tensor, num_labels: int) -> Arm:
 
 def _calibrated(trial: Trial, labels: Tensor, num_labels: int) -> Arm:
     """Scores as log-probabilities over all classes."""
-    parts = [_spread(part, trial.classes, num_labels) for part in (trial.validation, trial.test)]
-    if trial.is_probability:
-        validation, test = (part.clamp_min(0).log() for part in parts)
-        return Arm(validation, test, trial.chosen)
-    absent = torch.ones(num_labels, dtype=torch.bool)
-    absent[torch.from_numpy(trial.classes.astype(np.int64))] = False
-    validation, test = (part.masked_fill(absent, -torch.inf) for part in parts)
+    validation, test = (
+        _spread(part, trial.classes, num_labels) for part in (trial.validation, trial.test)
+    )
 
     def likelihood(temperature: float) -> float:
         log_probs = (validation / temperature).log_softmax(1)
@@ -184,12 +206,12 @@ def _calibrated(trial: Trial, labels: Tensor, num_labels: int) -> Arm:
 
     best = max(TEMPERATURES, key=likelihood)
     validation, test = ((part / best).log_softmax(1) for part in (validation, test))
-    return Arm(validation, test, trial.chosen | {"temperature": best})
+    return Arm(validation, test, trial.chosen | {"calibration": best})
 
 
 def _spread(scores: Floats, classes: NDArray[np.integer], num_labels: int) -> Tensor:
-    """[B, C'] -> [B, C], 0 for a class that the peer has not seen."""
-    full = torch.zeros(len(scores), num_labels)
+    """[B, C'] -> [B, C], -inf for a class that the peer has not seen."""
+    full = torch.full((len(scores), num_labels), -torch.inf)
     full[:, torch.from_numpy(classes.astype(np.int64))] = torch.from_numpy(
         np.asarray(scores, np.float32)
     )
@@ -205,8 +227,9 @@ def _blend(first: Arm, second: Arm, labels: Tensor) -> Arm:
 
 
 def _probabilities(fit: Any, chosen: dict[str, Any], data: Data) -> Trial:
-    trial = _trial(chosen, fit.predict_proba, data[2:4], fit.classes_)
-    return trial._replace(is_probability=True)
+    with np.errstate(divide="ignore"):  # a class without a vote
+        scores = [np.log(fit.predict_proba(part)) for part in data[2:4]]
+    return Trial(chosen, scores[0], scores[1], fit.classes_)
 
 
 def _trial(

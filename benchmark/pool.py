@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from backbones import SCRATCH, Backbone, place_of
 from huggingface_hub import HfApi
-from loading import LoadedTask
+from loaded_task import LoadedTask
 from numpy.typing import NDArray
+from phases import EXTRACT, Phases
 from splits import Parts, split_pool
 from torch import Tensor
 
@@ -45,15 +46,11 @@ class Pool:
         rows: N of them.
         groups: [N] what belongs together; None: each is its own.
         roles: [N] what the source says each is for.
-        images: how many went through the backbone now; the others were cached.
-        seconds: of that.
     """
 
     rows: Rows
     groups: NDArray[np.int64] | None
     roles: NDArray[np.int8]
-    images: int = 0
-    seconds: float = 0.0
 
     def parts(self, seed: int) -> Parts:
         """Row numbers of the split of a seed."""
@@ -61,7 +58,7 @@ class Pool:
 
 
 class OpenBackbone:
-    """A backbone that is opened when it is first needed.
+    """A backbone that is opened when it is first needed; all ranks make this object together.
 
     Args:
         entry: which.
@@ -69,6 +66,7 @@ class OpenBackbone:
         cache_dir: where offline backbones and features are kept.
         batch_size: pictures per forward pass.
         precision: `fp32`, `bf16` or `fp16`.
+        phases: told how long features take.
     """
 
     def __init__(
@@ -78,9 +76,13 @@ class OpenBackbone:
         cache_dir: Path | None = None,
         batch_size: int = 32,
         precision: str = "fp32",
+        phases: Phases | None = None,
     ) -> None:
         self.entry, self.label_names, self.cache_dir = entry, label_names, cache_dir
         self.batch_size, self.precision = batch_size, precision
+        self.phases = phases or Phases()
+        # here, where all ranks come by once: the first of them makes it while the others wait
+        self.place = place_of(entry, cache_dir)
 
     @property
     def is_scratch(self) -> bool:
@@ -90,19 +92,18 @@ class OpenBackbone:
     @cached_property
     def revision(self) -> str:
         """What its weights are of: the folder's versions, a commit on the Hub, or a folder."""
-        place = place_of(self.entry, self.cache_dir)
-        if isinstance(place, Path):
-            return place.name
-        if Path(place).is_dir():
+        if isinstance(self.place, Path):
+            return self.place.name
+        if Path(self.place).is_dir():
             return "local"
-        name = place if "/" in place else f"timm/{place}"
+        name = self.place if "/" in self.place else f"timm/{self.place}"
         return str(HfApi().model_info(name, revision=self.entry.revision).sha)
 
     def fresh(self) -> KnnForImageClassification:
         """A new model on the pretrained backbone."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = KnnForImageClassification.from_backbone(
-            place_of(self.entry, self.cache_dir),
+            self.place,
             self.label_names,
             pooling=self.entry.pooling,
             knn_pooling=self.entry.knn_pooling,
@@ -120,10 +121,15 @@ class OpenBackbone:
     def features(self, dataset: Any, model: KnnForImageClassification | None = None) -> Any:
         """Features of some pictures, from the cache where they were computed before."""
         cache = None if self.cache_dir is None else self.cache_dir / "features"
-        return extract_features(
-            model or self.model, dataset, cache_dir=cache, batch_size=self.batch_size,
-            precision=self.precision, use_cache=model is None,
-        )  # fmt: skip
+        with self.phases.phase(EXTRACT):
+            found = extract_features(
+                model or self.model, dataset, cache_dir=cache, batch_size=self.batch_size,
+                precision=self.precision, use_cache=model is None,
+            )  # fmt: skip
+        if found.computed:
+            self.phases.images += found.computed
+            self.phases.image_seconds += found.seconds
+        return found
 
     def rows(self, found: Any, model: KnnForImageClassification | None = None) -> Rows:
         """Features as the two parts that heads and neighbours see."""
@@ -143,17 +149,16 @@ def pool_features(
         backbone: a frozen one.
         see: shown the pictures that go through, some at a time.
     """
-    parts, roles, groups, images, seconds = [], [], [], 0, 0.0
+    parts, roles, groups = [], [], []
     for role, rows in loaded.chunks():
         see(rows)
         found = backbone.features(rows)
         parts.append(backbone.rows(found))
         roles.append(np.full(len(rows), role, np.int8))
         groups += list(map(str, rows["group"][:])) if "group" in rows.column_names else []
-        images, seconds = images + found.computed, seconds + found.seconds
     joined = Rows(*(torch.cat(same) for same in zip(*parts, strict=True)))
     owners = np.unique(groups, return_inverse=True)[1].astype(np.int64) if groups else None
-    return Pool(joined, owners, np.concatenate(roles), images, seconds)
+    return Pool(joined, owners, np.concatenate(roles))
 
 
 def labels_only(loaded: LoadedTask) -> Pool:

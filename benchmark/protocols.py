@@ -1,16 +1,16 @@
 """The protocols: what is measured on one split. Each is a function from a study to its arms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowdata_protocol import measure_lowdata
+from losses import linear_arms, loss_settings
+from lowdata_protocol import measure_few_heads, measure_lowdata
 from peers import measure_peers
+from phases import PEERS
 from study import Study
-from voices import PLAIN, Arm, Voices
-
-from hf_knn import FactorControl, ProbeConfig, ProbeGrid
+from voices import Arm, Voices
 
 
 @dataclass
@@ -28,7 +28,6 @@ class Measured:
     arms: dict[str, Arm]
     heat: dict[str, Any] | None = None
     extra: dict[str, float] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def measure_knn(study: Study, seed: int, option: Any) -> Measured:
@@ -43,30 +42,8 @@ def measure_linear(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
     arms = {"plain": voices.head, "knn": voices.knn, "blend": voices.blend}
     for name, configs in linear_arms().items():
-        arms[name] = voices.probe(
-            configs,
-            voices.own_votes,
-            knn_loss_clamp=10.0,
-            knn_loss_normalize="none" if name == "constant" else "mean",
-        )
+        arms[name] = voices.probe(configs, voices.own_votes, **loss_settings(name))
     return Measured(voices, arms, heat_of(voices))
-
-
-def linear_arms() -> dict[str, list[ProbeConfig]]:
-    """The trials of each arm beside `plain`, as many as it has.
-
-    Factors are divided by their mean, so that they do not act as a larger learning rate, except
-    in `constant`, which is that very control: each loss times the mean factor.
-    """
-    rates, alphas = (0.03, 0.01, 0.003), (0.03, 0.3)
-    arms = {
-        "reweighted": ProbeGrid(rates, alphas=alphas).configs(),
-        "focal": ProbeGrid(rates, gammas=(0.5, 2.0)).configs(),
-        "shuffled": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.SHUFFLED,)).configs(),
-        "constant": ProbeGrid(rates, alphas=alphas, controls=(FactorControl.CONSTANT,)).configs(),
-    }
-    assert {len(configs) for configs in arms.values()} == {len(PLAIN)}
-    return arms
 
 
 def measure_complementarity(study: Study, seed: int, option: Any) -> Measured:
@@ -89,7 +66,7 @@ def measure_robustness(study: Study, seed: int, option: Any) -> Measured:
     """Everything as in `knn`, the test pictures damaged; chosen on clean pictures."""
     clean = study.voices(seed)
     damaged = clean.split._replace(test=study.shifted_test(seed, str(option)))
-    voices = Voices(damaged, study.num_labels, seed)
+    voices = study.voices_of(damaged, seed)
     arms = _base(voices) | {"fixed": voices.fixed, "dino": voices.dino}
     return Measured(voices, arms)
 
@@ -104,9 +81,15 @@ def _measure_lowdata(study: Study, seed: int, option: Any) -> Measured:
     return Measured(*measure_lowdata(study, seed, int(option)))
 
 
+def _measure_few_heads(study: Study, seed: int, option: Any) -> Measured:
+    return Measured(*measure_few_heads(study, seed, int(option)))
+
+
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
-    return Measured(voices, measure_peers(voices), heat_of(voices))
+    with study.phases.phase(PEERS):
+        arms = measure_peers(voices)
+    return Measured(voices, arms, heat_of(voices))
 
 
 PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
@@ -115,9 +98,13 @@ PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
     "complementarity": measure_complementarity,
     "peers": _measure_peers,
     "lowdata": _measure_lowdata,
+    "lowdata_heads": _measure_few_heads,
     "robustness": measure_robustness,
     "finetune": measure_finetune,
 }
+
+FEW_PICTURES = ("lowdata", "lowdata_heads")
+"""Protocols with a cell for each number of pictures per class."""
 
 COLLECTIVE = ("robustness", "finetune")
 """Protocols that all ranks work on together, since pictures go through the backbone."""

@@ -12,6 +12,7 @@ from report_page import write_html
 from report_pictures import local_pictures
 from report_push import push_results
 from report_table import write_table
+from report_trackio import log_to_trackio
 from rich.console import Console
 
 app = typer.Typer(add_completion=False)
@@ -29,6 +30,9 @@ def main(
     pictures: Annotated[
         bool, typer.Option(help="Galleries of pictures, of tasks drawn from installed packages.")
     ] = True,
+    trackio: Annotated[
+        str | None, typer.Option(help="Project of trackio to log to; needs `pip install trackio`.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Push DIR as a dataset, in one commit.")
     ] = None,
@@ -50,11 +54,14 @@ def main(
             report = baseline_report(results, load_results(baseline))
             target = output or folder / f"against-{baseline.resolve().name}"
             paths = []
-    except (ValueError, FileNotFoundError) as error:
+        logged = None if trackio is None else log_to_trackio(results, trackio)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         console.print(f"[red]{type(error).__name__}[/]:", end=" ")
         console.print(str(error), markup=False)
         raise typer.Exit(1) from error
     paths += [write_markdown(report, target), write_html(report, target / "report.html")]
+    if logged is not None:
+        console.print(f"{logged} runs in the trackio project {trackio}", markup=False)
     for path in paths:
         console.print(str(path), markup=False)
     if push is not None:

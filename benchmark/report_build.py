@@ -26,6 +26,7 @@ from report_tables import (
     cost_words,
     differences_table,
     overview,
+    phase_table,
 )
 from report_words import DASH, plural
 
@@ -60,7 +61,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
         reliability_section(results),
         clean_section(results),
         Section("Repaired and broken answers", galleries(results, source)),
-        Section("Cost", [Text(cost_words(results)), cost_table(results)]),
+        Section("Cost", [Text(cost_words(results)), phase_table(results), cost_table(results)]),
         Section("What failed", _failures(results)),
         Section("How it was measured", _method(results)),
     ]
@@ -90,8 +91,8 @@ def _lead(results: Results) -> list[str]:
     first, last = (time[:16].replace("T", " ") for time in (times[0], times[-1]))
     when = f"Measured between {first} and {last}." if first else ""
     return [
-        "Frozen features, a head, its nearest neighbours among the training pictures, and the "
-        "blend of both. Differences are paired, test items are touched once, and every number is "
+        "A head on features, their nearest neighbours among the training pictures, and the blend "
+        "of both. Differences are paired, test items are touched once, and every number is "
         "a mean over splits.",
         *([when] if when else []),
     ]

@@ -20,20 +20,17 @@ from report_statistics import (
 FLOOR = 1e-12
 BESIDE_HEAD = "blend:head+"
 _VOICES = (("blend", "head"), ("knn", "head"), ("fixed", "head"), ("blend", "fixed"))
+_LOSSES = (
+    ("reweighted", "plain"), ("reweighted", "shuffled"), ("reweighted", "constant"),
+    ("focal", "plain"), ("shuffled", "plain"), ("constant", "plain"),
+)  # fmt: skip
 _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "knn": (*_VOICES, ("blend", "knn"), ("dino", "head")),
     "finetune": _VOICES,
     "robustness": _VOICES,
-    "linear": (
-        ("reweighted", "plain"),
-        ("reweighted", "shuffled"),
-        ("reweighted", "constant"),
-        ("focal", "plain"),
-        ("shuffled", "plain"),
-        ("constant", "plain"),
-        ("blend", "plain"),
-    ),
+    "linear": (*_LOSSES, ("blend", "plain")),
     "lowdata": (*_VOICES, ("ridge", "head")),
+    "lowdata_heads": (*_LOSSES, ("ridge", "plain"), ("blend_ridge", "ridge")),
 }
 TESTED = frozenset(
     {("knn", "blend", "head"), ("knn", "knn", "head"), ("knn", "blend", "fixed")}
@@ -66,7 +63,9 @@ class Comparison(NamedTuple):
     def tested(self) -> bool:
         """Whether it is among what is tested across tasks."""
         if self.protocol == "peers":
-            return self.second != "head" or self.first in ("blend", f"{BESIDE_HEAD}knn")
+            beside = (self.first, self.second)
+            own = beside == (f"{BESIDE_HEAD}knn", "head") or beside == ("blend", "head")
+            return own or (self.first.startswith(BESIDE_HEAD) and self.second != "head")
         return tuple(self) in TESTED
 
 
@@ -149,7 +148,7 @@ def second_voices(arms: Sequence[str]) -> list[str]:
 
 def _peers_compared(arms: Sequence[str]) -> list[tuple[str, str]]:
     reference, blends = reference_voice(arms), [BESIDE_HEAD + x for x in second_voices(arms)]
-    found = [(reference, "head")]
+    found = [(reference, "head"), ("knn_grid", "knn"), ("blend", reference)]
     found += [(blend, other) for blend in blends for other in ("head", reference)]
     return found
 

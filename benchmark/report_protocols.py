@@ -12,6 +12,10 @@ PROTOCOLS = {
         "Few labelled pictures",
         "Pictures per class for training; labels used for validation are part of them.",
     ),
+    "lowdata_heads": (
+        "Heads and losses, few pictures",
+        "Losses and their controls as below; each head is chosen on the same folds of the few.",
+    ),
     "linear": (
         "Loss of the linear head",
         "Each loss had the same number of trials. Shuffled: the factors of the reweighted loss, "
@@ -23,7 +27,8 @@ PROTOCOLS = {
     "peers": (
         "Is it k-NN, or any second voice?",
         "Other classical models on the same features, each alone, beside the head, and beside "
-        "k-NN.",
+        "k-NN. Every voice, k-NN among them, was chosen among four settings (the DINO vote has "
+        "one), its temperature among 17 and its weight beside the head among 21.",
     ),
     "complementarity": ("What the voices have in common", ""),
 }

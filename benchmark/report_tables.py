@@ -1,8 +1,9 @@
 """Tables of a report: what each arm scored, how arms differ, what it cost."""
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, median
 
+from phases import PHASES
 from report_cells import Cell, Results, Setting
 from report_document import Grid
 from report_pairs import Across, Difference, shared_arms
@@ -160,7 +161,7 @@ def across_table(across: Sequence[Across]) -> Grid:
 def cost_table(results: Results) -> Grid:
     """Seconds by phase over all splits, pictures per second and memory."""
     settings = results.settings()
-    phases = list(dict.fromkeys(p for cell in results.cells for p in cell.document["seconds"]))
+    phases = _phases_of(results)
     rows = []
     for setting, cells in settings.items():
         seconds = [sum(c.document["seconds"].get(p) or 0 for c in cells) for p in phases]
@@ -177,6 +178,32 @@ def cost_table(results: Results) -> Grid:
         )  # fmt: skip
     columns = ["setting", "cells", *phases, "total s", "images", "images/s", "peak MiB"]
     return Grid(columns, rows, folded="Seconds per phase, summed over splits")
+
+
+def phase_table(results: Results) -> Grid:
+    """Seconds of each phase over all cells, and its pictures per second where cells tell them."""
+    rows = []
+    for phase in _phases_of(results):
+        spent = [c.document["seconds"].get(phase) for c in results.cells]
+        rates = [r for c in results.cells if (r := (c.document.get("rates") or {}).get(phase))]
+        seconds = [s for s in spent if s]
+        rows.append(
+            [
+                phase, str(len(seconds)), f"{sum(seconds):,.1f}",
+                f"{median(rates):,.0f}" if rates else DASH,
+            ]
+        )  # fmt: skip
+    return Grid(
+        ["phase", "cells", "seconds", "images/s"], rows, words=1,
+        caption="What the cells of a split share is charged to the first; images/s is the median "
+        "over cells of the pictures that a phase goes over.",
+    )  # fmt: skip
+
+
+def _phases_of(results: Results) -> list[str]:
+    """The phases there are, in the order of a cell."""
+    there = dict.fromkeys(p for cell in results.cells for p in cell.document["seconds"])
+    return sorted(there, key=lambda p: PHASES.index(p) if p in PHASES else len(PHASES))
 
 
 def cost_words(results: Results) -> str:

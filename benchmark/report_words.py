@@ -6,6 +6,7 @@ MINUS, DASH = "\u2212", "\u2013"
 _DROPPED = ("Cc", "Cf", "Cs", "Co")
 ARM_NAMES = {
     "fixed": "fixed blend",
+    "blend_ridge": "ridge + k-NN",
     "knn_sklearn": "k-NN (scikit-learn)",
     "ncm": "nearest class mean",
     "kernel_ridge": "kernel ridge",
@@ -14,6 +15,7 @@ ARM_NAMES = {
     "forest": "random forest",
     "dino": "DINO vote",
     "knn": "k-NN",
+    "knn_grid": "k-NN, whole grid",
 }
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from accelerate import PartialState
 from cells import Cell, is_finished
@@ -20,6 +19,7 @@ from experiments import hide_progress_bars
 from protocols import PROTOCOLS
 from quickstart import EPOCHS as HEAD_EPOCHS
 from quickstart import SCRATCH_EPOCHS, SCRATCH_SEEDS, SEEDS, run_quickstart
+from ranks import start
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -77,8 +77,7 @@ def main(
     ] = None,
 ) -> None:
     """Measure head, k-NN and blend; without arguments a quickstart that needs no network."""
-    if not torch.accelerator.is_available():
-        PartialState(cpu=True)  # first: without a device accelerate overlooks the other ranks
+    state = start()
     is_quick = suite == QUICK
     foreign: dict[str, Any] = {
         "--backbone": backbones, "--protocol": protocol, "--shots": shots, "--dry-run": dry_run,
@@ -113,8 +112,9 @@ def main(
         check_disk(folder, estimate(cells, limit, stream).megabytes)
         failed = _run(folder, suite, cells, options)
     except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"Error: {error}") from error
-    if failed:
+        who = f"Error on rank {state.process_index}" if state.num_processes > 1 else "Error"
+        raise SystemExit(f"{who}: {error}") from error
+    if failed and state.is_main_process:  # another rank's exit would end it before it has spoken
         raise SystemExit(1)
 
 
@@ -134,23 +134,24 @@ def _list(cells: list[Cell], options: Options) -> None:
 
 
 def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
-    """Runs and shows it; returns how many cells failed on this rank."""
+    """Runs and shows it; returns how many cells failed."""
     started = time.perf_counter()
     state = PartialState()
     console = Console(quiet=not state.is_main_process)
+    if state.num_processes > 1:
+        console.print(f"{state.num_processes} ranks share the work.")
     hide_progress_bars()
     with _shown(console) as watch:
         run = Run(folder, options, watch)
         run.run(suite, cells)
-    for cell, error in run.failures:
-        console.print(
-            f"[red]Failed[/] {cell.name}: {type(error).__name__}: {error}", soft_wrap=True
-        )
+    for name, error in run.told:
+        console.print("[red]Failed[/]", end=" ")
+        console.print(f"{name}: {error}", soft_wrap=True, markup=False)
     done = sum(is_finished(folder, cell) for cell in cells)
     console.print(f"{done} of {len(cells)} cells are in {folder}.", soft_wrap=True)
     console.print(f"Done after {time.perf_counter() - started:.0f} s.")
     console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
-    return len(run.failures)
+    return len(run.told)
 
 
 @contextmanager

@@ -10,24 +10,36 @@ import json
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import typer
-from lowdata import Rows, task_features
 from offline_backbones import build_backbone
+from offline_tasks import load_pictures
 from results import provenance
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from hf_knn import Datastore, KnnForImageClassification, few_rows, fit_ridge
+from hf_knn import Datastore, KnnForImageClassification, extract_features, few_rows, fit_ridge
 
 LEVEL = 0.05
 MOST_CLASSES = 12
+
+
+class Rows(NamedTuple):
+    """Features [N, D] and labels [N] int64."""
+
+    features: Tensor
+    labels: Tensor
+
+    def select(self, rows: Tensor) -> "Rows":
+        """Some of them."""
+        return Rows(self.features[rows], self.labels[rows])
 
 
 def main(
@@ -41,13 +53,17 @@ def main(
 ) -> None:
     """Measure false alarms and how well strangers are told."""
     console, started = Console(), time.perf_counter()
+    cache = None if cache_dir is None else cache_dir / "features"
     found: dict[str, list[dict[str, float]]] = {}
     for name in task or ["openmoji-categories", "openmoji", "digits"]:
-        rows, classes = task_features(name, backbone, cache_dir)
+        pictures = load_pictures(name, cache_dir)
+        classes = len(pictures.features["label"].names)
         # of many classes, some: each takes a fit
         held_out = np.linspace(0, classes - 1, min(classes, MOST_CLASSES)).round().astype(int)
         place = build_backbone(backbone, cache_dir)
         model = KnnForImageClassification.from_backbone(place, classes)
+        features = extract_features(model, pictures, cache_dir=cache)
+        rows = Rows(features.features, features.labels)
         pairs = [(seed, int(label)) for seed in range(seeds) for label in held_out]
         found[name] = [_measure(model, rows, classes, *pair) for pair in tqdm(pairs, desc=name)]
         console.print(_table(name, found[name]))

@@ -4,7 +4,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from loading import LoadedTask
+from loaded_task import LoadedTask
+from phases import EXTRACT, TRAIN
 from pool import OpenBackbone, Pool, Rows
 from scratch import train_scratch
 from shifts import shifted
@@ -32,6 +33,7 @@ class Study:
         self, loaded: LoadedTask, backbone: OpenBackbone, pool: Pool, epochs: int = 30
     ) -> None:
         self.loaded, self.backbone, self.pool, self.epochs = loaded, backbone, pool, epochs
+        self.phases = backbone.phases
         self.num_labels = len(loaded.label_names)
         self.voices = lru_cache(maxsize=REMEMBERED)(self._voices)
         self._pixels: Tensor | None = None
@@ -50,7 +52,11 @@ class Study:
         return Split(*(rows.select(part) for part in parts))
 
     def _voices(self, seed: int) -> Voices:
-        return Voices(self.split(seed), self.num_labels, seed)
+        return self.voices_of(self.split(seed), seed)
+
+    def voices_of(self, split: Split, seed: int, head: Arm | None = None) -> Voices:
+        """Voices of some pictures, their time charged to this study."""
+        return Voices(split, self.num_labels, seed, head, self.phases)
 
     def few(self, seed: int, shots: int) -> tuple[Any, Any]:
         """Row numbers of the few labelled pictures of a seed, and of its test pictures.
@@ -61,42 +67,66 @@ class Study:
         everyone = torch.as_tensor([*parts.train, *parts.validation]).sort().values
         return everyone[few_shots(self.labels[everyone], shots, seed)], parts.test
 
-    def trained_rows(self, train: Any, seed: int) -> Rows:
-        """Features of all pictures by the small backbone, trained on some of them from scratch."""
-        return train_scratch(
-            self.backbone.fresh().backbone, self.pixels, self.labels, train,
-            self.num_labels, seed, self.epochs,
-        )  # fmt: skip
+    def trained_rows(self, train: Any, seed: int, more: Tensor | None = None) -> Rows:
+        """Features by the small backbone, trained on some pictures from scratch.
+
+        Args:
+            train: row numbers to train on.
+            seed: of the training.
+            more: [M, 3, H, W] pictures that are asked about too, behind all others; their labels
+                come out as 0.
+        """
+        pixels, labels = self.pixels, self.labels
+        if more is not None:
+            pixels = torch.cat([pixels, more])
+            labels = torch.cat([labels, labels.new_zeros(len(more))])
+        with self.phases.phase(TRAIN):
+            return train_scratch(
+                self.backbone.fresh().backbone, pixels, labels, train,
+                self.num_labels, seed, self.epochs,
+            )  # fmt: skip
 
     @property
     def pixels(self) -> Tensor:
         """[N, 3, H, W] all pictures, as a small backbone sees them."""
         if self._pixels is None:
-            processor = self.backbone.model.image_processor
-            pictures = self.loaded.rows["image"]
-            blocks = [
-                processor(
-                    images=[image.convert("RGB") for image in pictures[start : start + 256]],
-                    return_tensors="pt",
-                )["pixel_values"]
-                for start in range(0, len(pictures), 256)
-            ]
-            self._pixels = torch.cat(blocks)
+            with self.phases.phase(EXTRACT):
+                self._pixels = self._read_pixels(self.loaded.rows["image"])
         return self._pixels
+
+    def _read_pixels(self, pictures: Any) -> Tensor:
+        processor = self.backbone.model.image_processor
+        blocks = [
+            processor(
+                images=[image.convert("RGB") for image in pictures[start : start + 256]],
+                return_tensors="pt",
+            )["pixel_values"]
+            for start in range(0, len(pictures), 256)
+        ]
+        return torch.cat(blocks)
 
     def shifted_test(self, seed: int, shift: str) -> Rows:
         """Features of the test pictures of a seed, damaged."""
-        pictures = self.loaded.rows.select(self.pool.parts(seed).test)
-        found = self.backbone.features(shifted(pictures, shift))
+        parts = self.pool.parts(seed)
+        pictures = shifted(self.loaded.rows.select(parts.test), shift)
+        if self.backbone.is_scratch:  # trained again, to the same weights
+            rows = self.trained_rows(parts.train, seed, self._read_pixels(pictures["image"]))
+            asked = rows.select(range(len(self.labels), len(rows.labels)))
+            return asked._replace(labels=self.labels[parts.test])
+        found = self.backbone.features(pictures)
         return self.backbone.rows(found)
 
     def finetuned(self, seed: int) -> Voices:
         """Voices of a backbone that was trained on the training pictures of a seed."""
         parts = self.pool.parts(seed)
-        tuned = fine_tune(self.backbone.fresh(), self.loaded.rows, parts, seed, self.epochs)
+        with self.phases.phase(TRAIN):
+            tuned = fine_tune(
+                self.backbone.fresh(), self.loaded.rows, parts, seed, self.epochs,
+                self.loaded.entry.augmentation,
+            )  # fmt: skip
         found = self.backbone.features(self.loaded.rows, tuned.model)
         rows = self.backbone.rows(found, tuned.model)
         split = Split(*(rows.select(part) for part in parts))
         answers = [tuned.head_log_probs(found.features[part]) for part in parts[1:]]
         head = Arm(answers[0], answers[1], tuned.chosen)
-        return Voices(split, self.num_labels, seed, head)
+        return self.voices_of(split, seed, head)

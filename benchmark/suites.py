@@ -5,7 +5,7 @@ from typing import Any
 from backbones import BACKBONES, find_backbone
 from cache import unknown_name
 from cells import Cell
-from protocols import PROTOCOLS
+from protocols import FEW_PICTURES, PROTOCOLS
 from shifts import SHIFTS
 from tasks import find_task
 
@@ -114,7 +114,7 @@ def make_cells(
 
 
 def _variants(task: str, backbone: str, protocol: str, seed: int, shots: list[int]) -> list[Cell]:
-    if protocol == "lowdata":
+    if protocol in FEW_PICTURES:
         return [Cell(task, backbone, protocol, seed, shots=count) for count in shots]
     if protocol == "robustness":
         return [Cell(task, backbone, protocol, seed, shift=shift) for shift in SHIFTS]

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from cache import unknown_name
+from label_maps import LabelMap
 from offline_tasks import OFFLINE_TASKS
 
 HUB, FOLDER, NEWT = "hub:", "imagefolder:", "newt:"
@@ -44,6 +45,7 @@ class Task:
         group: column of what must stay on one side of a split.
         splits: names of its training, validation and test splits; None where there is none.
         train_from: a task that has the training pictures, where this one has test pictures only.
+        label_map: how its labels then name the classes of that task.
         classes: how many there are; 0 is unknown before it was read.
         pictures: how many there are, about; 0 is unknown.
         megabytes: of the download, about.
@@ -53,6 +55,8 @@ class Task:
         gated: whether its terms must be accepted on the Hub first.
         streamed: too large for a small disk: pictures go through, features stay.
         verified: whether id, columns and revision were checked against the Hub.
+        augmentation: that keeps the labels when a backbone is fine-tuned: `paper` (crops and
+            mirroring), `flip` or `none`.
         note: what to know about it.
     """
 
@@ -67,6 +71,7 @@ class Task:
     group: str | None = None
     splits: tuple[str, str | None, str | None] = ("train", None, "test")
     train_from: str | None = None
+    label_map: LabelMap = LabelMap.NAMES
     classes: int = 0
     pictures: int = 0
     megabytes: int = 0
@@ -76,6 +81,7 @@ class Task:
     gated: bool = False
     streamed: bool = False
     verified: bool = False
+    augmentation: str = "paper"
     note: str = ""
 
 
@@ -111,14 +117,16 @@ _HUB_TASKS = (
     ),
     _hub(
         "imagenet-v2", "ImageNet-V2, matched frequency", "vaishaal/ImageNetV2", 1_000, 10_000,
-        splits=("", None, "test"), train_from="imagenet-1k", megabytes=1_300, licence="MIT",
+        splits=("", None, "test"), train_from="imagenet-1k", label_map=LabelMap.NUMBERS,
+        megabytes=1_300, licence="MIT",
         citation="Recht et al., ICML 2019",
     ),
     _hub(
         "imagenet-r", "ImageNet-R (renditions)", "axiong/imagenet-r", 200, 30_000,
-        splits=("", None, "test"), train_from="imagenet-1k", megabytes=2_200, label="class_name",
+        splits=("", None, "test"), train_from="imagenet-1k", label_map=LabelMap.WNIDS,
+        megabytes=2_200, label="wnid",
         licence="MIT", citation="Hendrycks et al., ICCV 2021",
-        note="its class names must be those of imagenet-1k; others are refused by name",
+        note="its 200 classes are asked among all 1,000, which is harder than among themselves",
     ),
     _hub(
         "cifar10", "CIFAR-10", "uoft-cs/cifar10", 10, 60_000, image="img", megabytes=145,
@@ -151,9 +159,13 @@ _HUB_TASKS = (
 _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
     "openmoji": {"classes": 70, "pictures": 1_748, "citation": "OpenMoji project"},
     "openmoji-categories": {"classes": 9, "pictures": 1_898, "citation": "OpenMoji project"},
-    "digits": {"classes": 10, "pictures": 1_797, "citation": "Alpaydin and Kaynak, UCI 1998"},
+    "digits": {
+        "classes": 10, "pictures": 1_797, "citation": "Alpaydin and Kaynak, UCI 1998",
+        "augmentation": "none",  # of 8 x 8 pixels a crop loses strokes; a mirrored 2 is none
+    },
     "glyphs": {
         "classes": 62, "pictures": 1_178, "group": "group", "citation": "matplotlib's typefaces",
+        "augmentation": "none",  # a mirrored b is a d, and capitals differ by size
         "note": "no typeface family is on two sides of a split",
     },
 }  # fmt: skip

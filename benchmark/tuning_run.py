@@ -36,7 +36,12 @@ class Tuned:
 
 
 def fine_tune(
-    model: KnnForImageClassification, pictures: Any, parts: Parts, seed: int, epochs: int
+    model: KnnForImageClassification,
+    pictures: Any,
+    parts: Parts,
+    seed: int,
+    epochs: int,
+    augmentation: str,
 ) -> Tuned:
     """Trains all of a model; all ranks take part.
 
@@ -46,6 +51,7 @@ def fine_tune(
         parts: row numbers of the split.
         seed: of the head and the batches.
         epochs: passes over the training pictures.
+        augmentation: of the training pictures: `paper`, `flip` or `none`, as the task allows.
     """
     set_seed(seed)
     numbered = pictures.add_column("sample_id", list(range(len(pictures))))
@@ -55,11 +61,15 @@ def fine_tune(
             KnnTrainingArguments(
                 scratch, seed=seed, learning_rate=LEARNING_RATE, num_train_epochs=epochs,
                 per_device_train_batch_size=BATCH, weight_decay=WEIGHT_DECAY, warmup_steps=WARMUP,
+                augmentation=augmentation,
                 disable_tqdm=True, save_strategy="no", logging_strategy="no", report_to=[],
             ),
             train_dataset=numbered.select(parts.train),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    chosen = {"learning_rate": LEARNING_RATE, "epochs": epochs, "weight_decay": WEIGHT_DECAY}
+    chosen = {
+        "learning_rate": LEARNING_RATE, "epochs": epochs, "weight_decay": WEIGHT_DECAY,
+        "augmentation": augmentation,
+    }  # fmt: skip
     return Tuned(model, chosen)

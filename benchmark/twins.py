@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from cache import cache_root
 from cells import write_whole
-from loading import LoadedTask
+from loaded_task import LoadedTask
 from numpy.typing import NDArray
 
 from hf_knn import find_pairs, print_of

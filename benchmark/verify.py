@@ -12,9 +12,9 @@ import typer
 from backbones import BACKBONES, Backbone, find_backbone
 from datasets import load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
+from hub_loading import resolve_revision
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from loading import resolve_revision
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, Source, Task, find_task

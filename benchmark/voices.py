@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from phases import HEADS, STORE, TUNE, Phases
 from pool import Rows
 from torch import Tensor
 
@@ -70,17 +71,26 @@ class Voices:
         num_labels: C.
         seed: of the heads.
         head: one that was trained already; None fits a linear one.
+        phases: told how long things take.
     """
 
-    def __init__(self, split: Split, num_labels: int, seed: int, head: Arm | None = None) -> None:
-        self.given_head = head
+    def __init__(
+        self,
+        split: Split,
+        num_labels: int,
+        seed: int,
+        head: Arm | None = None,
+        phases: Phases | None = None,
+    ) -> None:
+        self.given_head, self.phases = head, phases or Phases()
         self.split, self.num_labels, self.seed = split, num_labels, seed
         self.has_validation = len(split.validation.labels) > 0
 
     @cached_property
     def store(self) -> Datastore:
         """The training pictures."""
-        return Datastore.from_features(self.split.train.store, self.split.train.labels)
+        with self.phases.phase(STORE):
+            return Datastore.from_features(self.split.train.store, self.split.train.labels)
 
     @cached_property
     def near_validation(self) -> Neighbors:
@@ -95,7 +105,8 @@ class Voices:
     def search(self, store: Datastore, rows: Rows) -> Neighbors:
         """The nearest rows of a store, as many as any cell asks for."""
         chosen_on = len(self.split.validation.labels) or len(self.split.train.labels)
-        return store.search(rows.store, widest(len(store), self.num_labels, chosen_on))
+        with self.phases.phase(TUNE):
+            return store.search(rows.store, widest(len(store), self.num_labels, chosen_on))
 
     @cached_property
     def head(self) -> Arm:
@@ -109,6 +120,10 @@ class Voices:
         **settings: Any,
     ) -> Arm:
         """Linear heads of some configurations; the best on validation answers."""
+        with self.phases.phase(HEADS):
+            return self._probe(configs, own, **settings)
+
+    def _probe(self, configs: Sequence[ProbeConfig], own: Tensor | None, **settings: Any) -> Arm:
         train, validation, test = self.split
         heads = fit_heads(train, self.num_labels, configs, self.seed, own, **settings)
         if not self.has_validation:
@@ -125,7 +140,9 @@ class Voices:
         """The `TuneResult` of the plain head beside the neighbours."""
         head = self.head.validation
         assert head is not None
-        return tune(self.near_validation, head, self.split.validation.labels, self.num_labels)
+        near, labels = self.near_validation, self.split.validation.labels
+        with self.phases.phase(TUNE):
+            return tune(near, head, labels, self.num_labels)
 
     @cached_property
     def knn(self) -> Arm:
@@ -177,7 +194,9 @@ class Voices:
     @cached_property
     def own_votes(self) -> Tensor:
         """[N] leave-one-out log p_knn of each training picture, at the likeliest k and T."""
-        return leave_one_out(self.store, self.split.train, self.num_labels)
+        store = self.store
+        with self.phases.phase(TUNE):
+            return leave_one_out(store, self.split.train, self.num_labels)
 
 
 def fit_heads(

@@ -2,9 +2,11 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +22,21 @@ from report_clean import without_near_duplicates
 from report_document import Figures, Gallery, Text
 from report_markdown import write_markdown
 from report_page import render_html, write_html
-from report_pairs import Across, Comparison, across_pairs, comparisons_of, differences_of, nll_of
+from report_pairs import (
+    Across,
+    Comparison,
+    across_pairs,
+    comparisons_of,
+    differences_of,
+    nll_of,
+    shared_arms,
+)
 from report_pictures import Picture, PicturesMissingError, galleries, local_pictures, pick
 from report_sections import heat_section
 from report_statistics import signed_rank
 from report_summary import across_line, summary_lines, where_not
 from report_table import as_dataset
+from report_trackio import log_to_trackio
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 from typer.testing import CliRunner
@@ -440,3 +451,21 @@ def test_the_command_refuses_in_one_line(small):
     assert not (small / "report.md").exists()
     found = CliRunner().invoke(app, [str(small), "--push", "a/b", "--output", "x"])
     assert found.exit_code == 2
+
+
+def test_results_are_logged_to_trackio(results, monkeypatch):
+    """A run per setting and arm, a step per split, with the numbers of the cells."""
+    logged: list[tuple[str, list[dict[str, float]]]] = []
+    fake = SimpleNamespace(
+        init=lambda **options: logged.append((options["name"], [])),
+        log=lambda numbers: logged[-1][1].append(numbers), finish=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    assert log_to_trackio(results, "mine") == len(logged)
+    settings = results.settings()
+    assert len(logged) == sum(len(shared_arms(cells)) for cells in settings.values())
+    setting, cells = next(iter(settings.items()))
+    name = ", ".join([*setting.pair, setting.protocol, *filter(None, [setting.detail]), "head"])
+    steps = dict(logged)[name]
+    assert [step["seed"] for step in steps] == [cell.seed for cell in cells]
+    assert steps[0]["test_top1"] == cells[0].arms["head"]["test"]["top1"]

@@ -6,20 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+import estimates
 import numpy as np
+import phases
 import pytest
-import runner
 import scratch as scratch_module
 import torch
 from backbones import find_backbone
 from cells import Cell, is_finished
-from export import as_dataset
 from folder import locked
 from loading import load_task
+from losses import linear_arms
 from peers import PEERS
+from phases import EXTRACT, HEADS, LOAD, MEASURE, PHASES, STORE, TUNE, Phases
+from phases import PEERS as PEERS_PHASE
 from pictures import picture, small_backbone, small_processor, write_folder
 from pool import OpenBackbone
-from protocols import PROTOCOLS, linear_arms
+from protocols import PROTOCOLS
+from report_cells import load_results
+from report_table import as_dataset
 from run import app
 from runner import Options, Run
 from sklearn.metrics import balanced_accuracy_score
@@ -31,7 +37,7 @@ from voices import PLAIN, choose_weight
 from hf_knn import Neighbors, default_grid, knn_log_probs, tune
 
 ROOT = Path(__file__).parents[1]
-FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "robustness"]
+FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_heads", "robustness"]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,9 @@ def test_every_cell_holds_what_the_report_reads(finished):
         assert document["task"]["label_names"] == ["a", "b", "c"]
         assert document["provenance"]["world_size"] == 1
         assert document["peak_memory_bytes"] > 1e6
+        assert set(document["seconds"]) <= set(PHASES)
+        assert document["seconds"][MEASURE] > 0
+        assert document["rates"].keys() <= document["seconds"].keys()
         count = document["data"]["test"]
         assert len(arrays["ids"]) == len(arrays["groups"]) == len(arrays["near_duplicate"]) == count
         for name in document["arms"]:
@@ -113,11 +122,20 @@ def test_the_arms_are_those_of_the_contract(finished):
         "linear": {"plain", "reweighted", "focal", "shuffled", "constant", "blend", "knn"},
         "complementarity": {"head", "knn", "blend"},
         "lowdata": {"head", "ridge", "knn", "blend", "fixed"},
+        "lowdata_heads": {
+            "plain",
+            "reweighted",
+            "focal",
+            "shuffled",
+            "constant",
+            "ridge",
+            "blend_ridge",
+        },
         "robustness": {"head", "knn", "blend", "fixed", "dino"},
     }
     alone = {*PEERS, "dino", "knn"}
     wanted["peers"] = alone | {"head"} | {f"blend:head+{name}" for name in alone}
-    wanted["peers"] |= {f"blend:{name}+knn" for name in PEERS}
+    wanted["peers"] |= {f"blend:{name}+knn" for name in PEERS} | {"knn_grid", "blend"}
     for cell in cells:
         document, _ = read(folder, cell)
         assert set(document["arms"]) == wanted[cell.protocol], cell.protocol
@@ -174,23 +192,50 @@ def test_backbones_that_are_trained(place, tmp_path, monkeypatch):
     trained = cells_of(place, ["finetune"])
     scratch = [cell._replace(backbone="tiny-vit") for cell in cells_of(place, ["knn", "lowdata"])]
     scratch += [scratch[-1]._replace(shots=4)]
+    scratch += [scratch[0]._replace(protocol="robustness", shift="brightness")]
     done = run(place, tmp_path / "one", [*trained, *scratch], epochs=1)
     assert done.failures == []
     again = run(place, tmp_path / "two", scratch, epochs=1)
     for cell in scratch:  # the same training gives the same numbers
         assert read(done.folder, cell)[0]["arms"] == read(again.folder, cell)[0]["arms"]
-    sizes = read(done.folder, scratch[-1])[0]["data"]
+    sizes = read(done.folder, scratch[-2])[0]["data"]
     assert (sizes["train"], sizes["validation"]) == (9, 3)  # one of four to choose on
     assert set(read(done.folder, trained[0])[0]["arms"]) == {"head", "knn", "blend", "fixed"}
 
 
 def test_the_table_has_a_row_per_cell_and_arm(finished):
     folder, cells = finished
-    table = as_dataset(folder)
+    table = as_dataset(load_results(folder))
     assert len(table) == sum(len(read(folder, cell)[0]["arms"]) for cell in cells)
     knn = table.filter(lambda row: row["protocol"] == "knn" and row["arm"] == "blend")[0]
     document, _ = read(folder, next(cell for cell in cells if cell.protocol == "knn"))
     assert knn["test_top1"] == document["arms"]["blend"]["test"]["top1"]
+
+
+def test_time_is_charged_to_what_took_it(finished):
+    folder, cells = finished
+    first, *rest = (read(folder, cell)[0] for cell in cells if cell.protocol != "robustness")
+    assert {LOAD, EXTRACT, HEADS, STORE, TUNE, MEASURE} <= first["seconds"].keys()
+    assert (first["images"], first["rates"][EXTRACT]) == (36, 36 / first["seconds"][EXTRACT])
+    assert first["images_per_second"] >= first["rates"][EXTRACT]
+    for document in rest:  # loaded, extracted and stored once for all protocols of a split
+        assert not {LOAD, EXTRACT} & document["seconds"].keys()
+        assert (document["images"], document["images_per_second"]) == (0, None)
+    for cell in cells:
+        document, _ = read(folder, cell)
+        assert (PEERS_PHASE in document["seconds"]) == (cell.protocol == "peers")
+        if cell.protocol == "robustness":
+            assert 0 < document["images"] <= document["data"]["test"]  # some come out equal
+
+
+def test_a_phase_inside_another_is_taken_out_of_it(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 10.0, 10.5])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(times))
+    found = Phases()
+    with found.phase(MEASURE), found.phase(HEADS):  # 0 to 10, of which 1 to 3 are a head's
+        pass
+    assert found.take()[0] == {MEASURE: 8.0, HEADS: 2.0}
+    assert found.take() == ({}, 0, 0.0)
 
 
 # ---- going on -----------------------------------------------------------------------------------
@@ -301,6 +346,16 @@ def test_bad_options_are_one_clear_line(arguments, message):
     assert message in " ".join((said.output + str(said.exception)).replace("│", " ").split())
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2_000_000})
+    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda place: usage)
+    arguments = ["--suite", "offline", "--task", "openmoji", "-o", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1
+    assert "MB of free disk for this run, but" in said.output + str(said.exception)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- ranks and kills ----------------------------------------------------------------------------
 
 
@@ -316,16 +371,22 @@ def command(place: Path, output: Path, launcher: list[str]) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "benchmark" / "run.py"), *arguments]
 
 
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    # as benchmark/README.md says it; with --cpu accelerate starts one process without saying so
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_give_the_numbers_of_one(place, tmp_path):
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, launcher in {"one": [], "two": two}.items():
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks_give_the_numbers_of_one(launcher, place, tmp_path):
+    for name, start in {"one": [], "two": LAUNCHERS[launcher]}.items():
         done = subprocess.run(
-            command(place, tmp_path / name, launcher), env=os.environ | ENVIRONMENT,
+            command(place, tmp_path / name, start), env=os.environ | ENVIRONMENT,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -354,4 +415,4 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(after, place, tmp_p
 
 
 def test_peak_memory_is_in_bytes():
-    assert 5e7 < runner.peak_memory() < 1e12
+    assert 5e7 < bench.peak_memory() < 1e12

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from cache import build_once, cache_root, versioned
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
 from offline_tasks import (
@@ -177,6 +177,7 @@ def test_loading_leaves_the_drawn_folder_as_it_is(shared_cache):
 # subsets and splits
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(st.lists(st.sampled_from("abcdefg"), max_size=120), st.integers(8, 130))
 def test_select_rows_properties(values, limit):
     rows, names = select_rows(values, limit)
@@ -190,6 +191,7 @@ def test_select_rows_properties(values, limit):
         assert count == total[name] or count >= max(counts.values()) - 1
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=150),
     st.integers(0, 5),
