@@ -1,5 +1,6 @@
 """Search with faiss. The only file that imports it."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,6 @@ import numpy as np
 
 from .first_pass import Ints, Limits, Singles, float32_rounding, limits
 from .manifest import DatastoreError
-
-try:
-    import faiss
-except ImportError:  # a missing CUDA runtime of faiss-gpu is a RuntimeError, and stays one
-    faiss = None  # type: ignore[assignment]
 
 FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
 
@@ -32,9 +28,19 @@ _LARGEST_NUMBER = 4096
 """Numbers in a factory string other than the lists of an IVF: links, sub-vectors, widths."""
 
 
+@functools.cache
+def _faiss() -> Any:
+    """The library, or None; imported by the first search, so that starting does not wait for it."""
+    try:
+        import faiss
+    except ImportError:  # a missing CUDA runtime of faiss-gpu is a RuntimeError, and stays one
+        return None
+    return faiss
+
+
 def has_faiss() -> bool:
     """Whether faiss can be used for search."""
-    return faiss is not None
+    return _faiss() is not None
 
 
 def require_faiss(why: str) -> None:
@@ -46,7 +52,7 @@ def require_faiss(why: str) -> None:
     Raises:
         ImportError: naming the extra to install.
     """
-    if faiss is None:
+    if not has_faiss():
         raise ImportError(f"faiss is not installed, and {why} needs it; {FAISS_HINT}.")
 
 
@@ -64,9 +70,9 @@ class FaissFlat:
         self.owner = with_ids  # kept: it owns the index inside
         self.index: Any
         if with_ids is None:
-            self.index = faiss.IndexFlatIP(rows.shape[1])
+            self.index = _faiss().IndexFlatIP(rows.shape[1])
         else:
-            self.index = faiss.downcast_index(with_ids.index)
+            self.index = _faiss().downcast_index(with_ids.index)
         self.index.add(rows)
         self.rounding = float32_rounding(rows.shape[1])
 
@@ -139,7 +145,7 @@ class FaissApproximate:
             lists: [N] int64, the list of each row.
             is_l2: compare by distance instead of inner product.
         """
-        index = faiss.index_factory(rows.shape[1], spec, _metric(is_l2))
+        index = _faiss().index_factory(rows.shape[1], spec, _metric(is_l2))
         inverted = _inverted_lists(index)
         assert inverted is not None
         inverted.quantizer.reset()
@@ -153,7 +159,10 @@ class FaissApproximate:
             part = slice(start, start + _ADD_ROWS)
             block, wanted = np.ascontiguousarray(rows[part]), np.ascontiguousarray(lists[part])
             inverted.add_core(
-                len(block), faiss.swig_ptr(block), faiss.swig_ptr(ids[part]), faiss.swig_ptr(wanted)
+                len(block),
+                _faiss().swig_ptr(block),
+                _faiss().swig_ptr(ids[part]),
+                _faiss().swig_ptr(wanted),
             )
         return cls(index, {})
 
@@ -220,13 +229,13 @@ class FaissApproximate:
         Returns:
             False where this faiss has no GPUs, or none that can search this kind of index.
         """
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        if not hasattr(_faiss(), "StandardGpuResources") or _faiss().get_num_gpus() == 0:
             return False
-        options = faiss.GpuMultipleClonerOptions()
+        options = _faiss().GpuMultipleClonerOptions()
         options.shard, options.useFloat16 = len(gpus) > 1, float16
-        resources = [faiss.StandardGpuResources() for _ in gpus]
+        resources = [_faiss().StandardGpuResources() for _ in gpus]
         try:
-            self.on_gpus = faiss.index_cpu_to_gpu_multiple_py(
+            self.on_gpus = _faiss().index_cpu_to_gpu_multiple_py(
                 resources, self.index, options, list(gpus)
             )
         except RuntimeError:  # HNSW, for one
@@ -240,9 +249,9 @@ class FaissApproximate:
             parameters: `nprobe` or `efSearch`, >= 1.
         """
         for name, value in parameters.items():
-            faiss.ParameterSpace().set_index_parameter(self.index, name, value)
+            _faiss().ParameterSpace().set_index_parameter(self.index, name, value)
             if self.on_gpus is not None:
-                faiss.GpuParameterSpace().set_index_parameter(self.on_gpus, name, value)
+                _faiss().GpuParameterSpace().set_index_parameter(self.on_gpus, name, value)
             self.parameters[name] = value
 
     def _wide_enough(self, count: int) -> Any:
@@ -252,15 +261,15 @@ class FaissApproximate:
             return None
         needed = -(-_CANDIDATES_IN_REACH * count * lists.nlist // max(1, self.index.ntotal))
         nprobe = min(lists.nlist, max(self.parameters.get("nprobe", 1), needed))
-        library: Any = faiss  # its stubs do not know these constructors
+        library = _faiss()
         parameters = library.SearchParametersIVF(nprobe=nprobe)
-        kind = faiss.downcast_index(self.index)
-        if isinstance(kind, faiss.IndexIVF):
+        kind = _faiss().downcast_index(self.index)
+        if isinstance(kind, _faiss().IndexIVF):
             return parameters
-        if isinstance(kind, faiss.IndexPreTransform):
+        if isinstance(kind, _faiss().IndexPreTransform):
             return library.SearchParametersPreTransform(index_params=parameters)
         # wrappers that take no parameters of what is inside
-        faiss.ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
+        _faiss().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
         return None
 
     def tunable(self) -> tuple[str, int] | None:
@@ -268,14 +277,14 @@ class FaissApproximate:
         lists = _inverted_lists(self.index)
         if lists is not None:
             return "nprobe", lists.nlist
-        if isinstance(faiss.downcast_index(self.index), faiss.IndexHNSW):
+        if isinstance(_faiss().downcast_index(self.index), _faiss().IndexHNSW):
             return "efSearch", 4096
         return None
 
     def centroids(self) -> Singles | None:
         """[n, D'] centroids of an inverted-file index without transforms; None for others."""
-        lists = faiss.downcast_index(self.index)
-        if not isinstance(lists, faiss.IndexIVF):
+        lists = _faiss().downcast_index(self.index)
+        if not isinstance(lists, _faiss().IndexIVF):
             return None
         return lists.quantizer.reconstruct_n(0, lists.nlist)
 
@@ -315,7 +324,7 @@ def empty_index(spec: str, width: int, count: int, is_l2: bool) -> Any:
             f"but got {spec!r}."
         )
     try:
-        index = faiss.index_factory(width, spec, _metric(is_l2))
+        index = _faiss().index_factory(width, spec, _metric(is_l2))
     except RuntimeError as error:
         raise ValueError(
             f"Expected `index` to be auto, flat or a faiss factory string, but got {spec!r}: "
@@ -325,7 +334,7 @@ def empty_index(spec: str, width: int, count: int, is_l2: bool) -> Any:
 
 
 def _metric(is_l2: bool) -> int:
-    return faiss.METRIC_L2 if is_l2 else faiss.METRIC_INNER_PRODUCT
+    return _faiss().METRIC_L2 if is_l2 else _faiss().METRIC_INNER_PRODUCT
 
 
 def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:
@@ -338,8 +347,8 @@ def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:
         is_l2: squared distances instead of inner products.
     """
     width = rows.shape[1]
-    flat = faiss.IndexFlatL2(width) if is_l2 else faiss.IndexFlatIP(width)
-    index = faiss.IndexIDMap2(flat)
+    flat = _faiss().IndexFlatL2(width) if is_l2 else _faiss().IndexFlatIP(width)
+    index = _faiss().IndexIDMap2(flat)
     index.add_with_ids(rows, ids)
     _write(path, index)
 
@@ -356,9 +365,9 @@ def read_flat(file: BinaryIO, ids: Ints, width: int) -> FaissFlat:
         DatastoreError: for a file that faiss cannot read within the limits, or other rows.
     """
     index = _read(file, len(ids))
-    wanted = faiss.IndexIDMap2(faiss.IndexFlatIP(width))
+    wanted = _faiss().IndexIDMap2(_faiss().IndexFlatIP(width))
     _check_same_kind(_name_of(file), index, wanted, len(ids))
-    if not np.array_equal(faiss.vector_to_array(index.id_map), ids):
+    if not np.array_equal(_faiss().vector_to_array(index.id_map), ids):
         raise DatastoreError(
             f"Expected {_name_of(file)} to hold the ids of the rows; save it again."
         )
@@ -368,9 +377,9 @@ def read_flat(file: BinaryIO, ids: Ints, width: int) -> FaissFlat:
 def _write(path: Path, index: Any) -> None:
     """Writes through a file of Python's, whose errors say that the disk is full."""
     with path.open("wb") as file:
-        library: Any = faiss  # its stubs do not know the callbacks
+        library = _faiss()
         writer = library.PyCallbackIOWriter(file.write)
-        faiss.write_index(index, writer)
+        _faiss().write_index(index, writer)
         del writer  # what it still holds goes to the file now
 
 
@@ -378,9 +387,9 @@ def _read(file: BinaryIO, count: int) -> Any:
     """Reads from the open file that was hashed, whatever has its name by now."""
     with _deserialization_limits(os.fstat(file.fileno()).st_size, count):
         file.seek(0)
-        library: Any = faiss
+        library = _faiss()
         try:
-            return faiss.read_index(library.PyCallbackIOReader(file.read))
+            return _faiss().read_index(library.PyCallbackIOReader(file.read))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
             raise DatastoreError(f"Expected {_name_of(file)} to be an index: {reason}") from error
@@ -393,21 +402,21 @@ def _name_of(file: BinaryIO) -> str:
 @contextmanager
 def _deserialization_limits(size: int, count: int) -> Iterator[None]:
     """Lets faiss allocate what a file of that size, and that many rows, can need."""
-    byte_limit = faiss.get_deserialization_vector_byte_limit()
-    loop_limit = faiss.get_deserialization_loop_limit()
-    faiss.set_deserialization_vector_byte_limit(size)
-    faiss.set_deserialization_loop_limit(max(count, 2**16))
+    byte_limit = _faiss().get_deserialization_vector_byte_limit()
+    loop_limit = _faiss().get_deserialization_loop_limit()
+    _faiss().set_deserialization_vector_byte_limit(size)
+    _faiss().set_deserialization_loop_limit(max(count, 2**16))
     try:
         yield
     finally:
-        faiss.set_deserialization_vector_byte_limit(byte_limit)
-        faiss.set_deserialization_loop_limit(loop_limit)
+        _faiss().set_deserialization_vector_byte_limit(byte_limit)
+        _faiss().set_deserialization_loop_limit(loop_limit)
 
 
 def _check_same_kind(name: str, index: Any, wanted: Any, count: int) -> None:
     """Refuses an index, or one inside it, of another class, width, metric or number of rows."""
-    found: Any = faiss.downcast_index(index)
-    asked: Any = faiss.downcast_index(wanted)
+    found: Any = _faiss().downcast_index(index)
+    asked: Any = _faiss().downcast_index(wanted)
     facts = {
         "class": (_class_of(found), _class_of(asked)),
         "d": (found.d, asked.d),
@@ -420,9 +429,9 @@ def _check_same_kind(name: str, index: Any, wanted: Any, count: int) -> None:
     for fact, (mine, theirs) in facts.items():
         if mine != theirs:
             raise DatastoreError(f"Expected {name} to have {fact} {theirs}, but got {mine}.")
-    if isinstance(found, faiss.IndexIVF):
+    if isinstance(found, _faiss().IndexIVF):
         _check_same_kind(name, found.quantizer, asked.quantizer, found.nlist)
-    elif isinstance(found, faiss.IndexHNSW):
+    elif isinstance(found, _faiss().IndexHNSW):
         _check_same_kind(name, found.storage, asked.storage, count)
     elif hasattr(asked, "index"):  # IDMap, PreTransform, Refine
         _check_same_kind(name, found.index, asked.index, count)
@@ -435,6 +444,6 @@ def _class_of(index: Any) -> str:
 
 def _inverted_lists(index: Any) -> Any:
     try:
-        return faiss.extract_index_ivf(index)
+        return _faiss().extract_index_ivf(index)
     except RuntimeError:  # not an inverted file
         return None

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoImageProcessor, BitImageProcessor, PreTrainedConfig
+import transformers
+from transformers import PreTrainedConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
+# the classes of processors are taken from `transformers` when one is made: they import slowly
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -23,7 +25,7 @@ def load_processor(name: str, config: PreTrainedConfig | None = None, **options:
         name, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **lookup
     )
     if found is not None:
-        return AutoImageProcessor.from_pretrained(name, **options)
+        return transformers.AutoImageProcessor.from_pretrained(name, **options)
     settings = getattr(config, "pretrained_cfg", None)
     return _from_timm(settings) if settings else None
 
@@ -38,7 +40,7 @@ def portable(processor: Any) -> Any:
     return processor if settings is None else _from_timm(settings)
 
 
-def _from_timm(settings: Mapping[str, Any]) -> BitImageProcessor:
+def _from_timm(settings: Mapping[str, Any]) -> Any:
     """Timm's evaluation transform: resize to size / crop_pct, centre crop, normalise."""
     _, height, width = settings.get("input_size", (3, 224, 224))
     crop_share = settings.get("crop_pct") or 0.875
@@ -46,7 +48,7 @@ def _from_timm(settings: Mapping[str, Any]) -> BitImageProcessor:
     size = {"shortest_edge": min(resized)}
     if settings.get("crop_mode") == "squash" or height != width:
         size = {"height": resized[0], "width": resized[1]}
-    return BitImageProcessor(
+    return transformers.BitImageProcessor(
         size=size,
         crop_size={"height": height, "width": width},
         resample=_RESAMPLING.get(settings.get("interpolation", "bicubic"), 3),

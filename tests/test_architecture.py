@@ -319,6 +319,16 @@ def test_the_console_script_is_light():
     assert loaded & {"torch", "transformers", "hf_knn", "datasets", "faiss", "numpy"} == set()
 
 
+def test_importing_the_package_takes_little_beyond_transformers():
+    """What is needed later is imported later: seconds cannot be asserted, but modules can."""
+    loaded = imported_by("hf_knn", ROOT)
+    assert {"hf_knn.modeling_knn", "torch", "transformers"} <= loaded
+    late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer"}
+    late |= {"onnxruntime", "openvino", "pymilvus", "transformers.trainer"}
+    late |= {"transformers.image_processing_utils", "hf_knn.trainer", "hf_knn.features"}
+    assert loaded & late == set()
+
+
 def test_a_heavy_console_script_would_be_noticed(tmp_path):
     (tmp_path / "heavy.py").write_text("import typer\nimport numpy\n")
     assert "numpy" in imported_by("heavy", tmp_path)

@@ -1,4 +1,4 @@
-"""From JPEG files to features: our backends, PyTorch, transformers' pipeline and plain timm.
+"""From JPEG files to features: our backends, eager PyTorch, transformers' pipeline, plain timm.
 
 Beside the rates stand their limits: the forward pass alone with pixels in memory, decoding alone,
 processing alone, and what the three leave when they share the cores.
@@ -39,7 +39,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this
 
 from backbones import build_backbone
 
-PEER, PIPELINE, PLAIN = "hf_knn, torch", "transformers pipeline", "plain timm"
+EAGER, TORCH = "torch eager", "hf_knn, torch"
+PIPELINE, PLAIN = "transformers pipeline", "plain timm"
 OURS = {"hf_knn, onnx": "onnx", "hf_knn, openvino": "openvino"}
 MODELS = {"efficientnet-lite0": "tf_efficientnet_lite0", "vit-tiny": "vit_tiny_patch16_224"}
 _NEEDED = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -76,6 +77,18 @@ def plain_timm(model: nn.Module, files: list[Path]) -> Tensor:
                 transform(Image.open(path).convert("RGB")) for path in files[start : start + _BATCH]
             ]
             found.append(model(torch.stack(batch)))
+    return torch.cat(found)
+
+
+def torch_eager(model: nn.Module, processor: Any, files: list[Path]) -> Tensor:
+    """The same decoder, processor and pooling as ours, batch by batch, as one writes it first."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(files), _BATCH):
+            pictures = [decode_image(path) for path in files[start : start + _BATCH]]
+            pixels = processor(images=pictures, return_tensors="pt")["pixel_values"].contiguous()
+            hidden = model(pixel_values=pixels).last_hidden_state
+            found.append(hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, 0])
     return torch.cat(found)
 
 
@@ -182,21 +195,27 @@ def main(
         )
         features[backend] = found.features
 
-    contestants: dict[str, Callable[[], object]] = {PEER: lambda: ours("torch", fewer)}
+    def eager() -> None:
+        features[EAGER] = torch_eager(backbone, processor, some)
+
+    contestants: dict[str, Callable[[], object]] = {
+        EAGER: eager,
+        TORCH: lambda: ours("torch", fewer),
+    }
     for title, name in OURS.items():
         if name in backends:
             contestants[title] = partial(ours, name, rows)
     contestants[PIPELINE] = lambda: peer_pipe([str(path) for path in some], batch_size=_BATCH)
     contestants[PLAIN] = lambda: plain_timm(plain, some)
-    shares = dict.fromkeys((PEER, PIPELINE, PLAIN), part / pictures)
+    shares = dict.fromkeys((EAGER, TORCH, PIPELINE, PLAIN), part / pictures)
     with TemporaryDirectory() as scratch:
         os.environ["HF_KNN_CACHE"] = scratch  # after the pictures were found: graphs of this run
-        timings = compare(contestants, PEER, rounds, shares)
+        timings = compare(contestants, EAGER, rounds, shares)
         (graph,) = Path(scratch).rglob("graph.onnx")
         alone = limits(files, processor, graph, backends)
-    wanted = features["torch"]
+    wanted = features[EAGER]
     agreement = {}
-    for name in backends:
+    for name in ["torch", *backends]:
         mine = features[name][: len(wanted)]
         gap = float(((mine - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
         same = float((nearest(mine) == nearest(wanted)).double().mean())
@@ -210,7 +229,7 @@ def main(
     print(json.dumps({"rates": rates, "alone": alone, "reached": reached, **agreement}, indent=2))
     place = output or Path(f"outputs/speed/extraction-{model}.json")
     report(
-        f"{pictures} JPEG files of 500 x 375, {model}", timings, PEER, place, model=model,
+        f"{pictures} JPEG files of 500 x 375, {model}", timings, EAGER, place, model=model,
         pictures=pictures, pictures_per_second=rates, limits=alone, share_of_forward=reached,
         agreement=agreement,
     )  # fmt: skip
