@@ -1,16 +1,21 @@
 """A kill in the middle of an extraction, and ten thousand malformed pictures."""
 
 import io
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
@@ -112,11 +117,8 @@ def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
             return bytes(head)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnx"])
-def test_ten_thousand_malformed_pictures(backend: str) -> None:
-    """No crash: a row has features if and only if the decoder takes it, else its reason."""
-    chance, known = random.Random(0), list(originals().values())
-    files = [mutated(chance.choice(known), chance.choice(known), chance) for _ in range(MALFORMED)]
+def assert_each_row_is_told(files: list[bytes], backend: str) -> int:
+    """Features if and only if the decoder takes a row, else its reason; how many were bad."""
     reasons: dict[int, str] = {}
     for row, data in enumerate(files):
         try:
@@ -126,7 +128,6 @@ def test_ten_thousand_malformed_pictures(backend: str) -> None:
         else:
             assert image.mode == "RGB"
             assert image.width * image.height <= 64e6
-    assert MALFORMED / 4 < len(reasons) < MALFORMED
     kinds = Features({"image": ImageColumn(), "label": ClassLabel(names=["a", "b", "c"])})
     cells = [{"bytes": data, "path": f"{row}.jpg"} for row, data in enumerate(files)]
     rows = Dataset.from_dict({"image": cells, "label": [0] * len(cells)}, features=kinds)
@@ -136,5 +137,44 @@ def test_ten_thousand_malformed_pictures(backend: str) -> None:
         )
         assert {bad.row: bad.reason for bad in found.skipped} == reasons
         assert [bad.path for bad in found.skipped] == [f"{row}.jpg" for row in sorted(reasons)]
-        assert sorted(found.ids.tolist() + list(reasons)) == list(range(MALFORMED))
+        assert sorted(found.ids.tolist() + list(reasons)) == list(range(len(files)))
         assert found.features.isfinite().all()
+    return len(reasons)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_ten_thousand_malformed_pictures(backend: str) -> None:
+    chance, known = random.Random(0), list(originals().values())
+    files = [mutated(chance.choice(known), chance.choice(known), chance) for _ in range(MALFORMED)]
+    assert MALFORMED / 4 < assert_each_row_is_told(files, backend) < MALFORMED
+
+
+@pytest.fixture(scope="module")
+def pictures_of_pillow(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Pillow's own test pictures, from its source distribution: odd, broken and hostile ones."""
+    name = f"pillow-{PIL.__version__}.tar.gz"
+    place = tmp_path_factory.mktemp("pillow") / name
+    accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
+    try:
+        with urlopen(
+            Request("https://pypi.org/simple/pillow/", headers=accept), timeout=60
+        ) as page:
+            (url,) = (f["url"] for f in json.load(page)["files"] if f["filename"] == name)
+        with urlopen(url, timeout=300) as answer, place.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+    except OSError as error:
+        pytest.skip(f"Pillow's source distribution could not be downloaded: {error}")
+    found = []
+    with tarfile.open(place) as archive:
+        for member in archive:
+            if member.isfile() and "/Tests/images/" in member.name:
+                file = archive.extractfile(member)
+                assert file is not None
+                found.append(file.read())
+    return found
+
+
+def test_the_pictures_that_pillow_is_tested_with(pictures_of_pillow: list[bytes]) -> None:
+    assert len(pictures_of_pillow) > 900
+    bad = assert_each_row_is_told(pictures_of_pillow, "torch")
+    assert 100 < bad < len(pictures_of_pillow) - 100
