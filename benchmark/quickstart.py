@@ -87,7 +87,7 @@ def _write(
     draw_task(first, rows, output / "neighbors.png")
     checkpoint = output / "checkpoint"
     assert first.model.datastore is not None
-    first.model.datastore.source = {"dataset": first.task, "split": "train, seed 0"}
+    first.model.datastore.source |= {"dataset": first.task, "split": "train, seed 0"}
     first.model.save_pretrained(checkpoint)
     query = output / "query.png"
     rows[first.test_rows[0]]["image"].save(query)

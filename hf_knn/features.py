@@ -52,6 +52,7 @@ class ImageFeatures:
         gives_ids: whether a row tells its sample id, as a trainer wants.
         groups: [N] int64, which rows belong together (one patient, one camera) and must be on the
             same side of every split; None where each row is its own.
+        backend: what encoded the pictures, `torch`, `onnx` or `openvino`; empty if unknown.
     """
 
     features: Tensor
@@ -65,6 +66,7 @@ class ImageFeatures:
     knn_log_probs: Tensor | None = None
     gives_ids: bool = False
     groups: Tensor | None = None
+    backend: str = ""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -163,7 +165,8 @@ def extract_features(
     started = time.perf_counter()
     computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
     elapsed = time.perf_counter() - started
-    return _collect(table, rows, labels, groups, computed, elapsed)
+    found = _collect(table, rows, labels, groups, computed, elapsed)
+    return replace(found, backend=chosen)
 
 
 def _fill(

@@ -177,7 +177,8 @@ class Manifest:
         blobs: the row files, in row order.
         faiss_index: the serialized index, if one was written.
         binding: the checkpoint it belongs to; None for a datastore saved alone.
-        source: dataset id, revision and split the rows came from, as far as known.
+        source: dataset id, revision and split the rows came from, and the backend that encoded
+            them, as far as known.
     """
 
     num_rows: int

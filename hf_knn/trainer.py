@@ -178,6 +178,8 @@ class KnnTrainer(HubTrainer):
             self.train_features = features
         self.model.datastore = self._store_of(features)
         self.model.datastore.digest = made_by(self.model)
+        if features.backend:
+            self.model.datastore.source["backend"] = features.backend
         self._datastore_step = self.state.global_step
         return self.model.datastore
 

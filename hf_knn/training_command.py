@@ -126,7 +126,7 @@ def train_pictures(options: TrainOptions) -> None:
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
         source = source_of(options.pictures, splits["train"])
-        model.datastore.source = source
+        model.datastore.source |= source
         if model.measured is not None:
             model.measured |= {"dataset": source["dataset"], "split": "test"}
         if options.show_neighbors:

@@ -68,6 +68,7 @@ def test_two_poolings_and_a_cache_of_its_own(backend: str, knn_cache: Path) -> N
     wanted = run(model, rows, backend="torch")
     found = run(model, rows, backend=backend)
     assert (found.computed, run(model, rows, backend=backend).computed) == (len(LABELS), 0)
+    assert (wanted.backend, found.backend) == ("torch", backend)
     torch.testing.assert_close(found.features, wanted.features, rtol=1e-4, atol=1e-4)
     assert len(list(knn_cache.rglob("graph.onnx"))) == 1
     about = [json.loads(path.read_text()) for path in knn_cache.rglob("about.json")]

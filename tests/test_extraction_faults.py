@@ -168,9 +168,9 @@ def pictures_of_pillow(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     with tarfile.open(place) as archive:
         for member in archive:
             if member.isfile() and "/Tests/images/" in member.name:
-                file = archive.extractfile(member)
-                assert file is not None
-                found.append(file.read())
+                content = archive.extractfile(member)
+                assert content is not None
+                found.append(content.read())
     return found
 
 

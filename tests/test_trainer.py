@@ -401,6 +401,13 @@ def test_gradient_accumulation_changes_nothing(alpha: float, tmp_path: Path) -> 
 # features once
 
 
+def test_the_store_tells_what_encoded_its_pictures(tmp_path: Path) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=pictures())
+    trainer.train()
+    store_of(trainer).save(tmp_path / "store")
+    assert Datastore.load(tmp_path / "store").source == {"backend": "torch"}
+
+
 @pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_training_picture_goes_through_the_backbone_once(
