@@ -52,6 +52,7 @@ SCRIPTS = (
     Script("tuning", "tuning.py"),
     Script("fine_tuning", "fine_tuning.py"),
     Script("scale-clusters", "scale.py", in_folder=True),
+    Script("profile", "profiling.py", ("--pictures", "100", "--rows", "50000"), 80),
 )  # fmt: skip
 """The newest claims first: what the time does not reach is said in the page."""
 
