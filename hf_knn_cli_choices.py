@@ -86,6 +86,7 @@ class Backend(StrEnum):
 
     AUTO = "auto"
     TORCH = "torch"
+    COMPILE = "compile"
     ONNX = "onnx"
     OPENVINO = "openvino"
 

@@ -32,7 +32,7 @@ from .encoder_graphs import (
     load_encoder,
     note_agreement,
 )
-from .encoders import AUTO, BACKENDS, OPENVINO, TORCH, Encoder, TorchEncoder
+from .encoders import AUTO, BACKENDS, COMPILE, OPENVINO, TORCH, Encoder, TorchEncoder
 from .feature_cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def check_backend(backend: str | None) -> str:
     backend = backend or os.environ.get(BACKEND_VARIABLE) or AUTO
     if backend not in BACKENDS:
         raise ValueError(f"Expected `backend` to be one of {list(BACKENDS)}, but got {backend!r}.")
-    if backend not in (AUTO, TORCH):
+    if backend not in (AUTO, TORCH, COMPILE):
         check_installed(backend)
     return backend
 
@@ -125,7 +125,7 @@ def open_encoder(backend: str, work: Work) -> Encoder:
     """An encoder of a backend that `choose_backend` returned.
 
     Raises:
-        ValueError: if the backbone cannot be exported, or its graph answers otherwise.
+        ValueError: if the backbone cannot be exported or compiled, or then answers otherwise.
     """
     torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
     if backend == TORCH:
@@ -133,17 +133,36 @@ def open_encoder(backend: str, work: Work) -> Encoder:
     pixels = work.sample()
     if pixels is None:  # nothing to encode: any will do
         return torch_encoder
+    if backend == COMPILE:
+        return _compile(work, pixels, torch_encoder)
     encoder = _load(backend, work, pixels)
-    if is_known_to_agree(encoder, work.precision):
-        return encoder
-    gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
+    if not is_known_to_agree(encoder, work.precision):
+        gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
+        _check_gap(backend, gap)
+        note_agreement(encoder, work.precision, gap)
+    return encoder
+
+
+def _compile(work: Work, pixels: Tensor, torch_encoder: Encoder) -> Encoder:
+    """The backbone through `torch.compile`; its code is made, and checked, in every process."""
+    encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+    try:
+        found = encoder.encode(pixels)()
+    except RuntimeError as error:  # what the compiler's own errors are
+        raise GraphError(
+            f"Expected a backbone that torch.compile can compile here, but got: {error}; install a "
+            "C++ compiler if it misses one, or choose backend='torch'."
+        ) from error
+    _check_gap(COMPILE, largest_gap(found, torch_encoder.encode(pixels)()))
+    return encoder
+
+
+def _check_gap(backend: str, gap: float) -> None:
     if gap > TOLERANCE:
         raise GraphError(
             f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
             f"differ by {gap:.1e}; choose backend='torch'."
         )
-    note_agreement(encoder, work.precision, gap)
-    return encoder
 
 
 def largest_gap(found: Tensor, wanted: Tensor) -> float:
@@ -160,7 +179,7 @@ def largest_gap(found: Tensor, wanted: Tensor) -> float:
 
 def _obstacle(backend: str, work: Work) -> str | None:
     """What a graph backend would want that is not so."""
-    if backend == TORCH:
+    if backend in (TORCH, COMPILE):
         return None
     parameter = next(work.backbone.parameters())
     if parameter.device.type != "cpu":

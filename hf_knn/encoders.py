@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from .backbone import evaluating, extract
 from .configuration_knn import KnnConfig
 
-TORCH, ONNX, OPENVINO, AUTO = "torch", "onnx", "openvino", "auto"
-BACKENDS = (AUTO, TORCH, ONNX, OPENVINO)
+TORCH, COMPILE, ONNX, OPENVINO, AUTO = "torch", "compile", "onnx", "openvino", "auto"
+BACKENDS = (AUTO, TORCH, COMPILE, ONNX, OPENVINO)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,14 +46,22 @@ class TorchEncoder:
         config: names the poolings.
         precision: `fp32`, or `bf16` / `fp16` by autocast.
         batch_size: pictures per forward pass, >= 1.
+        compiled: run it through `torch.compile`, which takes its time with the first batch.
     """
 
-    name, streams = TORCH, 1
+    streams = 1
 
     def __init__(
-        self, backbone: PreTrainedModel, config: KnnConfig, precision: str, batch_size: int
+        self,
+        backbone: PreTrainedModel,
+        config: KnnConfig,
+        precision: str,
+        batch_size: int,
+        compiled: bool = False,
     ) -> None:
         self.backbone, self.config, self.batch_size = backbone, config, batch_size
+        self.name = COMPILE if compiled else TORCH
+        self._extract = torch.compile(extract) if compiled else extract
         parameter = next(backbone.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.autocast = None if precision == "fp32" else PRECISIONS[precision]
@@ -68,7 +76,7 @@ class TorchEncoder:
             context = torch.autocast(self.device.type, self.autocast)
         with evaluating(self.backbone), context:
             moved = pixels.to(self.device, self.dtype, non_blocking=on_gpu)
-            features, _ = extract(self.backbone, moved, self.config)
+            features, _ = self._extract(self.backbone, moved, self.config)
             found = features.float()
         # asked for one batch later: until then the GPU works and the CPU decodes
         return lambda: found.cpu()

@@ -117,10 +117,10 @@ def extract_features(
         pooling: for a plain vision model: `cls`, `mean`, …; None chooses as `from_backbone` does.
         batch_size: pictures per forward pass, >= 1; `onnx` and `openvino` take at most 4.
         precision: `fp32`, or `bf16` / `fp16` by autocast; features are float32 in any case.
-        backend: `torch`, `onnx`, `openvino`, or `auto`: from 500 pictures on, the fastest of those
-            installed whose features are within 1e-2 of PyTorch's, measured once per model and
-            machine if PyTorch would take over half a minute. None takes `$HF_KNN_BACKEND`, else
-            `auto`.
+        backend: `torch`, `compile` (torch.compile, which is never chosen for you), `onnx`,
+            `openvino`, or `auto`: from 500 pictures on, the fastest of those installed whose
+            features are within 1e-2 of PyTorch's, measured once per model and machine if PyTorch
+            would take over half a minute. None takes `$HF_KNN_BACKEND`, else `auto`.
         on_bad_image: `fail` raises at the first picture that cannot be decoded, `skip` leaves it
             out and reports it in `skipped`.
         cache_dir: where features are kept; None is `$HF_KNN_CACHE/features`, or below

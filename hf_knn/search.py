@@ -23,6 +23,7 @@ Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
+_FEW_MORE = 3
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _ROW_BLOCK = 65_536
 _EXACT_BLOCK = 262_144
@@ -296,8 +297,11 @@ class Searcher:
             rows = self.space.normalize(self.features[used[start : start + step]])
 
             def fill(i: int, rows: Floats = rows, start: int = start) -> None:
-                if len(used) <= step:
-                    similarities[i] = self.space.compare(rows[places[i]], queries[i])  # [width]
+                if len(used) <= min(step, _FEW_MORE * candidates.shape[1]):
+                    # gathering rows costs more than comparing with a few that are not asked for
+                    similarities[i] = self.space.compare(rows, queries[i])[places[i]]  # [width]
+                elif len(used) <= step:
+                    similarities[i] = self.space.compare(rows[places[i]], queries[i])
                 else:
                     here = (places[i] >= start) & (places[i] < start + step)
                     chosen = rows[places[i, here] - start]

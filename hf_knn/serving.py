@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backbone import extract
 from .backend_choice import Work, check_backend, choose_backend, open_encoder
-from .encoders import TORCH, Encoder
+from .encoders import COMPILE, TORCH, Encoder
 from .features import mark_of
 
 _ANSWERS = 100_000
@@ -30,13 +30,19 @@ class PictureEncoder:
         backend: the one that was chosen.
 
     Raises:
-        ValueError: without an image processor, or for a backend that cannot run this model.
+        ValueError: without an image processor, or for a backend that cannot run this model;
+            `compile` is refused, since threads share the model.
         ImportError: for a backend that is not installed.
     """
 
     def __init__(self, model: Any, backend: str = TORCH) -> None:
         if model.image_processor is None:
             raise ValueError("Expected a model with an `image_processor`, but it has none.")
+        if check_backend(backend) == COMPILE:
+            raise ValueError(
+                "Expected `backend` to be torch, onnx, openvino or auto for a server, but got "
+                "'compile'; choose onnx or openvino."
+            )
         self._model = model.eval()
         sample = self._pixels(_patterns())
         self._shape = sample.shape[1:]

@@ -1,6 +1,7 @@
 """Backends against PyTorch, and the one place where they are chosen."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,42 @@ def work_of(rows: int = 10_000, **options: Any) -> Work:
     return Work(
         model.backbone, model.config, batch_size=32, rows=rows, sample=lambda: pixels, **values
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_torch() -> None:
+    model, rows = small_model(), dataset_of(LABELS, sizes=SIZES)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    wanted = run(model, rows, backend="torch", use_cache=False)
+    found = run(model, rows, backend="compile", use_cache=False, batch_size=4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    torch.testing.assert_close(found.features, wanted.features, rtol=1e-4, atol=1e-4)
+    assert found.backend == "compile"
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Any) -> Any:
+        def raise_it(*_: Any) -> None:
+            raise RuntimeError("No working C++ compiler found")
+
+        return raise_it
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(GraphError, match=r"torch\.compile .*No working C\+\+ compiler.*'torch'"):
+        open_encoder("compile", work_of())
+
+
+def test_a_compiled_model_that_answers_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def off(function: Any) -> Any:
+        return lambda *given: (function(*given)[0] * 1.1, None)
+
+    monkeypatch.setattr(torch, "compile", off)
+    with pytest.raises(GraphError, match=r"'compile' within 0\.01 of PyTorch's"):
+        open_encoder("compile", work_of())
 
 
 @pytest.mark.parametrize("backend", GRAPHS)

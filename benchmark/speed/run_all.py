@@ -44,14 +44,21 @@ SCRIPTS = (
     ),
     Script("path", "path.py", ("--pictures", "200", "--epochs", "5", "--many", "0"), 150),
     Script("teaching", "teaching.py", ("--rounds", "5")),
-    Script("search", "search.py"),
-    Script("approximate", "approximate.py"),
-    Script("leave_one_out", "leave_one_out.py"),
+    Script("search", "search.py", ("--rows", "100000", "--rounds", "3")),
+    Script(
+        "approximate", "approximate.py",
+        ("--rows", "50000", "--rounds", "3", "--queries", "300"),
+    ),
+    Script("leave_one_out", "leave_one_out.py", ("--rows", "50000")),
     Script("growth", "growth.py", in_folder=True),
-    Script("heads", "heads.py"),
-    Script("tuning", "tuning.py"),
-    Script("fine_tuning", "fine_tuning.py"),
-    Script("scale-clusters", "scale.py", in_folder=True),
+    Script("heads", "heads.py", ("--epochs", "30", "--rounds", "2")),
+    Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "3")),
+    Script("fine_tuning", "fine_tuning.py", ("--rounds", "3")),
+    Script(
+        "scale-clusters", "scale.py",
+        ("--rows", "200000", "--rounds", "3", "--queries", "200", "--data", "clusters"),
+        in_folder=True,
+    ),
     Script("profile", "profiling.py", ("--pictures", "100", "--rows", "50000"), 80),
 )  # fmt: skip
 """The newest claims first: what the time does not reach is said in the page."""
