@@ -43,6 +43,7 @@ SCRIPTS = (
         ("--model", "vit-tiny"),
     ),
     Script("path", "path.py", ("--pictures", "200", "--epochs", "5", "--many", "0"), 150),
+    Script("space_handler", "space_handler.py", ("--pictures", "60"), 60),
     Script("teaching", "teaching.py", ("--rounds", "5")),
     Script("search", "search.py", ("--rows", "100000", "--rounds", "3")),
     Script(
