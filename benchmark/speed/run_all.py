@@ -51,8 +51,8 @@ SCRIPTS = (
         ("--rows", "50000", "--rounds", "3", "--queries", "300"),
     ),
     Script("leave_one_out", "leave_one_out.py", ("--rows", "50000")),
-    Script("growth", "growth.py", in_folder=True),
-    Script("heads", "heads.py", ("--epochs", "30", "--rounds", "2")),
+    Script("growth", "growth.py", ("--rows", "10000", "--rows", "50000"), in_folder=True),
+    Script("heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2")),
     Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "3")),
     Script("fine_tuning", "fine_tuning.py", ("--rounds", "3")),
     Script(
