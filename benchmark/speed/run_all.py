@@ -54,7 +54,7 @@ SCRIPTS = (
     Script("growth", "growth.py", ("--rows", "10000", "--rows", "50000"), in_folder=True),
     Script("heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2")),
     Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "3")),
-    Script("fine_tuning", "fine_tuning.py", ("--rounds", "3")),
+    Script("fine_tuning", "fine_tuning.py", ("--pictures", "96", "--rounds", "2")),
     Script(
         "scale-clusters", "scale.py",
         ("--rows", "200000", "--rounds", "3", "--queries", "200", "--data", "clusters"),
