@@ -64,7 +64,8 @@ def _table(timings: Sequence[dict[str, Any]], peer: str) -> Iterator[str]:
 
 def _facts(facts: Mapping[str, Any], depth: int) -> Iterator[str]:
     for key, value in facts.items():
-        label = f"{'  ' * depth}- {str(key).replace('_', ' ')}"
+        words = key.replace("_", " ") if key.isidentifier() else key  # not names of functions
+        label = f"{'  ' * depth}- {words}"
         if isinstance(value, Mapping):
             yield f"{label}:"
             yield from _facts(value, depth + 1)
