@@ -8,6 +8,7 @@ them.
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ def _ncm(data: Data) -> Iterator[Trial]:
     has_spread = len(data.train) > len(np.unique(data.labels))
     for threshold in (None, 0.1, 0.3, 1.0):
         shrink = threshold if has_spread else None  # its unit is the spread within classes
-        fit = NearestCentroid(shrink_threshold=shrink).fit(data.train, data.labels)
+        with warnings.catch_warnings():  # features that are the same everywhere are no news
+            warnings.filterwarnings("ignore", "self.within_class_std_dev_ has", UserWarning)
+            fit = NearestCentroid(shrink_threshold=shrink).fit(data.train, data.labels)
         scores = [_nearness(part, fit.centroids_) for part in data[2:4]]
         yield Trial({"shrink_threshold": shrink}, scores[0], scores[1], fit.classes_)
 

@@ -329,7 +329,7 @@ class CheckpointAttempt:
                 record.verify(path)
             except DatastoreError as error:
                 damaged.append(error)
-        names = [name for record in binding.files if _is_weights(name := record.name)]
+        names = [record.name for record in binding.files if _is_weights(record.name)]
         if any(name not in found for name in names):
             return damaged[0]
         processor = self.reader.resolve(IMAGE_PROCESSOR_NAME)

@@ -45,7 +45,7 @@ class Remembering:
     forgotten_thumbnails: Thumbnails | None
 
     def start_remembering(self) -> None:
-        """Nothing was changed yet; called when a model is made."""
+        """Nothing was changed yet; called when a model, or its datastore from training, is made."""
         self.changes = []
         self.forgotten = self.follower = self.calibration = None
         self.thumbnails = self.forgotten_thumbnails = None

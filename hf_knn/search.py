@@ -23,7 +23,7 @@ Rows = NDArray | RowParts
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
-_FEW_MORE = 3
+_FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _ROW_BLOCK = 65_536
 _EXACT_BLOCK = 262_144
@@ -150,10 +150,11 @@ class RowSpace:
 
     def compare(self, rows: Floats, query: Floats) -> Floats:
         """Similarity of one query with [K, D] normalised rows, each pair by itself."""
+        # [1, D] by [D, 1] for each row is one dot product of BLAS, by itself, also in numpy 1
         if self.is_l2:
             rows = rows - query
-            return -np.vecdot(rows, rows)
-        return np.vecdot(rows, query)
+            return -np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
+        return np.matmul(rows[:, None, :], query[:, None])[:, 0, 0]
 
     def _largest_length(self, features: Rows) -> float:
         largest = 0.0
@@ -298,7 +299,6 @@ class Searcher:
 
             def fill(i: int, rows: Floats = rows, start: int = start) -> None:
                 if len(used) <= min(step, _FEW_MORE * candidates.shape[1]):
-                    # gathering rows costs more than comparing with a few that are not asked for
                     similarities[i] = self.space.compare(rows, queries[i])[places[i]]  # [width]
                 elif len(used) <= step:
                     similarities[i] = self.space.compare(rows[places[i]], queries[i])

@@ -176,6 +176,7 @@ class KnnTrainer(HubTrainer):
         if features is None or not self.args.freeze_backbone:
             features = self._features_of(self.train_dataset)
             self.train_features = features
+        self.model.start_remembering()  # receipts and pictures are those of the rows before
         self.model.datastore = self._store_of(features)
         self.model.datastore.digest = made_by(self.model)
         if features.backend:

@@ -16,6 +16,7 @@ from oracles import as_numpy, blend_probs, similarity_matrix, vote_probs
 from pictures import (
     NAMES,
     dataset_of,
+    picture,
     random_features,
     small_backbone,
     small_model,
@@ -399,6 +400,18 @@ def test_gradient_accumulation_changes_nothing(alpha: float, tmp_path: Path) -> 
 
 
 # features once
+
+
+def test_rows_of_a_new_training_have_no_receipts_and_pictures_of_the_old(tmp_path: Path) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=pictures())
+    trainer.train()
+    model = trainer.model
+    model.forget(ids=[3])
+    model.keep_thumbnails({0: picture(0, 0)})
+    KnnTrainer(model, probe(tmp_path), train_dataset=pictures(seed=1)).train()
+    assert (model.changes, model.thumbnails, len(store_of(trainer))) == ([], None, 24)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        model.undo()
 
 
 def test_the_store_tells_what_encoded_its_pictures(tmp_path: Path) -> None:
