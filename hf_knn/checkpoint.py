@@ -55,7 +55,8 @@ _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 OWN_CODE = (
-    "backbone.py", "blobs.py", "checkpoint.py", "confidence.py", "configuration_knn.py",
+    "backbone.py", "blobs.py", "checkpoint.py", "class_names.py", "confidence.py",
+    "configuration_knn.py",
     "datastore.py", "datastore_changes.py", "datastore_files.py", "datastore_opening.py",
     "datastore_reference.py", "datastore_rows.py", "datastore_search.py", "explaining.py",
     "faiss_index.py", "first_pass.py", "flips.py", "functional.py", "heads.py", "hub_files.py",

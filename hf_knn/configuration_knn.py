@@ -78,7 +78,7 @@ class KnnConfig(PreTrainedConfig):
         head_class_weighting: `none`, `inverse` or `inverse_sqrt`, of the rows of a `ridge` head.
         num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
         num_tuned_labels: classes that there were when the blend was tuned; for those taught since,
-            the neighbours alone speak. None means all that the head has.
+            the neighbours speak in full. None means all that the head has.
         has_datastore: whether a checkpoint with this configuration comes with a datastore.
 
     Raises:
@@ -206,7 +206,7 @@ class KnnConfig(PreTrainedConfig):
 
     @property
     def blended_classes(self) -> int:
-        """How many classes both voices speak for; for the others the neighbours do."""
+        """How many classes λ holds for; for the others the neighbours speak in full."""
         return min(self.head_classes, self.num_tuned_labels or self.head_classes)
 
     @property

@@ -196,9 +196,9 @@ def _explain_one(
     similarities, labels, ids = wide.similarities[row], wide.labels[row], wide.ids[row].tolist()
     ballot = Ballot(
         similarities, labels, min(config.k, len(labels)),
-        functional.softmax(head[: config.blended_classes], dim=0).double(),
-        config.knn_weight, config.knn_temperature, model.datastore.metric, config.knn_weighting,
-        config.classes, is_all=len(labels) < 2 * config.k,
+        functional.pad(functional.softmax(head, dim=0).double(), (0, config.classes - len(head))),
+        config.blended_classes, config.knn_weight, config.knn_temperature, model.datastore.metric,
+        config.knn_weighting, is_all=len(labels) < 2 * config.k,
     )  # fmt: skip
     shares, found = vote_shares(ballot), smallest_flip(ballot)
     columns = (ids, labels.tolist(), similarities.tolist(), shares.tolist())

@@ -88,8 +88,7 @@ class GraphModel(nn.Module):
         head_logits = self.head(head_part).float()
         similarities, places = self._nearest(store_part.float())
         votes = self._votes(similarities, self.labels[places])
-        known = head_logits[:, : self.config.blended_classes]
-        log_probs = self._blend(functional.softmax(known, dim=-1), votes)
+        log_probs = self._blend(functional.softmax(head_logits, dim=-1), votes)
         return log_probs, head_logits, self.ids[places], similarities
 
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,11 +119,14 @@ class GraphModel(nn.Module):
 
     def _blend(self, head: Tensor, votes: Tensor) -> Tensor:
         """The blend of both voices, see `functional.blend_log_probs`."""
-        config, width = self.config, self.config.blended_classes
-        known, taught = votes[:, :width], votes[:, width:]
+        config = self.config
+        known, taught = votes.split(
+            [config.blended_classes, config.classes - config.blended_classes], dim=-1
+        )
         rest = 1 - taught.sum(-1, keepdim=True)
-        blended = config.knn_weight * known + (1 - config.knn_weight) * rest * head
-        probs = torch.cat([blended, taught], dim=-1) if width < config.classes else blended
+        head = functional.pad(head, (0, config.classes - head.shape[-1]))
+        probs = torch.cat([config.knn_weight * known, taught], dim=-1)
+        probs = probs + (1 - config.knn_weight) * rest * head
         log_probs = probs.clamp_min(PROBABILITY_FLOOR).log()
         if config.blend_temperature != 1:
             log_probs = functional.log_softmax(log_probs / config.blend_temperature, dim=-1)

@@ -26,12 +26,12 @@ class Ballot(NamedTuple):
         similarities: [K] of the nearest rows, more than vote, nearest first.
         labels: [K] int64.
         k: how many vote.
-        head: [C'] probabilities of the head over the classes that both voices speak for.
+        head: [C] float64 probabilities of the head, 0 for a class that it does not know.
+        tuned: how many classes, the first ones, λ holds for.
         knn_weight: λ.
         temperature: of the vote.
         metric: of the similarities.
         weighting: of the vote.
-        classes: C.
         is_all: whether there are no rows beyond the K.
     """
 
@@ -39,11 +39,11 @@ class Ballot(NamedTuple):
     labels: Tensor
     k: int
     head: Tensor
+    tuned: int
     knn_weight: float
     temperature: float
     metric: str
     weighting: str
-    classes: int
     is_all: bool
 
 
@@ -176,26 +176,20 @@ def _own_weights(ballot: Ballot) -> Doubles | None:
 
 def _gains(ballot: Ballot, classes: list[int], labels: NDArray[np.int64]) -> Doubles:
     """[C', K] what a unit of weight of each row gives each of some classes."""
-    wanted, size = np.array(classes, np.int64)[:, None], len(ballot.head)
-    own = (labels == wanted).astype(np.float64)
-    known = (labels < size).astype(np.float64)
-    head = ballot.head.numpy()[np.minimum(wanted, size - 1)]
-    shared = ballot.knn_weight * own + (1 - ballot.knn_weight) * head * known
-    return np.where(wanted < size, shared, own)  # of a class beyond, the neighbours alone speak
+    wanted = np.array(classes, np.int64)[:, None]
+    own = np.where(wanted < ballot.tuned, ballot.knn_weight, 1.0) * (labels == wanted)
+    return own + (1 - ballot.knn_weight) * ballot.head.numpy()[wanted] * (labels < ballot.tuned)
 
 
 def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
     """The answer when only some rows, by place, are there; the head's if none is."""
     voters = torch.from_numpy(kept[: ballot.k])
-    scores = np.zeros(ballot.classes)
-    scores[: len(ballot.head)] = ballot.head
+    scores = ballot.head.numpy()
     if len(voters):
         left = ballot._replace(similarities=ballot.similarities[voters], k=len(voters))
         shares, labels = vote_shares(left).numpy(), ballot.labels[voters].numpy()
-        votes = np.bincount(labels, shares, minlength=ballot.classes)
-        weight, known = ballot.knn_weight, votes[: len(ballot.head)].sum()
-        scores = np.concatenate([
-            weight * votes[: len(ballot.head)] + (1 - weight) * known * ballot.head.numpy(),
-            votes[len(ballot.head) :],
-        ])  # fmt: skip
+        votes: Doubles = np.bincount(labels, shares, minlength=len(scores)).astype(np.float64)
+        scores = scores * (1 - ballot.knn_weight) * votes[: ballot.tuned].sum()
+        votes[: ballot.tuned] *= ballot.knn_weight
+        scores = scores + votes
     return int(scores.argmax())

@@ -172,19 +172,25 @@ def knn_log_probs(
     return log_probs.to(_result_dtype(similarities))
 
 
-def blend_log_probs(head_log_probs: Tensor, knn_log_probs: Tensor, knn_weight: float) -> Tensor:
+def blend_log_probs(
+    head_log_probs: Tensor,
+    knn_log_probs: Tensor,
+    knn_weight: float,
+    num_tuned: int | None = None,
+) -> Tensor:
     """Blends head and neighbours: ``p = λ p_knn + (1 - λ) p_head``, in log space.
 
-    Classes that only the neighbours know (taught after the head was trained) keep their full k-NN
-    probability, in all ``q = sum of p_knn over them``; the head shares what is left:
-    ``p(c) = p_knn(c)`` for those and
-    ``p(c) = (1 - q) [λ p_knn(c | known) + (1 - λ) p_head(c)]`` for the rest. With no such class
+    Classes that were taught since λ was chosen keep their full k-NN probability, in all ``q = sum
+    of p_knn over them``, and the blend shares what is left: ``p(c) = p_knn(c) + (1 - q) (1 - λ)
+    p_head(c)`` for those, of which only a head that was taught too (ridge) knows anything, and
+    ``p(c) = (1 - q) [λ p_knn(c | others) + (1 - λ) p_head(c)]`` for the others. With no such class
     this is the paper's blend. A row without any neighbour is its head alone.
 
     Args:
         head_log_probs: [B, C_head] log-softmax of the head, C_head <= C.
         knn_log_probs: [B, C] from `knn_log_probs`, may hold -inf.
         knn_weight: λ in [0, 1].
+        num_tuned: how many classes, the first ones, λ was chosen with; None is C_head.
 
     Returns:
         [B, C] log-probabilities; -inf where both voices say 0.
@@ -206,13 +212,15 @@ def blend_log_probs(head_log_probs: Tensor, knn_log_probs: Tensor, knn_weight: f
             f"but got {tuple(knn_log_probs.shape)}."
         )
     has_neighbors = (knn_log_probs > -torch.inf).any(dim=1, keepdim=True)  # [B, 1]
-    known, taught = knn_log_probs[:, :head_width], knn_log_probs[:, head_width:]
-    head_share = _log(1 - knn_weight) + head_log_probs  # [B, C_head]
+    tuned = head_width if num_tuned is None else min(num_tuned, head_width)
+    known, taught = knn_log_probs[:, :tuned], knn_log_probs[:, tuned:]
+    missing = knn_log_probs.shape[1] - head_width
+    head = torch.nn.functional.pad(head_log_probs, (0, missing), value=-torch.inf)  # [B, C]
+    head_share = _log(1 - knn_weight) + head
     if taught.shape[1]:
         head_share = head_share + torch.logsumexp(known, dim=1, keepdim=True)  # log(1 - q)
-    blended = torch.logaddexp(_log(knn_weight) + known, head_share)
-    blended = torch.where(has_neighbors, blended, head_log_probs)
-    return torch.cat([blended, taught], dim=1)  # [B, C]
+    votes = torch.cat([_log(knn_weight) + known, taught], dim=1)
+    return torch.where(has_neighbors, torch.logaddexp(votes, head_share), head)
 
 
 def floor_log_probs(log_probs: Tensor) -> Tensor:

@@ -407,15 +407,12 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         """
         config = self.config
         head_logits = self.head(features.to(self.head.mean.dtype))  # [B, C_head]
+        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
         votes = None if neighbors is None else self._count_votes(neighbors)
         if votes is not None:
-            log_probs = functional.log_softmax(
-                head_logits[:, : config.blended_classes].float(), dim=-1
-            )
-            log_probs = blend_log_probs(log_probs, votes, config.knn_weight)
+            log_probs = blend_log_probs(log_probs, votes, config.knn_weight, config.blended_classes)
             log_probs = soften(log_probs, config.blend_temperature)
         else:
-            log_probs = functional.log_softmax(head_logits.float(), dim=-1)
             missing = max(0, config.classes - log_probs.shape[1])
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]

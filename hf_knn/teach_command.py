@@ -102,12 +102,8 @@ def forget_rows(
             store.subset(wanted).save(backup)
         return model.forget(wanted, recenter=recenter)
 
-    receipt = _change(checkpoint, change, json_output)
-    if json_output:
-        return
-    for note in receipt.notes:
-        console.print(f"Note: {escape(note)}.")
-    if backup is not None:
+    _change(checkpoint, change, json_output)
+    if backup is not None and not json_output:
         again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
         console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
 
@@ -180,7 +176,7 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
 
 def _change(
     checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
-) -> Receipt:
+) -> None:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder, for it to be changed.")
@@ -191,12 +187,13 @@ def _change(
         model.save_pretrained(checkpoint)
     if json_output:
         typer.echo(json.dumps(asdict(receipt), indent=2, ensure_ascii=False))
-        return receipt
+        return
     console.print(escape(str(receipt)), soft_wrap=True)
     if receipt.action != "forget":
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
-    return receipt
+    for note in receipt.notes:
+        console.print(f"Note: {escape(note)}.", soft_wrap=True)
 
 
 def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -> Receipt:

@@ -7,6 +7,7 @@ change while rows have them: a new class gets the next number, one without rows 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .backbone import extract, split_features
+from .class_names import Label, append_classes, name_classes, number_of, numbers_of
 from .datastore import Datastore
+from .functional import Metric, Weighting
 from .images import BadImageError, decode_image
 from .receipts import Change, Receipt, Scope
 from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
@@ -25,16 +28,21 @@ from .thumbnails import Thumbnails, small_webp
 
 logger = logging.getLogger(__name__)
 
-Label = str | int
-
 _STALE_NOTE = "Measured before later changes of the datastore."
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS, _ASKED_ROWS = 8192, 1024
+_FLAT_TEMPERATURE = 0.5
+"""Above it, of squared distances of unit vectors, near and far rows weigh nearly the same."""
 _HEAD_NOTE = "the {} head keeps what it learned; train it again for it to follow"
 _HISTORY_NOTE = (
     "commits that were pushed before still hold the rows; HfApi().super_squash_history(repo_id) "
     "squashes them after the next push"
 )
-_TAUGHT_NOTE = "the neighbours alone speak for new classes until `tune` chooses the blend again"
+_TAUGHT_NOTE = "the neighbours speak in full for new classes until `tune` chooses the blend again"
+_UNANSWERED_NOTE = (
+    "{} of {} pictures are still answered as another class; teach more of theirs, or tune on "
+    "pictures of all classes (`hf-knn tune`)"
+)
+_FLAT_NOTE = ", or set `knn_temperature` from {:g} to 0.14: that flat a vote ignores distances"
 _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
 _MEAN_NOTE = "the mean that centres rows was made with them; recenter=True makes it anew"
 
@@ -163,7 +171,30 @@ def teach(
             f"Expected `features` to be [M, {width}], but got shape {tuple(features.shape)}."
         )
     _, rows = split_features(features, model.config)
-    return _add(model, Change.TEACH, rows, labels, ids, paths)
+    receipt = _add(model, Change.TEACH, rows, labels, ids, paths)
+    remark = _what_is_unanswered(model, features, receipt)
+    if remark:
+        model.changes[-1] = receipt = replace(receipt, notes=[*receipt.notes, remark])
+    return receipt
+
+
+def _what_is_unanswered(model: Any, features: Tensor, receipt: Receipt) -> str:
+    """Says so if taught rows, asked for themselves, get another class than they were taught."""
+    config = model.config
+    labels, _ = numbers_of(model, receipt.labels[:_ASKED_ROWS], min(_ASKED_ROWS, len(features)))
+    if not bool((labels >= config.blended_classes).any()):
+        return ""
+    head_part, store_part = split_features(features[:_ASKED_ROWS], model.config)
+    with torch.inference_mode():
+        neighbors = model.datastore.search(store_part.float(), config.k)
+        log_probs, *_ = model.weigh(head_part.to(model.device), neighbors)
+    missed = int((log_probs.argmax(1).cpu() != labels).sum())
+    if not missed:
+        return ""
+    is_softmax = config.knn_weighting == Weighting.SOFTMAX and config.metric == Metric.COSINE
+    is_flat = is_softmax and config.knn_temperature > _FLAT_TEMPERATURE
+    note = _UNANSWERED_NOTE.format(missed, len(labels))
+    return note + (_FLAT_NOTE.format(config.knn_temperature) if is_flat else "")
 
 
 def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
@@ -198,7 +229,7 @@ def forget(
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
     if label is not None:
-        ids = store.ids[store.labels == _number(model, label)]
+        ids = store.ids[store.labels == number_of(model, label)]
     assert ids is not None
     return _remove(model, Change.FORGET, as_whole_numbers(ids, "ids"), recenter)
 
@@ -242,7 +273,7 @@ def _add(
     paths: Sequence[str] | None,
 ) -> Receipt:
     store, follower = own_rows(model), _follower(model)
-    numbers, new = _numbers(model, labels, len(rows))
+    numbers, new = numbers_of(model, labels, len(rows))
     before = len(store), follower.fingerprint(store)
     added = store.add(rows, numbers, ids, paths)
     try:
@@ -256,7 +287,7 @@ def _add(
         store.remove(added)
         model.follower = None
         raise
-    _make_classes(model, new)
+    append_classes(model.config, new)
     return _finish(model, follower, action, added, before, new_classes=new)
 
 
@@ -294,7 +325,7 @@ def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
 
 def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
     store, follower = own_rows(model), _follower(model)
-    numbers, new = _numbers(model, labels, len(ids))
+    numbers, new = numbers_of(model, labels, len(ids))
     before = len(store), follower.fingerprint(store)
     old = store.subset(ids)
     names = [model.config.class_names[number] for number in old.labels.tolist()]
@@ -308,7 +339,7 @@ def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> R
         raise
     follower.total += _total(store.subset(ids)) - _total(old)
     follower.follow(model)
-    _make_classes(model, new)
+    append_classes(model.config, new)
     return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
 
 
@@ -396,60 +427,6 @@ def _total(store: Datastore) -> int:
     return sum(sum_of(store.rows(slice(start, start + _BLOCK_ROWS))) for start in starts)
 
 
-def _number(model: Any, label: Label) -> int:
-    """The number of a class that there is."""
-    names = model.config.class_names
-    if isinstance(label, str) and label in names:
-        return names.index(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return label
-    raise ValueError(
-        f"Expected a class that the model has, by name or number below {len(names)}, but got "
-        f"{label!r}; its classes are {names[:20]}."
-    )
-
-
-def _numbers(model: Any, labels: Sequence[Label], count: int) -> tuple[Tensor, list[str]]:
-    """[M] class numbers, and the names of those that are new."""
-    values: Any = labels
-    wanted = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
-    if isinstance(labels, str) or len(wanted) != count:
-        raise ValueError(f"Expected one label per row ({count}), but got {labels!r:.200}.")
-    known = {name: number for number, name in enumerate(model.config.class_names)}
-    first, numbers = len(known), []
-    for label in wanted:
-        if isinstance(label, str) and label not in known:
-            known[check_class_name(label)] = len(known)
-        numbers.append(known[label] if isinstance(label, str) else _number(model, label))
-    return torch.tensor(numbers, dtype=torch.int64), list(known)[first:]
-
-
-def check_class_name(name: str) -> str:
-    """Refuses names that cannot be shown.
-
-    Raises:
-        ValueError: for an empty one, a very long one, or one with control characters.
-    """
-    if not name.strip() or len(name) > 200 or not name.isprintable():
-        raise ValueError(
-            f"Expected the name of a class to be printable text of 1 to 200 characters, but got "
-            f"{name[:60]!r}."
-        )
-    return name
-
-
-def _make_classes(model: Any, names: Sequence[str]) -> None:
-    """Appends classes, for which the neighbours speak alone until the blend is tuned again."""
-    if names and model.config.num_tuned_labels is None:
-        model.config.num_tuned_labels = model.config.classes
-    _name_classes(model, [*model.config.class_names, *names])
-
-
-def _name_classes(model: Any, names: Sequence[str]) -> None:
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: number for number, name in enumerate(names)}
-
-
 def _drop_classes(model: Any, names: Sequence[str]) -> None:
     """Takes back classes that the undone change had made, the newest first, if no row is left."""
     follower, kept = _follower(model), list(model.config.class_names)
@@ -459,7 +436,7 @@ def _drop_classes(model: Any, names: Sequence[str]) -> None:
             kept.pop()
     if follower.ridge is not None:
         follower.ridge.truncate(len(kept))
-    _name_classes(model, kept)
+    name_classes(model.config, kept)
     if model.config.num_tuned_labels == len(kept):
         model.config.num_tuned_labels = None
     follower.follow(model)

@@ -34,7 +34,7 @@ LAYERS = [
         "milvus_store",
         "milvus_reading",
     },
-    {"checkpoint"},
+    {"checkpoint", "class_names"},
     {"teaching", "explaining", "remembering"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}

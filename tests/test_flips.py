@@ -20,9 +20,12 @@ def ballot_of(seed: int, rows: int = 8, **options: Any) -> Ballot:
     generator = torch.Generator().manual_seed(seed)
     similarities = torch.rand(rows, generator=generator).sort(descending=True).values
     labels = torch.randint(CLASSES, (rows,), generator=generator)
-    head = torch.rand(options.pop("head_classes", CLASSES), generator=generator)
+    head = torch.zeros(CLASSES)
+    known = options.pop("head_classes", CLASSES)
+    head[:known] = torch.rand(known, generator=generator)
+    options.setdefault("tuned", known)
     values = {"k": 3, "knn_weight": 0.5, "temperature": 0.5, "metric": "cosine"}
-    values |= {"weighting": "softmax", "classes": CLASSES, "is_all": True} | options
+    values |= {"weighting": "softmax", "is_all": True} | options
     return Ballot(similarities, labels, head=(head / head.sum()).double(), **values)  # type: ignore[arg-type]
 
 
@@ -30,10 +33,12 @@ def answer_without(ballot: Ballot, removed: Any) -> int:
     """By the public functions, as the model does it."""
     kept = [i for i in range(len(ballot.labels)) if i not in removed][: ballot.k]
     votes = knn_log_probs(
-        ballot.similarities[kept].unsqueeze(0), ballot.labels[kept].unsqueeze(0), ballot.classes,
+        ballot.similarities[kept].unsqueeze(0), ballot.labels[kept].unsqueeze(0), CLASSES,
         ballot.temperature, metric=ballot.metric, weighting=ballot.weighting,
     )  # fmt: skip
-    blend = blend_log_probs(ballot.head.log().unsqueeze(0), votes.double(), ballot.knn_weight)
+    blend = blend_log_probs(
+        ballot.head.log().unsqueeze(0), votes.double(), ballot.knn_weight, ballot.tuned
+    )
     return int(blend.argmax())
 
 
@@ -58,6 +63,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"head_classes": 2},
     {"head_classes": 3, "knn_weight": 0.0},
     {"head_classes": 2, "knn_weight": 1.0, "k": 5},
+    {"tuned": 2, "knn_weight": 0.2},
+    {"tuned": 3, "head_classes": 4, "weighting": "uniform"},
 ]
 
 

@@ -394,6 +394,11 @@ def test_blend_by_eye() -> None:
     taught = torch.tensor([[0.1, 0.3, 0.6]]).log()
     found = blend_log_probs(head, taught, 0.5).exp()[0].tolist()
     assert found == pytest.approx([0.21, 0.19, 0.6])
+    # a head that was taught the class as well: 0.5 * (0.1 + 0.4 * 0.2) = 0.09; 0.5 * (0.3 + 0.4 *
+    # 0.1) = 0.17; 0.6 + 0.5 * 0.4 * 0.7 = 0.74
+    taught_head = torch.tensor([[0.2, 0.1, 0.7]]).log()
+    found = blend_log_probs(taught_head, taught, 0.5, num_tuned=2).exp()[0].tolist()
+    assert found == pytest.approx([0.09, 0.17, 0.74])
 
 
 def test_blend_at_the_ends_is_one_voice_exactly() -> None:

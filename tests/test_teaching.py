@@ -15,10 +15,10 @@ from tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
 
 from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
+from hf_knn.class_names import check_class_name
 from hf_knn.features import ImageFeatures
 from hf_knn.images import BadImageError
 from hf_knn.receipts import Change, Scope
-from hf_knn.teaching import check_class_name
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
@@ -325,11 +325,10 @@ def test_the_neighbours_speak_for_a_taught_class_until_the_blend_is_tuned(tmp_pa
     model.teach(features=new, labels=["fox"] * 4)
     found = answers(model, queries)
     p = found.knn_log_probs.exp()
-    head = found.head_logits[:, : len(CLASSES)].softmax(1)
-    torch.testing.assert_close(found.logits[:, -1].exp(), p[:, -1].clamp(min=1e-12))
-    wanted = (1 - p[:, -1:]) * head
-    torch.testing.assert_close(found.logits[:, :-1].exp(), wanted.clamp(min=1e-12))
     assert found.head_logits.shape[1] == len(CLASSES) + 1  # the head knows it too
+    wanted = (1 - p[:, -1:]) * found.head_logits.softmax(1)  # what the votes for it leave
+    wanted[:, -1] += p[:, -1]
+    torch.testing.assert_close(found.logits.exp(), wanted.clamp(min=1e-12))
     rows = ImageFeatures(
         torch.cat([queries, new]), torch.tensor([*cloud(30).labels, *[3] * 4]), torch.arange(34)
     )
@@ -338,6 +337,23 @@ def test_the_neighbours_speak_for_a_taught_class_until_the_blend_is_tuned(tmp_pa
     model.config.knn_weight = 0.0
     found = answers(model, queries)
     torch.testing.assert_close(found.logits, found.head_logits.log_softmax(1).clamp(min=-27.631))
+
+
+def test_a_taught_class_that_is_not_answered_is_said(tmp_path: Path) -> None:
+    model = trained("linear", tmp_path)
+    model.config.k, model.config.knn_temperature, model.config.knn_weight = 60, 10.0, 0.0
+    receipt = model.teach(features=cloud(4).features.flip(1), labels=["fox"] * 4)
+    found = answers(model, cloud(4).features.flip(1))
+    missed = int((found.logits.argmax(1) != len(CLASSES)).sum())
+    assert missed > 0
+    notes = [note for note in receipt.notes if "answered as another class" in note]
+    assert model.changes[-1] == receipt
+    assert notes[0].startswith(f"{missed} of 4 pictures")
+    assert "set `knn_temperature` from 10 to 0.14" in notes[0]
+    model.undo()
+    model.config.knn_temperature = 0.14
+    receipt = model.teach(features=cloud(4).features.flip(1), labels=["fox"] * 4)
+    assert not any("answered as another class" in note for note in receipt.notes)
 
 
 def test_everything_forgotten_and_taught_again(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_few_labels_take_the_coarse_grid_and_the_likelihood() -> None:
         assert result.criterion == ("log_likelihood" if few else "one_standard_error")
         temperatures = {cell.temperature for cell in result.table}
         weights = {cell.knn_weight for cell in result.table}
-        assert (len(temperatures), len(weights)) == ((5, 5) if few else (22, 21))
+        assert (len(temperatures), len(weights)) == ((4, 5) if few else (22, 21))
         assert 0.14 in temperatures or not few
         assert {0.0, 0.5, 1.0} <= weights
     neighbors, head, labels = planted(rows=95, width=3)
