@@ -41,6 +41,7 @@ _LAZY = {
     "inspect_datastore": "inspection",
     "knn_log_probs": "functional",
     "knn_loss_weights": "functional",
+    "load_splits": "data",
     "map_svg": "drawings",
     "out_of_fold": "voices",
     "place_features": "feature_map",

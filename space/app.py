@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from benchmark_tab import add_benchmark_tab, find_report
 from builtin import open_builtin
 from classify_tab import add_classify_tab
 from explore_tab import add_explore_tab
+from hub_pictures import HubPictures
 from service import Service
 from shared import QUEUE_SIZE, Page
 from style import CSS, HEAD
@@ -94,8 +96,8 @@ def open_page(
     Args:
         checkpoint: a folder or a Hub id; None takes `model` or what `model.txt` names, beside this
             file, else the embedded one.
-        pictures: the folder that the model was trained on; None takes `pictures.zip` beside this
-            file, else shows plain tiles.
+        pictures: the folder that the model was trained on, or `none`; None takes `pictures.zip`
+            beside this file, else the dataset on the Hub that the rows came from.
         data: where to keep what visitors teach; None keeps it in memory.
         backend: what makes features, see `hf_knn.PictureEncoder`.
 
@@ -104,11 +106,6 @@ def open_page(
         ImportError: for a backend that is not installed.
         OSError: if something is not there.
     """
-    found: Pictures = NoPictures()
-    if pictures is not None:
-        found = FolderPictures(Path(pictures))
-    elif (_HERE / "pictures.zip").is_file():
-        found = ZipPictures(_HERE / "pictures.zip")
     samples = sorted(str(path) for path in (_HERE / "examples").glob("*.*"))[:6]
     if checkpoint is None and (_HERE / "model").is_dir():
         checkpoint = str(_HERE / "model")
@@ -124,7 +121,25 @@ def open_page(
     else:
         model = KnnForImageClassification.from_pretrained(checkpoint)
     visitors = Visitors(model, None if data is None else Path(data))
-    return Page.of(Service(model, visitors, backend), found, samples)
+    return Page.of(Service(model, visitors, backend), find_pictures(model, pictures), samples)
+
+
+def find_pictures(model: KnnForImageClassification, given: str | None) -> Pictures:
+    """Where pictures are that the checkpoint does not hold.
+
+    Args:
+        model: what remembers the rows.
+        given: see `open_page`.
+    """
+    if given == "none":
+        return NoPictures()
+    if given is not None:
+        return FolderPictures(Path(given))
+    if (_HERE / "pictures.zip").is_file():
+        return ZipPictures(_HERE / "pictures.zip")
+    source = {} if model.datastore is None else model.datastore.source
+    is_pinned = re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))
+    return HubPictures(source) if is_pinned and model.thumbnails is None else NoPictures()
 
 
 def _api_text() -> str:

@@ -92,8 +92,9 @@ class Page(NamedTuple):
             known = own.get(row_id) or (None if kept is None else kept.get(row_id))
             if known is not None:
                 return known
-            is_there = store is not None and bool((store.ids == row_id).any())
-            return self.pictures.find(store.path_of(row_id)) if is_there and store else None
+            if store is None or not bool((store.ids == row_id).any()):
+                return None
+            return self.pictures.find(row_id, store.path_of(row_id))
 
         return find
 

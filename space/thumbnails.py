@@ -13,10 +13,11 @@ from hf_knn import BadImageError, decode_image
 class Pictures(Protocol):
     """Finds the picture of a stored row."""
 
-    def find(self, path: str) -> bytes | None:
+    def find(self, row_id: int, path: str) -> bytes | None:
         """A small WEBP of the picture; None if there is none.
 
         Args:
+            row_id: of the row.
             path: as the datastore knows it; may be empty.
         """
 
@@ -24,7 +25,7 @@ class Pictures(Protocol):
 class NoPictures:
     """Every row is shown as a plain tile."""
 
-    def find(self, path: str) -> bytes | None:
+    def find(self, row_id: int, path: str) -> bytes | None:
         """Nothing."""
         return None
 
@@ -40,7 +41,7 @@ class ZipPictures:
         self._zip = zipfile.ZipFile(file)
         self._names = set(self._zip.namelist())
 
-    def find(self, path: str) -> bytes | None:
+    def find(self, row_id: int, path: str) -> bytes | None:
         """A small WEBP of the picture; None if there is none."""
         name = f"{path}.webp"
         return self._zip.read(name) if path and name in self._names else None
@@ -57,7 +58,7 @@ class FolderPictures:
         self._root = folder.resolve()
         self._find = lru_cache(maxsize=4096)(self._read)
 
-    def find(self, path: str) -> bytes | None:
+    def find(self, row_id: int, path: str) -> bytes | None:
         """A small WEBP of the picture; None if there is none."""
         return self._find(path)
 

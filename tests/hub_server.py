@@ -336,7 +336,8 @@ def info(request: Handler, tree: str, name: str, revision: str = "main") -> Answ
     number = repo.find(revision)
     if number is None:
         return missing("RevisionNotFound")
-    siblings = [{"rfilename": path} for path in sorted(repo.commits[number].files)]
+    files = sorted(repo.commits[number].files.items())
+    siblings = [{"rfilename": path, "size": len(content)} for path, content in files]
     facts = {"_id": "1", "id": name, "modelId": name, "sha": number, "siblings": siblings}
     return ok(facts | {"private": repo.private, "tags": [], "downloads": 0, "likes": 0})
 

@@ -210,7 +210,7 @@ def test_public_names_are_said_once():
     }
     # what the Space needs beyond it
     promised |= {"BadImageError", "Explanation", "decode_image", "PictureEncoder"}
-    promised |= {"inspect_datastore", "map_svg", "place_features"}
+    promised |= {"inspect_datastore", "map_svg", "place_features", "load_splits"}
     promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
     promised |= {"find_pairs", "print_of", "score_log_probs"}
     # what the page of a benchmark shares with those of doctor and explain

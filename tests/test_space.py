@@ -141,7 +141,7 @@ def test_small_pictures_come_from_the_checkpoint_first(model, place, tmp_path):
     find = page.picture_of("")
     plain = Page.of(Service(model, Visitors(model, None)), NoPictures(), []).picture_of("")
     assert find(first) == own.thumbnails.get(first)
-    assert find(second) == page.pictures.find(model.datastore.path_of(second)) is not None
+    assert find(second) == page.pictures.find(second, model.datastore.path_of(second)) is not None
     assert plain(first) is None
 
 
@@ -490,9 +490,9 @@ def test_pictures_outside_the_folder_are_not_shown(tmp_path):
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
     (tmp_path / "in" / "bad.png").write_bytes(b"no")
     pictures = FolderPictures(tmp_path / "in")
-    assert pictures.find("a.png") is not None
+    assert pictures.find(0, "a.png") is not None
     for path in ("../out.png", str(tmp_path / "out.png"), "link.png", "bad.png", "", "none.png"):
-        assert pictures.find(path) is None
+        assert pictures.find(0, path) is None
 
 
 # ---- what is shown ------------------------------------------------------------------------------
@@ -503,8 +503,8 @@ def test_small_pictures_that_were_pushed_are_found_by_path_alone(tmp_path):
         file.writestr("a/b.png.webp", b"small")
         file.writestr("secret", b"other")
     found = ZipPictures(tmp_path / "pictures.zip")
-    assert found.find("a/b.png") == b"small"
-    assert [found.find(path) for path in ("", "secret", "../a/b.png", "a/c.png")] == [None] * 4
+    assert found.find(0, "a/b.png") == b"small"
+    assert [found.find(0, path) for path in ("", "secret", "../a/b.png", "a/c.png")] == [None] * 4
 
 
 def test_labels_are_text():

@@ -1,24 +1,18 @@
 """Tasks on the Hub: pinned, stored or streamed, and everything that can be wrong with one."""
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from backbones import Backbone
 from cells import Cell
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as ImageColumn
+from hub_datasets import REPO, publish
 from hub_server import Hub
 from loading import load_task
-from PIL import Image
 from runner import Options, Run
 from verify import verify_backbone, verify_task
-
-REPO = "org/shapes"
 
 
 @pytest.fixture(autouse=True)
@@ -27,37 +21,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", tmp_path / "modules")
-
-
-def picture(label: int, number: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(100 * label + number).integers(0, 90, (24, 24, 3), np.uint8)
-    pixels[:, :, label] += 120
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
-
-
-def parquet(count: int, start: int, label: str = "label") -> bytes:
-    names = ["disc", "ring"]
-    features = Features(
-        {"image": ImageColumn(), label: ClassLabel(names=names), "x": Value("int64")}
-    )
-    rows = [
-        {"image": picture(row % 2, start + row), label: row % 2, "x": row} for row in range(count)
-    ]
-    stream = io.BytesIO()
-    Dataset.from_list(rows, features=features).to_parquet(stream)
-    return stream.getvalue()
-
-
-def publish(hub: Hub, train: int = 24, label: str = "label", private: bool = False) -> str:
-    """One more commit of the dataset; returns it."""
-    repo = hub.repos.get(("dataset", REPO)) or hub.create(REPO, "dataset", private)
-    files = {
-        "train.parquet": parquet(train, 0, label),
-        "test.parquet": parquet(16, 500, label),
-    }
-    return repo.commit("main", files, f"{train} pictures")
 
 
 def rows_of(loaded: Any) -> Iterator[tuple[int, int, bytes]]:
