@@ -17,6 +17,7 @@ from .teaching import (
     forget,
     merge,
     relabel,
+    small_pictures,
     teach,
     thumbnails_of,
     undo,
@@ -96,9 +97,9 @@ class Remembering:
         """Adds labelled pictures to the datastore; no training, all or none.
 
         The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. New classes get the probability that the
-        neighbours give them, until the blend is tuned again: a head finds few of a class that it
-        has seen a few pictures of.
+        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
+        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
+        that keeps thumbnails keeps those of taught pictures too.
 
         Args:
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
@@ -117,7 +118,13 @@ class Remembering:
         if (images is None) == (features is None):
             raise ValueError("Expected exactly one of `images` and `features`.")
         found = features_of(self, images) if features is None else features
-        return teach(self, found, labels, ids, paths)
+        keeps = self.thumbnails is not None and images is not None
+        small = small_pictures(images) if keeps else []
+        receipt = teach(self, found, labels, ids, paths)
+        if small and self.thumbnails is not None:
+            added = Thumbnails(dict(zip(receipt.ids, small, strict=True)))
+            self.thumbnails = self.thumbnails.joined(added)
+        return receipt
 
     def forget(
         self,

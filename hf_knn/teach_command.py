@@ -18,6 +18,7 @@ from .features import extract_features
 from .manifest import MANIFEST_NAME, Manifest
 from .modeling_knn import KnnForImageClassification
 from .receipts import Receipt
+from .row_pictures import RowPictures
 from .storage import exclusive_lock
 from .teaching import own_rows
 
@@ -52,7 +53,10 @@ def teach_pictures(
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        return model.teach(features=found.features, labels=labels, paths=found.paths or None)
+        receipt = model.teach(features=found.features, labels=labels, paths=found.paths or None)
+        if model.thumbnails is not None:
+            model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
+        return receipt
 
     _change(checkpoint, change, json_output)
     if not json_output:

@@ -138,6 +138,13 @@ def features_of(model: Any, images: Any, batch_size: int = 32) -> Tensor:
     return torch.cat(parts).clone() if parts else torch.empty(0, width)
 
 
+def small_pictures(images: Any) -> list[bytes]:
+    """WEBP files of pictures; none of pixel values, which no longer are pictures."""
+    if isinstance(images, Tensor):
+        return []
+    return [small_webp(_decoded(image, place)) for place, image in enumerate(images)]
+
+
 def thumbnails_of(model: Any, images: Mapping[int, Any]) -> Thumbnails:
     """Small pictures of stored rows; see `KnnForImageClassification.keep_thumbnails`."""
     ids = [] if model.datastore is None else model.datastore.ids.tolist()

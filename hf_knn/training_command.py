@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from .model_card import draw_reliability, make_card
 from .modeling_knn import KnnForImageClassification
 from .plots import draw_neighbors
 from .publishing import CARD_NAME
+from .row_pictures import RowPictures
 from .trainer import KnnTrainer
 from .training_args import KnnTrainingArguments
 from .tuning import TuneResult
@@ -134,7 +135,7 @@ def train_pictures(options: TrainOptions) -> None:
         if options.thumbnails:
             with console.status("Making small pictures of the stored rows …"):
                 ids = model.datastore.ids.tolist()
-                model.keep_thumbnails(_Pictures(splits["train"], ids))
+                model.keep_thumbnails(RowPictures(splits["train"], ids))
         trainer.save_model(str(options.output))
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
@@ -198,22 +199,6 @@ def _draw_neighbors(
             lambda row_id: picture_of(splits["train"], row_id), path,
         )  # fmt: skip
         return path.read_bytes()
-
-
-class _Pictures(Mapping[int, Any]):
-    """Pictures by row id, decoded one at a time: full-sized ones do not pile up."""
-
-    def __init__(self, dataset: Any, ids: list[int]) -> None:
-        self._dataset, self._ids = dataset, ids
-
-    def __getitem__(self, row_id: int) -> Any:
-        return picture_of(self._dataset, row_id)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._ids)
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
 
 def _existing_card(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ import gradio as gr
 from exports import as_csv, write_text
 from service import Look
 from settings import MAX_K, WEIGHTINGS, Settings
-from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
+from shared import ANNOUNCE_JS, HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
 from uploads import SpaceError, check_files, read_upload, thumbnail
 from views import EMPTY, answer_page, samples_page, text
 
@@ -49,7 +49,9 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> Callable[[Any], Any]
                 controls = _controls(page)
             table = gr.DownloadButton("All answers as csv", visible=False, size="sm")
         with gr.Column(scale=3, min_width=300):
-            answer = gr.HTML(EMPTY, js_on_load=SELECT_JS, min_height=420, elem_id="knn-page")
+            answer = gr.HTML(
+                EMPTY, js_on_load=SELECT_JS + ANNOUNCE_JS, min_height=420, elem_id="knn-page"
+            )
             detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-near")
     handlers = _Handlers(page)
     asked = [shown, token, *controls]

@@ -31,6 +31,17 @@ element.addEventListener('click', (event) => {
 """
 """A click on a tile says which one."""
 
+ANNOUNCE_JS = """
+const status = document.createElement('div');
+status.className = 'knn-unseen';
+status.setAttribute('role', 'status');
+element.parentElement.append(status);
+watch('value', () => setTimeout(() => {
+  status.textContent = element.querySelector('[data-announce]')?.dataset.announce ?? '';
+}));
+"""
+"""A new answer is read out by a screen reader: in one sentence, not the whole page of it."""
+
 SHOW_JS = """
 watch('value', () => {
   if (props.value) element.scrollIntoView({block: 'nearest', behavior: 'smooth'});

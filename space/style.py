@@ -2,6 +2,8 @@
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.knn-unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
+  clip-path: inset(50%); }
 .knn-header h1 { font-size: 1.6rem; margin: .2rem 0; }
 .gradio-container { --knn-quiet: #565d6b; }
 .dark .gradio-container, .gradio-container.dark { --knn-quiet: #aeb5c2; }

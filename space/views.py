@@ -44,7 +44,8 @@ def answer_page(
     return (
         f"{_strip(looks, chosen)}"
         f'<div class="knn-answer"><img src="{as_uri(looks[chosen].thumbnail)}" alt="Your picture">'
-        f'<div><p class="knn-hint">This looks like</p><h2 id="knn-answer">{text(found.answer)}</h2>'
+        f'<div><p class="knn-hint">This looks like</p><h2 id="knn-answer" data-announce="'
+        f'{text(found.answer)}, {best:.0%}">{text(found.answer)}</h2>'
         f'<p class="knn-score">{best:.0%} <span class="knn-hint">head and neighbours together'
         f"</span></p>{_notices(found)}</div></div>"
         f"<section><h3>Probabilities</h3>{bars(found.probabilities, 'blend')}</section>"

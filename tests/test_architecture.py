@@ -38,6 +38,7 @@ LAYERS = [
     {"teaching", "explaining", "remembering"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
+    | {"row_pictures"}
     | {"reading", "picture_keys", "feature_cache", "feature_table", "encoders"}
     | {"encoder_graphs", "encoding", "backend_choice", "serving"}
     | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}

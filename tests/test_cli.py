@@ -14,7 +14,8 @@ import pytest
 from commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 from PIL import Image
 
-from hf_knn import KnnForImageClassification
+from hf_knn import KnnForImageClassification, decode_image
+from hf_knn.thumbnails import small_webp
 
 ROOT = Path(__file__).parent.parent
 BROKEN = "disc/007.jpg"
@@ -205,10 +206,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
-    assert rows_of(output)["test"] in (
-        23,
-        24,
-    )  # two cameras, one with a broken picture
+    assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())
     assert config["blend_temperature"] != 1
     assert min(Image.open(output / "neighbors.png").size) > 300
@@ -218,6 +216,14 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     found = KnnForImageClassification.from_pretrained(output)
     assert len(found.thumbnails) == len(found.datastore) == 24
     assert "(reliability.png)" in card
+    more = tmp_path / "more.csv"
+    more.write_text(f"path,label\n{pictures}/disc/050.jpg,disc\n{pictures}/square/051.jpg,box\n")
+    done = hf_knn("teach", output, more)
+    assert done.exit_code == 0, done.stderr
+    taught = KnnForImageClassification.from_pretrained(output)
+    (_, box) = taught.changes[-1].ids
+    assert taught.thumbnails.get(box) == small_webp(decode_image(pictures / "square/051.jpg"))
+    assert len(taught.thumbnails) == 26
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
     assert done.exit_code == 1
     assert "'lens'" in done.stderr

@@ -93,6 +93,22 @@ def test_undo_brings_them_back(model: Any) -> None:
     assert model.forgotten_thumbnails is None
 
 
+def test_a_taught_picture_is_kept_where_the_others_are(model: Any) -> None:
+    before = len(model.thumbnails)
+    taught = picture(1, 3, (300, 200))
+    (row,) = model.teach([encoded(taught, "PNG")], [0]).ids
+    assert model.thumbnails.get(row) == small_webp(taught)
+    features = torch.zeros(1, model.config.feature_dim)
+    (other,) = model.teach(features=features, labels=[0]).ids  # there is no picture
+    assert model.thumbnails.get(other) is None
+    model.undo()
+    model.forget([row])
+    assert len(model.thumbnails) == before
+    plain: Any = tiny_model("vit")
+    plain.teach([encoded(taught, "PNG")], [0])
+    assert plain.thumbnails is None
+
+
 def test_what_cannot_be_kept_changes_nothing(model: Any) -> None:
     before = model.thumbnails
     with pytest.raises(ValueError, match=r"does not have \[999999\]"):

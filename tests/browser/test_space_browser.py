@@ -123,6 +123,8 @@ def test_sliders_give_what_the_library_computes(visit, space, tmp_path):
     wanted = wanted_scores(space, path)
     assert visit.scores() == pytest.approx(wanted, abs=2e-6)
     assert answer == max(wanted, key=wanted.__getitem__)
+    spoken = f"{answer}, {wanted[answer]:.0%}"  # to a screen reader
+    visit.page.locator(".knn-unseen[role=status]", has_text=spoken).wait_for(state="attached")
     visit.page.get_by_text("Advanced: how the neighbours vote").click()
     settings: dict[str, Any] = {}
     for label, name, value in [
