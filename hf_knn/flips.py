@@ -17,6 +17,7 @@ from .functional import Metric, Weighting, neighbor_log_weights, squared_distanc
 Doubles = NDArray[np.float64]
 
 _ROUNDING = 1e-12
+_SMALLEST_TOTAL = 1e-200  # below it, weights beside the nearest row's have lost digits
 
 
 class Ballot(NamedTuple):
@@ -84,7 +85,7 @@ def smallest_flip(ballot: Ballot) -> tuple[list[int], int, bool] | None:
     if weights is None:
         return _greedy_flip(ballot)
     labels = ballot.labels.numpy()
-    answer = _winner(ballot, np.arange(len(labels)))
+    answer = _winner(ballot, np.arange(len(labels)), weights)
     rivals = _rivals(ballot, answer)
     gains = _gains(ballot, rivals, labels) - _gains(ballot, [answer], labels)  # [R, K]
     best: tuple[list[int], int] | None = None
@@ -92,8 +93,9 @@ def smallest_flip(ballot: Ballot) -> tuple[list[int], int, bool] | None:
         most = len(labels) if best is None else len(best[0]) - 1
         for removed in _cheapest(terms, ballot.k, most, ballot.is_all):
             kept = np.setdiff1d(np.arange(len(labels)), removed)
-            if _winner(ballot, kept) != answer:
-                best = (removed, _winner(ballot, kept))
+            winner = _winner(ballot, kept, weights)
+            if winner != answer:
+                best = (removed, winner)
                 break
     return None if best is None else (*best, True)
 
@@ -181,15 +183,30 @@ def _gains(ballot: Ballot, classes: list[int], labels: NDArray[np.int64]) -> Dou
     return own + (1 - ballot.knn_weight) * ballot.head.numpy()[wanted] * (labels < ballot.tuned)
 
 
-def _winner(ballot: Ballot, kept: NDArray[np.int64]) -> int:
-    """The answer when only some rows, by place, are there; the head's if none is."""
-    voters = torch.from_numpy(kept[: ballot.k])
+def _winner(ballot: Ballot, kept: NDArray[np.int64], weights: Doubles | None = None) -> int:
+    """The answer when only some rows, by place, are there; the head's if none is.
+
+    Args:
+        ballot: of the picture.
+        kept: places of the rows.
+        weights: [K] of `_own_weights`, if they are known.
+    """
+    voters = kept[: ballot.k]
     scores = ballot.head.numpy()
     if len(voters):
-        left = ballot._replace(similarities=ballot.similarities[voters], k=len(voters))
-        shares, labels = vote_shares(left).numpy(), ballot.labels[voters].numpy()
+        shares, labels = _shares_among(ballot, voters, weights), ballot.labels.numpy()[voters]
         votes: Doubles = np.bincount(labels, shares, minlength=len(scores)).astype(np.float64)
         scores = scores * (1 - ballot.knn_weight) * votes[: ballot.tuned].sum()
         votes[: ballot.tuned] *= ballot.knn_weight
         scores = scores + votes
     return int(scores.argmax())
+
+
+def _shares_among(ballot: Ballot, voters: NDArray[np.int64], weights: Doubles | None) -> Doubles:
+    """[k] shares of the vote of the rows at some places."""
+    own = None if weights is None else weights[voters]
+    if own is not None and own.sum() > _SMALLEST_TOTAL:
+        return own / own.sum()
+    left = ballot._replace(similarities=ballot.similarities[torch.from_numpy(voters)])
+    shares: Doubles = vote_shares(left._replace(k=len(voters))).numpy()
+    return shares
