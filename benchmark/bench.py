@@ -86,6 +86,7 @@ class Bench:
             "arms": arms,
             "heat": measured.heat,
             "extra": measured.extra,
+            "pairs": measured.pairs,
         }
         return document, arrays
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arms import FLOOR, Arm
 from numpy.typing import NDArray
 from torch import Tensor
-from voices import FLOOR, Arm
 
 from hf_knn import score_log_probs
 

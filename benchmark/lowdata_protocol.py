@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from arms import Arm
 from losses import linear_arms, loss_settings
 from phases import HEADS, TUNE
 from pool import Rows
 from study import Study
 from torch import Tensor
 from torch.nn import functional
-from voices import FIXED, PLAIN, Arm, Split, Voices, fit_heads, leave_one_out
+from voices import FIXED, PLAIN, Split, Voices, fit_heads, leave_one_out
 
 from hf_knn import (
     Datastore,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arms import FLOOR, Arm, blended
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -26,7 +27,7 @@ from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
-from voices import FLOOR, Arm, Voices, choose_weight, mixed
+from voices import Voices
 
 from hf_knn import ProbeConfig, ProbeScore, choose_probe
 
@@ -175,10 +176,10 @@ def measure_peers(voices: Voices) -> dict[str, Arm]:
     knn = _best(list(_neighbors(voices)), validation.labels, voices.num_labels)
     arms |= {"dino": voices.dino, "knn": knn}
     blends = {
-        f"blend:head+{name}": _blend(voices.head, arm, validation.labels)
+        f"blend:head+{name}": blended(voices.head, arm, validation.labels)
         for name, arm in arms.items()
     }
-    pairs = {f"blend:{name}+knn": _blend(arms[name], knn, validation.labels) for name in PEERS}
+    pairs = {f"blend:{name}+knn": blended(arms[name], knn, validation.labels) for name in PEERS}
     whole = {"knn_grid": voices.knn, "blend": voices.blend}
     return arms | whole | {"head": voices.head} | blends | pairs
 
@@ -219,14 +220,6 @@ def _spread(scores: Floats, classes: NDArray[np.integer], num_labels: int) -> Te
         np.asarray(scores, np.float32)
     )
     return full
-
-
-def _blend(first: Arm, second: Arm, labels: Tensor) -> Arm:
-    """Two voices, the weight of the second chosen on validation."""
-    assert first.validation is not None
-    assert second.validation is not None
-    weight = choose_weight(first.validation, second.validation, labels)
-    return mixed(first, Arm(second.validation, second.test, {}), weight)
 
 
 def _probabilities(fit: Any, chosen: dict[str, Any], data: Data) -> Trial:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from arms import Arm, pair_accuracies
 from losses import linear_arms, loss_settings
 from lowdata_protocol import measure_few_heads, measure_lowdata
-from peers import measure_peers
-from phases import PEERS
+from peers import PEERS, measure_peers
+from phases import PEERS as FIT_PEERS
 from study import Study
-from voices import Arm, Voices
+from voices import Voices
 
 
 @dataclass
@@ -22,12 +23,14 @@ class Measured:
         arms: by name.
         heat: accuracy of the neighbours alone on validation, by k and temperature.
         extra: rates of how voices agree.
+        pairs: test top-1 of every two voices as one.
     """
 
     voices: Voices
     arms: dict[str, Arm]
     heat: dict[str, Any] | None = None
     extra: dict[str, float] | None = None
+    pairs: dict[str, float] | None = None
 
 
 def measure_knn(study: Study, seed: int, option: Any) -> Measured:
@@ -87,9 +90,12 @@ def _measure_few_heads(study: Study, seed: int, option: Any) -> Measured:
 
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
     voices = study.voices(seed)
-    with study.phases.phase(PEERS):
+    with study.phases.phase(FIT_PEERS):
         arms = measure_peers(voices)
-    return Measured(voices, arms, heat_of(voices))
+        _, validation, test = voices.split
+        chosen = {name: arms[name] for name in (*PEERS, "knn")}
+        pairs = pair_accuracies(chosen, validation.labels, test.labels)
+    return Measured(voices, arms, heat_of(voices), pairs=pairs)
 
 
 PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {

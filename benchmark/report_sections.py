@@ -221,7 +221,32 @@ def peers_blocks(results: Results, differences: Sequence[Difference]) -> list[Bl
         "with the whole grid of k, T and λ had some hundreds of them, every other voice four."
     )
     grid = Grid(columns, rows, caption=caption, strong=frozenset(strong))
-    return [grid]
+    return [grid, *_pairs_block(list(settings.values()))]
+
+
+def _pairs_block(settings: Sequence[Sequence[Cell]]) -> list[Block]:
+    """Every two voices as one, beside the better of both alone."""
+    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for setting in settings:
+        cells = [cell for cell in setting if cell.document.get("pairs")]
+        for name in cells[0].document["pairs"] if cells else ():
+            first, second = name.split("+")
+            both = float(np.mean([cell.document["pairs"][name] for cell in cells]))
+            alone = (float(np.mean(values_of(cells, voice, "top1"))) for voice in (first, second))
+            pairs[first, second].append(both - max(alone))
+    if not pairs:
+        return []
+    voices = list(dict.fromkeys(voice for pair in pairs for voice in pair))
+    gains = {frozenset(pair): float(np.mean(values)) for pair, values in pairs.items()}
+    rows = [
+        [arm_name(a), *(points(gains[frozenset((a, b))]) if a != b else DASH for b in voices)]
+        for a in voices
+    ]
+    caption = (
+        "Every two voices as one, the weight chosen on validation: test top-1 minus that of the "
+        f"better of both alone, in points, mean over {len(settings)} settings."
+    )
+    return [Grid(["voice", *map(arm_name, voices)], rows, caption=caption)]
 
 
 def _over_settings(settings: Iterable[list[Cell]], arm: str) -> str:

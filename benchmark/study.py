@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from arms import Arm
 from loaded_task import LoadedTask
 from phases import EXTRACT, TRAIN
 from pool import OpenBackbone, Pool, Rows
@@ -11,7 +12,7 @@ from scratch import train_scratch
 from shifts import shifted
 from torch import Tensor
 from tuning_run import fine_tune
-from voices import Arm, Split, Voices
+from voices import Split, Voices
 
 from hf_knn import few_shots
 

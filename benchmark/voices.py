@@ -1,12 +1,11 @@
 """The head and the neighbours of one split, everything chosen on its validation pictures."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from arms import Arm, mixed
 from phases import HEADS, STORE, TUNE, Phases
 from pool import Rows
 from torch import Tensor
@@ -16,9 +15,7 @@ from hf_knn import (
     Neighbors,
     ProbeConfig,
     ProbeGrid,
-    ProbeScore,
     ProbeSettings,
-    blend_log_probs,
     choose_probe,
     default_grid,
     knn_log_probs,
@@ -37,7 +34,6 @@ FIXED = {"k": 20, "temperature": 0.14, "knn_weight": 0.5}
 FIXED_K = int(FIXED["k"])
 DINO_TEMPERATURE = 0.14  # 0.07 on cosines is 0.14 on squared distances
 FEW_LABELS = 16  # per class, below which `hf_knn.tune` takes its coarse grid
-FLOOR = 1e-12
 
 
 class Split(NamedTuple):
@@ -46,21 +42,6 @@ class Split(NamedTuple):
     train: Rows
     validation: Rows
     test: Rows
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one way to answer says.
-
-    Attributes:
-        validation: [V, C] log-probabilities; None where there is nothing to choose on.
-        test: [T, C].
-        chosen: what was chosen on validation.
-    """
-
-    validation: Tensor | None
-    test: Tensor
-    chosen: dict[str, Any]
 
 
 class Voices:
@@ -223,15 +204,6 @@ def votes_of(near: Neighbors, num_labels: int, k: int, temperature: float) -> Te
     return knn_log_probs(near.similarities[:, :k], near.labels[:, :k], num_labels, temperature)
 
 
-def mixed(first: Arm, second: Arm, weight: float) -> Arm:
-    """Two voices, the second with some weight, as λ is of the neighbours."""
-    validation = None
-    if first.validation is not None and second.validation is not None:
-        validation = blend_log_probs(first.validation, second.validation, weight)
-    chosen = second.chosen | {"knn_weight": weight}
-    return Arm(validation, blend_log_probs(first.test, second.test, weight), chosen)
-
-
 def widest(rows: int, num_labels: int, chosen_on: int) -> int:
     """The largest k of the grid that `tune` takes: 512 neighbours cost ten times 128."""
     is_coarse = chosen_on < FEW_LABELS * num_labels
@@ -248,28 +220,6 @@ def leave_one_out(store: Datastore, rows: Rows, num_labels: int) -> Tensor:
     best = tune(near, silent, rows.labels, num_labels, "log_likelihood").best_knn
     votes = votes_of(near, num_labels, max(1, best.k), best.temperature)
     return votes.gather(1, rows.labels.unsqueeze(1)).squeeze(1)
-
-
-def choose_weight(first: Tensor, second: Tensor, labels: Tensor) -> float:
-    """λ of a second voice, by the rule of `hf_knn.tune`.
-
-    Args:
-        first: [V, C] log-probabilities.
-        second: [V, C].
-        labels: [V].
-
-    Returns:
-        Of 0, 0.05 … 1 and of those within one standard error of the best accuracy, the likeliest;
-        of equal ones the smallest.
-    """
-    weights = [step / 20 for step in range(21)]
-    table = []
-    for weight in weights:
-        log_probs = blend_log_probs(first, second, weight)
-        own = log_probs.gather(1, labels.unsqueeze(1)).double().clamp_min(math.log(FLOOR))
-        hits = float((log_probs.argmax(1) == labels).double().mean())
-        table.append(ProbeScore(ProbeConfig(weight), hits, float(own.mean()), diverged=False))
-    return weights[choose_probe(table, len(labels)).best]
 
 
 def _named(config: ProbeConfig) -> dict[str, Any]:

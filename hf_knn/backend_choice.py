@@ -32,7 +32,16 @@ from .encoder_graphs import (
     load_encoder,
     note_agreement,
 )
-from .encoders import AUTO, BACKENDS, COMPILE, OPENVINO, TORCH, Encoder, TorchEncoder
+from .encoders import (
+    AUTO,
+    BACKENDS,
+    COMPILE,
+    OPENVINO,
+    TORCH,
+    Encoder,
+    TorchEncoder,
+    one_torch_thread,
+)
 from .feature_cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -236,7 +245,7 @@ def _seconds(encoder: Encoder, pixels: Tensor) -> float:
         for part in parts:
             encoder.encode(part)()
     else:
-        with ThreadPoolExecutor(encoder.streams) as pool:
+        with one_torch_thread(), ThreadPoolExecutor(encoder.streams) as pool:
             for _ in pool.map(lambda part: encoder.encode(part)(), parts):
                 pass
     return time.perf_counter() - started

@@ -21,13 +21,10 @@ from transformers import PreTrainedModel
 
 from .backbone import extract
 from .configuration_knn import KnnConfig
-from .encoders import ONNX, OPENVINO, frozen_copy
+from .encoders import CPU_BATCH, ONNX, OPENVINO, frozen_copy
 from .feature_cache import cache_root
 
 logger = logging.getLogger(__name__)
-
-BATCH = 4
-"""Pictures per call: the activations of more leave the caches of a core."""
 
 _NEEDED = {ONNX: ("onnx", "onnxruntime"), OPENVINO: ("onnx", "openvino")}
 _INPUT, _OUTPUT = "pixel_values", "features"
@@ -72,7 +69,7 @@ class OnnxEncoder:
         import onnxruntime
 
         self.path = path
-        self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, BATCH)
+        self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
@@ -105,7 +102,7 @@ class OpenVinoEncoder:
         import openvino
 
         self.path = path
-        self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, BATCH)
+        self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
         kinds = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
         options: dict[str, Any] = {
             "NUM_STREAMS": self.streams,

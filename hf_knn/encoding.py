@@ -7,13 +7,12 @@ cost no start, no copies between processes, and no second import of torch.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .encoders import Encoder
+from .encoders import Encoder, one_torch_thread
 from .reading import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
 
 MOST_READERS = 16
@@ -73,7 +72,7 @@ def _side_by_side(
             features = encoder.encode(batch.pixel_values)()
         return Encoded(features, batch.rows, batch.bad)
 
-    with _one_torch_thread():
+    with one_torch_thread():
         yield from in_order(work, batches, encoder.streams)
 
 
@@ -115,14 +114,3 @@ def in_order(work: Callable[[Given], Made], items: Iterable[Given], threads: int
             yield running.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The processor's own threads would only take cores from the encoder's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .backbone import default_pooling, hash_tensors, measure_width
+from .backbone import default_pooling, hash_tensors, in_eval_mode, measure_width
 from .backend_choice import Work, check_backend, choose_backend, open_encoder
 from .configuration_knn import KnnConfig
 from .data import groups_of, ids_of, label_names, labels_of, paths_of, prepare
@@ -115,7 +115,7 @@ def extract_features(
         dataset: a `datasets.Dataset` with pictures and labels.
         processing_class: the image processor; None takes the model's own.
         pooling: for a plain vision model: `cls`, `mean`, …; None chooses as `from_backbone` does.
-        batch_size: pictures per forward pass, >= 1; `onnx` and `openvino` take at most 4.
+        batch_size: pictures per forward pass, >= 1; on a CPU at most 4, several at once.
         precision: `fp32`, or `bf16` / `fp16` by autocast; features are float32 in any case.
         backend: `torch`, `compile` (torch.compile, which is never chosen for you), `onnx`,
             `openvino`, or `auto`: from 500 pictures on, the fastest of those installed whose
@@ -153,7 +153,8 @@ def extract_features(
         backbone, config, mark_of(backbone), precision, batch_size, len(rows),
         use_cache, _sampler(rows, processor),
     )  # fmt: skip
-    chosen = choose_backend(backend, work)
+    with in_eval_mode(backbone):
+        chosen = choose_backend(backend, work)
     root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"
     cache = FeatureCache(None)
     if use_cache:
@@ -163,7 +164,8 @@ def extract_features(
         picture_keys(rows, root / KEYS_FOLDER) if use_cache else None,
     )  # fmt: skip
     started = time.perf_counter()
-    computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
+    with in_eval_mode(backbone):
+        computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
     elapsed = time.perf_counter() - started
     found = _collect(table, rows, labels, groups, computed, elapsed)
     return replace(found, backend=chosen)

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -195,4 +196,9 @@ def _document(
         document["extra"] = {
             "both_right": 0.6, "only_head": 0.15, "only_knn": 0.1, "neither": 0.15, "oracle": 0.85,
         }  # fmt: skip
+    if about["protocol"] == "peers":
+        document["pairs"] = {
+            f"{a}+{b}": (arms[a]["test"]["top1"] + arms[b]["test"]["top1"]) / 2 + 0.05
+            for a, b in combinations(("logistic", "lda", "ncm"), 2)
+        }
     return document

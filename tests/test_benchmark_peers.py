@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from arms import choose_weight, pair_accuracies
 from peers import PEERS, TRIALS, Data, _best, _neighbors, measure_peers
 from pool import Rows
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch.nn import functional
@@ -46,6 +48,22 @@ def test_every_arm_says_probabilities(voices):
     for name, arm in measure_peers(voices).items():
         total = arm.test.double().exp().sum(1)
         assert torch.allclose(total, torch.ones_like(total), atol=1e-4), name
+
+
+def test_every_two_voices_are_blended(voices):
+    arms, labels = measure_peers(voices), voices.split.test.labels
+    chosen = {name: arms[name] for name in (*PEERS, "knn")}
+    pairs = pair_accuracies(chosen, voices.split.validation.labels, labels)
+    assert len(pairs) == 36
+    for name in PEERS:  # the arms that are kept whole
+        kept = arms[f"blend:{name}+knn"].test.argmax(1)
+        assert pairs[f"{name}+knn"] == accuracy_score(labels, kept)
+    first, second = arms["svm"], arms["lda"]
+    assert first.validation is not None
+    assert second.validation is not None
+    weight = choose_weight(first.validation, second.validation, voices.split.validation.labels)
+    plain = (1 - weight) * first.test.double().exp() + weight * second.test.double().exp()
+    assert pairs["svm+lda"] == accuracy_score(labels, plain.argmax(1))
 
 
 @pytest.mark.parametrize("name", ["svm", "knn_sklearn"])

@@ -19,7 +19,7 @@ from report_baseline import baseline_report, compare
 from report_build import build_report
 from report_cells import Results, Setting, load_results
 from report_clean import without_near_duplicates
-from report_document import Figures, Gallery, Text
+from report_document import Figures, Gallery, Grid, Text
 from report_markdown import write_markdown
 from report_page import render_html, write_html
 from report_pairs import (
@@ -32,7 +32,7 @@ from report_pairs import (
     shared_arms,
 )
 from report_pictures import Picture, PicturesMissingError, galleries, local_pictures, pick
-from report_sections import heat_section
+from report_sections import heat_section, peers_blocks
 from report_statistics import signed_rank
 from report_summary import across_line, summary_lines, where_not
 from report_table import as_dataset
@@ -198,6 +198,20 @@ def test_each_second_voice_is_compared_with_k_nn():
         ("blend:head+lda", "blend:head+knn"),
     }
     assert comparisons_of("knn", ["head"]) == []
+
+
+def test_two_second_voices_are_shown_beside_the_better_of_both(results):
+    _, grid = peers_blocks(results, differences_of(results))
+    assert isinstance(grid, Grid)
+    gaps = []
+    for cells in results.settings("peers").values():
+        lda, ncm = ([c.arms[v]["test"]["top1"] for c in cells] for v in ("lda", "ncm"))
+        both = [c.document["pairs"]["lda+ncm"] for c in cells]
+        gaps.append(np.mean(both) - max(np.mean(lda), np.mean(ncm)))
+    shown = float(grid.rows[1][3].replace("\u2212", "-"))  # lda beside ncm
+    assert shown == pytest.approx(100 * np.mean(gaps), abs=0.05)
+    assert grid.rows[2][2] == grid.rows[1][3]
+    assert [row[0] for row in grid.rows] == list(grid.columns[1:])
 
 
 def test_across_pairs_has_one_difference_per_pair(results):

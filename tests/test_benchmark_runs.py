@@ -13,6 +13,7 @@ import phases
 import pytest
 import scratch as scratch_module
 import torch
+from arms import choose_weight
 from backbones import find_backbone
 from cells import Cell, is_finished
 from folder import locked
@@ -32,7 +33,7 @@ from sklearn.metrics import balanced_accuracy_score
 from suites import make_cells
 from twins import Twins, near_duplicates
 from typer.testing import CliRunner
-from voices import PLAIN, choose_weight
+from voices import PLAIN
 
 from hf_knn import Neighbors, default_grid, knn_log_probs, tune
 

@@ -268,7 +268,7 @@ def test_new_pictures_cost_only_themselves() -> None:
     with counting(model.backbone) as batches:
         found = run(model, rows)
         mixed = run(model, rows.select([9, 2, 2, 0]))
-    assert batches == [len(LABELS) - 5]
+    assert sum(batches) == len(LABELS) - 5
     assert (found.computed, mixed.computed) == (len(LABELS) - 5, 0)
     truth = run(model, rows, use_cache=False).features
     torch.testing.assert_close(found.features, truth, rtol=1e-5, atol=1e-5)
@@ -281,7 +281,7 @@ def test_the_same_picture_twice_is_encoded_once() -> None:
     twice = concatenate_datasets([rows, rows.select([3, 4])])
     with counting(model.backbone) as batches:
         found = run(model, twice)
-    assert batches == [len(LABELS)]
+    assert sum(batches) == len(LABELS)
     assert found.computed == len(LABELS)
     assert torch.equal(found.features[-2:], found.features[3:5])
     assert found.labels.tolist() == [*LABELS, *LABELS[3:5]]
