@@ -37,9 +37,9 @@ class Script:
 
 
 SCRIPTS = (
-    Script("extraction-efficientnet-lite0", "extraction.py", ("--pictures", "192"), 150),
+    Script("extraction-efficientnet-lite0", "extraction.py", ("--pictures", "128"), 150),
     Script(
-        "extraction-vit-tiny", "extraction.py", ("--model", "vit-tiny", "--pictures", "192"), 120,
+        "extraction-vit-tiny", "extraction.py", ("--model", "vit-tiny", "--pictures", "128"), 120,
         ("--model", "vit-tiny"),
     ),
     Script("path", "path.py", ("--pictures", "200", "--epochs", "5", "--many", "0"), 150),
@@ -48,12 +48,12 @@ SCRIPTS = (
     Script("search", "search.py", ("--rows", "100000", "--rounds", "3")),
     Script(
         "approximate", "approximate.py",
-        ("--rows", "50000", "--rounds", "3", "--queries", "300"),
+        ("--rows", "50000", "--rounds", "2", "--queries", "200"),
     ),
     Script("leave_one_out", "leave_one_out.py", ("--rows", "50000")),
-    Script("growth", "growth.py", ("--rows", "10000", "--rows", "50000"), in_folder=True),
+    Script("growth", "growth.py", ("--rows", "10000", "--rows", "30000"), in_folder=True),
     Script("heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2")),
-    Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "3")),
+    Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "2")),
     Script("fine_tuning", "fine_tuning.py", ("--pictures", "96", "--rounds", "2")),
     Script(
         "scale-clusters", "scale.py",
