@@ -25,6 +25,7 @@ from .encoders import PRECISIONS
 from .encoding import encode_rows
 from .feature_cache import KEYS_FOLDER, FeatureCache, cache_root
 from .feature_table import FeatureTable
+from .first_pass import has_fast_bfloat16
 from .modeling_knn import KnnForImageClassification
 from .picture_keys import picture_keys
 from .reading import BadRow, read_batch
@@ -159,6 +160,7 @@ def extract_features(
     cache = FeatureCache(None)
     if use_cache:
         cache = _cache_of(root, work, processor, chosen, rows)
+    _warn_of_slow_precision(backbone, precision)
     table = FeatureTable(
         len(rows), config.feature_dim + config.extra_dim,
         picture_keys(rows, root / KEYS_FOLDER) if use_cache else None,
@@ -292,6 +294,16 @@ def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
         return model.config
     pooling = pooling or default_pooling(model)
     return KnnConfig(pooling=pooling, feature_dim=measure_width(model, pooling))
+
+
+def _warn_of_slow_precision(backbone: PreTrainedModel, precision: str) -> None:
+    """Says so where a short dtype saves nothing: a CPU that has no instructions for it."""
+    is_fast = precision == "bf16" and has_fast_bfloat16()
+    if precision != "fp32" and not is_fast and next(backbone.parameters()).device.type == "cpu":
+        logger.warning(
+            "This CPU has no instructions for %s, so that it is emulated; precision='fp32' is "
+            "faster and exact.", precision,
+        )  # fmt: skip
 
 
 def _check_options(batch_size: int, precision: str, on_bad_image: str) -> None:

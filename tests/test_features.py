@@ -25,6 +25,7 @@ from transformers import AutoModel, ViTConfig
 
 import hf_knn.feature_cache as cache_module
 import hf_knn.feature_table as table_module
+import hf_knn.features as features_module
 from hf_knn import extract_features
 from hf_knn.data import load_splits, prepare
 from hf_knn.feature_cache import cache_root
@@ -134,6 +135,18 @@ def test_bf16_is_close_and_stays_float32() -> None:
     assert rough.dtype == torch.float32
     gap = (exact - rough).abs().max() / exact.abs().max()
     assert 0 < gap < 0.03
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_precision_that_is_emulated_is_said(
+    is_fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(features_module, "has_fast_bfloat16", lambda: is_fast)
+    for precision in ("fp32", "bf16"):
+        run(small_model(), dataset_of(LABELS), precision=precision)
+    assert [("bf16, so that it is emulated" in line) for line in caplog.messages] == (
+        [] if is_fast else [True]
+    )
 
 
 def test_a_model_in_bfloat16() -> None:
