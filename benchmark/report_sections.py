@@ -227,9 +227,10 @@ def peers_blocks(results: Results, differences: Sequence[Difference]) -> list[Bl
 def _pairs_block(settings: Sequence[Sequence[Cell]]) -> list[Block]:
     """Every two voices as one, beside the better of both alone."""
     pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for setting in settings:
-        cells = [cell for cell in setting if cell.document.get("pairs")]
-        for name in cells[0].document["pairs"] if cells else ():
+    held = [[cell for cell in cells if cell.document.get("pairs")] for cells in settings]
+    held = [cells for cells in held if cells]  # older results have none
+    for cells in held:
+        for name in cells[0].document["pairs"]:
             first, second = name.split("+")
             both = float(np.mean([cell.document["pairs"][name] for cell in cells]))
             alone = (float(np.mean(values_of(cells, voice, "top1"))) for voice in (first, second))
@@ -244,7 +245,7 @@ def _pairs_block(settings: Sequence[Sequence[Cell]]) -> list[Block]:
     ]
     caption = (
         "Every two voices as one, the weight chosen on validation: test top-1 minus that of the "
-        f"better of both alone, in points, mean over {len(settings)} settings."
+        f"better of both alone, in points, mean over {len(held)} settings."
     )
     return [Grid(["voice", *map(arm_name, voices)], rows, caption=caption)]
 

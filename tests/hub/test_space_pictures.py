@@ -14,6 +14,8 @@ from hub_server import Hub
 from PIL import Image
 from thumbnails import NoPictures
 
+from hf_knn import load_splits
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +45,36 @@ def test_a_row_is_shown_as_it_was_when_it_was_stored(hub: Hub, model: Any) -> No
     assert np.argmin([distance.mean() for distance in distances]) == 3
     assert [found.find(row_id, "") for row_id in (16, -1)] == [None, None]
     assert isinstance(find_pictures(model, "none"), NoPictures)
+
+
+def test_nothing_that_is_not_public_is_shown(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where whoever runs the page may read it: its visitors may not."""
+    revision = publish(hub, private=True)
+    assert load_splits(REPO, revision=revision)["test"].num_rows == 16
+    found = HubPictures(source_of(revision))
+    found.opening.join()
+    assert found.find(0, "") is None
+    (tmp_path / REPO / "test").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # now the name is that of a folder
+    found = HubPictures(source_of(revision))
+    found.opening.join()
+    assert "is a place on this machine too" in caplog.messages[-1]
+
+
+def test_no_file_of_the_machine_is_shown(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = HubPictures(source_of(publish(hub)))
+    found.opening.join()
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (9, 9)).save(secret)
+    found._rows = [{"image": {"bytes": None, "path": str(secret)}}]
+    found._places = {0: 0, 1: 0}
+    assert found.find(0, "") is None
+    monkeypatch.setattr(hub_pictures, "HF_HUB_CACHE", str(tmp_path))
+    assert found.find(1, "") is not None
 
 
 def test_without_a_commit_nothing_is_asked_for(model: Any) -> None:
