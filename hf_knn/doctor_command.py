@@ -1,6 +1,7 @@
 """`hf-knn doctor`: what is wrong with pictures, before anything is trained on them."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +58,18 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     console.print(
-        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]hf-knn train "
-        f"{escape(plain(options.pictures))}[/]",
-        soft_wrap=True,
-    )
+        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
+        f"{escape(plain(_next_command(options)))}[/]",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _next_command(options: DoctorOptions) -> str:
+    """Trains on the same pictures, with the features that are there now."""
+    words = ["hf-knn", "train", options.pictures, "--backbone", options.backbone]
+    if options.group_by is not None:
+        words += ["--group-by", options.group_by]
+    return shlex.join(words)
 
 
 @contextmanager

@@ -22,6 +22,10 @@ from .pages import Table as PageTable
 from .thumbnails import Thumbnails
 
 _TILES = 24
+_CHANGED = (
+    "The threshold for this error rate was found before the model was taught or made to forget; "
+    "`hf-knn tune` finds it anew."
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     model = KnnForImageClassification.from_pretrained(checkpoint)
     decoded = [_decode(path) for path in images]
     found = model.explain(decoded, max_error=options.max_error)
+    remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
         rows = [{"image": str(p), **_as_dict(e)} for p, e in zip(images, found, strict=True)]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -70,13 +75,15 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
         pairs = zip(images, decoded, found, strict=True)
         show = partial(_stored, options.pictures, model.thumbnails)
         sections = [_section(path, image, one, options, show) for path, image, one in pairs]
-        lead = [f"{len(images)} pictures, answered by {checkpoint}."]
+        lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
         write_page(options.page, "Answers and their reasons", sections, lead)
         if not options.json_output:
             console.print(f"Written: {escape(str(options.page))}", soft_wrap=True)
     elif not options.json_output:
         for path, explanation in zip(images, found, strict=True):
             _print(path, explanation, options)
+        for remark in remarks:
+            console.print(f"\n[yellow]{escape(remark)}[/]", soft_wrap=True)
 
 
 def notices(explanation: Explanation) -> list[str]:
