@@ -106,7 +106,10 @@ def flip_text(explanation: Explanation) -> str:
     """What would change the answer, in a sentence."""
     flip = explanation.flip
     if flip is None:
-        return "No set of stored pictures as large as was looked for decides this answer."
+        return (
+            f"No set of up to {len(explanation.neighbors)} stored pictures was found without which "
+            "the answer would be another one."
+        )
     count = len(flip.row_ids)
     rows = "1 stored picture" if count == 1 else f"{count} stored pictures"
     least = "" if flip.is_smallest else " (a smaller set may do)"
@@ -178,7 +181,8 @@ def _section(
         facts.append(Fact(f"{explanation.margin:.0%}", "margin of the vote"))
     if explanation.typicality is not None:
         tone = Tone.NEUTRAL if explanation.is_typical else Tone.BAD
-        facts.append(Fact(f"{explanation.typicality:.2f}", "p-value of being like these", tone))
+        share = f"{explanation.typicality:.1%}"
+        facts.append(Fact(share, "of the stored pictures are as unlike the others", tone))
     rows = _class_rows(explanation, options.top)
     groups = [Group([own], "The picture")]
     if tiles:
@@ -187,7 +191,7 @@ def _section(
         groups.append(Group(tiles, f"Who voted, nearest first{more}"))
     text = [*notices(explanation), *([flip_text(explanation)] if explanation.neighbors else [])]
     return Section(
-        path.name, text, facts, groups=groups,
+        f"{path.name}: {explanation.answer}", text, facts, groups=groups,
         tables=[PageTable(("class", "blend", "head", "neighbours"), rows, numeric=(1, 2, 3))],
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """`hf-knn inspect`: what a datastore remembers, what is wrong with it, and a map of it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def inspect_checkpoint(
         f"All {len(store)} rows are what {escape(store_name(checkpoint))} promises, byte for byte.",
         highlight=False,
     )
+    place = escape(shlex.quote(plain(checkpoint)))
+    if checkup.findings and Path(checkpoint).is_dir():
+        console.print(
+            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]hf-knn relabel {place} "
+            f"--ids ID --label CLASS[/], or [bold]hf-knn forget {place} --ids ID[/]",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def store_name(checkpoint: str) -> str:

@@ -67,7 +67,8 @@ class Receipt:
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}
-        for label in self.labels:
+        pairs = zip(self.old_labels, self.labels, strict=False)
+        for label in [f"{old} → {new}" for old, new in pairs] or self.labels:
             counts[label] = counts.get(label, 0) + 1
         named = ", ".join(f"{count} of {label}" for label, count in counts.items())
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""

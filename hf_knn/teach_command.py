@@ -266,6 +266,10 @@ def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
         )
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _difference_table(found: Difference) -> Table:
     table = Table(title="From the first to the second", title_justify="left")
     table.add_column("")
@@ -283,7 +287,7 @@ def _difference_table(found: Difference) -> Table:
         if names:
             table.add_row(f"{name} classes", escape(", ".join(names[:_SHOWN])))
     for name, (old, new) in (found.settings | found.metrics).items():
-        table.add_row(name, escape(f"{old} → {new}"))
+        table.add_row(name, escape(f"{_short(old)} → {_short(new)}"))
     table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
     table.add_row("head", "same" if found.same_head else "changed")
     return table
