@@ -55,7 +55,9 @@ def teach_pictures(
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        receipt = model.teach(features=found.features, labels=labels, paths=found.paths or None)
+        # where a picture of one's own lies is nobody's business: its name will do
+        paths = found.paths if label is None else [Path(path).name for path in found.paths]
+        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
         if model.thumbnails is not None:
             model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
         return receipt
