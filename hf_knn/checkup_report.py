@@ -108,10 +108,9 @@ def label_note(checkup: Checkup) -> str:
 
 def _summary(checkup: Checkup) -> Section:
     pictures = checkup.pictures
-    facts = [
-        Fact(f"{len(pictures):,}", "pictures"),
-        Fact(f"{len(pictures.label_names):,}", "classes"),
-    ]
+    facts = [Fact(f"{len(pictures):,}", "pictures")]
+    if pictures.label_names:
+        facts.append(Fact(f"{len(pictures.label_names):,}", "classes"))
     facts += [
         Fact(f"{count:,}", TITLES[kind].lower(), _tone(kind, count))
         for kind, count in checkup.counts().items()
@@ -255,7 +254,8 @@ def _curve(checkup: Checkup) -> Section:
 
 def _limits(checkup: Checkup) -> Section:
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in checkup.seconds.items())
-    text = [*checkup.skipped, f"Time: {phases}." if phases else ""]
+    text = [f"Not looked at: {line}" for line in checkup.skipped]
+    text.append(f"Time: {phases}." if phases else "")
     text += [
         "Copies that are mirrored, rotated, or cropped by more than about a twentieth of each side "
         "are not found. A label error is named only where both voices are sure, so many stay "

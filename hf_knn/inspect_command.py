@@ -59,7 +59,8 @@ def inspect_checkpoint(
         return _decoded(model.thumbnails.get(int(store.ids[number])))
 
     sections = sections_of(checkup, show)
-    sections[1:1] = [_facts(model, store)] + ([drawing] if drawing else [])
+    sections[1:1] = [drawing] if drawing else []
+    sections.insert(-1, _facts(model, store))
     name = plain(Path(checkpoint).name)
     with checkup.phase("report"):
         write_csv(output / CSV_NAME, checkup.findings, pictures)
@@ -109,7 +110,8 @@ def _map(checkup: Checkup, seed: int, watch: Watch) -> Section | None:
 
 
 def _facts(model: KnnForImageClassification, store: Datastore) -> Section:
-    rows = [(name, str(value)) for name, value in _fact_rows(model, store).items()]
+    facts = _fact_rows(model, store)
+    rows = [(name, str(value)) for name, value in facts.items() if value != ""]
     return Section("Checkpoint", tables=[Table(("", ""), rows)])
 
 

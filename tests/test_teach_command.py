@@ -153,7 +153,7 @@ def test_a_backup_knows_the_names_of_its_classes(folder: Path, tmp_path: Path) -
 def test_old_changes_make_room_for_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model("vit", k=5)
+    model: Any = tiny_model("vit", k=5)
     for _ in range(4):
         model.relabel(model.datastore.ids[:2], [LABELS[0]] * 2)
     write_changes(model.changes, tmp_path)
