@@ -184,7 +184,10 @@ def doctor(
     backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Check pictures before training: broken, doubled, mislabelled, strange, too few."""
+    """Check pictures before training: broken, doubled, mislabelled, strange, too few.
+
+    Nothing is changed. The exit code is 0 whatever was found; --json has the counts.
+    """
     from hf_knn.console import run
     from hf_knn.doctor import DoctorOptions
     from hf_knn.doctor_command import diagnose_pictures

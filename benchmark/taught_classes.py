@@ -54,6 +54,9 @@ def main(
     shots: Annotated[list[int] | None, typer.Option(help="Pictures taught.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Splits.")] = 3,
     head: Annotated[list[str] | None, typer.Option(help="linear, ridge; repeatable.")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many of each class; default: on half.")
+    ] = None,
     backbone: Annotated[str, typer.Option(help="Frozen.")] = "efficientnet-lite0",
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("outputs/taught_classes"),
     cache_dir: Annotated[
@@ -74,13 +77,14 @@ def main(
         for seed in range(seeds):
             for held_out in range(len(names)):
                 for kind in heads:
-                    rows = _measure(features, names, held_out, place, kind, counts, seed)
+                    rows = _measure(features, names, held_out, place, kind, counts, seed, per_class)
                     for name, recalls in rows.items():
                         found.setdefault(name, []).append(recalls)
                     bar.update()
     output.mkdir(parents=True, exist_ok=True)
     document = {
         "provenance": provenance(), "task": task, "backbone": backbone, "seeds": seeds,
+        "per_class": per_class,
         "seconds": time.perf_counter() - started,
         "recalls": {name: [row._asdict() for row in rows] for name, rows in found.items()},
     }  # fmt: skip
@@ -97,6 +101,7 @@ def _measure(
     head: str,
     counts: list[int],
     seed: int,
+    per_class: int | None,
 ) -> dict[str, Recalls]:
     """Trains without a class, then teaches it."""
     order = [number for number in range(len(names)) if number != held_out] + [held_out]
@@ -109,6 +114,8 @@ def _measure(
     test = everyone[~torch.isin(everyone, pool)]
     old_pool, new_pool = pool[labels[pool] != new], pool[labels[pool] == new]
     new_pool = new_pool[torch.randperm(len(new_pool), generator=_generator(seed))]
+    if per_class is not None:
+        old_pool = _at_most(per_class, old_pool, labels[old_pool], seed)
     old_test, new_test = test[labels[test] != new], test[labels[test] == new]
 
     model = KnnForImageClassification.from_backbone(
@@ -139,6 +146,12 @@ def _measure(
             after = _top1(model, features.features[old_test], labels[old_test], weight)
             found[f"{head} {name} {count}"] = Recalls(recall, before[name] - after)
     return found
+
+
+def _at_most(count: int, rows: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """So many rows of each class, drawn at random."""
+    order = torch.randperm(len(rows), generator=_generator(seed))
+    return torch.cat([rows[order[labels[order] == label][:count]] for label in labels.unique()])
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -58,13 +58,13 @@ OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "class_names.py", "confidence.py",
     "configuration_knn.py", "datastore.py", "datastore_changes.py", "datastore_files.py",
     "datastore_opening.py", "datastore_reference.py", "datastore_rows.py", "datastore_search.py",
-    "explaining.py", "faiss_index.py", "first_pass.py", "flips.py", "functional.py", "heads.py",
-    "hub_files.py", "images.py", "indexing.py", "manifest.py", "milvus_changes.py",
-    "milvus_client.py", "milvus_collection.py", "milvus_load.py", "milvus_rows.py",
-    "milvus_search.py", "milvus_store.py", "model_card.py", "modeling_knn.py", "persistence.py",
-    "processors.py", "publishing.py", "receipts.py", "remembering.py", "ridge_head.py",
-    "ridge_state.py", "row_fingerprint.py", "row_table.py", "rows.py", "search.py",
-    "search_backend.py", "storage.py", "teaching.py", "thumbnails.py",
+    "explaining.py", "faiss_index.py", "first_pass.py", "flips.py", "following.py",
+    "functional.py", "heads.py", "hub_files.py", "images.py", "indexing.py", "manifest.py",
+    "milvus_changes.py", "milvus_client.py", "milvus_collection.py", "milvus_load.py",
+    "milvus_rows.py", "milvus_search.py", "milvus_store.py", "model_card.py", "modeling_knn.py",
+    "persistence.py", "processors.py", "publishing.py", "receipts.py", "remembering.py",
+    "ridge_head.py", "ridge_state.py", "row_fingerprint.py", "row_table.py", "rows.py",
+    "search.py", "search_backend.py", "storage.py", "teaching.py", "thumbnails.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 

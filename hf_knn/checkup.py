@@ -15,7 +15,7 @@ from torch import Tensor
 from .balance import balance_findings
 from .datastore import Datastore
 from .duplicates import Pairs, clusters_of, duplicate_findings, find_pairs
-from .findings import Finding, Ints, Kind, Pictures
+from .findings import Finding, Ints, Kind, Pictures, counts_of
 from .folds import Fold, stratified_folds
 from .functional import squared_distances
 from .label_errors import LabelScores, label_findings, score_labels
@@ -50,6 +50,7 @@ class Checkup:
         voices: what was said about the M rows out of fold; None likewise.
         curve: what more pictures would bring; None likewise.
         skipped: what was not looked at, and why.
+        unseen: the kinds of findings that could not have been made, so that none is no good news.
         seconds: by phase.
     """
 
@@ -61,7 +62,13 @@ class Checkup:
     voices: Voices | None = None
     curve: LearningCurve | None = None
     skipped: list[str] = field(default_factory=list)
+    unseen: set[Kind] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def counts(self) -> dict[Kind, int]:
+        """How many findings there are of each kind that was looked for, the most urgent first."""
+        found = counts_of(self.findings)
+        return {kind: found[kind] for kind in Kind if kind not in self.unseen or found[kind]}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,8 +102,12 @@ def examine(
     with checkup.phase("duplicates"):
         pairs = _pairs(checkup.features, prints, watch)
         found += duplicate_findings(pairs, rows)
+    if len(set(checkup.pictures.splits)) < 2:
+        checkup.unseen |= {Kind.CROSS_SPLIT, Kind.GROUP_ACROSS}
     if groups is not None:
         found += group_findings(groups, rows)
+    else:
+        checkup.unseen.add(Kind.GROUP_ACROSS)
     with checkup.phase("outliers"):
         found += _outliers(checkup, rows)
     found += balance_findings(rows)
@@ -169,6 +180,7 @@ def _pairs(features: Tensor, prints: Sequence[Print] | None, watch: Watch) -> Pa
 def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
     if len(rows) <= NEIGHBOR + 1:
         checkup.skipped.append(f"Outliers: {len(rows)} pictures are too few.")
+        checkup.unseen.add(Kind.OUTLIER)
         return []
     store = Datastore.from_features(checkup.features, np.maximum(rows.labels, 0))
     near = [part.similarities for part in store.leave_one_out(NEIGHBOR)]
@@ -184,12 +196,14 @@ def _look_at_labels(
     labels = torch.from_numpy(rows.labels)
     classes = len(rows.label_names)
     if not classes:
+        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR, Kind.IMBALANCE}
         checkup.skipped.append(
             "Label errors, label conflicts, balance and learning curve: the pictures have no "
             "labels (one sub-folder per label, or a column `label`)."
         )
         return []
     if int((torch.bincount(labels, minlength=classes) > 1).sum()) < 2:
+        checkup.unseen.add(Kind.LABEL_ERROR)
         checkup.skipped.append(
             "Label errors and learning curve: fewer than two classes have two pictures."
         )

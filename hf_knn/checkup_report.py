@@ -8,7 +8,7 @@ from PIL import Image
 from .balance import counts_by_split
 from .checkup import Checkup
 from .drawings import curve_svg
-from .findings import Finding, Kind, counts_of, in_order
+from .findings import STORED, Finding, Kind, Pictures, counts_of, in_order
 from .pages import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
 
 MOST_SHOWN = 48
@@ -107,14 +107,13 @@ def label_note(checkup: Checkup) -> str:
 
 
 def _summary(checkup: Checkup) -> Section:
-    counts = counts_of(checkup.findings)
     pictures = checkup.pictures
-    facts = [
-        Fact(f"{len(pictures):,}", "pictures"),
-        Fact(f"{len(pictures.label_names):,}", "classes"),
-    ]
+    facts = [Fact(f"{len(pictures):,}", "pictures")]
+    if pictures.label_names:
+        facts.append(Fact(f"{len(pictures.label_names):,}", "classes"))
     facts += [
-        Fact(f"{counts[kind]:,}", TITLES[kind].lower(), _tone(kind, counts[kind])) for kind in Kind
+        Fact(f"{count:,}", TITLES[kind].lower(), _tone(kind, count))
+        for kind, count in checkup.counts().items()
     ]
     first = first_things(checkup.findings)
     text = [f"{number}. {line}" for number, line in enumerate(first, 1)]
@@ -169,7 +168,7 @@ def _group(kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Sho
     is_choice = kind in (Kind.CONFLICT, Kind.GROUP_ACROSS)
     tone = Tone.NEUTRAL if is_choice else Tone.GOOD
     tiles = [_plain_tile(kept, "" if is_choice else "keep", tone, checkup, show)]
-    other = Tone.BAD if kind in (Kind.CROSS_SPLIT, Kind.CONFLICT) else Tone.NEUTRAL
+    other = Tone.BAD if kind is Kind.CROSS_SPLIT else Tone.NEUTRAL
     for picture in others[: MOST_IN_A_GROUP - 1]:
         role = "" if is_choice else "copy"
         tiles.append(_plain_tile(picture, role, other, checkup, show))
@@ -180,7 +179,7 @@ def _group(kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Sho
 
 def _plain_tile(picture: int, role: str, tone: Tone, checkup: Checkup, show: Show) -> Tile:
     pictures = checkup.pictures
-    lines = [f"{pictures.splits[picture]}, {role}" if role else pictures.splits[picture]]
+    lines = [", ".join(filter(None, (_place_of(picture, pictures), role)))]
     lines.append(pictures.name_of(picture))
     label = pictures.label_of(picture) or "no label"
     return Tile(label, _thumbnail(picture, show), lines, tone, alt=f"A picture of {label}")
@@ -189,13 +188,19 @@ def _plain_tile(picture: int, role: str, tone: Tone, checkup: Checkup, show: Sho
 def _tile(finding: Finding, checkup: Checkup, show: Show) -> Tile:
     pictures, picture = checkup.pictures, finding.picture
     label = pictures.label_of(picture)
-    lines = [pictures.name_of(picture), pictures.splits[picture]]
+    lines = [pictures.name_of(picture), _place_of(picture, pictures)]
     tone = Tone.NEUTRAL
     if finding.suggested >= 0:
         tone = Tone.BAD
         lines.insert(0, f"rather {pictures.label_names[finding.suggested]}?")
     alt = f"A picture labelled {label}"
     return Tile(label, _thumbnail(picture, show), lines, tone, alt)
+
+
+def _place_of(picture: int, pictures: Pictures) -> str:
+    """The split; of a stored row its id, which commands ask for."""
+    split = pictures.splits[picture]
+    return f"id {pictures.ids[picture]}" if split == STORED else split
 
 
 def _thumbnail(picture: int, show: Show) -> str | None:
@@ -249,7 +254,8 @@ def _curve(checkup: Checkup) -> Section:
 
 def _limits(checkup: Checkup) -> Section:
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in checkup.seconds.items())
-    text = [*checkup.skipped, f"Time: {phases}." if phases else ""]
+    text = [f"Not looked at: {line}" for line in checkup.skipped]
+    text.append(f"Time: {phases}." if phases else "")
     text += [
         "Copies that are mirrored, rotated, or cropped by more than about a twentieth of each side "
         "are not found. A label error is named only where both voices are sure, so many stay "

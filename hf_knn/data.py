@@ -85,6 +85,18 @@ def load_pictures(source: str | Path, **options: Any) -> tuple[dict[str, Dataset
     return {name: _with_columns(_of_one_class(rows)) for name, rows in splits.items()}, False
 
 
+def from_files(files: Sequence[Path], label: str) -> Dataset:
+    """Picture files under one label, as `load_splits` would return them.
+
+    Args:
+        files: of pictures.
+        label: of all of them.
+    """
+    columns = {IMAGE: [str(file) for file in files], LABEL: [0] * len(files)}
+    kinds = Features({IMAGE: Image(), LABEL: ClassLabel(names=[label])})
+    return _with_columns(Dataset.from_dict(columns, features=kinds))
+
+
 def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
     """Brings a dataset to `image` (undecoded), `label` (ClassLabel) and a stable `sample_id`.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -138,18 +139,47 @@ class DatastoreChanges(DatastoreSearch):
         ids = None if renumber else other.ids
         return self.add(other.features, other.labels, ids, other.paths)
 
-    def recenter(self) -> None:
-        """Sets the mean that `l2_centered` subtracts to the mean of the present rows."""
-        mean = torch.zeros(self.dim)
-        if len(self):
-            order = self.ids.argsort().numpy()  # the same sum whatever the order of insertion
-            total = np.zeros(self.dim)
-            for start in range(0, len(order), 65_536):
-                rows = self._table.features[order[start : start + 65_536]]
-                total += rows.sum(axis=0, dtype=np.float64)
-            mean = torch.from_numpy(total / len(order)).float()
-        self.mean, self._table, self._trusted = mean, self._table.with_new_mean(), None
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """Sets the mean that `l2_centered` subtracts.
+
+        Args:
+            mean: [D] to go back to; None takes the mean of the present rows.
+
+        Raises:
+            ValueError: for a mean of another shape, or one that is not finite.
+        """
+        if mean is not None and (mean.shape != (self.dim,) or not bool(mean.isfinite().all())):
+            raise ValueError(
+                f"Expected `mean` to be {self.dim} finite numbers, but got shape "
+                f"{tuple(mean.shape)}; leave it out for the mean of the present rows."
+            )
+        new = self._mean_of_rows() if mean is None else mean.detach().cpu().float().clone()
+        self.mean, self._table, self._trusted = new, self._table.with_new_mean(), None
         self._drop_index()
+
+    def restore(self, earlier: Self) -> bool:
+        """Takes everything back since a copy was made; free, since rows are never written in place.
+
+        Args:
+            earlier: `copy.copy` of this datastore.
+
+        Returns:
+            Whether anything had changed.
+        """
+        if self._table is earlier._table and self.mean is earlier.mean:
+            return False
+        self.__dict__.update(earlier.__dict__)
+        return True
+
+    def _mean_of_rows(self) -> Tensor:
+        if not len(self):
+            return torch.zeros(self.dim)
+        order = self.ids.argsort().numpy()  # the same sum whatever the order of insertion
+        total = np.zeros(self.dim)
+        for start in range(0, len(order), 65_536):
+            rows = self._table.features[order[start : start + 65_536]]
+            total += rows.sum(axis=0, dtype=np.float64)
+        return torch.from_numpy(total / len(order)).float()
 
     def _lists_of_last(self, count: int) -> Ints:
         """The lists of rows that the index has just taken in."""

@@ -1,6 +1,7 @@
 """`hf-knn doctor`: what is wrong with pictures, before anything is trained on them."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from .checkup_report import TITLES, first_things, sections_of
 from .console import console
 from .data import picture_of
 from .doctor import DoctorOptions, Source, check_up, open_source
-from .findings import Kind, counts_of, write_csv
+from .findings import write_csv
 from .images import BadImageError
 from .pages import plain, write_page
 
@@ -57,10 +58,18 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     console.print(
-        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]hf-knn train "
-        f"{escape(plain(options.pictures))}[/]",
-        soft_wrap=True,
-    )
+        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
+        f"{escape(plain(_next_command(options)))}[/]",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _next_command(options: DoctorOptions) -> str:
+    """Trains on the same pictures, with the features that are there now."""
+    words = ["hf-knn", "train", options.pictures, "--backbone", options.backbone]
+    if options.group_by is not None:
+        words += ["--group-by", options.group_by]
+    return shlex.join(words)
 
 
 @contextmanager
@@ -88,13 +97,11 @@ def print_checkup(checkup: Checkup, page: Path) -> None:
         checkup: done.
         page: the report.
     """
-    counts = counts_of(checkup.findings)
     table = Table(title=f"{len(checkup.pictures)} pictures", title_justify="left")
     table.add_column("finding")
     table.add_column("how many", justify="right")
-    for kind in Kind:
-        style = "bold" if counts[kind] else "dim"
-        table.add_row(TITLES[kind], f"[{style}]{counts[kind]}[/]")
+    for kind, count in checkup.counts().items():
+        table.add_row(TITLES[kind], f"[{'bold' if count else 'dim'}]{count}[/]")
     console.print(table)
     first = first_things(checkup.findings)
     for number, line in enumerate(first, 1):
@@ -120,7 +127,7 @@ def summary_of(checkup: Checkup, page: Path) -> dict[str, Any]:
     return {
         "pictures": len(checkup.pictures),
         "classes": len(checkup.pictures.label_names),
-        "counts": counts_of(checkup.findings),
+        "counts": {str(kind): count for kind, count in checkup.counts().items()},
         "first": first_things(checkup.findings),
         "learning_curve": None
         if curve is None

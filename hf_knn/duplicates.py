@@ -104,7 +104,8 @@ def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
     """What is wrong about pictures that are there twice.
 
     Of each group one is kept, one of the test split first, then of validation; all others are
-    findings. A group with several labels is one more.
+    findings. A group with several labels is one more, and its pictures of the same split with
+    another label than the one that is kept are not called copies: either may be the right one.
 
     Args:
         pairs: from `find_pairs`.
@@ -120,12 +121,19 @@ def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
     for group in members.values():
         kept = min(group, key=lambda p: (_KEPT_FIRST.get(pictures.splits[p], 2), p))
         for picture in group:
-            if picture != kept:
+            if picture != kept and not _is_only_a_conflict(picture, kept, pictures):
                 same = bool(exact[picture]) and digests[picture] == digests[kept]
                 found.append(_duplicate(picture, kept, same, float(closest[picture]), pictures))
         if len({int(pictures.labels[p]) for p in group} - {-1}) > 1:
             found.append(_conflict(kept, group, pictures))
     return found
+
+
+def _is_only_a_conflict(picture: int, kept: int, pictures: Pictures) -> bool:
+    """Whether one of the two cannot be called the copy, since it may have the right label."""
+    mine, other = int(pictures.labels[picture]), int(pictures.labels[kept])
+    is_within = pictures.splits[picture] == pictures.splits[kept]
+    return is_within and mine != other and min(mine, other) >= 0
 
 
 def _duplicate(

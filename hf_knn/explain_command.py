@@ -22,6 +22,10 @@ from .pages import Table as PageTable
 from .thumbnails import Thumbnails
 
 _TILES = 24
+_CHANGED = (
+    "The threshold for this error rate was found before the model was taught or made to forget; "
+    "`hf-knn tune` finds it anew."
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     model = KnnForImageClassification.from_pretrained(checkpoint)
     decoded = [_decode(path) for path in images]
     found = model.explain(decoded, max_error=options.max_error)
+    remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
         rows = [{"image": str(p), **_as_dict(e)} for p, e in zip(images, found, strict=True)]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -70,13 +75,15 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
         pairs = zip(images, decoded, found, strict=True)
         show = partial(_stored, options.pictures, model.thumbnails)
         sections = [_section(path, image, one, options, show) for path, image, one in pairs]
-        lead = [f"{len(images)} pictures, answered by {checkpoint}."]
+        lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
         write_page(options.page, "Answers and their reasons", sections, lead)
         if not options.json_output:
             console.print(f"Written: {escape(str(options.page))}", soft_wrap=True)
     elif not options.json_output:
         for path, explanation in zip(images, found, strict=True):
             _print(path, explanation, options)
+        for remark in remarks:
+            console.print(f"\n[yellow]{escape(remark)}[/]", soft_wrap=True)
 
 
 def notices(explanation: Explanation) -> list[str]:
@@ -99,7 +106,10 @@ def flip_text(explanation: Explanation) -> str:
     """What would change the answer, in a sentence."""
     flip = explanation.flip
     if flip is None:
-        return "No set of stored pictures as large as was looked for decides this answer."
+        return (
+            f"No set of up to {len(explanation.neighbors)} stored pictures was found without which "
+            "the answer would be another one."
+        )
     count = len(flip.row_ids)
     rows = "1 stored picture" if count == 1 else f"{count} stored pictures"
     least = "" if flip.is_smallest else " (a smaller set may do)"
@@ -171,7 +181,8 @@ def _section(
         facts.append(Fact(f"{explanation.margin:.0%}", "margin of the vote"))
     if explanation.typicality is not None:
         tone = Tone.NEUTRAL if explanation.is_typical else Tone.BAD
-        facts.append(Fact(f"{explanation.typicality:.2f}", "p-value of being like these", tone))
+        share = f"{explanation.typicality:.1%}"
+        facts.append(Fact(share, "of the stored pictures are as unlike the others", tone))
     rows = _class_rows(explanation, options.top)
     groups = [Group([own], "The picture")]
     if tiles:
@@ -180,7 +191,7 @@ def _section(
         groups.append(Group(tiles, f"Who voted, nearest first{more}"))
     text = [*notices(explanation), *([flip_text(explanation)] if explanation.neighbors else [])]
     return Section(
-        path.name, text, facts, groups=groups,
+        f"{path.name}: {explanation.answer}", text, facts, groups=groups,
         tables=[PageTable(("class", "blend", "head", "neighbours"), rows, numeric=(1, 2, 3))],
     )  # fmt: skip
 

@@ -88,7 +88,7 @@ class Calibration:
     """
 
     def __init__(self, store: Any) -> None:
-        self._seen = (store, store.ids)
+        self._seen = _marks(store)
         if isinstance(store, Datastore):
             generator = torch.Generator().manual_seed(0)
             rows = torch.randperm(len(store), generator=generator)[:_CALIBRATED_ON]
@@ -102,8 +102,20 @@ class Calibration:
         return type(None), ()  # copies and pickles of a model count again when they need to
 
     def is_of(self, store: Any) -> bool:
-        """Whether the rows are those that were counted."""
-        return self._seen[0] is store and self._seen[1] is store.ids
+        """Whether rows and mean are those that were counted."""
+        now = _marks(store)
+        return len(now) == len(self._seen) and all(map(_is_same, self._seen, now))
+
+
+def _marks(store: Any) -> tuple[Any, ...]:
+    """What is something else once rows or mean have changed; nothing is read from a server."""
+    if isinstance(store, Datastore):
+        return store, store.ids, store.mean
+    return store, getattr(store, "fingerprint", store.mean)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    return first is second or (isinstance(first, str) and first == second)
 
 
 def explain(

@@ -18,6 +18,9 @@ COLUMNS = (
 )  # fmt: skip
 """Of the csv."""
 
+STORED = "datastore"
+"""The split of rows that a datastore holds."""
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

@@ -86,7 +86,7 @@ def _decode_opened(image: Image.Image, formats: tuple[str, ...], max_pixels: int
 
 def _read(path: Path, max_bytes: int) -> bytes:
     if path.is_dir():
-        raise BadImageError("it is a folder")
+        raise BadImageError("it is a folder; name the pictures in it")
     with path.open("rb") as file:
         return file.read(max_bytes + 1)
 

@@ -1,6 +1,7 @@
 """`hf-knn inspect`: what a datastore remembers, what is wrong with it, and a map of it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def inspect_checkpoint(
         return _decoded(model.thumbnails.get(int(store.ids[number])))
 
     sections = sections_of(checkup, show)
-    sections[1:1] = [_facts(model, store)] + ([drawing] if drawing else [])
+    sections[1:1] = [drawing] if drawing else []
+    sections.insert(-1, _facts(model, store))
     name = plain(Path(checkpoint).name)
     with checkup.phase("report"):
         write_csv(output / CSV_NAME, checkup.findings, pictures)
@@ -73,6 +75,13 @@ def inspect_checkpoint(
         f"All {len(store)} rows are what {escape(store_name(checkpoint))} promises, byte for byte.",
         highlight=False,
     )
+    place = escape(shlex.quote(plain(checkpoint)))
+    if checkup.findings and Path(checkpoint).is_dir():
+        console.print(
+            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]hf-knn relabel {place} "
+            f"--ids ID --label CLASS[/], or [bold]hf-knn forget {place} --ids ID[/]",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def store_name(checkpoint: str) -> str:
@@ -101,7 +110,8 @@ def _map(checkup: Checkup, seed: int, watch: Watch) -> Section | None:
 
 
 def _facts(model: KnnForImageClassification, store: Datastore) -> Section:
-    rows = [(name, str(value)) for name, value in _fact_rows(model, store).items()]
+    facts = _fact_rows(model, store)
+    rows = [(name, str(value)) for name, value in facts.items() if value != ""]
     return Section("Checkpoint", tables=[Table(("", ""), rows)])
 
 

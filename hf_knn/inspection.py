@@ -7,12 +7,10 @@ from PIL import Image
 
 from .checkup import Checkup, Watch, examine, unwatched
 from .datastore import Datastore
-from .findings import Pictures
+from .findings import STORED, Kind, Pictures
 from .images import BadImageError, decode_image
 from .pages import plain
 from .prints import Print, print_of
-
-SPLIT = "datastore"
 
 
 def inspect_datastore(
@@ -46,6 +44,7 @@ def inspect_datastore(
     pictures = pictures_of(store, label_names)
     prints: list[Print] | None = None
     checkup = Checkup(pictures, np.arange(len(pictures)), store.features.float())
+    checkup.unseen |= {Kind.BROKEN, Kind.NO_LABEL}  # every row has features and a label
     if root is None:
         checkup.skipped.append("Pixels: without the folder of the pictures, features are compared.")
     else:
@@ -68,7 +67,7 @@ def pictures_of(store: Datastore, names: list[str]) -> Pictures:
     paths = store.paths or [""] * len(store)
     rows = np.arange(len(store))
     return Pictures(
-        [SPLIT] * len(store), rows, store.ids.numpy(), paths, store.labels.numpy(), names
+        [STORED] * len(store), rows, store.ids.numpy(), paths, store.labels.numpy(), names
     )
 
 

@@ -67,7 +67,8 @@ class Receipt:
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}
-        for label in self.labels:
+        pairs = zip(self.old_labels, self.labels, strict=False)
+        for label in [f"{old} → {new}" for old, new in pairs] or self.labels:
             counts[label] = counts.get(label, 0) + 1
         named = ", ".join(f"{count} of {label}" for label, count in counts.items())
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
@@ -78,9 +79,24 @@ class Receipt:
 
 
 def write_changes(changes: Sequence[Receipt], folder: Path) -> None:
-    """Writes the last receipts into a checkpoint."""
-    text = json.dumps([asdict(receipt) for receipt in changes[-_KEPT:]], ensure_ascii=False)
-    (folder / CHANGES_NAME).write_text(text + "\n", encoding="utf-8")
+    """Writes the last receipts into a checkpoint: as many as `read_changes` would read.
+
+    Args:
+        changes: oldest first.
+        folder: of the checkpoint.
+    """
+    kept: list[bytes] = []
+    room = _LARGEST_FILE - len("[]\n")
+    for receipt in reversed(changes[-_KEPT:]):
+        entry = json.dumps(asdict(receipt), ensure_ascii=False).encode()
+        room -= len(entry) + len(", ")
+        if room < 0:
+            logger.warning(
+                "Only the last %d changes are written, as older ones are large.", len(kept)
+            )
+            break
+        kept.insert(0, entry)
+    (folder / CHANGES_NAME).write_bytes(b"[" + b", ".join(kept) + b"]\n")
 
 
 def read_changes(path: Path | None) -> list[Receipt]:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .datastore import Datastore
 from .explaining import Calibration, Explanation, explain
+from .following import Follower
 from .receipts import Receipt
 from .rows import Values
 from .teaching import (
-    Follower,
     Label,
     features_of,
     fingerprint_rows,
@@ -36,6 +36,7 @@ class Remembering:
         thumbnails: small pictures of stored rows, saved with the model, or None; see
             `keep_thumbnails`.
         forgotten_thumbnails: those of `forgotten`; never saved.
+        forgotten_picture: the picture of neighbours that there was before them; never saved.
     """
 
     changes: list[Receipt]
@@ -44,12 +45,13 @@ class Remembering:
     calibration: Calibration | None
     thumbnails: Thumbnails | None
     forgotten_thumbnails: Thumbnails | None
+    forgotten_picture: bytes | None
 
     def start_remembering(self) -> None:
         """Nothing was changed yet; called when a model, or its datastore from training, is made."""
         self.changes = []
         self.forgotten = self.follower = self.calibration = None
-        self.thumbnails = self.forgotten_thumbnails = None
+        self.thumbnails = self.forgotten_thumbnails = self.forgotten_picture = None
 
     def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
         """Keeps small pictures of stored rows in the model, for everybody who opens it to see.

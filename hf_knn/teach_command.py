@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -11,18 +12,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import console, progress_bars, say_what_was_skipped
-from .data import load_splits
+from .data import from_files, load_splits
 from .datastore import Datastore
 from .differences import Difference, compare
 from .features import extract_features
+from .following import own_rows
 from .manifest import MANIFEST_NAME, Manifest
 from .modeling_knn import KnnForImageClassification
 from .receipts import Receipt
 from .row_pictures import RowPictures
 from .storage import exclusive_lock
-from .teaching import own_rows
 
 _SHOWN = 20
+_CLASSES_NAME = "classes.json"
+"""What the label numbers of a backup mean, beside its datastore."""
+_CACHE_NOTE = (
+    "Note: features that were computed on this machine are cached apart from the checkpoint; "
+    "[bold]hf-knn cache --clear[/] removes them."
+)
 
 
 def teach_pictures(
@@ -42,18 +49,15 @@ def teach_pictures(
     """
 
     def change(model: KnnForImageClassification) -> Receipt:
-        if label is not None:
-            return _teach_files(model, pictures, label)
-        splits = load_splits(str(pictures))
-        if len(splits) > 1 and "train" not in splits:
-            raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
-        rows = splits.get("train", next(iter(splits.values())))
+        rows = _labelled(pictures) if label is None else _under_one_label(pictures, label)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        receipt = model.teach(features=found.features, labels=labels, paths=found.paths or None)
+        # where a picture of one's own lies is nobody's business: its name will do
+        paths = found.paths if label is None else [Path(path).name for path in found.paths]
+        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
         if model.thumbnails is not None:
             model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
         return receipt
@@ -104,10 +108,15 @@ def forget_rows(
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
+            names = json.dumps(model.config.class_names, ensure_ascii=False)
+            (backup / _CLASSES_NAME).write_text(names + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
 
     _change(checkpoint, change, json_output)
-    if backup is not None and not json_output:
+    if json_output:
+        return
+    console.print(_CACHE_NOTE, soft_wrap=True)
+    if backup is not None:
         again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
         console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
 
@@ -150,7 +159,7 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
         if _holds_datastore_alone(other):
             store = Datastore.from_pretrained(other)
             _check_maker(store, checkpoint, other)
-            return model.merge(store)
+            return model.merge(store, _classes_of(Path(other)))
         second = KnnForImageClassification.from_pretrained(other)
         return model.merge(_store(second, Path(other)), second.config.class_names)
 
@@ -200,7 +209,15 @@ def _change(
         console.print(f"Note: {escape(note)}.", soft_wrap=True)
 
 
-def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -> Receipt:
+def _labelled(pictures: Path) -> Any:
+    """Pictures that come with their labels."""
+    splits = load_splits(str(pictures))
+    if len(splits) > 1 and "train" not in splits:
+        raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
+    return splits.get("train", next(iter(splits.values())))
+
+
+def _under_one_label(pictures: Path, label: str) -> Any:
     """One picture, or all files of a folder, under one label."""
     if not pictures.exists():
         raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
@@ -209,8 +226,7 @@ def _teach_files(model: KnnForImageClassification, pictures: Path, label: str) -
         files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
     if not files:
         raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
-    with console.status(f"{len(files)} pictures …"):
-        return model.teach(files, [label] * len(files), paths=[file.name for file in files])
+    return from_files(files, label)
 
 
 def _store(model: KnnForImageClassification, place: Path) -> Datastore:
@@ -230,6 +246,12 @@ def _ids_of_paths(store: Datastore, paths: list[str]) -> list[int]:
     return [known[path] for path in paths]
 
 
+def _classes_of(folder: Path) -> list[str] | None:
+    """The classes of a backup; None for a datastore that does not say what its numbers mean."""
+    path = folder / _CLASSES_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def _holds_datastore_alone(name: str) -> bool:
     folder = Path(name)
     return (folder / MANIFEST_NAME).is_file() and not (folder / "config.json").is_file()
@@ -244,6 +266,10 @@ def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
             f"Expected rows of the backbone {ours.fingerprint[:12]}…, but {other} has rows of "
             f"{theirs.fingerprint[:12]}…."
         )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _difference_table(found: Difference) -> Table:
@@ -263,7 +289,7 @@ def _difference_table(found: Difference) -> Table:
         if names:
             table.add_row(f"{name} classes", escape(", ".join(names[:_SHOWN])))
     for name, (old, new) in (found.settings | found.metrics).items():
-        table.add_row(name, escape(f"{old} → {new}"))
+        table.add_row(name, escape(f"{_short(old)} → {_short(new)}"))
     table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
     table.add_row("head", "same" if found.same_head else "changed")
     return table

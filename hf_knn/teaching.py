@@ -4,7 +4,6 @@ Every function changes all it should or nothing, and returns a receipt. Numbers 
 change while rows have them: a new class gets the next number, one without rows keeps its own.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,18 +17,18 @@ from torch import Tensor
 from .backbone import extract, split_features
 from .class_names import Label, append_classes, name_classes, number_of, numbers_of
 from .datastore import Datastore
+from .following import Follower, follower_of, own_rows, recenter_rows, total_of, whole_change
 from .functional import Metric, Weighting
 from .images import BadImageError, decode_image
 from .receipts import Change, Receipt, Scope
-from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
-from .row_fingerprint import combine, sum_of
+from .ridge_head import prepare_rows
 from .rows import Values, as_whole_numbers
 from .thumbnails import Thumbnails, small_webp
 
 logger = logging.getLogger(__name__)
 
 _STALE_NOTE = "Measured before later changes of the datastore."
-_BLOCK_ROWS, _ASKED_ROWS = 8192, 1024
+_ASKED_ROWS, _NAMED = 1024, 20
 _FLAT_TEMPERATURE = 0.5
 """Above it, of squared distances of unit vectors, near and far rows weigh nearly the same."""
 _HEAD_NOTE = "the {} head keeps what it learned; train it again for it to follow"
@@ -44,47 +43,9 @@ _UNANSWERED_NOTE = (
 )
 _FLAT_NOTE = ", or set `knn_temperature` from {:g} to 0.14: that flat a vote ignores distances"
 _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
-_MEAN_NOTE = "the mean that centres rows was made with them; recenter=True makes it anew"
-
-
-class Follower:
-    """What is kept in step with a datastore while rows come and go: its hash, and a ridge head.
-
-    Attributes:
-        total: sum of the rows' hashes.
-        ridge: sums behind the head; None if it does not follow.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.total = _total(model.datastore)
-        self.ridge = sum_rows(model) if follows_rows(model.config) else None
-        self._seen = _marks(model.datastore)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # pickles of a model count again when they need to
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Follower":
-        copied = object.__new__(Follower)
-        copied.total, copied.ridge = self.total, self.ridge and self.ridge.copy()
-        store, *rows = self._seen  # the copy of a datastore shares its rows until it changes
-        copied._seen = (copy.deepcopy(store, memo), *rows)
-        return copied
-
-    def is_of(self, model: Any) -> bool:
-        """Whether datastore and head are the ones this was made from."""
-        same = all(a is b for a, b in zip(self._seen, _marks(model.datastore), strict=True))
-        return same and (self.ridge is not None) == follows_rows(model.config)
-
-    def fingerprint(self, store: Any) -> str:
-        """Of all rows and the mean, whatever the order of the rows."""
-        return combine(self.total, len(store), store.mean, store.metric, store.normalization)
-
-    def follow(self, model: Any) -> None:
-        """Says that everything was changed alike; a ridge head is solved again."""
-        self._seen = _marks(model.datastore)
-        if self.ridge is not None:
-            model.head.classifier = solve_head(self.ridge, model.config, model.head)
-            model.config.num_head_labels = self.ridge.num_labels
+_NAME_NOTE = "classes without rows keep their names: {}"
+_PICTURE_NOTE = "the picture of neighbours for the model card was removed: it may have shown them"
+_MEAN_NOTE = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
 
 
 def fingerprint_rows(model: Any) -> str:
@@ -97,7 +58,7 @@ def fingerprint_rows(model: Any) -> str:
         ValueError: without one.
     """
     store = own_rows(model)
-    return _follower(model).fingerprint(store)
+    return follower_of(model).fingerprint(store)
 
 
 def features_of(model: Any, images: Any, batch_size: int = 32) -> Tensor:
@@ -251,7 +212,15 @@ def undo(model: Any) -> Receipt:
     own_rows(model)
     if not model.changes or model.changes[-1].action == Change.UNDO:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
-    last, gone = model.changes[-1], model.forgotten
+    last = model.changes[-1]
+    with whole_change(model):
+        receipt = _take_back(model, last)
+        _drop_classes(model, last.new_classes)
+    return receipt
+
+
+def _take_back(model: Any, last: Receipt) -> Receipt:
+    gone = model.forgotten
     ids = torch.tensor(last.ids, dtype=torch.int64)
     if last.action == Change.FORGET:
         if gone is None or not torch.equal(gone.ids, ids):
@@ -259,15 +228,19 @@ def undo(model: Any) -> Receipt:
                 "Expected rows to bring back, but no byte of them was saved; teach them again, "
                 "or merge a backup."
             )
-        pictures = model.forgotten_thumbnails
-        receipt = _add(model, Change.UNDO, gone.features, last.labels, gone.ids, gone.paths)
-        if pictures is not None and model.thumbnails is not None:
-            model.thumbnails = model.thumbnails.joined(pictures)
-    elif last.action == Change.RELABEL:
-        receipt = _relabel(model, Change.UNDO, ids, last.old_labels)
-    else:
-        receipt = _remove(model, Change.UNDO, ids, False)
-    _drop_classes(model, last.new_classes)
+        return _bring_back(model, gone, last.labels)
+    if last.action == Change.RELABEL:
+        return _relabel(model, Change.UNDO, ids, last.old_labels)
+    return _remove(model, Change.UNDO, ids, False)
+
+
+def _bring_back(model: Any, gone: Datastore, labels: Sequence[Label]) -> Receipt:
+    """Forgotten rows, about the mean that there was with them, and their small pictures."""
+    thumbnails, picture = model.forgotten_thumbnails, model.forgotten_picture
+    receipt = _add(model, Change.UNDO, gone.features, labels, gone.ids, gone.paths, gone.mean)
+    if thumbnails is not None and model.thumbnails is not None:
+        model.thumbnails = model.thumbnails.joined(thumbnails)
+    model.neighbor_picture = picture
     return receipt
 
 
@@ -278,76 +251,77 @@ def _add(
     labels: Sequence[Label],
     ids: Values | None,
     paths: Sequence[str] | None,
+    mean: Tensor | None = None,
 ) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = own_rows(model), follower_of(model)
     numbers, new = numbers_of(model, labels, len(rows))
     before = len(store), follower.fingerprint(store)
-    added = store.add(rows, numbers, ids, paths)
-    try:
+    with whole_change(model):
+        added = store.add(rows, numbers, ids, paths)
         stored = store.subset(added)  # as they were cast
-        follower.total += _total(stored)
-        if follower.ridge is not None:
-            prepared = prepare_rows(model.head, stored.features)
-            follower.ridge.add(prepared, stored.labels)
+        follower.total += total_of(stored)
+        if mean is not None and not torch.equal(mean, store.mean):
+            recenter_rows(model, follower, mean)
+        elif follower.ridge is not None:
+            follower.ridge.add(prepare_rows(model.head, stored.features), stored.labels)
         follower.follow(model)
-    except BaseException:
-        store.remove(added)
-        model.follower = None
-        raise
-    append_classes(model.config, new)
-    return _finish(model, follower, action, added, before, new_classes=new)
+        append_classes(model.config, new)
+        return _finish(model, follower, action, added, before, new_classes=new)
 
 
 def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = own_rows(model), follower_of(model)
     before = len(store), follower.fingerprint(store)
     gone = store.subset(ids)
     names = [model.config.class_names[number] for number in gone.labels.tolist()]
-    if follower.ridge is not None and not recenter:
-        follower.ridge.remove(prepare_rows(model.head, gone.features), gone.labels)
-    try:
+    with whole_change(model):
         store.remove(ids)
-    except BaseException:
-        model.follower = None
-        raise
-    follower.total -= _total(gone)
-    notes = [] if recenter else [_MEAN_NOTE]
-    if recenter:
-        store.recenter()
-        if follower.ridge is not None:
-            center_head(model.head, store.mean, model.config)
-            follower.ridge = sum_rows(model)
-    follower.follow(model)
-    if action == Change.FORGET:
-        notes += [_CHOICE_NOTE, _HISTORY_NOTE]
-    receipt = _finish(model, follower, action, ids, before, names, notes=notes)
-    thumbnails = model.thumbnails
-    if thumbnails is not None:
-        model.thumbnails = thumbnails.without(receipt.ids)
-    if action == Change.FORGET:
-        model.forgotten = gone
-        model.forgotten_thumbnails = None if thumbnails is None else thumbnails.only(receipt.ids)
+        follower.total -= total_of(gone)
+        if recenter:
+            recenter_rows(model, follower)
+        elif follower.ridge is not None:
+            follower.ridge.remove(prepare_rows(model.head, gone.features), gone.labels)
+        follower.follow(model)
+        notes = []
+        if action == Change.FORGET:
+            mean = [] if recenter else [_MEAN_NOTE]
+            notes = [*mean, *_what_stays(model, gone), _CHOICE_NOTE, _HISTORY_NOTE]
+        receipt = _finish(model, follower, action, ids, before, names, notes=notes)
+        thumbnails, picture = model.thumbnails, model.neighbor_picture
+        if thumbnails is not None:
+            model.thumbnails = thumbnails.without(receipt.ids)
+        if action == Change.FORGET:
+            model.forgotten, model.forgotten_picture = gone, picture
+            model.forgotten_thumbnails = thumbnails and thumbnails.only(receipt.ids)
+            model.neighbor_picture = None
     return receipt
 
 
+def _what_stays(model: Any, gone: Datastore) -> list[str]:
+    """What is said of the names of forgotten rows, and of the picture that may show them."""
+    labels = gone.labels.unique()
+    empty = labels[~torch.isin(labels, model.datastore.labels)].tolist()
+    names = ", ".join(model.config.class_names[number] for number in empty[:_NAMED])
+    more = ", …" if len(empty) > _NAMED else ""
+    notes = [_NAME_NOTE.format(names + more)] if empty else []
+    return [*notes, _PICTURE_NOTE] if model.neighbor_picture is not None else notes
+
+
 def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = own_rows(model), follower_of(model)
     numbers, new = numbers_of(model, labels, len(ids))
     before = len(store), follower.fingerprint(store)
     old = store.subset(ids)
     names = [model.config.class_names[number] for number in old.labels.tolist()]
-    if follower.ridge is not None:
-        prepared = prepare_rows(model.head, old.features)
-        follower.ridge.relabel(prepared, old.labels, numbers)
-    try:
+    with whole_change(model):
         store.relabel(ids, numbers)
-    except BaseException:
-        model.follower = None
-        raise
-    follower.total += _total(store.subset(ids)) - _total(old)
-    follower.follow(model)
-    append_classes(model.config, new)
-    return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
+        follower.total += total_of(store.subset(ids)) - total_of(old)
+        if follower.ridge is not None:
+            prepared = prepare_rows(model.head, old.features)
+            follower.ridge.relabel(prepared, old.labels, numbers)
+        follower.follow(model)
+        append_classes(model.config, new)
+        return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
 
 
 def _finish(
@@ -375,68 +349,16 @@ def _finish(
         list(old_labels), list(new_classes), remarks,
     )  # fmt: skip
     model.changes.append(receipt)
-    model.forgotten = model.forgotten_thumbnails = None
+    model.forgotten = model.forgotten_thumbnails = model.forgotten_picture = None
     if model.measured is not None and _STALE_NOTE not in model.measured.get("note", ""):
         note = f"{model.measured.get('note', '')} {_STALE_NOTE}".strip()
         model.measured = model.measured | {"note": note}
     return receipt
 
 
-def own_rows(model: Any) -> Datastore:
-    """The datastore of a model whose rows lie beside it, so that they change as one.
-
-    Args:
-        model: a `KnnForImageClassification`.
-
-    Raises:
-        ValueError: without one, or for one elsewhere, saying what to do.
-    """
-    if model.datastore is None:
-        raise ValueError(
-            "Expected a model with a datastore to change, but it has none; train it first."
-        )
-    if not isinstance(model.datastore, Datastore):
-        raise ValueError(
-            f"Expected rows beside the model, but they lie in {model.datastore.location}: that and "
-            f"the files of a checkpoint cannot be changed as one. {_elsewhere(model)}"
-        )
-    return model.datastore
-
-
-def _elsewhere(model: Any) -> str:
-    """How to change rows that lie elsewhere."""
-    home = "bring them home first (model.datastore = model.datastore.to_datastore())"
-    if follows_rows(model.config):
-        return (
-            f"A ridge head has to follow its rows, so {home}, change and save the model, and load "
-            "a new collection with `hf-knn milvus`."
-        )
-    return (
-        "Change rows of known classes there (model.datastore.add, remove or relabel), then save "
-        f"the model: until then its checkpoint refuses to open. For new classes and undo, {home}."
-    )
-
-
-def _follower(model: Any) -> Follower:
-    if model.follower is None or not model.follower.is_of(model):
-        model.follower = Follower(model)
-    return model.follower
-
-
-def _marks(store: Any) -> tuple[Any, ...]:
-    """Objects that are replaced when rows, labels or mean change."""
-    return store, store.ids, store.labels, store.mean
-
-
-def _total(store: Datastore) -> int:
-    """The sum of the hashes of all rows."""
-    starts = range(0, len(store), _BLOCK_ROWS)
-    return sum(sum_of(store.rows(slice(start, start + _BLOCK_ROWS))) for start in starts)
-
-
 def _drop_classes(model: Any, names: Sequence[str]) -> None:
     """Takes back classes that the undone change had made, the newest first, if no row is left."""
-    follower, kept = _follower(model), list(model.config.class_names)
+    follower, kept = follower_of(model), list(model.config.class_names)
     used = set(model.datastore.labels.unique().tolist())
     for name in reversed(names):
         if kept[-1] == name and len(kept) - 1 not in used:

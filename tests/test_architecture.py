@@ -35,7 +35,7 @@ LAYERS = [
         "milvus_reading",
     },
     {"checkpoint", "class_names"},
-    {"teaching", "explaining", "remembering"},
+    {"following", "teaching", "explaining", "remembering"},
     {"modeling_knn"},
     {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
     | {"row_pictures"}

@@ -88,6 +88,11 @@ def test_it_abstains_when_asked(made: Path) -> None:
     file = made / "pictures" / "elk" / "0.png"
     said = run("predict", made / "model", file, "--max-error", 0.1).stdout
     assert "better ask somebody" in " ".join(said.split())
+    assert "found before the model was taught" in " ".join(said.split())
+    never = KnnForImageClassification.from_pretrained(made / "model")
+    never.changes = []
+    never.save_pretrained(made / "never")
+    assert "before the model" not in run("predict", made / "never", file, "--max-error", 0.1).stdout
     done = run("predict", made / "model", file, "--max-error", 0.07)
     assert done.exit_code == 1
     assert "tune on held-out pictures" in " ".join(done.output.split())

@@ -124,3 +124,15 @@ def test_copies_and_pickles_leave_the_calibration_behind(model: Any) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.calibration is None
         assert other.explain(pixels(2)) == wanted
+
+
+def test_another_mean_counts_again(model: Any) -> None:
+    model.explain(pixels(2))
+    before = model.calibration
+    model.explain(pixels(2))
+    assert model.calibration is before
+    model.datastore.recenter(model.datastore.mean + 1)
+    found = model.explain(pixels(2))
+    assert model.calibration is not before
+    fresh = copy.deepcopy(model)
+    assert fresh.explain(pixels(2)) == found

@@ -70,6 +70,7 @@ def test_facts_of_the_checkpoint_are_told(checkpoint, tmp_path):
     blob = manifest["blobs"][0]
     assert facts[f"sha256 of {blob['name']}"] == blob["sha256"]
     assert answer["counts"]["label_error"] == 1
+    assert not {"broken", "no_label", "cross_split_duplicate"} & set(answer["counts"])
 
 
 def test_with_pictures_they_are_compared_and_shown(checkpoint, root, tmp_path):

@@ -399,13 +399,14 @@ def test_large_models_leave_room_for_fewer_visitors(model, monkeypatch):
 def test_the_rows_are_counted_once_for_all_visitors(model, lessons, monkeypatch):
     service = Service(model, Visitors(model, None))
     counted: list[int] = []
-    count = hf_knn.teaching._total
+    count = hf_knn.following.total_of
 
     def counting(store: Datastore) -> int:
         counted.append(len(store))
         return count(store)
 
-    monkeypatch.setattr("hf_knn.teaching._total", counting)
+    monkeypatch.setattr("hf_knn.following.total_of", counting)
+    monkeypatch.setattr("hf_knn.teaching.total_of", counting)
     for _ in range(2):
         service.teach(lessons[:1], "dog", "", "")
     assert counted == [1, 1]  # what was taught

@@ -15,8 +15,9 @@ from tiny import LABELS, all_files, tiny_model
 from typer.testing import CliRunner, Result
 
 import hf_knn_cli
-from hf_knn import KnnForImageClassification
+from hf_knn import KnnForImageClassification, receipts
 from hf_knn.manifest import MANIFEST_NAME
+from hf_knn.receipts import CHANGES_NAME, read_changes, write_changes
 from hf_knn.teach_command import forget_rows, teach_pictures
 
 NEW = "<img src=x onerror=alert(1)>"
@@ -89,12 +90,19 @@ def test_a_broken_picture_changes_nothing_unless_it_is_skipped(
     assert done.exit_code == 1
     assert "1.png" in done.output
     assert manifest(folder) == before
-    assert run("teach", folder, rows / "ant", "--label", "elk").exit_code == 1
+    done = run("teach", folder, rows / "ant", "--label", "elk")
+    assert done.exit_code == 1
+    assert "1.png" in done.output
     assert manifest(folder) == before
     done = run("teach", folder, rows, "--skip-bad-images")
     assert done.exit_code == 0, done.output
     assert "Skipped" in done.stdout
     assert len(opened(folder).datastore) == 42
+    done = run("teach", folder, rows / "ant", "--label", "elk", "--skip-bad-images")
+    assert done.exit_code == 0, done.output
+    assert "Skipped" in done.stdout
+    store = opened(folder).datastore
+    assert [store.path_of(row_id) for row_id in store.ids[-2:].tolist()] == ["0.png", "2.png"]
 
 
 def test_rows_are_forgotten_by_id_path_and_label(folder: Path) -> None:
@@ -127,6 +135,34 @@ def test_a_backup_brings_rows_back(folder: Path, tmp_path: Path) -> None:
     assert set(receipt["labels"]) == {LABELS[1]}
     assert sorted(after.datastore.ids.tolist()) == sorted(before.datastore.ids.tolist())
     assert receipt["hash_after"] == after.changes[0].hash_before
+
+
+def test_a_backup_knows_the_names_of_its_classes(folder: Path, tmp_path: Path) -> None:
+    run("forget", folder, "--label", LABELS[1], "--backup", tmp_path / "rows")
+    other = tiny_model("vit", k=5)
+    other.config.id2label = dict(enumerate(reversed(LABELS)))
+    other.config.label2id = {name: i for i, name in enumerate(reversed(LABELS))}
+    other.save_pretrained(tmp_path / "other")
+    receipt = receipt_of("merge", tmp_path / "other", tmp_path / "rows")
+    assert set(receipt["labels"]) == {LABELS[1]}
+    assert receipt["new_classes"] == []
+    labels = opened(tmp_path / "other").datastore.subset(receipt["ids"]).labels
+    assert labels.unique().tolist() == [len(LABELS) - 2]  # 1 where the backup was made
+
+
+def test_old_changes_make_room_for_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = tiny_model("vit", k=5)
+    for _ in range(4):
+        model.relabel(model.datastore.ids[:2], [LABELS[0]] * 2)
+    write_changes(model.changes, tmp_path)
+    size = (tmp_path / CHANGES_NAME).stat().st_size
+    assert read_changes(tmp_path / CHANGES_NAME) == model.changes
+    monkeypatch.setattr(receipts, "_LARGEST_FILE", size - 1)
+    write_changes(model.changes, tmp_path)
+    assert (tmp_path / CHANGES_NAME).stat().st_size < size
+    assert read_changes(tmp_path / CHANGES_NAME) == model.changes[1:]
 
 
 def test_relabel_and_undo(folder: Path) -> None:

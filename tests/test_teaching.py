@@ -14,7 +14,7 @@ from test_trainer import CLASSES, cloud, probe
 from tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
 
-from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
+from hf_knn import Datastore, KnnForImageClassification, KnnTrainer, following
 from hf_knn.class_names import check_class_name
 from hf_knn.features import ImageFeatures
 from hf_knn.images import BadImageError
@@ -158,6 +158,7 @@ def test_undo_takes_each_change_back(head: str, tmp_path: Path) -> None:
         lambda: model.forget(ids),
         lambda: model.relabel(ids, ["fox"] * 4),
         lambda: model.forget(label=CLASSES[1]),
+        lambda: model.forget(ids, recenter=True),
         lambda: model.merge(model.datastore.subset(ids)),
     ]
     with pytest.raises(ValueError, match="nothing was changed"):
@@ -209,6 +210,68 @@ def test_a_change_that_fails_changes_nothing(
     assert state_of(model) == before
     assert torch.equal(answers(model, queries).logits, logits)
     assert model.changes == []
+
+
+def fails_at(call: int, monkeypatch: Any) -> None:
+    """The head is solved as always, but for one call, counted from 1."""
+    real, calls = following.solve_head, []
+
+    def solve(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(*args)
+
+    monkeypatch.setattr(following, "solve_head", solve)
+
+
+@pytest.mark.parametrize(
+    ("change", "call"),
+    [
+        (lambda m: m.teach(features=cloud(2).features, labels=["owl", "owl"]), 1),
+        (lambda m: m.forget([0, 1]), 1),
+        (lambda m: m.forget([0, 1], recenter=True), 1),
+        (lambda m: m.relabel([0, 1], ["owl", CLASSES[2]]), 1),
+        (lambda m: m.undo(), 1),
+        (lambda m: m.undo(), 2),  # when the class that was taught goes
+    ],
+)
+def test_a_change_that_fails_in_the_middle_is_taken_back(
+    change: Any, call: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = trained("ridge", tmp_path)
+    model.teach(features=cloud(3).features, labels=["fox"] * 3)
+    before, queries, receipts = state_of(model), cloud(20).features, list(model.changes)
+    logits = answers(model, queries).logits
+    fails_at(call, monkeypatch)
+    with pytest.raises(torch.linalg.LinAlgError):
+        change(model)
+    monkeypatch.undo()
+    assert state_of(model) == before
+    assert model.changes == receipts
+    assert torch.equal(answers(model, queries).logits, logits)
+    model.teach(features=queries[:2], labels=["fox", CLASSES[0]])
+    assert_is_refit(model)
+
+
+def test_what_may_show_a_forgotten_picture_goes_with_it(tmp_path: Path) -> None:
+    model = trained("linear", tmp_path / "run")
+    model.neighbor_picture = b"\x89PNG of training pictures"
+    model.teach(features=cloud(1).features, labels=[0])
+    assert model.neighbor_picture is not None  # drawn before that row was there
+    gone = model.forget([0])
+    model.save_pretrained(tmp_path / "model")
+    assert "neighbors.png" not in all_files(tmp_path / "model")
+    assert any("picture of neighbours" in note for note in gone.notes)
+    model.undo()
+    assert model.neighbor_picture == b"\x89PNG of training pictures"
+
+
+def test_a_class_without_rows_keeps_its_name_and_that_is_said(tmp_path: Path) -> None:
+    model = trained("linear", tmp_path)
+    assert not any("keep their names" in note for note in model.forget([0, 1]).notes)
+    notes = model.forget(label=CLASSES[1]).notes
+    assert f"classes without rows keep their names: {CLASSES[1]}" in notes
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x00", "\u202eevil", "x" * 201])
