@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .functional import ClassWeighting, Metric, Weighting
+from .functional import Choice, ClassWeighting, Metric, Weighting
 
 _CODE_KEYS = frozenset(
     {"auto_map", "_name_or_path", "attn_implementation", "_attn_implementation"}
@@ -21,7 +21,7 @@ _MODEL_KEYS = (
 """Keys of a nested configuration that bring another model along; they are refused."""
 
 
-class Pooling(StrEnum):
+class Pooling(Choice):
     """How a backbone's last hidden state becomes one feature vector."""
 
     CLS = "cls"
@@ -31,7 +31,7 @@ class Pooling(StrEnum):
     CLS_MEAN = "cls_mean"
 
 
-class Normalization(StrEnum):
+class Normalization(Choice):
     """What is done to stored and query features before they are compared."""
 
     L2_CENTERED = "l2_centered"
@@ -39,7 +39,7 @@ class Normalization(StrEnum):
     NONE = "none"
 
 
-class Head(StrEnum):
+class Head(Choice):
     """The classifier beside the datastore.
 
     `mlp` has hidden layers. `ridge` is solved in closed form on features that are normalised as in
@@ -87,6 +87,9 @@ class KnnConfig(PreTrainedConfig):
 
     model_type = "hf_knn"
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "head_logits", "knn_log_probs", "pooler_output",
+    ]  # fmt: skip
 
     backbone_config: PreTrainedConfig | dict[str, Any] | None = None
     feature_dim: int = 0
@@ -160,8 +163,9 @@ class KnnConfig(PreTrainedConfig):
             )
         if not 0 <= self.knn_weight <= 1:
             raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
-        if self.feature_dim < 0:
-            raise ValueError(f"Expected `feature_dim` to be >= 0, but got {self.feature_dim}.")
+        for name, width in (("feature_dim", self.feature_dim), ("knn_feature_dim", self.extra_dim)):
+            if not isinstance(width, int) or width < 0:
+                raise ValueError(f"Expected `{name}` to be a number >= 0, but got {width!r}.")
         names = {int(number): str(name) for number, name in (self.id2label or {}).items()}
         if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
             raise ValueError(
@@ -265,7 +269,7 @@ def _build_backbone_config(
     """A library configuration from a dict; code named by it is never loaded."""
     if config is None or isinstance(config, PreTrainedConfig):
         return config
-    model_type = config.get("model_type")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"Expected `backbone_config['model_type']` to be a model type of transformers, "
