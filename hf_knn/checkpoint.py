@@ -33,14 +33,18 @@ from .milvus_store import MilvusDatastore
 from .model_card import (
     MEASURED_NAME,
     NEIGHBORS_NAME,
+    RELIABILITY_NAME,
+    is_made_here,
+    make_card,
     read_measured,
     read_picture,
     write_measured,
 )
 from .processors import load_processor
+from .publishing import CARD_NAME
 from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
 from .search_backend import SearchBackend
-from .storage import give_default_mode, identity, replaced_folder
+from .storage import give_default_mode, identity, link_or_copy, replaced_folder
 from .thumbnails import THUMBNAILS_NAME, Thumbnails
 
 logger = logging.getLogger(__name__)
@@ -123,11 +127,23 @@ def write_checkpoint(
                 give_default_mode(path)
             if store is not None:
                 store.save(staging, binding=_bind(model, staging), reuse=folder)
+            _write_card(model, folder, staging)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Could not save the checkpoint to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+
+
+def _write_card(model: Any, folder: Path, staging: Path) -> None:
+    """The card as it is made at a push; one that is all a user's own stays as it is."""
+    name, card, drawing = folder.resolve().name, folder / CARD_NAME, folder / RELIABILITY_NAME
+    existing = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    if existing is not None and not is_made_here(existing):
+        return
+    if drawing.is_file() and model.measured is not None:
+        link_or_copy(str(drawing), str(staging / RELIABILITY_NAME))
+    (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
 
 
 def _write_thumbnails(model: Any, folder: Path) -> None:
@@ -336,9 +352,10 @@ class CheckpointAttempt:
         try:
             pooling = _stored_pooling(self.reader.resolve(CONFIG_NAME), binding.pooling)
             now = _fingerprint([found[name] for name in names], processor, pooling)
-        except (SafetensorError, ValueError):
+        except (SafetensorError, DatastoreError) as error:
             # not a readable file: which one, the hashes say
-            return damaged[0] if damaged else None
+            is_named = isinstance(error, DatastoreError)
+            return damaged[0] if damaged else error if is_named else None
         if now[0] == binding.fingerprint:
             return damaged[0] if damaged else None
         parts = ("weights", "processor settings", "pooling")
@@ -397,8 +414,7 @@ def _fingerprint(
     weight_sum = _hash_stored_backbone(weights)
     processor_sum = ""
     if processor is not None and processor.is_file():
-        settings = json.loads(processor.read_text(encoding="utf-8"))
-        processor_sum = _hash_settings(settings)
+        processor_sum = _hash_settings(_read_object(processor))
     return _combine(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
 
 
@@ -414,8 +430,21 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""
     if config is None:
         return fallback
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = _read_object(config)
     return str(values.get("knn_pooling") or values.get("pooling") or fallback)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise DatastoreError(
+            f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "
+            "download or save it again."
+        )
+    return values
 
 
 def _combine(*parts: str) -> str:

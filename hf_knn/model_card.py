@@ -105,6 +105,11 @@ def draw_reliability(model: Any, folder: Path) -> None:
     figure.savefig(folder / RELIABILITY_NAME, dpi=100)
 
 
+def is_made_here(card: str) -> bool:
+    """Whether a card has the block that `make_card` writes."""
+    return _BLOCK.search(card) is not None
+
+
 def make_card(
     model: Any,
     name: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -281,6 +282,17 @@ class KnnTrainer(HubTrainer):
         )
         return metrics
 
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
+
+        Args:
+            test_dataset: pictures with labels, or `ImageFeatures`.
+
+        Raises:
+            ValueError: for a dataset without pictures or labels, or labels the model does not have.
+        """
+        return super().get_test_dataloader(checked_rows(test_dataset, self.model))
+
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""
         self.model.measured = self.model.neighbor_picture = None
@@ -299,7 +311,7 @@ class KnnTrainer(HubTrainer):
         """
         sample_ids = inputs.pop("sample_ids", None)
         surprise = inputs.pop("knn_log_probs", None)
-        if self.loss.is_plain:
+        if self.loss.is_plain or not model.training:  # `predict` knows no votes of its rows
             loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             labels = inputs["labels"]

@@ -8,14 +8,20 @@ held-out rows only: a validation split, or folds in which neither voice has seen
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .datastore import Neighbors
-from .functional import PROBABILITY_FLOOR, Metric, Weighting, neighbor_log_weights
+from .functional import (
+    PROBABILITY_FLOOR,
+    Choice,
+    Metric,
+    Weighting,
+    check_labels,
+    neighbor_log_weights,
+)
 
 TEMPERATURES = (
     1e-4, 1e-3, *(i / 100 for i in range(1, 10)), *(i / 10 for i in range(1, 10)), 1.0, 10.0,
@@ -33,7 +39,7 @@ _ROW_BLOCK = 1024
 _TIE = 1e-7  # the head comes as float32 log-probabilities, which tell no smaller difference
 
 
-class Criterion(StrEnum):
+class Criterion(Choice):
     """What makes a cell the best."""
 
     ONE_STANDARD_ERROR = "one_standard_error"
@@ -147,14 +153,10 @@ def tune(
         grid: the cells to try; None is the published grid, or a coarse one below 16 labels a class.
 
     Raises:
-        ValueError: for no rows, shapes that disagree or a bad option.
+        ValueError: for no rows, shapes that disagree, labels out of range, NaN or a bad option.
     """
     count = len(labels)
-    if count == 0 or len(head_log_probs) != count or len(neighbors.labels) != count:
-        raise ValueError(
-            f"Expected neighbours, head and labels of the same rows, but got "
-            f"{len(neighbors.labels)}, {len(head_log_probs)} and {count}."
-        )
+    _check_rows(neighbors, head_log_probs, labels, num_labels)
     few = has_few_labels(count, num_labels)
     grid = grid or default_grid(neighbors.labels.shape[1], num_labels, coarse=few)
     if Weighting(weighting) is not Weighting.SOFTMAX:
@@ -176,6 +178,26 @@ def tune(
         head=scorer.score(lone)[0],
         fixed=scorer.score(lone._replace(knn_weights=(FIXED_KNN_WEIGHT,)))[0],
     )
+
+
+def _check_rows(neighbors: Neighbors, head: Tensor, labels: Tensor, num_labels: int) -> None:
+    count = len(labels)
+    if count == 0 or len(head) != count or len(neighbors.labels) != count:
+        raise ValueError(
+            f"Expected neighbours, head and labels of the same rows, but got "
+            f"{len(neighbors.labels)}, {len(head)} and {count}."
+        )
+    check_labels(labels, num_labels, "labels")
+    check_labels(neighbors.labels, num_labels, "neighbors.labels")
+    if head.ndim != 2 or not 1 <= head.shape[1] <= num_labels:
+        raise ValueError(
+            f"Expected `head_log_probs` to be [N, 1 to {num_labels}], but got {tuple(head.shape)}."
+        )
+    bad = head.isnan().any(dim=1).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"Expected `head_log_probs` without NaN, but rows {bad[:10].tolist()} have some."
+        )
 
 
 class _Scorer:

@@ -587,3 +587,13 @@ def test_leave_one_out_votes_equal_the_matrix_without_the_diagonal() -> None:
     distances = 2 - 2 * np.take_along_axis(matrix, order, 1)
     wanted = vote_probs(distances, labels.numpy()[order], 3, "softmax", 0.2)
     np.testing.assert_allclose(ours.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_name_that_is_no_choice_is_refused_with_those_there_are() -> None:
+    one, label = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"`metric` .* one of \['cosine', 'l2'\], but got 'dot'"):
+        knn_log_probs(one, label, 2, 0.1, metric="dot")
+    with pytest.raises(ValueError, match=r"`weighting` to be one of \['softmax', .*but got 'x'"):
+        knn_log_probs(one, label, 2, 0.1, weighting="x")
+    with pytest.raises(ValueError, match=r"`normalization` to be one of .*but got None"):
+        Datastore.from_features(one, [0], normalization=None)  # type: ignore[arg-type]

@@ -1453,3 +1453,37 @@ def test_a_save_after_a_kill_between_two_renames_finds_the_old_version(folder, t
 
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- the card -----------------------------------------------------------------------------------
+
+
+def test_a_save_writes_the_card_of_what_there_is(folder):
+    card = folder / "README.md"
+    assert "40 rows of 16 values" in card.read_text()
+    model = open_model(folder)
+    model.forget(ids=model.datastore.ids[:1])
+    model.save_pretrained(folder)
+    assert "39 rows of 16 values" in card.read_text()
+    assert card.read_text().count("## Datastore") == 1
+
+
+def test_own_words_in_a_card_survive_a_save(folder, vit):
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nOf my garden.\n")
+    vit.save_pretrained(folder)
+    assert card.read_text().endswith("Of my garden.\n")
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"[]", b"null", b"{"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_settings_that_are_no_json_object_are_refused_by_name(content, name, folder):
+    (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=name.replace(".", r"\.")):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("values", [{"feature_dim": "a"}, {"backbone_config": 5}])
+def test_a_configuration_of_other_types_is_refused_by_name(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        KnnConfig(**values)

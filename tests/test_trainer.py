@@ -1233,3 +1233,21 @@ def test_a_single_row(tmp_path: Path) -> None:
     start = cross_entropy(bias, torch.tensor([1]))  # the lone row is the mean, so all zeros
     assert losses[0] == pytest.approx(float(start) * (1 + 0.1 * 100), rel=1e-4)  # the clamp
     assert trainer.evaluate(random_features([1, 1], seed=2))["eval_knn_top1"] == 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_predict_answers_pictures_with_the_blend(alpha: float, tmp_path: Path) -> None:
+    options = {"num_train_epochs": 1, "augmentation": "none", "knn_loss_alpha": alpha}
+    trainer = KnnTrainer(
+        small_model(CLASSES), arguments(tmp_path, **options), train_dataset=pictures()
+    )
+    trainer.train()
+    asked = pictures(30, seed=1)  # with ids that no training row has
+    found = trainer.predict(asked)
+    rows = extract_features(trainer.model, asked, use_cache=False)
+    with torch.no_grad():
+        out = trainer.model(features=rows.features)
+    np.testing.assert_allclose(found.predictions, out.logits.numpy(), atol=1e-4)
+    assert found.label_ids.tolist() == rows.labels.tolist()
+    wanted = cross_entropy(out.head_logits, rows.labels)
+    assert found.metrics["test_loss"] == pytest.approx(float(wanted), abs=1e-4)

@@ -453,3 +453,25 @@ def test_grids_are_ascending(read: Callable[[Grid], tuple[float, ...]]) -> None:
         for coarse in (True, False):
             values = list(read(default_grid(rows, classes, coarse=coarse)))
             assert values == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("labels", lambda values: values + 2, r"`labels` to be in \[0, 2\), but .* from 2"),
+        ("labels", lambda values: values - 1, r"`labels` to be in \[0, 2\), but .* from -1"),
+        ("labels", lambda values: values.float(), "`labels` to be int64"),
+        ("neighbors", lambda values: values + 5, r"`neighbors.labels` to be in \[0, 2\)"),
+        ("head", lambda values: values * torch.nan, r"without NaN, but rows \[0, 1, 2, 3\]"),
+        ("head", lambda values: torch.zeros(4, 3), r"to be \[N, 1 to 2\], but got \(4, 3\)"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(
+    part: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    labels = torch.tensor([0, 1, 0, 1])
+    parts = {"labels": labels, "neighbors": labels.unsqueeze(1), "head": torch.zeros(4, 2)}
+    parts[part] = change(parts[part])
+    near = Neighbors(torch.ones(4, 1), parts["neighbors"], torch.arange(4).unsqueeze(1))
+    with pytest.raises(ValueError, match=message):
+        tune(near, parts["head"], parts["labels"], 2)
