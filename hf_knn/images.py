@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,15 @@ except ImportError as error:  # pragma: no cover
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
+
+_EDGE = 64 * 2**10
+_FOREIGN = {
+    b"%pdf-": "a PDF", b"<script": "a web page", b"<html": "a web page", b"<?php": "a program",
+}  # fmt: skip
+"""What makes other programs take a file for something else, looked for in its first and last 64 KB.
+
+Bytes behind a picture as such are fine: phones put videos and second pictures there.
+"""
 
 # what Pillow's format plug-ins raise on malformed files
 _DECODE_ERRORS = (
@@ -37,7 +47,8 @@ def decode_image(
 ) -> Image.Image:
     """Decodes a picture: first frame, upright, over white, RGB, without metadata.
 
-    Size and format are read from the header before anything is decoded.
+    Size and format are read from the header before anything is decoded. A file that is also an
+    archive, a document or a program (a polyglot) is refused.
 
     Args:
         source: the file's bytes, its path, or an opened picture.
@@ -61,6 +72,9 @@ def decode_image(
         raise BadImageError(f"the file has {len(data)} bytes, more than {max_bytes}")
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
+            other = _what_else(data)
+            if other:
+                raise BadImageError(f"the file is also {other}; save the picture anew")
             return _decode_opened(image, formats, max_pixels)
     except BadImageError:
         raise
@@ -89,6 +103,14 @@ def _read(path: Path, max_bytes: int) -> bytes:
         raise BadImageError("it is a folder; name the pictures in it")
     with path.open("rb") as file:
         return file.read(max_bytes + 1)
+
+
+def _what_else(data: bytes) -> str | None:
+    """What a file is besides a picture; None for nothing known."""
+    if zipfile.is_zipfile(io.BytesIO(data[-_EDGE:])):
+        return "an archive"
+    edges = (data if len(data) <= 2 * _EDGE else data[:_EDGE] + data[-_EDGE:]).lower()
+    return next((kind for mark, kind in _FOREIGN.items() if mark in edges), None)
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:

@@ -320,15 +320,39 @@ def test_truncated(kind: str, tmp_path: Path) -> None:
         refusal(path)
 
 
-def test_a_png_with_a_zip_appended_is_a_png() -> None:
+def zip_file() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("payload.html", HTML)
-    data = encoded(blocks([[RED, BLUE]])) + buffer.getvalue()
-    assert zipfile.is_zipfile(io.BytesIO(data))
-    result = decode_image(data)
+    return buffer.getvalue()
+
+
+def gif_with(comment: bytes) -> bytes:
+    image, buffer = blocks([[RED, BLUE]]), io.BytesIO()
+    image.save(buffer, "GIF", comment=comment)
+    return buffer.getvalue()
+
+
+POLYGLOTS: dict[str, Callable[[], bytes]] = {
+    "also an archive": lambda: encoded(blocks([[RED]]), "PNG") + zip_file(),
+    "also a PDF": lambda: encoded(blocks([[RED]]), "JPEG") + encoded(blocks([[RED]]), "PDF"),
+    "also a web page": lambda: gif_with(HTML),
+    "also a program": lambda: encoded(Image.effect_noise((512, 512), 90), "PNG") + b"<?PHP x();",
+}
+
+
+@pytest.mark.parametrize("kind", POLYGLOTS)
+def test_a_picture_that_is_something_else_too_is_refused(kind: str) -> None:
+    data = POLYGLOTS[kind]()
+    Image.open(io.BytesIO(data)).load()  # a picture it is
+    assert kind in refusal(data)
+
+
+def test_bytes_behind_a_picture_are_none_of_it() -> None:
+    video = struct.pack(">I", 24) + b"ftypmp42" + bytes(4000)  # as phones append them
+    result = decode_image(encoded(blocks([[RED, BLUE]])) + video)
     assert pixels_of(result).tolist() == [[list(RED), list(BLUE)]]
-    assert b"payload" not in encoded(result)
+    assert b"ftyp" not in encoded(result)
 
 
 # limits
