@@ -26,8 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.nn import functional
-from voices import Voices
+from voices import Voices, directions
 
 from hf_knn import ProbeConfig, ProbeScore, choose_probe
 
@@ -166,7 +165,7 @@ def measure_peers(voices: Voices) -> dict[str, Arm]:
     """
     train, validation, _ = voices.split
     mean = train.head.mean(0)
-    unit = [functional.normalize(rows.head - mean, dim=1).numpy() for rows in voices.split]
+    unit = [directions(rows.head, mean).numpy() for rows in voices.split]
     data = Data(unit[0], train.labels.numpy(), unit[1], unit[2], voices.seed)
     with threadpool_limits(1, "blas"):  # on matrices as small as these threads cost up to 20 times
         arms = {

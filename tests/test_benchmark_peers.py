@@ -79,6 +79,16 @@ def test_predictions_are_those_of_scikit_learn(name, voices):
     assert np.array_equal(arm.test.argmax(1).numpy(), scores.argmax(1))
 
 
+def test_features_of_any_size_are_the_same_to_every_voice(voices):
+    """Those of untrained weights have lengths of 1e-20: peers took them for zero."""
+    smaller = [part._replace(head=1e-21 * part.head) for part in voices.split]
+    tiny = Voices(Split(*smaller), CLASSES, 0, voices.head)
+    arms, labels = measure_peers(tiny), voices.split.test.labels.numpy()
+    for name, arm in measure_peers(voices).items():
+        first, second = (accuracy_score(labels, a.test.argmax(1)) for a in (arm, arms[name]))
+        assert abs(first - second) < 0.03, name
+
+
 def test_logistic_regression_is_fitted_to_its_end(voices):
     """A loose tolerance stopped it after one step, and made a weak peer of it."""
     data = data_of(voices).reduced()
