@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 from runner import EPOCHS, Options, Progress, Run
 from suites import QUICK, SUITES, make_cells
+from tasks import Source, find_task
 
 app = typer.Typer(add_completion=False)
 
@@ -102,6 +103,7 @@ def main(
         cells = make_cells(
             suite, tasks=task, backbones=backbones, protocols=protocol, shots=shots, seeds=seeds
         )
+        _check_revision(cells, revision)
         options = Options(
             limit, epochs or EPOCHS, precision, batch_size, stream, revision, cache_dir
         )
@@ -116,6 +118,17 @@ def main(
         raise SystemExit(f"{who}: {error}") from error
     if failed and state.is_main_process:  # another rank's exit would end it before it has spoken
         raise SystemExit(1)
+
+
+def _check_revision(cells: list[Cell], revision: str | None) -> None:
+    """A commit is one of one dataset."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    on_hub = [task for task in tasks if find_task(task).source is Source.HUB]
+    if revision is not None and len(on_hub) != 1:
+        raise ValueError(
+            f"Expected one task of the Hub with --revision, but got {on_hub or 'none'}; do choose "
+            "one with --task, or write hub:ID@REVISION."
+        )
 
 
 def _list(cells: list[Cell], options: Options) -> None:

@@ -1,17 +1,20 @@
 """Second voices: equal trials, probabilities, and the predictions of scikit-learn."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from arms import choose_weight, pair_accuracies
 from peers import PEERS, TRIALS, Data, _best, _neighbors, measure_peers
 from pool import Rows
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch.nn import functional
-from voices import Split, Voices
+from voices import Split, Voices, directions
 
 CLASSES = 5
 
@@ -97,6 +100,18 @@ def test_logistic_regression_is_fitted_to_its_end(voices):
         fit = LogisticRegression(C=trial.chosen["C"], max_iter=5000, tol=1e-8)
         wanted = fit.fit(data.train, data.labels).predict_proba(data.test)
         assert np.abs(np.exp(trial.test) - wanted).max() < 0.05
+
+
+def test_logistic_regression_ends_where_features_are_of_very_unlike_spread():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % CLASSES
+    values = (
+        rng.normal(size=(400, 24)) * np.logspace(0, -3, 24) + 0.05 * np.eye(CLASSES, 24)[labels]
+    )
+    unit = directions(torch.from_numpy(values), torch.from_numpy(values).mean(0)).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        assert len(list(PEERS["logistic"](Data(unit, labels, unit[:9], unit[:9], 0)))) == TRIALS
 
 
 def test_a_class_that_was_not_seen_has_no_probability():

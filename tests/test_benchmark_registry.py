@@ -1,12 +1,14 @@
 """Registries, suites, splits and estimates: what a run will measure before it measures anything."""
 
 import json
+import re
 from collections import Counter
 
 import estimates
 import numpy as np
 import pytest
 import timm
+import torch
 from backbones import BACKBONES, find_backbone
 from estimates import check_disk, estimate
 from hypothesis import given, settings
@@ -38,13 +40,33 @@ def test_the_papers_backbones_are_there_or_say_why_not():
                 find_backbone(entry.name)
 
 
-def test_timm_ids_that_count_as_verified_are_in_timm():
-    known = set(timm.list_pretrained())
-    places = [backbone.location or "" for backbone in BACKBONES.values()]
-    ids = [place for place in places if place.startswith("timm/")]
-    assert len(ids) > 5
-    for location in ids:
-        assert location.removeprefix("timm/") in known
+TIMM = {b.name: b for b in BACKBONES.values() if (b.location or "").startswith("timm/")}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_what_is_said_of_timm_models_is_what_timm_says(name):
+    backbone = TIMM[name]
+    known = timm.get_pretrained_cfg((backbone.location or "").removeprefix("timm/"))
+    assert known is not None
+    assert known.hf_hub_id == backbone.location
+    assert known.input_size == (3, backbone.image_size, backbone.image_size)
+    assert backbone.licence.lower() in known.license
+    with torch.device("meta"):
+        model = timm.create_model(known.architecture, num_classes=0)
+        whole = timm.create_model(known.architecture, num_classes=known.num_classes)
+    assert model.num_features == backbone.width
+    megabytes = sum(tensor.numel() for tensor in whole.state_dict().values()) * 4 / 1e6
+    assert backbone.megabytes == pytest.approx(megabytes, rel=0.05)
+    assert backbone.verified
+
+
+def test_pinned_revisions_are_whole_commits():
+    """A branch or a short name of a commit can move, or come to mean two."""
+    entries = [*TASKS.values(), *BACKBONES.values()]
+    pinned = [entry.revision for entry in entries if entry.revision is not None]
+    assert len(pinned) > 15
+    for revision in pinned:
+        assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
 @pytest.mark.parametrize(
