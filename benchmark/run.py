@@ -138,11 +138,16 @@ def _list(cells: list[Cell], options: Options) -> None:
     for cell in cells:
         table.add_row(cell.name, f"{seconds_of(cell, options.limit):.1f}")
     found = estimate(cells, options.limit, options.streaming)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    state = PartialState()
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, quiet=not state.is_main_process)
     console.print(table)
+    ranks, minutes = state.num_processes, found.seconds / 60
+    shared = f", {minutes / ranks:.0f} by the {ranks} of this launch" if ranks > 1 else ""
     console.print(
-        f"About {found.seconds / 60:.0f} minutes with features, within a factor of three, and "
-        f"{found.megabytes:,.0f} MB of disk. Nothing was run."
+        f"About {minutes:.0f} minutes by one rank{shared}, features and shared trainings included "
+        f"and within a factor of three; {found.megabytes:,.0f} MB of disk. Nothing was run.",
+        soft_wrap=True,
     )
 
 

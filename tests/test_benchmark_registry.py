@@ -3,19 +3,24 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import estimates
 import numpy as np
+import pandas
 import pytest
 import timm
 import torch
 from backbones import BACKBONES, find_backbone
+from cells import Cell
 from estimates import check_disk, estimate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splits import ANY, TEST, TRAIN, VALIDATION, split_pool
 from suites import SUITES, make_cells
 from tasks import TASKS, Source, find_task
+
+RESULTS = Path(__file__).parents[1] / "benchmark" / "results" / "results.parquet"
 
 # ---- registries ---------------------------------------------------------------------------------
 
@@ -92,6 +97,23 @@ def test_hub_ids_folders_and_newt_are_tasks_too():
 
 
 # ---- suites and estimates -----------------------------------------------------------------------
+
+
+def test_estimates_are_within_a_factor_of_three_of_what_was_measured():
+    measured = pandas.read_parquet(RESULTS)
+    measured = measured.drop_duplicates(["task", "backbone", "protocol", "seed", "shots"])
+    shots = [None if n != n else int(n) for n in measured["shots"]]
+    names = zip(measured["task"], measured["backbone"], measured["protocol"], strict=True)
+    cells = [
+        Cell(*name, int(seed), few)
+        for name, seed, few in zip(names, measured["seed"], shots, strict=True)
+    ]
+    assert len(cells) == 540
+    for part in (None, "efficientnet-lite0", "efficientnet-lite0-random", "tiny-vit"):
+        mine = [part in (None, cell.backbone) for cell in cells]
+        said = estimate([c for c, own in zip(cells, mine, strict=True) if own], None, None).seconds
+        took = measured["seconds"][mine].sum()
+        assert took / 3 < said < 3 * took, (part, said, took)
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "newt"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -342,7 +343,9 @@ def test_a_dry_run_lists_and_runs_nothing(tmp_path):
     )
     assert said.exit_code == 0, said.output
     assert "135 cells" in said.output
-    assert "MB of disk. Nothing was run." in said.output
+    assert re.search(
+        r"About \d+ minutes by one rank, .* MB of disk\. Nothing was run\.", said.output
+    )
     assert not (tmp_path / "out").exists()
 
 
