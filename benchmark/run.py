@@ -162,13 +162,18 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     with _shown(console) as watch:
         run = Run(folder, options, watch)
         run.run(suite, cells)
+    same: dict[str, list[str]] = {}  # of a task that is not there each cell says the same
     for name, error in run.told:
+        same.setdefault(error, []).append(name)
+    for error, names in same.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print("[red]Failed[/]", end=" ")
-        console.print(f"{name}: {error}", soft_wrap=True, markup=False)
+        console.print(f"{names[0]}{more}: {error}", soft_wrap=True, markup=False)
     done = sum(is_finished(folder, cell) for cell in cells)
     console.print(f"{done} of {len(cells)} cells are in {folder}.", soft_wrap=True)
     console.print(f"Done after {time.perf_counter() - started:.0f} s.")
-    console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
+    if done:
+        console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
     return len(run.told)
 
 

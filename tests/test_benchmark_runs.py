@@ -366,6 +366,17 @@ def test_bad_options_are_one_clear_line(arguments, message):
     assert message in " ".join((said.output + str(said.exception)).replace("│", " ").split())
 
 
+def test_what_fails_alike_is_said_once(tmp_path):
+    arguments = ["--suite", "offline", "--task", f"imagefolder:{tmp_path / 'none'}"]
+    arguments += ["--backbone", "tiny-vit", "-o", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1
+    output = " ".join(said.output.split())
+    assert "and 44 more: FileNotFoundError: Expected a folder with a sub-folder" in output
+    assert output.count("Failed") == 1
+    assert "Next:" not in output
+
+
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2_000_000})
     monkeypatch.setattr(estimates.shutil, "disk_usage", lambda place: usage)
