@@ -7,7 +7,7 @@ from pathlib import Path
 
 import estimates
 import numpy as np
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pytest
 import timm
 import torch
@@ -53,6 +53,8 @@ def test_what_is_said_of_timm_models_is_what_timm_says(name):
     backbone = TIMM[name]
     known = timm.get_pretrained_cfg((backbone.location or "").removeprefix("timm/"))
     assert known is not None
+    assert known.license is not None
+    assert known.architecture is not None
     assert known.hf_hub_id == backbone.location
     assert known.input_size == (3, backbone.image_size, backbone.image_size)
     assert backbone.licence.lower() in known.license
@@ -67,8 +69,9 @@ def test_what_is_said_of_timm_models_is_what_timm_says(name):
 
 def test_pinned_revisions_are_whole_commits():
     """A branch or a short name of a commit can move, or come to mean two."""
-    entries = [*TASKS.values(), *BACKBONES.values()]
-    pinned = [entry.revision for entry in entries if entry.revision is not None]
+    found = [task.revision for task in TASKS.values()]
+    found += [backbone.revision for backbone in BACKBONES.values()]
+    pinned = [revision for revision in found if revision is not None]
     assert len(pinned) > 15
     for revision in pinned:
         assert re.fullmatch("[0-9a-f]{40}", revision)

@@ -134,7 +134,7 @@ def push_backbone(hub: Hub, seed: int) -> str:
     backbone = tiny_backbone("vit")
     with torch.no_grad():
         next(backbone.parameters()).add_(seed)
-    backbone.push_to_hub("org/backbone")
+    backbone.push_to_hub("org/backbone")  # type: ignore[arg-type]
     processor().push_to_hub("org/backbone")
     return hub.repo("org/backbone").branches["main"]
 
