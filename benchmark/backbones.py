@@ -1,7 +1,8 @@
 """The backbones of the study as data: the paper's 18, newer ones, and those made offline.
 
-Ids with `verified=False` were written from memory, without a network; timm's were looked up in the
-installed timm. `benchmark/verify.py` checks them where there is a network.
+Ids with `verified=False`, and revisions, were written without a network, out of stored pages and of
+what others publish; timm's ids, sizes and widths are those of the installed timm.
+`benchmark/verify.py` checks them where there is a network.
 """
 
 from dataclasses import dataclass, replace
@@ -61,9 +62,12 @@ def _paper(name: str, title: str, location: str | None, width: int, **facts: Any
     return replace(entry, **facts)
 
 
-def _absent(name: str, title: str, kind: str, where: str) -> Backbone:
-    note = f"no public equivalent on the Hub or in timm is known; its authors' weights: {where}"
-    return _paper(name, title, None, 2048, kind=kind, note=note)
+def _absent(name: str, title: str, kind: str, where: str, width: int = 2048) -> Backbone:
+    note = (
+        "no public equivalent that transformers or timm can open is known; its authors' weights: "
+        f"{where}"
+    )
+    return _paper(name, title, None, width, kind=kind, note=note)
 
 
 _CNN = {"pooling": "mean", "knn_pooling": "max"}  # as published
@@ -84,29 +88,34 @@ _PAPER = (
     _absent("resnet50-swav", "ResNet-50, SwAV", SELF_SUPERVISED,
             "github.com/facebookresearch/swav"),
     _paper("resnet50-dino", "ResNet-50, DINO", "Ramos-Ramos/dino-resnet-50", 2048, **_CNN, **_SSL,
-           megabytes=94, licence="Apache-2.0"),
+           megabytes=94, licence="Apache-2.0",
+           revision="74c9d9a0c7237aee5768ac25f7a2b8454dc63d70"),
     _absent("resnet50-barlow-twins", "ResNet-50, Barlow Twins", SELF_SUPERVISED,
             "github.com/facebookresearch/barlowtwins"),
     _paper("vit-b16", "ViT-B/16, ImageNet-21k labels", "google/vit-base-patch16-224-in21k", 768,
-           **_TOKENS, megabytes=346, licence="Apache-2.0"),
+           **_TOKENS, megabytes=346, licence="Apache-2.0",
+           revision="b4569560a39a0f1af58e3ddaf17facf20ab919b0"),
     _paper("vit-l16", "ViT-L/16, ImageNet-21k labels", "google/vit-large-patch16-224-in21k", 1024,
            **_TOKENS, megabytes=1_220, licence="Apache-2.0"),
     _paper("vit-s16-dino", "ViT-S/16, DINO", "timm/vit_small_patch16_224.dino", 384, **_TOKENS,
-           **_SSL, megabytes=87, licence="Apache-2.0", verified=True),
+           **_SSL, megabytes=87, licence="Apache-2.0", verified=True,
+           revision="733b42a211ebe03aa7327050699cfcee7cd96123"),
     _paper("vit-b16-dino", "ViT-B/16, DINO", "timm/vit_base_patch16_224.dino", 768, **_TOKENS,
-           **_SSL, megabytes=343, licence="Apache-2.0", verified=True),
-    _paper("vit-s16-mocov3", "ViT-S/16, MoCo-v3", "nyu-visionx/moco-v3-vit-s", 384, **_TOKENS,
-           **_SSL, megabytes=87, licence="CC-BY-NC-4.0"),
-    _paper("vit-b16-mocov3", "ViT-B/16, MoCo-v3", "nyu-visionx/moco-v3-vit-b", 768, **_TOKENS,
-           **_SSL, megabytes=343, licence="CC-BY-NC-4.0"),
+           **_SSL, megabytes=343, licence="Apache-2.0", verified=True,
+           revision="3ca4284a1d2db6ac0fc1a7e24e71ee0643260ec2"),
+    _absent("vit-s16-mocov3", "ViT-S/16, MoCo-v3", SELF_SUPERVISED,
+            "github.com/facebookresearch/moco-v3", 384),
+    _absent("vit-b16-mocov3", "ViT-B/16, MoCo-v3", SELF_SUPERVISED,
+            "github.com/facebookresearch/moco-v3, also as the tensors of timm's "
+            "vit_base_patch16_224 without a configuration in nyu-visionx/moco-v3-vit-b", 768),
     _paper("swin-t", "Swin-T, ImageNet labels", "timm/swin_tiny_patch4_window7_224.ms_in1k", 768,
            pooling="mean", megabytes=114, licence="MIT", verified=True),
     _paper("swin-s", "Swin-S, ImageNet labels", "timm/swin_small_patch4_window7_224.ms_in1k", 768,
            pooling="mean", megabytes=199, licence="MIT", verified=True),
     _paper("swin-b", "Swin-B, ImageNet-21k labels", "timm/swin_base_patch4_window7_224.ms_in22k",
            1024, pooling="mean", megabytes=437, licence="MIT", verified=True),
-    replace(_absent("swin-t-moby", "Swin-T, MoBY", SELF_SUPERVISED,
-                    "github.com/SwinTransformer/Transformer-SSL"), width=768),
+    _absent("swin-t-moby", "Swin-T, MoBY", SELF_SUPERVISED,
+            "github.com/SwinTransformer/Transformer-SSL", 768),
 )  # fmt: skip
 
 
@@ -121,16 +130,19 @@ def _modern(
 
 _MODERN = (
     _modern("dinov2-s", "DINOv2, ViT-S/14", "facebook/dinov2-small", 384, 88, "Apache-2.0",
-            **_TOKENS),
+            **_TOKENS, revision="ed25f3a31f01632728cabb09d1542f84ab7b0056"),
     _modern("dinov2-b", "DINOv2, ViT-B/14", "facebook/dinov2-base", 768, 346, "Apache-2.0",
-            **_TOKENS),
+            **_TOKENS, revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
     _modern("dinov3-s", "DINOv3, ViT-S/16", "facebook/dinov3-vits16-pretrain-lvd1689m", 384, 86,
-            "DINOv3", **_TOKENS, note="gated; timm/vit_small_patch16_dinov3.lvd1689m is not"),
+            "DINOv3", **_TOKENS, revision="114c1379950215c8b35dfcd4e90a5c251dde0d32",
+            note="gated; timm/vit_small_patch16_dinov3.lvd1689m is not"),
     _modern("dinov3-b", "DINOv3, ViT-B/16", "timm/vit_base_patch16_dinov3.lvd1689m", 768, 343,
             "DINOv3", **_TOKENS, image_size=256, verified=True),
     _modern("siglip2-b", "SigLIP 2, ViT-B/16", "google/siglip2-base-patch16-224", 768, 1_500,
-            "Apache-2.0", pooling="mean", note="the download has the text tower too"),
+            "Apache-2.0", pooling="mean", revision="75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2",
+            note="the download has the text tower too"),
     _modern("clip-b", "CLIP, ViT-B/16", "openai/clip-vit-base-patch16", 768, 600, "MIT", **_TOKENS,
+            revision="57c216476eefef5ab752ec549e440a49ae4ae5f3",
             note="the download has the text tower too"),
     _modern("convnextv2-t", "ConvNeXt V2-T, ImageNet-22k labels",
             "timm/convnextv2_tiny.fcmae_ft_in22k_in1k", 768, 115, "CC-BY-NC-4.0", kind=SUPERVISED,

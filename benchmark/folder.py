@@ -9,6 +9,7 @@ from typing import Any
 
 from cells import FAILURES, FORMAT, RUN, write_json
 from filelock import FileLock, Timeout
+from tasks import Source, find_task
 
 
 @contextmanager
@@ -60,6 +61,31 @@ def begin(folder: Path, suite: str, revisions: dict[str, str], options: dict[str
     shutil.rmtree(folder / FAILURES, ignore_errors=True)  # those of the run before
 
 
+def note_model(folder: Path, name: str, revision: str, *, write: bool) -> None:
+    """Notes of which revision a backbone is, or checks that it is still that one.
+
+    Args:
+        folder: of the results, begun.
+        name: of the backbone.
+        revision: of its weights, as they are opened now.
+        write: whether to note it; one rank does.
+
+    Raises:
+        ValueError: if cells of another revision lie there, with both.
+    """
+    path = folder / RUN
+    known = json.loads(path.read_text(encoding="utf-8"))
+    models = known.get("models", {})
+    if models.get(name, revision) != revision:
+        raise ValueError(
+            f"Expected {name} at the revision {models[name]} that {folder} holds, but it is "
+            f"{revision} now; do pin that one in backbones.py, or choose another --output: numbers "
+            "of two revisions are not mixed."
+        )
+    if write and name not in models:
+        write_json(path, known | {"models": models | {name: revision}})
+
+
 def _check_same(folder: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
     if known["format"] != FORMAT:
         raise ValueError(
@@ -68,10 +94,12 @@ def _check_same(folder: Path, known: dict[str, Any], wanted: dict[str, Any]) -> 
         )
     for task, revision in wanted["revisions"].items():
         if known["revisions"].get(task, revision) != revision:
+            held = known["revisions"][task]
+            on_hub = find_task(task).source is Source.HUB
+            pinned = f"pass --task {task} --revision {held}, or " if on_hub else ""
             raise ValueError(
-                f"Expected {task} at the revision {known['revisions'][task]} that {folder} holds, "
-                f"but it is {revision} now; do pass --revision {known['revisions'][task]}, or "
-                "choose another --output: numbers of two revisions are not mixed."
+                f"Expected {task} at the revision {held} that {folder} holds, but it is {revision} "
+                f"now; do {pinned}choose another --output: numbers of two revisions are not mixed."
             )
     for name, value in wanted["options"].items():
         if known["options"].get(name) != value:

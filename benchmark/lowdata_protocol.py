@@ -10,8 +10,7 @@ from phases import HEADS, TUNE
 from pool import Rows
 from study import Study
 from torch import Tensor
-from torch.nn import functional
-from voices import FIXED, PLAIN, Split, Voices, fit_heads, leave_one_out
+from voices import FIXED, PLAIN, Split, Voices, directions, fit_heads, leave_one_out
 
 from hf_knn import (
     Datastore,
@@ -202,7 +201,7 @@ def _ridge(voices: Voices) -> Arm:
 def _ridge_of(voices: Voices, train: Rows, asked: Rows) -> tuple[Tensor, float]:
     """[B, C] log-probabilities, and the regulariser."""
     mean = train.head.mean(0)
-    unit, others = (functional.normalize(rows.head - mean, dim=1) for rows in (train, asked))
+    unit, others = (directions(rows.head, mean) for rows in (train, asked))
     with voices.phases.phase(HEADS):
         fit = fit_ridge(unit, train.labels, voices.num_labels)
     return fit.log_probs(others).float(), fit.regularizer

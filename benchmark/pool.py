@@ -1,5 +1,6 @@
 """Features of all pictures of a task, computed once and shared by every protocol and split."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,13 +90,18 @@ class OpenBackbone:
         """Whether its features are those of a training on each split."""
         return self.entry.kind == SCRATCH
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether its weights come from the Hub, and not from a folder."""
+        return not isinstance(self.place, Path) and not Path(self.place).is_dir()
+
     @cached_property
     def revision(self) -> str:
-        """What its weights are of: the folder's versions, a commit on the Hub, or a folder."""
+        """What its weights are of: package versions, a commit on the Hub, or a folder's content."""
         if isinstance(self.place, Path):
             return self.place.name
-        if Path(self.place).is_dir():
-            return "local"
+        if not self.is_on_hub:
+            return _content_of(Path(self.place))
         name = self.place if "/" in self.place else f"timm/{self.place}"
         return str(HfApi().model_info(name, revision=self.entry.revision).sha)
 
@@ -108,7 +114,7 @@ class OpenBackbone:
             pooling=self.entry.pooling,
             knn_pooling=self.entry.knn_pooling,
             normalization=self.entry.normalization,
-            hub_options={"revision": self.entry.revision} if self.entry.revision else None,
+            hub_options={"revision": self.revision} if self.is_on_hub else None,
         )
         model.to(torch.device(device))  # type: ignore[arg-type]
         return model
@@ -137,6 +143,17 @@ class OpenBackbone:
         head = found.features[:, : config.feature_dim]
         store = found.features[:, config.feature_dim :] if config.extra_dim else head
         return Rows(head, store, found.labels)
+
+
+def _content_of(folder: Path) -> str:
+    """A name of what the files of a folder hold, whatever the folder is called."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as stream:
+            found.update(
+                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+            )
+    return f"files-{found.hexdigest()[:16]}"
 
 
 def pool_features(

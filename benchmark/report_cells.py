@@ -170,7 +170,8 @@ def refuse_mixed(revisions: Mapping[str, Any], cells: Iterable[Cell]) -> None:
 
 def _warnings(cells: list[Cell]) -> Iterable[str]:
     for name, what in (("commit", "commits of the code"), ("device", "devices")):
-        values = sorted({str(cell.document["provenance"].get(name)) for cell in cells})
+        found = {str(cell.document["provenance"].get(name)) for cell in cells}
+        values = sorted(value[:10] if name == "commit" else value for value in found)
         if len(values) > 1:
             yield f"The cells come from different {what}: {', '.join(values)}."
     versions: dict[str, set[str]] = defaultdict(set)

@@ -13,6 +13,7 @@ from report_statistics import (
     SignedRank,
     Split,
     holm,
+    mean_of,
     paired_bootstrap,
     signed_rank,
 )
@@ -223,7 +224,7 @@ def _by_pair(found: Sequence[Difference]) -> dict[tuple[str, str], float]:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for difference in found:
         values[difference.setting.pair].append(difference.top1.mean)
-    return {pair: float(np.mean(numbers)) for pair, numbers in values.items()}
+    return {pair: mean_of(numbers) for pair, numbers in values.items()}
 
 
 def _clear(found: Sequence[Difference]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ REPLICATES = 2000
 LEVEL = 0.95
 _DRAWS_AT_ONCE = 2_000_000
 _ALPHA = 0.05
+_DIGITS = 12  # of shares: beyond them are rounding errors, which ranks and signs must not see
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -76,6 +77,11 @@ class SignedRank(NamedTuple):
         return self.smallest < _ALPHA
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """The mean without rounding errors: 0 where values cancel out."""
+    return round(float(np.mean(values)), _DIGITS)
+
+
 def mean_and_std(values: Sequence[float] | Floats) -> tuple[float, float]:
     """Mean and sample standard deviation; the latter is NaN for a single value."""
     array = np.asarray(values, np.float64)
@@ -119,7 +125,8 @@ def paired_bootstrap(
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(np.concatenate(found), [tail, 100 - tail], axis=0)
     means = np.mean([split.values.mean(axis=0) for split in splits], axis=0)
-    return [Interval(*map(float, row)) for row in zip(means, low, high, strict=True)]
+    rows = np.round(np.stack([means, low, high], axis=1), _DIGITS)
+    return [Interval(*map(float, row)) for row in rows]
 
 
 def _check(splits: Sequence[Split]) -> None:
@@ -163,7 +170,7 @@ def _replicates(sums: Floats, counts: Floats, size: int, rng: np.random.Generato
 
 def signed_rank(differences: Sequence[float]) -> SignedRank:
     """Wilcoxon's two-sided signed rank test that differences are around 0; zeros are left out."""
-    values = np.asarray(differences, np.float64)
+    values = np.round(np.asarray(differences, np.float64), _DIGITS)
     values = values[values != 0]
     smallest = min(1.0, 2 * 0.5 ** len(values))
     if not len(values):
@@ -201,6 +208,7 @@ def reliability_bins(confidence: Floats, correct: NDArray[np.bool_], bins: int =
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Spearman's correlation and its p-value; NaN with fewer than 3 points or no variation."""
+    first, second = (np.round(values, _DIGITS).tolist() for values in (first, second))
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return float("nan"), float("nan")
     found = stats.spearmanr(first, second)

@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 from runner import EPOCHS, Options, Progress, Run
 from suites import QUICK, SUITES, make_cells
+from tasks import Source, find_task
 
 app = typer.Typer(add_completion=False)
 
@@ -102,6 +103,7 @@ def main(
         cells = make_cells(
             suite, tasks=task, backbones=backbones, protocols=protocol, shots=shots, seeds=seeds
         )
+        _check_revision(cells, revision)
         options = Options(
             limit, epochs or EPOCHS, precision, batch_size, stream, revision, cache_dir
         )
@@ -118,6 +120,17 @@ def main(
         raise SystemExit(1)
 
 
+def _check_revision(cells: list[Cell], revision: str | None) -> None:
+    """A commit is one of one dataset."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    on_hub = [task for task in tasks if find_task(task).source is Source.HUB]
+    if revision is not None and len(on_hub) != 1:
+        raise ValueError(
+            f"Expected one task of the Hub with --revision, but got {on_hub or 'none'}; do choose "
+            "one with --task, or write hub:ID@REVISION."
+        )
+
+
 def _list(cells: list[Cell], options: Options) -> None:
     table = Table(title=f"{len(cells)} cells", title_justify="left")
     for column in ("cell", "about s"):
@@ -125,11 +138,16 @@ def _list(cells: list[Cell], options: Options) -> None:
     for cell in cells:
         table.add_row(cell.name, f"{seconds_of(cell, options.limit):.1f}")
     found = estimate(cells, options.limit, options.streaming)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    state = PartialState()
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, quiet=not state.is_main_process)
     console.print(table)
+    ranks, minutes = state.num_processes, found.seconds / 60
+    shared = f", {minutes / ranks:.0f} by the {ranks} of this launch" if ranks > 1 else ""
     console.print(
-        f"About {found.seconds / 60:.0f} minutes with features, within a factor of three, and "
-        f"{found.megabytes:,.0f} MB of disk. Nothing was run."
+        f"About {minutes:.0f} minutes by one rank{shared}, features and shared trainings included "
+        f"and within a factor of three; {found.megabytes:,.0f} MB of disk. Nothing was run.",
+        soft_wrap=True,
     )
 
 
@@ -144,13 +162,18 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     with _shown(console) as watch:
         run = Run(folder, options, watch)
         run.run(suite, cells)
+    same: dict[str, list[str]] = {}  # of a task that is not there each cell says the same
     for name, error in run.told:
+        same.setdefault(error, []).append(name)
+    for error, names in same.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print("[red]Failed[/]", end=" ")
-        console.print(f"{name}: {error}", soft_wrap=True, markup=False)
+        console.print(f"{names[0]}{more}: {error}", soft_wrap=True, markup=False)
     done = sum(is_finished(folder, cell) for cell in cells)
     console.print(f"{done} of {len(cells)} cells are in {folder}.", soft_wrap=True)
     console.print(f"Done after {time.perf_counter() - started:.0f} s.")
-    console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
+    if done:
+        console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
     return len(run.told)
 
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from backbones import find_backbone
 from bench import Bench
 from cells import Cell, is_finished, write_failure
-from folder import begin, locked
+from folder import begin, locked, note_model
 from loaded_task import LoadedTask
 from loading import load_task
 from phases import LOAD, Phases
@@ -183,6 +183,7 @@ class Run:
             find_backbone(key[1]), loaded.label_names, options.cache_dir,
             options.batch_size, options.precision, Phases(),
         )  # fmt: skip
+        note_model(self.folder, key[1], backbone.revision, write=self.ranks.is_first)
         twins = Twins(loaded, options.cache_dir)
         if backbone.is_scratch:
             pool = labels_only(loaded)

@@ -1,7 +1,8 @@
 """The tasks of the study as data: where each lives, at which revision, and what its columns say.
 
-An entry with `verified=False` was written from memory, without a network; `benchmark/verify.py`
-checks all entries where there is one, and prints the revision to pin.
+An entry with `verified=False` was written without a network: ids, columns, sizes and the revisions
+that are pinned are those of stored pages and of what others publish, not asked from the Hub.
+`benchmark/verify.py` checks all entries where there is a network, and prints the revision to pin.
 """
 
 import re
@@ -93,12 +94,13 @@ def _hub(name: str, title: str, location: str, classes: int, pictures: int, **fa
 _HUB_TASKS = (
     _hub(
         "cub-200-2011", "Caltech-UCSD Birds 200-2011", "bentrevett/caltech-ucsd-birds-200-2011",
-        200, 11_788, megabytes=1_200, licence="research only",
-        citation="Wah et al., CNS-TR-2011-001",
+        200, 11_788, revision="1ef09e021b0b65b40337f6f285909656f407f6e0", megabytes=1_150,
+        licence="research only", citation="Wah et al., CNS-TR-2011-001",
     ),
     _hub(
         "flowers-102", "Oxford Flowers-102", "dpdl-benchmark/oxford_flowers102", 102, 8_189,
-        splits=("train", "validation", "test"), megabytes=350, metric="mean_class",
+        revision="544b55c9af69a05742ead7571cd7ae23cfcd758b",
+        splits=("train", "validation", "test"), megabytes=3_360, metric="mean_class",
         citation="Nilsback and Zisserman, ICVGIP 2008",
     ),
     _hub(
@@ -107,50 +109,60 @@ _HUB_TASKS = (
     ),
     _hub(
         "stanford-cars", "Stanford Cars", "tanganke/stanford_cars", 196, 16_185,
-        megabytes=1_900, licence="research only", citation="Krause et al., 3dRR 2013",
+        revision="9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40",
+        megabytes=5_970, licence="research only", citation="Krause et al., 3dRR 2013",
+        note="the download has damaged copies of its test pictures too, which are left out",
     ),
     _hub(
         "imagenet-1k", "ImageNet-1k (ILSVRC 2012)", "ILSVRC/imagenet-1k", 1_000, 1_331_167,
+        revision="49e2ee26f3810fb5a7536bbf732a7b07389a47b5",
         splits=("train", None, "validation"), megabytes=150_000, gated=True, streamed=True,
         licence="ImageNet terms of access", citation="Russakovsky et al., IJCV 2015",
         note="its test split has no labels; the validation split is the test set here",
     ),
     _hub(
-        "imagenet-v2", "ImageNet-V2, matched frequency", "vaishaal/ImageNetV2", 1_000, 10_000,
-        splits=("", None, "test"), train_from="imagenet-1k", label_map=LabelMap.NUMBERS,
-        megabytes=1_300, licence="MIT",
+        "imagenet-v2", "ImageNet-V2, matched frequency", "clip-benchmark/wds_imagenetv2",
+        1_000, 10_000, image="webp", label="cls", splits=("", None, "test"),
+        train_from="imagenet-1k", label_map=LabelMap.NUMBERS, megabytes=1_300, licence="MIT",
         citation="Recht et al., ICML 2019",
     ),
     _hub(
         "imagenet-r", "ImageNet-R (renditions)", "axiong/imagenet-r", 200, 30_000,
+        revision="762a23f169e080bef0be7c9d96bf73a126cbb660",
         splits=("", None, "test"), train_from="imagenet-1k", label_map=LabelMap.WNIDS,
         megabytes=2_200, label="wnid",
         licence="MIT", citation="Hendrycks et al., ICCV 2021",
         note="its 200 classes are asked among all 1,000, which is harder than among themselves",
     ),
     _hub(
-        "cifar10", "CIFAR-10", "uoft-cs/cifar10", 10, 60_000, image="img", megabytes=145,
+        "cifar10", "CIFAR-10", "uoft-cs/cifar10", 10, 60_000, image="img",
+        revision="0b2714987fa478483af9968de7c934580d0bb9a2", megabytes=145,
         citation="Krizhevsky 2009",
     ),
     _hub(
         "cifar100", "CIFAR-100, fine labels", "uoft-cs/cifar100", 100, 60_000, image="img",
-        label="fine_label", megabytes=145, citation="Krizhevsky 2009",
+        label="fine_label", revision="aadb3af77e9048adbea6b47c21a81e47dd092ae5", megabytes=145,
+        citation="Krizhevsky 2009",
     ),
     _hub(
         "food101", "Food-101", "ethz/food101", 101, 101_000, splits=("train", None, "validation"),
-        megabytes=5_100, citation="Bossard et al., ECCV 2014",
+        revision="e06acf2a88084f04bce4d4a525165d68e0a36c38", megabytes=5_100,
+        citation="Bossard et al., ECCV 2014",
         note="its test pictures are called validation",
     ),
     _hub(
-        "dtd", "Describable Textures", "tanganke/dtd", 47, 5_640, megabytes=630,
+        "dtd", "Describable Textures", "tanganke/dtd", 47, 5_640,
+        revision="d2afa97d9f335b1a6b3b09c637aef667f98f966e", megabytes=630,
         licence="research only", citation="Cimpoi et al., CVPR 2014",
     ),
     _hub(
-        "oxford-pets", "Oxford-IIIT Pets", "timm/oxford-iiit-pet", 37, 7_349, megabytes=800,
+        "oxford-pets", "Oxford-IIIT Pets", "timm/oxford-iiit-pet", 37, 7_349,
+        revision="10b688881011725fa2fa3d856a47536c9a7e6968", megabytes=800,
         metric="mean_class", licence="CC-BY-SA-4.0", citation="Parkhi et al., CVPR 2012",
     ),
     _hub(
         "eurosat", "EuroSAT, RGB", "timm/eurosat-rgb", 10, 27_000,
+        revision="b4e28552cd5f3932b6abc37eb20d3e84901ad728",
         splits=("train", "validation", "test"), megabytes=95, licence="MIT",
         citation="Helber et al., JSTARS 2019",
     ),

@@ -52,7 +52,7 @@ def verify_task(entry: Task) -> Verdict:
     names = getattr(features.get(entry.label), "names", None)
     if names is not None and entry.classes and len(names) != entry.classes:
         problems.append(f"{len(names)} classes, not {entry.classes}")
-    size = sum(split.num_examples for split in splits.values())
+    size = sum(split.num_examples for name, split in splits.items() if name in entry.splits)
     if size and entry.pictures and not 0.5 * entry.pictures <= size <= 2 * entry.pictures:
         problems.append(f"{size} pictures, not about {entry.pictures}")
     return Verdict(entry.name, revision, problems)

@@ -9,6 +9,7 @@ from arms import Arm, mixed
 from phases import HEADS, STORE, TUNE, Phases
 from pool import Rows
 from torch import Tensor
+from torch.nn import functional
 
 from hf_knn import (
     Datastore,
@@ -197,6 +198,16 @@ def log_probs_of(heads: Any, rows: Rows) -> Tensor:
     """[B, C] of a collection of one head."""
     logits: Tensor = heads.logits(rows.head)[0]
     return logits.log_softmax(1)
+
+
+def directions(features: Tensor, mean: Tensor) -> Tensor:
+    """[B, D] of length 1 around a mean, as neighbours see them, however small the features are.
+
+    In float64: those of untrained weights have lengths of 1e-20, which `normalize` would take for
+    zero and float32 cannot square.
+    """
+    centred = features.double() - mean.double()
+    return functional.normalize(centred, dim=1, eps=torch.finfo(torch.float64).tiny).float()
 
 
 def votes_of(near: Neighbors, num_labels: int, k: int, temperature: float) -> Tensor:

@@ -15,7 +15,9 @@ from study import Study
 CLASSES, TRAINING, TESTED = 4, 64, 200
 
 
-def study_of(spread: float, *, shuffle_test: bool = False, shuffle_train: bool = False) -> Study:
+def study_of(
+    spread: float, *, shuffle_test: bool = False, shuffle_train: bool = False, size: float = 1.0
+) -> Study:
     """Features around four centres; labels dealt out anew where asked."""
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.eye(CLASSES, 16)
@@ -25,6 +27,7 @@ def study_of(spread: float, *, shuffle_test: bool = False, shuffle_train: bool =
         if dealt:
             own = labels[part]
             labels[part] = own[torch.randperm(len(own), generator=generator)]
+    features = size * features
     roles = np.repeat(np.array([TRAIN, TEST], np.int8), [TRAINING, TESTED])
     loaded = SimpleNamespace(label_names=list("abcd"))
     backbone = SimpleNamespace(is_scratch=False, phases=Phases())
@@ -54,6 +57,12 @@ def test_labels_without_meaning_are_answered_by_chance():
     for arm in arms.values():
         hits = float((arm.test.argmax(1) == voices.split.test.labels).double().mean())
         assert 0.12 < hits < 0.38  # a quarter, of 200 pictures
+
+
+def test_the_size_of_features_does_not_matter_to_ridge():
+    """Those of untrained weights have lengths of 1e-20."""
+    found = [measure_lowdata(study_of(1.0, size=size), 1, 8)[1]["ridge"] for size in (1.0, 1e-21)]
+    assert torch.allclose(found[0].test, found[1].test, atol=1e-3)
 
 
 def test_the_ridge_arm_ranks_classes_as_scikit_learn_does():

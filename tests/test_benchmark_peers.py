@@ -1,17 +1,20 @@
 """Second voices: equal trials, probabilities, and the predictions of scikit-learn."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from arms import choose_weight, pair_accuracies
 from peers import PEERS, TRIALS, Data, _best, _neighbors, measure_peers
 from pool import Rows
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch.nn import functional
-from voices import Split, Voices
+from voices import Split, Voices, directions
 
 CLASSES = 5
 
@@ -79,6 +82,16 @@ def test_predictions_are_those_of_scikit_learn(name, voices):
     assert np.array_equal(arm.test.argmax(1).numpy(), scores.argmax(1))
 
 
+def test_features_of_any_size_are_the_same_to_every_voice(voices):
+    """Those of untrained weights have lengths of 1e-20: peers took them for zero."""
+    smaller = [part._replace(head=1e-21 * part.head) for part in voices.split]
+    tiny = Voices(Split(*smaller), CLASSES, 0, voices.head)
+    arms, labels = measure_peers(tiny), voices.split.test.labels.numpy()
+    for name, arm in measure_peers(voices).items():
+        first, second = (accuracy_score(labels, a.test.argmax(1)) for a in (arm, arms[name]))
+        assert abs(first - second) < 0.03, name
+
+
 def test_logistic_regression_is_fitted_to_its_end(voices):
     """A loose tolerance stopped it after one step, and made a weak peer of it."""
     data = data_of(voices).reduced()
@@ -87,6 +100,18 @@ def test_logistic_regression_is_fitted_to_its_end(voices):
         fit = LogisticRegression(C=trial.chosen["C"], max_iter=5000, tol=1e-8)
         wanted = fit.fit(data.train, data.labels).predict_proba(data.test)
         assert np.abs(np.exp(trial.test) - wanted).max() < 0.05
+
+
+def test_logistic_regression_ends_where_features_are_of_very_unlike_spread():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % CLASSES
+    values = (
+        rng.normal(size=(400, 24)) * np.logspace(0, -3, 24) + 0.05 * np.eye(CLASSES, 24)[labels]
+    )
+    unit = directions(torch.from_numpy(values), torch.from_numpy(values).mean(0)).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        assert len(list(PEERS["logistic"](Data(unit, labels, unit[:9], unit[:9], 0)))) == TRIALS
 
 
 def test_a_class_that_was_not_seen_has_no_probability():

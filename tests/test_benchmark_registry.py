@@ -1,19 +1,26 @@
 """Registries, suites, splits and estimates: what a run will measure before it measures anything."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import estimates
 import numpy as np
+import pandas  # type: ignore[import-untyped]
 import pytest
 import timm
+import torch
 from backbones import BACKBONES, find_backbone
+from cells import Cell
 from estimates import check_disk, estimate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splits import ANY, TEST, TRAIN, VALIDATION, split_pool
 from suites import SUITES, make_cells
 from tasks import TASKS, Source, find_task
+
+RESULTS = Path(__file__).parents[1] / "benchmark" / "results" / "results.parquet"
 
 # ---- registries ---------------------------------------------------------------------------------
 
@@ -38,13 +45,36 @@ def test_the_papers_backbones_are_there_or_say_why_not():
                 find_backbone(entry.name)
 
 
-def test_timm_ids_that_count_as_verified_are_in_timm():
-    known = set(timm.list_pretrained())
-    places = [backbone.location or "" for backbone in BACKBONES.values()]
-    ids = [place for place in places if place.startswith("timm/")]
-    assert len(ids) > 5
-    for location in ids:
-        assert location.removeprefix("timm/") in known
+TIMM = {b.name: b for b in BACKBONES.values() if (b.location or "").startswith("timm/")}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_what_is_said_of_timm_models_is_what_timm_says(name):
+    backbone = TIMM[name]
+    known = timm.get_pretrained_cfg((backbone.location or "").removeprefix("timm/"))
+    assert known is not None
+    assert known.license is not None
+    assert known.architecture is not None
+    assert known.hf_hub_id == backbone.location
+    assert known.input_size == (3, backbone.image_size, backbone.image_size)
+    assert backbone.licence.lower() in known.license
+    with torch.device("meta"):
+        model = timm.create_model(known.architecture, num_classes=0)
+        whole = timm.create_model(known.architecture, num_classes=known.num_classes)
+    assert model.num_features == backbone.width
+    megabytes = sum(tensor.numel() for tensor in whole.state_dict().values()) * 4 / 1e6
+    assert backbone.megabytes == pytest.approx(megabytes, rel=0.05)
+    assert backbone.verified
+
+
+def test_pinned_revisions_are_whole_commits():
+    """A branch or a short name of a commit can move, or come to mean two."""
+    found = [task.revision for task in TASKS.values()]
+    found += [backbone.revision for backbone in BACKBONES.values()]
+    pinned = [revision for revision in found if revision is not None]
+    assert len(pinned) > 15
+    for revision in pinned:
+        assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +100,23 @@ def test_hub_ids_folders_and_newt_are_tasks_too():
 
 
 # ---- suites and estimates -----------------------------------------------------------------------
+
+
+def test_estimates_are_within_a_factor_of_three_of_what_was_measured():
+    measured = pandas.read_parquet(RESULTS)
+    measured = measured.drop_duplicates(["task", "backbone", "protocol", "seed", "shots"])
+    shots = [None if n != n else int(n) for n in measured["shots"]]
+    names = zip(measured["task"], measured["backbone"], measured["protocol"], strict=True)
+    cells = [
+        Cell(*name, int(seed), few)
+        for name, seed, few in zip(names, measured["seed"], shots, strict=True)
+    ]
+    assert len(cells) == 540
+    for part in (None, "efficientnet-lite0", "efficientnet-lite0-random", "tiny-vit"):
+        mine = [part in (None, cell.backbone) for cell in cells]
+        said = estimate([c for c, own in zip(cells, mine, strict=True) if own], None, None).seconds
+        took = measured["seconds"][mine].sum()
+        assert took / 3 < said < 3 * took, (part, said, took)
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "newt"])

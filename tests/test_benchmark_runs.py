@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +308,19 @@ def test_other_options_and_pictures_do_not_mix(place, tmp_path):
         run(place, tmp_path / "out", cells)
 
 
+def test_a_folder_of_weights_that_changed_does_not_mix(place, tmp_path):
+    shutil.copytree(place / "backbone", tmp_path / "backbone")
+    cells = [
+        cell._replace(backbone=str(tmp_path / "backbone"))
+        for cell in cells_of(place, ["complementarity"], seeds=2)
+    ]
+    assert run(place, tmp_path / "out", cells[:1]).failures == []
+    with (tmp_path / "backbone" / "config.json").open("a") as stream:
+        stream.write(" ")
+    (failure,) = run(place, tmp_path / "out", cells[1:]).failures
+    assert "of two revisions are not mixed" in str(failure[1])
+
+
 def test_copies_in_train_are_known(tmp_path):
     write_folder(tmp_path / "pictures", {"a": 10, "b": 10})
     twin = tmp_path / "pictures" / "b" / "twin.png"
@@ -328,7 +343,9 @@ def test_a_dry_run_lists_and_runs_nothing(tmp_path):
     )
     assert said.exit_code == 0, said.output
     assert "135 cells" in said.output
-    assert "MB of disk. Nothing was run." in said.output
+    assert re.search(
+        r"About \d+ minutes by one rank, .* MB of disk\. Nothing was run\.", said.output
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -339,12 +356,25 @@ def test_a_dry_run_lists_and_runs_nothing(tmp_path):
         (["--protocol", "knn"], "is not an option of the suite 'quick'"),
         (["--suite", "offline", "--task", "digit"], "do you mean digits"),
         (["--task", "openmojis"], "do you mean openmoji"),
+        (["--suite", "fgvc", "--revision", "a" * 40], "one task of the Hub with --revision, but"),
+        (["--suite", "offline", "--revision", "a" * 40], "but got none; do choose one with --task"),
     ],
 )
 def test_bad_options_are_one_clear_line(arguments, message):
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code != 0
     assert message in " ".join((said.output + str(said.exception)).replace("│", " ").split())
+
+
+def test_what_fails_alike_is_said_once(tmp_path):
+    arguments = ["--suite", "offline", "--task", f"imagefolder:{tmp_path / 'none'}"]
+    arguments += ["--backbone", "tiny-vit", "-o", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1
+    output = " ".join(said.output.split())
+    assert "and 44 more: FileNotFoundError: Expected a folder with a sub-folder" in output
+    assert output.count("Failed") == 1
+    assert "Next:" not in output
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):

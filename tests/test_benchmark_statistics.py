@@ -8,6 +8,7 @@ from report_statistics import (
     Split,
     holm,
     mean_and_std,
+    mean_of,
     paired_bootstrap,
     rank_correlation,
     reliability_bins,
@@ -159,6 +160,19 @@ def test_signed_rank_is_the_share_of_sign_patterns():
     found = signed_rank(values)
     assert found.pairs == 7
     assert found.p == pytest.approx((np.abs(sums - total / 2) >= observed - 1e-9).mean())
+
+
+def test_rounding_errors_are_no_differences():
+    """0.1 + 0.2 - 0.3 is 5.6e-17: neither above nor a rank, and equal gains stay equal ones."""
+    noise = 0.1 + 0.2 - 0.3
+    assert noise > 0
+    assert mean_of([0.1 + 0.2, -0.3]) == 0
+    values = [0.3, -0.1, 0.2, 0.2 + noise, -0.2, 0.4]
+    assert signed_rank([*values, noise]) == signed_rank([0.3, -0.1, 0.2, 0.2, -0.2, 0.4])
+    (interval,) = paired_bootstrap([split(np.array([0.1, 0.2, -0.3]))])
+    assert interval.mean == 0
+    gains, heads = [1.0, 2, 3, 4], [0.2, 0.2, 0.7, 0.9]
+    assert rank_correlation([0.2, 0.2 + noise, 0.7, 0.9], gains) == rank_correlation(heads, gains)
 
 
 def test_too_few_pairs_cannot_conclude():

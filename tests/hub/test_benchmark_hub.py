@@ -1,17 +1,23 @@
 """Tasks on the Hub: pinned, stored or streamed, and everything that can be wrong with one."""
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from backbones import Backbone
 from cells import Cell
+from datasets import ClassLabel
 from hub_datasets import REPO, publish
 from hub_server import Hub
 from loading import load_task
 from runner import Options, Run
+from tasks import find_task
 from verify import verify_backbone, verify_task
 
 
@@ -104,11 +110,50 @@ def test_a_closed_dataset_says_how_to_get_access(hub: Hub, monkeypatch: pytest.M
         load_task(f"hub:{REPO}")
 
 
+def test_a_folder_of_results_refuses_a_moved_backbone(hub: Hub, tmp_path: Path) -> None:
+    """A run that goes on would mix weights, and the report would say so hours later."""
+    publish(hub)
+    options = Options(cache_dir=tmp_path)
+    first = push_backbone(hub, 0)
+    done = Run(tmp_path / "out", options)
+    done.run("test", [Cell(f"hub:{REPO}", "org/backbone", "knn", 0)])
+    assert done.failures == []
+    document = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert document["models"] == {"org/backbone": first}
+    second = push_backbone(hub, 1)
+    moved = Run(tmp_path / "out", options)
+    moved.run("test", [Cell(f"hub:{REPO}", "org/backbone", "knn", 1)])
+    (failure,) = moved.failures
+    assert re.search(f"at the revision {first} that .* but it is {second} now", str(failure[1]))
+
+
+def push_backbone(hub: Hub, seed: int) -> str:
+    """The commit that a backbone of other weights is pushed as."""
+    from tiny import processor, tiny_backbone
+
+    backbone = tiny_backbone("vit")
+    with torch.no_grad():
+        next(backbone.parameters()).add_(seed)
+    backbone.push_to_hub("org/backbone")  # type: ignore[arg-type]
+    processor().push_to_hub("org/backbone")
+    return hub.repo("org/backbone").branches["main"]
+
+
+def test_sizes_are_those_of_the_splits_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stanford Cars lies on the Hub with seven damaged copies of its test pictures."""
+    entry = find_task("stanford-cars")
+    sizes = {"train": 8_144, "test": 8_041, **{f"noise {n}": 8_041 for n in range(7)}}
+    splits = {name: SimpleNamespace(num_examples=count) for name, count in sizes.items()}
+    features = {"image": None, "label": ClassLabel(names=[str(n) for n in range(196)])}
+    builder = SimpleNamespace(info=SimpleNamespace(splits=splits, features=features))
+    monkeypatch.setattr("verify.load_dataset_builder", lambda *_, **__: builder)
+    monkeypatch.setattr("verify.resolve_revision", lambda entry: entry.revision)
+    assert verify_task(entry).problems == []
+    (problem,) = verify_task(replace(entry, pictures=60_000)).problems
+    assert problem == "16185 pictures, not about 60000"
+
+
 def test_verify_finds_what_does_not_fit(hub: Hub) -> None:
-    from dataclasses import replace
-
-    from tasks import find_task
-
     commit = publish(hub)
     entry = replace(find_task(f"hub:{REPO}"), splits=("train", None, "test"))
     good = verify_task(entry)
