@@ -1,9 +1,14 @@
 """Rows of pictures to a batch of pixels: decoded, augmented if wanted, and processed."""
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+from transformers.image_processing_backends import TorchvisionBackend
 
 from .augmentation import EPOCH, Augment
 from .images import BadImageError, decode_image
@@ -76,8 +81,39 @@ def process_rows(
     options = {} if augment is None else augment.processor_options
     pixels = None
     if images:
+        processor = keeping_layout(processor)
         pixels = processor(images=images, return_tensors="pt", **options)["pixel_values"]
     return Batch(pixels, good, bad)
+
+
+def keeping_layout(processor: Any) -> Any:
+    """The same processor, the same pixels, in two thirds of the time.
+
+    A decoder writes pixel after pixel, and torchvision resizes that layout fastest; transformers
+    first copies each picture to one plane per colour.
+
+    Args:
+        processor: an image processor; one that reads pictures in its own way is returned as it is.
+    """
+    kind = type(processor)
+    if getattr(kind, "process_image", None) is not TorchvisionBackend.process_image:
+        return processor
+    quick = copy.copy(processor)
+    quick.__class__ = _keeping_layout(kind)
+    return quick
+
+
+@cache
+def _keeping_layout(kind: type) -> type:
+    return type(kind.__name__, (kind,), {"process_image": _process_image})
+
+
+def _process_image(self: Any, image: Any, *args: Any, **options: Any) -> Tensor:
+    """[3, H, W] uint8, a view of [H, W, 3]; what is no RGB picture goes the processor's own way."""
+    if getattr(image, "mode", None) != "RGB" or options.get("device") is not None:
+        plain: Tensor = TorchvisionBackend.process_image(self, image, *args, **options)
+        return plain
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def decode_entry(entry: dict[str, Any] | None) -> Any:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from forks import Errand, outcome
@@ -34,7 +35,11 @@ def probe(folder: Path, report: dict[str, Any]) -> None:
     """Features, leave-one-out votes, tuning and metrics of a frozen backbone."""
     model = fresh_model("resnet")
     rows, held_out = noisy_rows(ROWS), noisy_rows(HELD_OUT, 1)
-    features = extract_features(model, rows, use_cache=False, progress=False, batch_size=5)
+    with pytest.MonkeyPatch.context() as patch:  # a rank by itself would choose otherwise
+        own = ["torch", "compile"][int(os.environ.get("RANK", "0"))]
+        patch.setattr("hf_knn.features.choose_backend", lambda *_: own)
+        features = extract_features(model, rows, use_cache=False, progress=False, batch_size=5)
+    report["backend"] = features.backend
     report["ids"] = features.ids.tolist()
     report["labels"] = features.labels.tolist()
     args = quiet(
