@@ -222,7 +222,7 @@ def _obstacle(backend: str, work: Work) -> str | None:
 
 
 def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
-    """Pictures per second of what agrees with PyTorch, timed alternately; None if none is needed."""
+    """Pictures per second of what agrees with PyTorch, by turns; None if PyTorch is quick."""
     contestants: dict[str, Encoder] = {
         TORCH: TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
     }

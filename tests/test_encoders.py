@@ -6,31 +6,13 @@ from typing import Any
 import pytest
 import torch
 from pictures import dataset_of, small_backbone, small_model, small_processor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from hf_knn import extract_features
 from hf_knn.configuration_knn import KnnConfig
 from hf_knn.encoders import TorchEncoder
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-class Log(TorchFunctionMode):
-    """Notes what is asked of tensors, and plays what a CPU has not."""
-
-    def __init__(self, steps: list[str]) -> None:
-        super().__init__()
-        self.steps = steps
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        name = getattr(function, "__name__", "")
-        if name == "record_stream":
-            self.steps.append(f"keep until {args[1].name}")
-            return None
-        if name == "to" and options.pop("non_blocking", False):
-            self.steps.append(f"copy from {'pinned ' * args[0].pinned}memory")
-        return function(*args, **options)
 
 
 class Stream:
@@ -62,12 +44,21 @@ def test_copies_overlap_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = TorchEncoder(backbone, config, "fp32", 3)
     encoder._arrivals = Stream("arrivals", steps)
     backbone.register_forward_pre_hook(lambda *_: steps.append("forward"))
-    monkeypatch.setattr(torch.Tensor, "pinned", property(lambda self: self is pixels), False)
-    with Log(steps):
-        waiting = encoder.encode(pixels)
+    move = Tensor.to
+
+    def move_and_say(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if options.pop("non_blocking", False):
+            steps.append(f"copy of {'pixels' if tensor is pixels else 'features'}")
+        return move(tensor, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", move_and_say)
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda _, stream: steps.append(f"kept for {stream.name}")
+    )
+    waiting = encoder.encode(pixels)
     assert steps == [
-        "on arrivals", "copy from pinned memory", "off arrivals", "computing waits for arrivals",
-        "keep until computing", "forward", "copy from memory", "event",
+        "on arrivals", "copy of pixels", "off arrivals", "computing waits for arrivals",
+        "kept for computing", "forward", "copy of features", "event",
     ]  # fmt: skip
     assert torch.equal(waiting(), wanted)
     assert steps[-1] == "wait for event"
