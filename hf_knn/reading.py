@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.image_processing_backends import TorchvisionBackend
 
 from .augmentation import EPOCH, Augment
 from .images import BadImageError, decode_image
@@ -95,6 +94,8 @@ def keeping_layout(processor: Any) -> Any:
     Args:
         processor: an image processor; one that reads pictures in its own way is returned as it is.
     """
+    from transformers.image_processing_backends import TorchvisionBackend  # imports slowly
+
     kind = type(processor)
     if getattr(kind, "process_image", None) is not TorchvisionBackend.process_image:
         return processor
@@ -104,16 +105,15 @@ def keeping_layout(processor: Any) -> Any:
 
 
 @cache
-def _keeping_layout(kind: type) -> type:
-    return type(kind.__name__, (kind,), {"process_image": _process_image})
-
-
-def _process_image(self: Any, image: Any, *args: Any, **options: Any) -> Tensor:
-    """[3, H, W] uint8, a view of [H, W, 3]; what is no RGB picture goes the processor's own way."""
-    if getattr(image, "mode", None) != "RGB" or options.get("device") is not None:
-        plain: Tensor = TorchvisionBackend.process_image(self, image, *args, **options)
+def _keeping_layout(kind: Any) -> type:
+    def process_image(self: Any, image: Any, *args: Any, **options: Any) -> Tensor:
+        """[3, H, W] uint8, a view of [H, W, 3]; what is no RGB picture goes the usual way."""
+        if getattr(image, "mode", None) == "RGB" and options.get("device") is None:
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        plain: Tensor = kind.process_image(self, image, *args, **options)
         return plain
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    return type(kind.__name__, (kind,), {"process_image": process_image})
 
 
 def decode_entry(entry: dict[str, Any] | None) -> Any:

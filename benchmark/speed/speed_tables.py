@@ -1,6 +1,6 @@
 """What the speed scripts measured, as Markdown tables with rounded numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -43,7 +43,7 @@ def timing_table(timings: Sequence[Mapping[str, Any]], peer: str) -> Iterator[st
     yield from _table(["", "median s", f"times as fast as {peer}", "over the rounds"], rows)
 
 
-def headline_table(claims: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Iterator[str]:
+def headline_table(claims: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Iterator[str]:
     """Lines of Markdown: one claim per line.
 
     Args:
