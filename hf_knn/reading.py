@@ -96,7 +96,7 @@ def keeping_layout(processor: Any) -> Any:
     """
     from transformers.image_processing_backends import TorchvisionBackend  # imports slowly
 
-    kind = type(processor)
+    kind: Any = type(processor)
     if getattr(kind, "process_image", None) is not TorchvisionBackend.process_image:
         return processor
     quick = copy.copy(processor)

@@ -42,7 +42,7 @@ def test_copies_overlap_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = torch.randn(3, 3, 8, 8)
     wanted = TorchEncoder(backbone, config, "fp32", 3).encode(pixels)()
     encoder = TorchEncoder(backbone, config, "fp32", 3)
-    encoder._arrivals = Stream("arrivals", steps)
+    monkeypatch.setattr(encoder, "_arrivals", Stream("arrivals", steps))
     backbone.register_forward_pre_hook(lambda *_: steps.append("forward"))
     move = Tensor.to
 
@@ -70,7 +70,7 @@ def test_a_gpu_gives_what_a_cpu_gives(precision: str) -> None:
     rows = dataset_of([row % 3 for row in range(97)])
     options: dict[str, Any] = {"use_cache": False, "progress": False, "batch_size": 8}
     wanted = extract_features(small_model(), rows, small_processor(), **options).features
-    model = small_model().to("cuda")
+    model = small_model().cuda()
     found = extract_features(model, rows, small_processor(), precision=precision, **options)
     gap = (found.features - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert gap.max() < (1e-4 if precision == "fp32" else 0.03)
