@@ -70,7 +70,8 @@ def test_a_gpu_gives_what_a_cpu_gives(precision: str) -> None:
     rows = dataset_of([row % 3 for row in range(97)])
     options: dict[str, Any] = {"use_cache": False, "progress": False, "batch_size": 8}
     wanted = extract_features(small_model(), rows, small_processor(), **options).features
-    model = small_model().cuda()
+    model: Any = small_model()
+    model.to("cuda")
     found = extract_features(model, rows, small_processor(), precision=precision, **options)
     gap = (found.features - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert gap.max() < (1e-4 if precision == "fp32" else 0.03)
