@@ -1,7 +1,8 @@
 """Which backend encodes: the one that was asked for, or the fastest that agrees with PyTorch.
 
-The choice is measured once per model, size of pixels and machine, and remembered. It is made here
-and nowhere else.
+What `auto` measures is remembered per model, image processor and machine; it then takes what leaves
+the least to wait for, so that pictures encoded by one backend are not encoded again by another. The
+choice is made here and nowhere else.
 """
 
 import hashlib
@@ -52,6 +53,8 @@ FEWEST_ROWS = 500
 """Pictures from which `auto` looks at anything but PyTorch."""
 WORTH_SECONDS = 30.0
 """What PyTorch must be expected to take before a graph is exported."""
+SAMPLE = 32
+"""Pictures that a backend is measured and checked on."""
 BACKEND_VARIABLE = "HF_KNN_BACKEND"
 
 _ROUNDS = 3
@@ -67,11 +70,13 @@ class Work:
         mark: a name of the backbone's weights and architecture.
         precision: `fp32`, `bf16` or `fp16`.
         batch_size: pictures per forward pass, >= 1.
-        rows: how many pictures there are, cached or not.
+        processor: a name of the image processor's settings.
+        missing: how many pictures a backend, by its name, would have to encode: those of which the
+            cache holds no features by it.
         is_kept: whether the features are kept; those of a model that is being trained are not, and
             `auto` makes no graph of each of its states.
-        sample: makes [b, 3, H, W] float32, some pictures as the encoder will get them, b >= 1; None
-            if none of them can be decoded.
+        sample: makes [b, 3, H, W] float32, at most so many pictures as the encoder will get them,
+            b >= 1; None if none of them can be decoded.
     """
 
     backbone: PreTrainedModel
@@ -79,9 +84,10 @@ class Work:
     mark: str
     precision: str
     batch_size: int
-    rows: int
+    processor: str
+    missing: Callable[[str], int]
     is_kept: bool
-    sample: Callable[[], Tensor | None]
+    sample: Callable[[int], Tensor | None]
 
 
 def check_backend(backend: str | None) -> str:
@@ -118,16 +124,24 @@ def choose_backend(wanted: str, work: Work) -> str:
         return wanted
     if reason or not installed_backends():
         return TORCH
+    missing = {name: work.missing(name) for name in (TORCH, *installed_backends())}
+    done = [name for name, rows in missing.items() if rows == 0]
+    if done:
+        return done[0]
     place = cache_root() / "backends" / f"{_key_of(work)}.json"
-    known = _read(place)
-    if known is not None:
-        return known
-    if work.rows < FEWEST_ROWS or not work.is_kept:
-        return TORCH
-    pixels = work.sample()
-    if pixels is None:
-        return TORCH
-    return _measure(work, pixels, place)
+    rates = _read(place) or _measured(work, missing[TORCH], place)
+    return min(rates, key=lambda name: missing[name] / rates[name]) if rates else TORCH
+
+
+def _measured(work: Work, rows: int, place: Path) -> dict[str, float] | None:
+    """Measures and remembers; None where PyTorch is soon done with so many pictures."""
+    if rows < FEWEST_ROWS or not work.is_kept:
+        return None
+    pixels = work.sample(SAMPLE)
+    rates = None if pixels is None else _measure(work, pixels, rows)
+    if rates is not None:
+        _remember(place, rates)
+    return rates
 
 
 def open_encoder(backend: str, work: Work) -> Encoder:
@@ -139,21 +153,29 @@ def open_encoder(backend: str, work: Work) -> Encoder:
     torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
     if backend == TORCH:
         return torch_encoder
-    pixels = work.sample()
+    pixels = work.sample(1)
     if pixels is None:  # nothing to encode: any will do
         return torch_encoder
     if backend == COMPILE:
-        return _compile(work, pixels, torch_encoder)
+        return _compile(work, torch_encoder)
     encoder = _load(backend, work, pixels)
     if not is_known_to_agree(encoder, work.precision):
+        pixels = _many(work)
         gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
         _check_gap(backend, gap)
         note_agreement(encoder, work.precision, gap)
     return encoder
 
 
-def _compile(work: Work, pixels: Tensor, torch_encoder: Encoder) -> Encoder:
+def _many(work: Work) -> Tensor:
+    pixels = work.sample(SAMPLE)
+    assert pixels is not None  # one of them could be decoded before
+    return pixels
+
+
+def _compile(work: Work, torch_encoder: Encoder) -> Encoder:
     """The backbone through `torch.compile`; its code is made, and checked, in every process."""
+    pixels = _many(work)
     encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
     try:
         found = encoder.encode(pixels)()
@@ -199,35 +221,31 @@ def _obstacle(backend: str, work: Work) -> str | None:
     return None if work.precision in possible else f"another precision than {work.precision}"
 
 
-def _measure(work: Work, pixels: Tensor, place: Path) -> str:
-    """Times what is installed on some pictures, alternately, and remembers the fastest."""
+def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
+    """Pictures per second of what agrees with PyTorch, by turns; None if PyTorch is quick."""
     contestants: dict[str, Encoder] = {
         TORCH: TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
     }
     wanted = contestants[TORCH].encode(pixels)()
-    if _seconds(contestants[TORCH], pixels) * work.rows / len(pixels) < WORTH_SECONDS:
-        return TORCH
-    gaps = {TORCH: 0.0}
+    if _seconds(contestants[TORCH], pixels) * rows / len(pixels) < WORTH_SECONDS:
+        return None
     for name in installed_backends():
         try:
             encoder = _load(name, work, pixels)
-            gaps[name] = largest_gap(encoder.encode(pixels)(), wanted)
+            gap = largest_gap(encoder.encode(pixels)(), wanted)
         except GraphError as error:
             logger.warning("Backend %s is not used: %s", name, error)
             continue
-        if gaps[name] <= TOLERANCE:
-            note_agreement(encoder, work.precision, gaps[name])
+        if gap <= TOLERANCE:
+            note_agreement(encoder, work.precision, gap)
             contestants[name] = encoder
         else:
-            logger.warning("Backend %s is not used: off by %.1e.", name, gaps[name])
+            logger.warning("Backend %s is not used: off by %.1e.", name, gap)
     seconds = {name: float("inf") for name in contestants}
     for _ in range(_ROUNDS):
         for name, contestant in contestants.items():
             seconds[name] = min(seconds[name], _seconds(contestant, pixels))
-    rates = {name: len(pixels) / value for name, value in seconds.items()}
-    best = max(rates, key=lambda name: rates[name])
-    _remember(place, {"backend": best, "pictures_per_second": rates, "gaps": gaps})
-    return best
+    return {name: len(pixels) / value for name, value in seconds.items()}
 
 
 def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
@@ -261,27 +279,32 @@ def _key_of(work: Work) -> str:
     key: dict[str, Any] = {
         "backbone": work.mark,
         "poolings": [work.config.pooling, work.config.store_pooling],
+        "processor": work.processor,
         "precision": work.precision,
         "machine": [platform.node(), platform.machine(), torch.get_num_threads()],
         "versions": versions,
-        "encoders": 2,  # of ours: what was measured with older ones is measured again
+        "encoders": 3,  # of ours: what was measured with older ones is measured again
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _read(place: Path) -> str | None:
-    if not place.is_file():
-        return None
+def _read(place: Path) -> dict[str, float] | None:
+    """What was measured, of the backends that are installed; None if nothing was."""
     try:
-        backend = json.loads(place.read_text(encoding="utf-8"))["backend"]
-    except (ValueError, KeyError, TypeError):
-        return None  # damaged: measured again
-    return backend if backend == TORCH or backend in installed_backends() else None
+        measured = json.loads(place.read_text(encoding="utf-8"))["pictures_per_second"]
+        rates = {str(name): float(rate) for name, rate in measured.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or damaged: measured again
+    present = {name: rates[name] for name in (TORCH, *installed_backends()) if name in rates}
+    return present if TORCH in present and min(present.values()) > 0 else None
 
 
-def _remember(place: Path, choice: dict[str, Any]) -> None:
+def _remember(place: Path, rates: dict[str, float]) -> None:
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"pictures_per_second": rates}, indent=2) + "\n", "utf-8")
+        temporary.replace(place)
     except OSError as error:
-        logger.warning("The choice of %s is not remembered: %s", choice["backend"], error)
+        logger.warning("What backends take is not remembered: %s", error)
+        temporary.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ class OnnxEncoder:
 
     name = ONNX
     package = "onnxruntime"
+    pinned = False
 
     def __init__(self, path: Path, batch_size: int) -> None:
         import onnxruntime
@@ -97,6 +98,7 @@ class OpenVinoEncoder:
 
     name = OPENVINO
     package = "openvino"
+    pinned = False
 
     def __init__(self, path: Path, batch_size: int, precision: str = "fp32") -> None:
         import openvino

@@ -32,11 +32,13 @@ class Encoder(Protocol):
         streams: how many threads should call it at the same time, >= 1; with 1, only the thread
             that made it.
         batch_size: the most pictures per call.
+        pinned: whether pixels should come in memory that a GPU can copy from by itself.
     """
 
     name: str
     streams: int
     batch_size: int
+    pinned: bool
 
     def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
         """Starts on [B, 3, H, W] float32; what it returns waits for [B, D] float32 on the CPU."""
@@ -46,7 +48,8 @@ class Encoder(Protocol):
 class TorchEncoder:
     """The backbone as it is, on its device.
 
-    On a GPU the pixels come from pinned memory, and copies overlap with computing.
+    On an NVIDIA GPU copies overlap with computing: pixels arrive on a stream of their own, and
+    features leave before the next batch begins.
 
     Args:
         backbone: a vision model, in evaluation mode whenever this is called.
@@ -73,22 +76,43 @@ class TorchEncoder:
         has_threads = self.device.type == "cpu" and not compiled
         self.streams = torch.get_num_threads() if has_threads else 1
         self.batch_size = min(batch_size, CPU_BATCH) if has_threads else batch_size
+        self.pinned = self.device.type == "cuda"
+        self._arrivals = torch.cuda.Stream(self.device) if self.pinned else None
 
     def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
         """See `Encoder`."""
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            pixels = pixels.pin_memory()
         context: Any = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.device.type, self.autocast)
         with torch.inference_mode(), context:
-            moved = pixels.to(self.device, self.dtype, non_blocking=on_gpu)
+            moved = self._moved(pixels).to(self.dtype)
             moved = moved.contiguous(memory_format=torch.channels_last)
             features, _ = self._extract(self.backbone, moved, self.config)
-            found = features.float()
-        # asked for one batch later: until then the GPU works and the CPU decodes
-        return lambda: found.cpu()
+            return self._leaving(features.float())
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device; on a GPU while it computes the batch before."""
+        if self._arrivals is None:
+            return pixels.to(self.device)
+        with torch.cuda.stream(self._arrivals):
+            moved = pixels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._arrivals)
+        moved.record_stream(computing)  # else its memory could be given away too early
+        return moved
+
+    def _leaving(self, features: Tensor) -> Callable[[], Tensor]:
+        """On a GPU the copy to the CPU starts here and is waited for one batch later."""
+        if self._arrivals is None:
+            return features.cpu
+        copied = features.to("cpu", non_blocking=True)
+        done = torch.cuda.current_stream(self.device).record_event()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return copied
+
+        return wait
 
 
 @contextmanager

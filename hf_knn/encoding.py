@@ -52,7 +52,10 @@ def encode_rows(
     batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def read(wanted: list[int]) -> Batch:
-        return read_batch(lean, wanted, processor)
+        batch = read_batch(lean, wanted, processor)
+        if encoder.pinned and batch.pixel_values is not None:
+            batch = batch._replace(pixel_values=batch.pixel_values.pin_memory())
+        return batch
 
     if encoder.streams > 1:
         yield from _side_by_side(batches, read, encoder)

@@ -7,6 +7,7 @@ their content, and say which pictures they hold.
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,21 @@ class FeatureCache:
         if found:
             self._say_used()
 
+    def count(self, wanted: set[bytes]) -> int:
+        """How many of the wanted pictures are here, by what the files say.
+
+        Args:
+            wanted: keys, as bytes.
+        """
+        found: set[bytes] = set()
+        for path in self.folder.glob("shard-*.safetensors") if self.folder is not None else ():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found.update(wanted.intersection(key_list(file.get_tensor("keys").numpy())))
+            except (SafetensorError, FileNotFoundError):  # damaged, or cleared just now
+                continue
+        return len(found)
+
     def write(self, shard: Shard) -> None:
         """Adds a shard; a disk that is full or read-only is a warning, and nothing more is kept."""
         if self.folder is None:
@@ -79,7 +95,8 @@ class FeatureCache:
             "features": shard.features,
             "reasons": torch.frombuffer(text, dtype=torch.uint8),
         }
-        temporary = self.folder / f".shard.{os.getpid()}.tmp"
+        writer = f"{os.getpid()}.{threading.get_ident()}"
+        temporary = self.folder / f".shard.{writer}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary)

@@ -4,14 +4,15 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,9 +22,9 @@ from .backbone import default_pooling, hash_tensors, in_eval_mode, measure_width
 from .backend_choice import Work, check_backend, choose_backend, open_encoder
 from .configuration_knn import KnnConfig
 from .data import groups_of, ids_of, label_names, labels_of, paths_of, prepare
-from .encoders import PRECISIONS
+from .encoders import AUTO, PRECISIONS
 from .encoding import encode_rows
-from .feature_cache import KEYS_FOLDER, FeatureCache, cache_root
+from .feature_cache import KEYS_FOLDER, FeatureCache, cache_root, key_list
 from .feature_table import FeatureTable
 from .first_pass import has_fast_bfloat16
 from .modeling_knn import KnnForImageClassification
@@ -31,9 +32,6 @@ from .picture_keys import picture_keys
 from .reading import BadRow, read_batch
 
 logger = logging.getLogger(__name__)
-
-_SAMPLE = 32
-"""Pictures that a backend is measured and checked on."""
 
 
 @dataclass
@@ -119,9 +117,10 @@ def extract_features(
         batch_size: pictures per forward pass, >= 1; on a CPU at most 4, several at once.
         precision: `fp32`, or `bf16` / `fp16` by autocast; features are float32 in any case.
         backend: `torch`, `compile` (torch.compile, which is never chosen for you), `onnx`,
-            `openvino`, or `auto`: from 500 pictures on, the fastest of those installed whose
+            `openvino`, or `auto`: from 500 new pictures on, the fastest of those installed whose
             features are within 1e-2 of PyTorch's, measured once per model and machine if PyTorch
-            would take over half a minute. None takes `$HF_KNN_BACKEND`, else `auto`.
+            would take over half a minute; and one that encoded most of these pictures before, if
+            that leaves less to wait for. None takes `$HF_KNN_BACKEND`, else `auto`.
         on_bad_image: `fail` raises at the first picture that cannot be decoded, `skip` leaves it
             out and reports it in `skipped`.
         cache_dir: where features are kept; None is `$HF_KNN_CACHE/features`, or below
@@ -150,21 +149,24 @@ def extract_features(
         raise ValueError("Expected `processing_class`, since the model has no image processor.")
     config = _pooling_config(model, pooling)
     backbone = model.backbone if isinstance(model, KnnForImageClassification) else model
+    root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"
+    keys = picture_keys(rows, root / KEYS_FOLDER) if use_cache else None
+
+    def missing(backend: str) -> int:
+        if keys is None:
+            return len(rows)
+        wanted = set(key_list(keys))
+        return len(wanted) - _cache_of(root, work, backend, rows).count(wanted)
+
     work = Work(
-        backbone, config, mark_of(backbone), precision, batch_size, len(rows),
-        use_cache, _sampler(rows, processor),
+        backbone, config, mark_of(backbone), precision, batch_size, settings_of(processor),
+        missing, use_cache, partial(_sample, rows, processor),
     )  # fmt: skip
     with in_eval_mode(backbone):
-        chosen = choose_backend(backend, work)
-    root = Path(cache_dir) if cache_dir is not None else cache_root() / "features"
-    cache = FeatureCache(None)
-    if use_cache:
-        cache = _cache_of(root, work, processor, chosen, rows)
+        chosen = _choose_together(backend, work)
+    cache = _cache_of(root, work, chosen, rows) if use_cache else FeatureCache(None)
     _warn_of_slow_precision(backbone, precision)
-    table = FeatureTable(
-        len(rows), config.feature_dim + config.extra_dim,
-        picture_keys(rows, root / KEYS_FOLDER) if use_cache else None,
-    )  # fmt: skip
+    table = FeatureTable(len(rows), config.feature_dim + config.extra_dim, keys)
     started = time.perf_counter()
     with in_eval_mode(backbone):
         computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
@@ -189,13 +191,15 @@ def _fill(
         with transformers_logging.tqdm(
             total=len(missing), desc="Extracting features", unit="img", disable=not shown
         ) as bar:
-            for part in encode_rows(rows, missing, processor, encoder):
-                if part.bad and on_bad_image == "fail":
-                    _refuse(part.bad[0])
-                table.put(part, cache)
-                computed += len(part.rows)
-                bar.update(len(part.rows) + len(part.bad))
-        table.flush(cache)
+            try:
+                for part in encode_rows(rows, missing, processor, encoder):
+                    if part.bad and on_bad_image == "fail":
+                        _refuse(part.bad[0])
+                    table.put(part, cache)
+                    computed += len(part.rows)
+                    bar.update(len(part.rows) + len(part.bad))
+            finally:  # also at a bad picture or Ctrl-C: what was computed is kept
+                table.flush(cache)
     if state.num_processes > 1:
         table.merge(gather_object([table.own()]))
     return computed
@@ -239,22 +243,21 @@ def _refuse(bad: BadRow) -> None:
     )
 
 
-def _sampler(rows: Any, processor: Any) -> Callable[[], Tensor | None]:
-    """Makes the pixels of the first pictures that can be decoded, once."""
-    made: list[Tensor | None] = []
+def _choose_together(wanted: str, work: Work) -> str:
+    """One choice for all ranks: what each would measure by itself differs."""
+    if PartialState().num_processes == 1 or wanted != AUTO:
+        return choose_backend(wanted, work)
+    found = [choose_backend(wanted, work) if PartialState().is_main_process else ""]
+    return str(broadcast_object_list(found)[0])
 
-    def sample() -> Tensor | None:
-        if not made:
-            for start in range(0, len(rows), _SAMPLE):
-                batch = read_batch(rows, range(start, min(start + _SAMPLE, len(rows))), processor)
-                if batch.pixel_values is not None:
-                    made.append(batch.pixel_values)
-                    break
-            else:
-                made.append(None)
-        return made[0]
 
-    return sample
+def _sample(rows: Any, processor: Any, count: int) -> Tensor | None:
+    """The pixels of the first pictures that can be decoded, at most so many; None if none can."""
+    for start in range(0, len(rows), count):
+        batch = read_batch(rows, range(start, min(start + count, len(rows))), processor)
+        if batch.pixel_values is not None:
+            return batch.pixel_values
+    return None
 
 
 def mark_of(backbone: PreTrainedModel) -> str:
@@ -265,17 +268,22 @@ def mark_of(backbone: PreTrainedModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _cache_of(root: Path, work: Work, processor: Any, backend: str, rows: Any) -> FeatureCache:
+def settings_of(processor: Any) -> str:
+    """A name of what an image processor does."""
+    return json.dumps(processor.to_dict(), sort_keys=True, default=str)
+
+
+def _cache_of(root: Path, work: Work, backend: str, rows: Any) -> FeatureCache:
     poolings = [work.config.pooling, work.config.store_pooling]
     key = {
         "backbone": work.mark,
         "poolings": poolings,
-        "processor": processor.to_dict(),
+        "processor": work.processor,
         "precision": work.precision,
         "backend": backend,
         "format": 2,
     }
-    text = json.dumps(key, sort_keys=True, default=str)
+    text = json.dumps(key, sort_keys=True)
     names = label_names(rows)
     about = {
         "model": work.backbone.config.name_or_path or type(work.backbone).__name__,

@@ -31,14 +31,14 @@ def picture_keys(rows: Any, memo: Path | None = None) -> NDArray[np.uint8]:
             a second run reads none of them; None remembers nothing.
     """
     chunks = rows.data.column(IMAGE).chunks  # not combined: that would copy every picture
-    in_memory = any(len(chunk) > chunk.field("bytes").null_count for chunk in chunks)
+    # a file may be replaced, the bytes that a dataset holds may not
+    in_memory = not any(chunk.field("bytes").null_count for chunk in chunks)
     place = None
     if memo is not None and in_memory and getattr(rows, "_fingerprint", None):
         place = memo / f"{hashlib.sha256(rows._fingerprint.encode()).hexdigest()[:24]}.npy"
-        if place.is_file():
-            known = np.load(place, allow_pickle=False)
-            if known.dtype == np.uint8 and known.shape == (len(rows), KEY_BYTES):
-                return known
+        known = _recall(place)
+        if known is not None and known.shape == (len(rows), KEY_BYTES):
+            return known
     keys = np.frombuffer(b"".join(_keys_of(chunks)), np.uint8).reshape(-1, KEY_BYTES)
     if rows._indices is not None:
         keys = keys[rows._indices.column(0).to_numpy()]
@@ -64,6 +64,16 @@ def _name_of_file(path: str | None) -> bytes:
         return f"no file {path}".encode()
     status = os.stat(path)
     return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}".encode()
+
+
+def _recall(place: Path) -> NDArray[np.uint8] | None:
+    """What was remembered; None if nothing was, or it is damaged."""
+    try:
+        known = np.load(place, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = isinstance(known, np.ndarray) and known.dtype == np.uint8
+    return known if is_whole else None
 
 
 def _remember(place: Path, keys: NDArray[np.uint8]) -> None:

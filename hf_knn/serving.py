@@ -10,7 +10,7 @@ from torch import Tensor
 from .backbone import extract
 from .backend_choice import Work, check_backend, choose_backend, open_encoder
 from .encoders import COMPILE, TORCH, Encoder
-from .features import mark_of
+from .features import mark_of, settings_of
 
 _ANSWERS = 100_000
 """Pictures that a server is expected to answer: worth the export of a graph."""
@@ -47,8 +47,8 @@ class PictureEncoder:
         sample = self._pixels(_patterns())
         self._shape = sample.shape[1:]
         work = Work(
-            model.backbone, model.config, mark_of(model.backbone), "fp32", 1, _ANSWERS, True,
-            lambda: sample,
+            model.backbone, model.config, mark_of(model.backbone), "fp32", 1,
+            settings_of(model.image_processor), lambda _: _ANSWERS, True, lambda _: sample,
         )  # fmt: skip
         self.backend = choose_backend(check_backend(backend), work)
         self._graph: Encoder | None = None

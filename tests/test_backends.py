@@ -35,13 +35,15 @@ def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFe
     return extract_features(model, rows, processor, progress=False, **options)
 
 
-def work_of(rows: int = 10_000, **options: Any) -> Work:
+def work_of(rows: int | dict[str, int] = 10_000, **options: Any) -> Work:
+    """Rows: how many are to be encoded, for all backends or for each by name."""
     model, pixels = small_model(), torch.randn(4, 3, 8, 8)
-    values: dict[str, Any] = {"precision": "fp32", "mark": "m", "is_kept": True}
+    values: dict[str, Any] = {"precision": "fp32", "mark": "m", "is_kept": True, "processor": "p"}
     values |= options
     return Work(
-        model.backbone, model.config, batch_size=32, rows=rows, sample=lambda: pixels, **values
-    )
+        model.backbone, model.config, batch_size=32, sample=lambda count: pixels[:count],
+        missing=lambda name: rows if isinstance(rows, int) else rows[name], **values,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -132,7 +134,7 @@ def test_a_graph_is_exported_once_per_weights(backend: str, knn_cache: Path) -> 
 class Stub:
     """An encoder of a given speed and error."""
 
-    streams, batch_size = 1, 32
+    streams, batch_size, pinned = 1, 32, False
 
     def __init__(self, name: str, slow: float, gap: float, clock: list[float]) -> None:
         self.name, self.slow, self.gap, self.clock = name, slow, gap, clock
@@ -171,8 +173,54 @@ def test_auto_takes_the_fastest_and_remembers_it(stubs: dict[str, Any], knn_cach
     assert choose_backend("auto", work_of()) == "openvino"  # not measured again
     assert choose_backend("auto", work_of(rows=3)) == "openvino"
     assert choose_backend("auto", work_of(mark="other")) == "onnx"
+    assert choose_backend("auto", work_of(processor="of larger pixels")) == "onnx"
     place.write_text("{")
     assert choose_backend("auto", work_of()) == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("torch_rows", "onnx_rows", "openvino_rows", "wanted"),
+    [
+        (0, 10_000, 10_000, "torch"),  # all of them were encoded before
+        (10_000, 0, 10_000, "onnx"),
+        (10_000, 4_000, 10_000, "onnx"),  # 80 s against 100 s
+        (10_000, 6_000, 10_000, "openvino"),
+        (900, 10_000, 10_000, "torch"),  # new pictures cost only themselves
+        (1_100, 10_000, 10_000, "openvino"),
+    ],
+)
+def test_auto_takes_what_is_soonest_done(
+    torch_rows: int, onnx_rows: int, openvino_rows: int, wanted: str, stubs: dict[str, Any]
+) -> None:
+    rows = {"torch": torch_rows, "onnx": onnx_rows, "openvino": openvino_rows}
+    choose_backend("auto", work_of())  # measured: 10, 50 and 100 pictures a second
+    assert choose_backend("auto", work_of(rows)) == wanted
+
+
+def test_auto_measures_for_new_pictures_only(stubs: dict[str, Any], knn_cache: Path) -> None:
+    rows = {"torch": 499, "onnx": 10_000, "openvino": 10_000}
+    assert choose_backend("auto", work_of(rows)) == "torch"
+    assert choose_backend("auto", work_of(rows | {"openvino": 0})) == "openvino"
+    assert not (knn_cache / "backends").exists()
+
+
+def test_auto_does_not_encode_again_what_another_backend_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend_choice, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(backend_choice, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(backend_choice, "installed_backends", lambda: ["onnx"])
+    asked: list[int] = []
+
+    def measure(_: Work, __: Tensor, rows: int) -> dict[str, float]:
+        asked.append(rows)
+        return {"torch": 1.0, "onnx": 3.0}
+
+    monkeypatch.setattr(backend_choice, "_measure", measure)
+    model, rows = small_model(), dataset_of(LABELS)
+    run(model, rows.select(range(7)))
+    found = run(model, rows)  # 4 by torch, or 11 by a graph that is three times as fast
+    assert (found.backend, found.computed, asked) == ("torch", 4, [])
 
 
 @pytest.mark.parametrize(

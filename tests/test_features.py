@@ -3,13 +3,15 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, concatenate_datasets
+from datasets import Image as ImageColumn
 from pictures import (
     NAMES,
     dataset_of,
@@ -400,6 +402,61 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert torch.equal(found.ids, truth.ids)
     assert run(model, rows).computed == 0
     assert not list(knn_cache.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_was_computed_before_a_bad_picture_is_kept(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    model = small_model()
+    with pytest.raises(ValueError, match="row 9"):
+        run(model, dataset_of(LABELS, broken=[9]), batch_size=2)
+    repaired = run(model, dataset_of(LABELS), batch_size=2)
+    assert repaired.computed <= 5  # of 11: less than half a shard was ever in danger
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:20], lambda data: b"x"])
+def test_damaged_names_of_pictures_are_made_again(
+    damage: Callable[[bytes], bytes], knn_cache: Path
+) -> None:
+    model, rows = small_model(), dataset_of(LABELS)
+    run(model, rows)
+    (names,) = knn_cache.rglob("*.npy")
+    whole = names.read_bytes()
+    names.write_bytes(damage(whole))
+    assert run(model, rows).computed == 0
+    assert names.read_bytes() == whole
+
+
+def test_a_replaced_file_among_pictures_in_memory_is_computed_again(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 1, "bee": 1})
+    files = [tmp_path / name / "0.png" for name in ("ant", "bee")]
+    cells = [{"bytes": files[1].read_bytes(), "path": None}, {"bytes": None, "path": str(files[0])}]
+    kinds = Features({"image": ImageColumn(), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_dict({"image": cells, "label": [1, 0]}, features=kinds)
+    model = small_model(["a", "b"])
+    run(model, rows)
+    files[0].write_bytes(files[1].read_bytes())
+    found = run(model, rows)
+    assert found.computed == 1
+    torch.testing.assert_close(found.features[1], found.features[0], rtol=1e-5, atol=1e-5)
+
+
+def test_threads_of_one_process_share_a_cache(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table_module, "SHARD_ROWS", 2)
+    model, rows = small_model(), prepare(dataset_of(LABELS * 4))
+    parts = [rows.select(range(first, len(rows), 4)) for first in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: run(model, part, batch_size=1), parts))
+    again = [run(model, part) for part in parts]
+    assert sum(part.computed for part in found) == len(rows)
+    assert [part.computed for part in again] == [0] * 4
+    assert all(torch.equal(a.features, b.features) for a, b in zip(again, found, strict=True))
+    assert "not cached" not in caplog.text
 
 
 def test_a_missing_shard_alone_is_computed(

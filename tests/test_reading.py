@@ -16,10 +16,12 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTImageProcessor,
     ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from hf_knn.data import prepare
 from hf_knn.encoding import encode_rows
+from hf_knn.reading import keeping_layout
 
 SIZES = [(50, 37), (37, 50), (64, 64), (33, 90), (20, 20), (50, 37)]
 SQUARE = {"height": 32, "width": 32}
@@ -36,7 +38,7 @@ PROCESSORS = {
 class Pixels:
     """An encoder that hands the pixels through."""
 
-    name = "pixels"
+    name, pinned = "pixels", False
 
     def __init__(self, streams: int, batch_size: int) -> None:
         self.streams, self.batch_size = streams, batch_size
@@ -71,3 +73,27 @@ def test_pixels_are_those_of_the_processor_one_by_one(name: str, streams: int) -
         wanted = processor(images=image, return_tensors="pt")["pixel_values"].flatten()
         assert wanted.std() > 0.1
         assert (pixels - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_layout_of_the_decoder_changes_no_bit(name: str) -> None:
+    processor = PROCESSORS[name]
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in jpegs()]
+    wanted = processor(images=images, return_tensors="pt")["pixel_values"]
+    quick = keeping_layout(processor)
+    assert type(quick).process_image is not type(processor).process_image
+    assert torch.equal(quick(images=images, return_tensors="pt")["pixel_values"], wanted)
+    assert wanted.is_contiguous()
+    assert quick.to_dict() == processor.to_dict()
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    assert torch.equal(quick(images=tensors, return_tensors="pt")["pixel_values"], wanted)
+
+
+def test_a_processor_that_reads_in_its_own_way_is_left_alone() -> None:
+    class Inverted(ViTImageProcessor):
+        def process_image(self, image: Any, *args: Any, **options: Any) -> Tensor:
+            return 255 - super().process_image(image, *args, **options)
+
+    own, in_pillow = Inverted(size=SQUARE), ViTImageProcessorPil(size=SQUARE)
+    assert keeping_layout(own) is own
+    assert keeping_layout(in_pillow) is in_pillow

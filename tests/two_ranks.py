@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from forks import Errand, outcome
@@ -55,6 +56,11 @@ def probe(folder: Path, report: dict[str, Any]) -> None:
     metrics = trainer.evaluate()
     report["metrics"] = {k: v for k, v in metrics.items() if "top" in k or "nll" in k}
     trainer.save_model(str(folder / "checkpoint"))
+    with pytest.MonkeyPatch.context() as patch:  # a rank by itself would choose otherwise
+        choice = "compile" if os.environ.get("RANK") == "1" else "torch"
+        patch.setattr("hf_knn.features.choose_backend", lambda *_: choice)
+        again = extract_features(model, rows, use_cache=False, progress=False, batch_size=5)
+    report["backend"] = again.backend
     PartialState().wait_for_everyone()
     rank = os.environ.get("RANK", "0")
     save_file({"features": features.features, "own": own}, folder / f"tensors-{rank}.safetensors")

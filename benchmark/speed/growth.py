@@ -39,7 +39,7 @@ def main(
             found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             measured.append(json.loads(found.stdout.splitlines()[-1]))
             print(measured[-1])
-    write(output / "growth.json", {"title": "growth", "measured": measured})
+    write(output / "growth.json", {"title": "Time and memory by rows of 384", "measured": measured})
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 3.6), layout="constrained")
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
         for index in ("flat", "auto"):

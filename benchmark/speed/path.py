@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from harness import write
+from harness import report, timings_of
 from jpegs import jpeg_folder
 from torch import nn
 
@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this
 
 from backbones import build_backbone
 
+PEER = "a linear probe that encodes in each epoch"
 _BATCH, _HELD_OUT = 32, 0.2
 _LEARNING_RATE = 1e-3
 
@@ -142,7 +143,7 @@ def main(
     folders = {
         count: jpeg_folder(count, 20 if count < 1000 else 50) for count in (pictures, many) if count
     }
-    document: dict[str, Any] = {"title": "JPEG files to a tuned, saved model", "facts": {}}
+    facts: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         os.environ["HF_KNN_CACHE"] = str(Path(scratch) / "cache")
         for count, folder in folders.items():
@@ -151,15 +152,17 @@ def main(
             parts = rows.train_test_split(_HELD_OUT, seed=0, stratify_by_column="label")
             place = Path(scratch) / f"model-{count}"
             seconds = ours(backbone, parts["train"], parts["test"], epochs, place)
-            document["facts"][f"{count} pictures, hf_knn"] = seconds
+            facts[f"{len(parts['train'])} + {len(parts['test'])} files, hf_knn"] = seconds
             if count == pictures:
                 peer = re_encoding(backbone, parts["train"], parts["test"], epochs)
-                document["facts"][f"{count} pictures, encoding in each epoch"] = peer
-                document["facts"]["ratio"] = peer["all"] / seconds["all to the saved checkpoint"]
+                facts[PEER] = peer
+                both = {PEER: [peer["all"]], "hf_knn": [seconds["all to the saved checkpoint"]]}
+                timings = timings_of(both, PEER)
                 picture = sorted(folder.rglob("*.jpg"))[0]
-                document["facts"]["milliseconds"] = teach_once(place, picture)
-    print(json.dumps(document, indent=2))
-    write(output, document)
+                facts["milliseconds"] = teach_once(place, picture)
+    print(json.dumps(facts, indent=2))
+    title = f"{pictures} JPEG files to a tuned, saved model, {epochs} epochs"
+    report(title, timings, PEER, output, **facts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Where the time goes: extraction, a probe with tuning, and a search, each under a profiler.
 
-Says per phase which functions took it themselves, in shares of the phase; a profiler slows Python
-down, so the seconds are no claim.
+Says per phase which functions took processor time themselves, in shares of the phase; a profiler
+slows Python down, so the seconds are no claim.
 """
 
 import cProfile
@@ -10,6 +10,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from hf_knn import (
     KnnForImageClassification,
     KnnTrainer,
     KnnTrainingArguments,
+    decode_image,
     extract_features,
 )
 
@@ -33,27 +35,37 @@ sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this
 
 from offline_backbones import build_backbone
 
+ALL, _BATCH = "all", 4
+
 
 def profiled(work: Callable[[], object], count: int) -> dict[str, float]:
-    """Seconds of a piece of work, and the shares of the functions that took most themselves.
+    """Processor seconds of a piece of work, and of the functions that took most themselves.
 
     Args:
-        work: runs once, in this thread.
+        work: runs once, in this thread, whose waiting is not counted.
         count: how many functions are named, >= 1.
     """
-    profiler = cProfile.Profile()
-    started = time.perf_counter()
+    profiler = cProfile.Profile(time.thread_time)
     profiler.runcall(work)
-    seconds = time.perf_counter() - started
     rows = pstats.Stats(profiler).get_stats_profile().func_profiles
-    own = sorted(rows.items(), key=lambda row: -row[1].tottime)[:count]
-    total = sum(row.tottime for row in rows.values())
-    found = {"seconds": seconds}
-    for name, row in own:
+    found = {ALL: sum(row.tottime for row in rows.values())}
+    for name, row in sorted(rows.items(), key=lambda row: -row[1].tottime)[:count]:
         place = Path(row.file_name)
         where = f"{place.parent.name}/{place.name}: " if place.suffix == ".py" else ""
-        found[f"{where}{name.strip('<>')}"] = row.tottime / total
+        found[f"{where}{name.strip('<>')}"] = row.tottime
     return found
+
+
+def encode(model: Any, files: list[Path]) -> None:
+    """What one thread of an extraction does with its share of the pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for start in range(0, len(files), _BATCH):
+        images = [decode_image(path) for path in files[start : start + _BATCH]]
+        pixels = model.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            model.backbone(pixel_values=pixels.contiguous(memory_format=torch.channels_last))
+    torch.set_num_threads(threads)
 
 
 def main(
@@ -78,11 +90,12 @@ def main(
     with TemporaryDirectory() as scratch:
         os.environ["HF_KNN_CACHE"] = scratch
 
-        def extract() -> Any:
-            return extract_features(model, dataset, backend="torch", progress=False)
-
-        found[f"extraction of {pictures} JPEG files, torch"] = profiled(extract, top)
-        features = extract()
+        files = sorted(folder.rglob("*.jpg"))
+        model.eval()
+        found[f"{pictures} JPEG files by PyTorch, one thread"] = profiled(
+            partial(encode, model, files), top
+        )
+        features = extract_features(model, dataset, backend="torch", progress=False)
         arguments = KnnTrainingArguments(
             scratch, freeze_backbone=True, probe_grid="small", disable_tqdm=True, report_to=[],
             save_strategy="no", logging_strategy="no",
@@ -93,18 +106,19 @@ def main(
     found[f"search of 256 queries in {rows} x 384"] = profiled(
         lambda: store.search(queries, 20), top
     )
-    _print(found)
-    write(output, {"title": "Share of each phase, by function, without what it calls"} | found)
-
-
-def _print(found: dict[str, dict[str, float]]) -> None:
-    for phase, shares in found.items():
-        table = Table(title=f"{phase}: {shares['seconds']:.2f} s", title_justify="left")
-        table.add_column("function")
-        table.add_column("% of it", justify="right")
-        for name, share in list(shares.items())[1:]:
-            table.add_row(name, f"{100 * share:.0f}")
-        Console().print(table)
+    functions = [
+        {"phase": phase, "function": name, "% of it": round(100 * value / seconds[ALL])}
+        for phase, seconds in found.items()
+        for name, value in seconds.items()
+        if name != ALL
+    ]
+    title = "Processor time of each phase by function, without what it calls"
+    table = Table(*functions[0], title=title)
+    for row in functions:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    seconds = {phase: values[ALL] for phase, values in found.items()}
+    write(output, {"title": title, "seconds": seconds, "functions": functions})
 
 
 if __name__ == "__main__":

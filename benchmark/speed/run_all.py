@@ -26,6 +26,7 @@ class Script:
         seconds: how long that run may take.
         full: arguments of the run without limits.
         in_folder: whether it is told a folder for its files, not a file.
+        headline: the contestants that are named at the top of the page.
     """
 
     name: str
@@ -34,31 +35,52 @@ class Script:
     seconds: int = 90
     full: tuple[str, ...] = ()
     in_folder: bool = False
+    headline: tuple[str, ...] = ()
 
 
+_OURS = ("hf_knn, torch", "hf_knn, onnx", "hf_knn, openvino")
 SCRIPTS = (
-    Script("extraction-efficientnet-lite0", "extraction.py", ("--pictures", "128"), 150),
+    Script(
+        "extraction-efficientnet-lite0", "extraction.py", ("--pictures", "192"), 170,
+        headline=_OURS,
+    ),
     Script(
         "extraction-vit-tiny", "extraction.py", ("--model", "vit-tiny", "--pictures", "128"), 120,
-        ("--model", "vit-tiny"),
+        ("--model", "vit-tiny"), headline=_OURS,
     ),
-    Script("path", "path.py", ("--pictures", "200", "--epochs", "5", "--many", "0"), 150),
-    Script("space_handler", "space_handler.py", ("--pictures", "60"), 60),
-    Script("teaching", "teaching.py", ("--rounds", "5")),
-    Script("search", "search.py", ("--rows", "100000", "--rounds", "3")),
+    Script(
+        "path", "path.py", ("--pictures", "200", "--epochs", "5", "--many", "0"), 150,
+        headline=("hf_knn",),
+    ),
+    Script(
+        "space_handler", "space_handler.py", ("--pictures", "60"), 60, headline=("/classify",)
+    ),
+    Script(
+        "teaching", "teaching.py", ("--rounds", "5"), headline=("teach one", "forget one")
+    ),
+    Script(
+        "search", "search.py", ("--rows", "100000", "--rounds", "3"),
+        headline=("Datastore, flat", "Datastore, flat, torch float32"),
+    ),
     Script(
         "approximate", "approximate.py",
-        ("--rows", "50000", "--rounds", "2", "--queries", "200"),
+        ("--rows", "50000", "--rounds", "2", "--queries", "200"), headline=("hnswlib", "usearch"),
     ),
     Script("leave_one_out", "leave_one_out.py", ("--rows", "50000")),
     Script("growth", "growth.py", ("--rows", "10000", "--rows", "30000"), in_folder=True),
-    Script("heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2")),
-    Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "2")),
-    Script("fine_tuning", "fine_tuning.py", ("--pictures", "96", "--rounds", "2")),
+    Script(
+        "heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2"),
+        headline=("32 heads at once",),
+    ),
+    Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "2"), headline=("hf_knn.tune",)),
+    Script(
+        "fine_tuning", "fine_tuning.py", ("--pictures", "96", "--rounds", "2"),
+        headline=("KnnTrainer, snapshot", "KnnTrainer, live"),
+    ),
     Script(
         "scale-clusters", "scale.py",
         ("--rows", "200000", "--rounds", "3", "--queries", "200", "--data", "clusters"),
-        in_folder=True,
+        in_folder=True, headline=("Datastore, auto",),
     ),
     Script("profile", "profiling.py", ("--pictures", "100", "--rows", "50000"), 80),
 )  # fmt: skip
@@ -124,7 +146,7 @@ def main(
         print(f"{script.name}: {reason or 'done'} ({time.monotonic() - started:.0f} s)", flush=True)
         if reason:
             missing[script.name] = reason
-    write_page(page, output, names, missing)
+    write_page(page, output, {script.name: script.headline for script in SCRIPTS}, missing)
     print(f"Written: {page}")
 
 
