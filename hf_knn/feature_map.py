@@ -1,11 +1,13 @@
 """Where rows lie in the plane, so that clusters and strangers can be seen."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
+
+from .configuration_knn import Normalization
+from .search import normalize_rows
 
 MOST_ROWS = 5_000
 _PRINCIPAL = 50
@@ -31,8 +33,8 @@ def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDAr
     rows = np.arange(len(features))
     if len(rows) > MOST_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))
-    unit = torch.nn.functional.normalize(features - features.mean(0), dim=1)
-    values = unit.numpy()[rows].astype(np.float64)
+    mean = features.double().mean(0).numpy()
+    values = normalize_rows(features.numpy()[rows], mean, Normalization.L2_CENTERED)
     width = min(_PRINCIPAL, *values.shape)
     reduced = PCA(width, random_state=seed, svd_solver="randomized").fit_transform(values)
     perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)

@@ -17,11 +17,11 @@ ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
 
-_EDGE = 64 * 2**10
+_EDGE = 16 * 2**10
 _FOREIGN = {
     b"%pdf-": "a PDF", b"<script": "a web page", b"<html": "a web page", b"<?php": "a program",
 }  # fmt: skip
-"""What makes other programs take a file for something else, looked for in its first and last 64 KB.
+"""What makes other programs take a file for something else, looked for in its first and last 16 KB.
 
 Bytes behind a picture as such are fine: phones put videos and second pictures there.
 """

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .configuration_knn import Normalization
 from .datastore import Datastore
 from .folds import Fold
 from .functional import PROBABILITY_FLOOR, blend_log_probs, knn_log_probs
 from .ridge import RidgeFit, fit_ridge, scale_of
 from .ridge_state import RidgeState
+from .search import normalize_rows
 
 K, TEMPERATURE, WEIGHT = 20, 0.14, 0.5
 """The cell of the blend: the fixed one, since what is chosen here would be chosen on these rows."""
@@ -123,4 +124,6 @@ def ask(
 
 
 def _unit(rows: Tensor, mean: Tensor) -> Tensor:
-    return functional.normalize(rows - mean, dim=1)
+    """As the datastore sees them, also rows of untrained weights, of length 1e-20."""
+    unit = normalize_rows(rows.numpy(), mean.double().numpy(), Normalization.L2_CENTERED)
+    return torch.from_numpy(unit).float()

@@ -111,6 +111,14 @@ def test_the_head_is_that_of_scikit_learn():
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
+def test_features_of_any_size_say_the_same():
+    features, labels = rows(spread=3.0)
+    wanted, tiny = asked(features, labels), asked(features * 1e-20, labels)
+    torch.testing.assert_close(tiny.head, wanted.head, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tiny.knn, wanted.knn, atol=0.01, rtol=0.01)  # of float16 rows
+    assert bool((wanted.head.argmax(1) == labels).double().mean() > 0.5)
+
+
 def test_one_class_is_refused():
     features, labels = rows()
     voices = out_of_fold(features, labels * 0, 1, stratified_folds(labels, 2, 0))
