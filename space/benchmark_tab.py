@@ -4,6 +4,7 @@ import base64
 import html
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def add_benchmark_tab(report: Path, tab: gr.Tab) -> None:
     tab.select(lambda: report_frame(report), None, [shown], **options)
 
 
+@cache
 def report_frame(report: Path) -> str:
     """The page in a frame of its own, where no script runs.
 

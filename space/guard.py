@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uploads import MAX_BYTES, MAX_FILES
@@ -28,6 +29,7 @@ KEPT_SECONDS = 7200.0
 """After which a file is swept away, also one that an earlier process left."""
 
 _LOOK_EVERY = 60.0
+_BLOCK = 4096
 _FOLDER = "GRADIO_TEMP_DIR"  # of gradio's own, read whenever it keeps a file
 
 
@@ -67,7 +69,7 @@ class Shelf:
             try:
                 about = path.stat()
                 if about.st_mtime >= oldest:
-                    used += about.st_size
+                    used += max(about.st_size, _BLOCK)  # many small files fill a disk too
                 elif path.is_dir():
                     path.rmdir()
                 else:
@@ -100,11 +102,11 @@ class Guard:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        self._shelf.has_room(0)  # what is old goes
         if scope["path"].rstrip("/").endswith("/upload"):
-            refusal = self._refuse_upload(_length_of(scope))
+            refusal = await run_in_threadpool(self._refuse_upload, _length_of(scope))
             await (refusal or self._app)(scope, receive, send)
             return
+        await run_in_threadpool(self._shelf.has_room, 0)  # what is old goes
         body = await _read(receive)
         refusal = _refuse_body(body)
         await (refusal or self._app)(scope, _again(body or b"", receive), send)
