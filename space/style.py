@@ -1,7 +1,8 @@
 """How the page looks, in light and dark, wide and narrow."""
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important;
+  margin: 0 auto !important; }
 .knn-unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
   clip-path: inset(50%); }
 .knn-header h1 { font-size: 1.6rem; margin: .2rem 0; }
@@ -64,8 +65,8 @@ details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-q
 .knn-tile:hover { border-color: #4f6bed; }
 .knn-tile:focus-visible { outline: 3px solid #4f6bed; outline-offset: 1px; }
 .knn-tile[aria-pressed="true"] { border-color: #4f6bed; box-shadow: 0 0 0 2px #4f6bed inset; }
-.knn-tiles:has(.knn-small) { grid-template-columns: repeat(auto-fill, 52px); gap: .4rem; }
-.knn-strip { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 82px;
+.knn-tiles:has(.knn-small) { grid-template-columns: repeat(6, minmax(0, 52px)); gap: .4rem; }
+.knn-tiles.knn-strip { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 82px;
   overflow-x: auto; padding-bottom: .4rem; }
 dialog.knn-detail { position: fixed; inset: 0; margin: auto; padding: 1rem;
   width: min(680px, 94vw); height: fit-content; max-height: 92vh;
@@ -83,12 +84,10 @@ dialog.knn-detail::backdrop { background: rgb(10 14 24 / .55); }
   height: 240px; }
 .knn-detail .knn-answer h3 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 .knn-detail .knn-answer > div { padding-right: 2.2rem; }
-#knn-near:empty, #knn-stored:empty { display: none; }
 #knn-said { min-height: 2.4rem; }
-#knn-api pre { overflow-x: auto; max-width: 100%; }
 @media (max-width: 480px) {
   .tab-container button { padding: 0 .55rem !important; }
-  .knn-tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .knn-tiles:not(.knn-strip, :has(.knn-small)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .knn-answer > img, .knn-answer > .knn-plain { width: 96px; height: 96px; }
   .knn-answer h2 { font-size: 1.35rem; }
   .knn-header h1 { font-size: 1.3rem; }

@@ -775,7 +775,7 @@ def test_no_address_is_fetched_for_a_visitor(endpoint, space, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(
         "gradio.processing_utils.async_ssrf_protected_download",
-        lambda url, cache: asked.append(url),
+        lambda url, **where: asked.append(url),
     )
     file = {"path": "https://example.org/10GB.png", "meta": {"_type": "gradio.FileData"}}
     reply = httpx.post(f"{space.url}gradio_api/{endpoint}", json={"data": [[file], None]})
