@@ -68,7 +68,7 @@ details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-q
 .knn-tiles:has(.knn-small) { grid-template-columns: repeat(6, minmax(0, 52px)); gap: .4rem; }
 .knn-tiles.knn-strip { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 82px;
   overflow-x: auto; padding-bottom: .4rem; }
-dialog.knn-detail { position: fixed; inset: 0; margin: auto; padding: 1rem;
+dialog.knn-detail { position: fixed; inset: 0; margin: auto !important; padding: 1rem;
   width: min(680px, 94vw); height: fit-content; max-height: 92vh;
   overflow-y: auto; border: 1px solid var(--border-color-primary); border-radius: 14px;
   background: var(--background-fill-primary); color: var(--body-text-color); }
@@ -85,6 +85,7 @@ dialog.knn-detail::backdrop { background: rgb(10 14 24 / .55); }
 .knn-detail .knn-answer h3 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 .knn-detail .knn-answer > div { padding-right: 2.2rem; }
 #knn-said { min-height: 2.4rem; }
+#knn-upload, #knn-lessons { min-height: 170px; }
 @media (max-width: 480px) {
   .tab-container button { padding: 0 .55rem !important; }
   .knn-tiles:not(.knn-strip, :has(.knn-small)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }

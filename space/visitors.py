@@ -103,7 +103,13 @@ class Visitors:
         self._next_expiry = time.monotonic() + _EXPIRE_EVERY
         if folder is not None:  # features of other weights mean nothing: a folder per model
             self._folder = folder / fingerprint(model)[:32]
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(
+                    f"Expected `HF_KNN_DATA` to be a folder that can be written, but got {folder} "
+                    f"({error.strerror}); choose another one."
+                ) from error
             self.expire()
         if isinstance(model.datastore, Datastore) and len(model.datastore):
             model.fingerprint_rows()  # counted once, for the first change of every visitor

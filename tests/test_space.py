@@ -355,6 +355,12 @@ def test_a_full_disk_changes_nothing(service, lessons, monkeypatch):
         assert len(overlay.model.datastore) == 3 * PER_CLASS + 2
 
 
+def test_a_folder_that_cannot_be_written_is_said(model, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="`HF_KNN_DATA` to be a folder that can be written"):
+        Visitors(model, tmp_path / "file")
+
+
 # ---- the journal --------------------------------------------------------------------------------
 
 
