@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,27 @@ from benchmark_tab import add_benchmark_tab, find_report
 from builtin import open_builtin
 from classify_tab import add_classify_tab
 from explore_tab import add_explore_tab
+from guard import Guard, shelf
 from hub_pictures import HubPictures
 from service import Service
-from shared import QUEUE_SIZE, Page
+from shared import PRIVATE, QUEUE_SIZE, Page
+from starlette.middleware import Middleware
 from style import CSS, HEAD
-from teach_tab import add_teach_tab, list_taught
+from teach_tab import add_teach_tab, list_taught, names_for
 from thumbnails import FolderPictures, NoPictures, Pictures, ZipPictures
 from uploads import MAX_BYTES, MAX_FILES, SpaceError
-from views import text
-from visitors import Visitors
+from views import labels_page, said_page, text
+from visitors import Visitors, token_of
 
 from hf_knn import KnnForImageClassification
 
 _HERE = Path(__file__).parent
 _CACHE_SECONDS = (600, 3600)
 _FONTS = ["system-ui", "sans-serif"]  # nothing is fetched from elsewhere
+_LOCAL = "http://127.0.0.1:7860"
+_ADDRESS_JS = f"""(text) => text.replaceAll('{_LOCAL}',
+  (location.origin + location.pathname).replace(/\\/$/, ''))"""
+"""The examples of the API name the page that is open."""
 
 
 def make_app(page: Page) -> gr.Blocks:
@@ -40,6 +46,7 @@ def make_app(page: Page) -> gr.Blocks:
     """
     model = page.service.model
     rows = 0 if model.datastore is None else len(model.datastore)
+    shelf()  # before the page asks where to keep files
     with gr.Blocks(title="A classifier that also remembers", delete_cache=_CACHE_SECONDS) as app:
         # whoever reads the browser's storage reads the page's source too: the secret is none, and
         # a fixed one lets the token survive a restart
@@ -65,11 +72,9 @@ def make_app(page: Page) -> gr.Blocks:
             with gr.Tab("Benchmark", id="benchmark") as benchmark:
                 add_benchmark_tab(report, benchmark)
         with gr.Tab("API", id="api"):
-            gr.Markdown(_api_text())
-        app.load(
-            lambda known: list_taught(page, known, []), [token], [taught.listed],
-            api_visibility="private",
-        )  # fmt: skip
+            api = gr.Markdown(_api_text(), elem_id="knn-api")
+        app.load(_open(page), [token], [token, taught.listed, taught.known], **PRIVATE)
+        app.load(None, [api], [api], js=_ADDRESS_JS)
     app.queue(max_size=QUEUE_SIZE)
     return app
 
@@ -83,8 +88,8 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
     """
     return app.launch(
         theme=gr.themes.Soft(font=_FONTS), css=CSS, head=HEAD, max_file_size=MAX_BYTES,
-        show_error=False,
-        state_session_capacity=1000, ssr_mode=False, footer_links=["api"], **options,
+        show_error=False, run_history=False, footer_links=[], state_session_capacity=1000,
+        ssr_mode=False, app_kwargs={"middleware": [Middleware(Guard, shelf=shelf())]}, **options,
     )  # fmt: skip
 
 
@@ -140,6 +145,19 @@ def find_pictures(model: KnnForImageClassification, given: str | None) -> Pictur
     source = {} if model.datastore is None else model.datastore.source
     is_pinned = re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))
     return HubPictures(source) if is_pinned and model.thumbnails is None else NoPictures()
+
+
+def _open(page: Page) -> Callable[[Any], list[Any]]:
+    """What is filled in when a visitor opens the page."""
+
+    def opened(known: Any) -> list[Any]:
+        token = token_of(known)  # at once, so that all tabs of a browser have the same one
+        try:
+            return [token, list_taught(page, token, []), labels_page(names_for(page, token))]
+        except SpaceError as error:
+            return [token, said_page(str(error), is_error=True), gr.skip()]
+
+    return opened
 
 
 def _api_text() -> str:

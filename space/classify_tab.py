@@ -7,7 +7,7 @@ import gradio as gr
 from exports import as_csv, write_text
 from service import Look
 from settings import MAX_K, WEIGHTINGS, Settings
-from shared import ANNOUNCE_JS, HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
+from shared import ANNOUNCE_JS, DIALOG_JS, HEAVY, SELECT_JS, Page, as_message, clicked
 from uploads import SpaceError, check_files, read_upload, thumbnail
 from views import EMPTY, answer_page, samples_page, text
 
@@ -52,7 +52,7 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> Callable[[Any], Any]
             answer = gr.HTML(
                 EMPTY, js_on_load=SELECT_JS + ANNOUNCE_JS, min_height=420, elem_id="knn-page"
             )
-            detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-near")
+            detail = gr.HTML("", js_on_load=SELECT_JS + DIALOG_JS, elem_id="knn-near")
     handlers = _Handlers(page)
     asked = [shown, token, *controls]
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", **HEAVY}
@@ -70,11 +70,13 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> Callable[[Any], Any]
 
 def _controls(page: Page) -> list[Any]:
     config, store = page.service.model.config, page.service.model.datastore
-    most = max(2, min(MAX_K, len(store) if store is not None else 2))
+    most = max(2, min(max(MAX_K, config.k), len(store) if store is not None else 2))
+    temperature = config.knn_temperature  # of a tuned model as small as 1e-4, or as large as 10
+    finest = min(0.01, temperature)
     return [
         gr.Slider(1, most, min(config.k, most), step=1, label="k: neighbours that vote"),
         gr.Slider(
-            0.01, max(1.0, config.knn_temperature), config.knn_temperature, step=0.01,
+            finest, max(1.0, temperature), temperature, step=finest,
             label="Temperature: small trusts the nearest, large all alike",
         ),
         gr.Slider(
@@ -98,13 +100,8 @@ class _Handlers:
         except SpaceError as error:
             return [Shown(), _alert(str(error)), "", None, gr.DownloadButton(visible=False)]
         shown = Shown(looks)
-        return [
-            shown,
-            self._answer(shown, token, values),
-            "",
-            None,
-            self._table(shown, token, values),
-        ]
+        answer, table = self._answer(shown, token, values)
+        return [shown, answer, "", None, table]
 
     def sample(self, event: gr.EventData, shown: Shown, token: str, *values: Any) -> list[Any]:
         """One of the pictures to begin with."""
@@ -119,7 +116,7 @@ class _Handlers:
         number, row_id = clicked(event, "look"), clicked(event, "row")
         if number is not None and number < len(shown.looks):
             shown = shown._replace(chosen=number)
-            return [shown, self._answer(shown, token, values), ""]
+            return [shown, self._answer(shown, token, values)[0], ""]
         if row_id is None:
             return [gr.skip()] * 3
         return [gr.skip(), gr.skip(), self._page.near(row_id, token)]
@@ -133,27 +130,24 @@ class _Handlers:
     @as_message
     def again(self, shown: Shown, token: str, *values: Any) -> list[Any]:
         """The same pictures with other settings; the backbone does not run."""
-        if not shown.looks:
-            return [gr.skip(), gr.skip()]
-        return [self._answer(shown, token, values), self._table(shown, token, values)]
+        if not shown.looks:  # none yet, or none any more: after an hour, or a restart
+            return [EMPTY, gr.DownloadButton(visible=False)]
+        return self._answer(shown, token, values)
 
-    def _answer(self, shown: Shown, token: str, values: tuple[Any, ...]) -> str:
+    def _answer(self, shown: Shown, token: str, values: tuple[Any, ...]) -> list[Any]:
+        """The page, and the table of all answers."""
         settings = Settings(*values)
-        found = self._page.service.explain(shown.looks[shown.chosen], settings, token)
+        answers = [self._page.service.explain(look, settings, token) for look in shown.looks]
         said = (
             f"k = {settings.k}, temperature {settings.temperature:g}, λ = "
             f"{settings.knn_weight:g}, {text(str(settings.weighting).replace('_', ' '))}."
         )
-        return answer_page(shown.looks, shown.chosen, found, said, self._page.picture_of(token))
-
-    def _table(self, shown: Shown, token: str, values: tuple[Any, ...]) -> Any:
-        if len(shown.looks) < 2:
-            return gr.DownloadButton(visible=False)
-        settings = Settings(*values)
-        found = [self._page.service.explain(look, settings, token) for look in shown.looks]
-        return gr.DownloadButton(
-            value=write_text("answers.csv", as_csv(shown.looks, found)), visible=True
-        )
+        picture_of = self._page.picture_of(token)
+        page = answer_page(shown.looks, shown.chosen, answers, said, picture_of)
+        if len(answers) < 2:
+            return [page, gr.DownloadButton(visible=False)]
+        table = write_text("answers.csv", as_csv(shown.looks, answers))
+        return [page, gr.DownloadButton(value=table, visible=True)]
 
 
 def _alert(message: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 from explore_views import NOTHING, class_page, findings_page, map_page
-from shared import HEAVY, SELECT_JS, SHOW_JS, Page, as_message, clicked
+from shared import DIALOG_JS, HEAVY, SELECT_JS, Page, as_message, clicked
 
 _WAITING = (
     '<div class="knn-empty"><p>Looking through the stored pictures; the first time takes a while.'
@@ -24,7 +24,7 @@ def add_explore_tab(page: Page, tab: gr.Tab, token: gr.BrowserState) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             drawn = gr.HTML(_WAITING, js_on_load=SELECT_JS, min_height=300, elem_id="knn-map")
-            detail = gr.HTML("", js_on_load=SELECT_JS + SHOW_JS, elem_id="knn-stored")
+            detail = gr.HTML("", js_on_load=SELECT_JS + DIALOG_JS, elem_id="knn-stored")
         with gr.Column(scale=2, min_width=300):
             chosen = gr.Dropdown(
                 names, value=None, label="Class", filterable=True, elem_id="knn-class"

@@ -4,19 +4,17 @@ import csv
 import io
 import shutil
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from guard import shelf
 from journal import Example
 from service import Look
+from uploads import SpaceError
 from views import first
 
-from hf_knn import Explanation, KnnForImageClassification
-
-_ROOT = Path(tempfile.gettempdir()) / "hf_knn_space"
-_KEPT_SECONDS = 900
+from hf_knn import Datastore, Explanation, KnnForImageClassification
 
 
 def write_text(name: str, content: str) -> str:
@@ -27,9 +25,9 @@ def write_text(name: str, content: str) -> str:
         content: of the file.
 
     Returns:
-        Its path; it is deleted after a quarter of an hour.
+        Its path; it is deleted within hours.
     """
-    path = _new_folder() / name
+    path = _new_folder(4 * len(content)) / name
     path.write_text(content, encoding="utf-8")
     return str(path)
 
@@ -55,14 +53,15 @@ def write_dataset(examples: Iterable[Example]) -> str:
     Returns:
         The path of a zip file.
     """
-    path = _new_folder() / "pictures.zip"
+    kept = list(examples)
+    path = _new_folder(sum(len(one.thumbnail) for one in kept)) / "pictures.zip"
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(["file_name", "label"])
     with zipfile.ZipFile(path, "w") as file:
-        for row in examples:
-            file.writestr(f"{row.row_id}.webp", row.thumbnail)
-            rows.writerow([f"{row.row_id}.webp", row.label])
+        for one in kept:
+            file.writestr(f"{one.row_id}.webp", one.thumbnail)
+            rows.writerow([f"{one.row_id}.webp", one.label])
         file.writestr("metadata.csv", table.getvalue())
     return str(path)
 
@@ -73,20 +72,24 @@ def write_checkpoint(model: KnnForImageClassification) -> str:
     Returns:
         The path of a zip file.
     """
-    folder = _new_folder()
+    folder = _new_folder(2 * _size_of(model))  # before and after it is packed
     model.save_pretrained(folder / "model")
     path = shutil.make_archive(str(folder / "model"), "zip", folder / "model")
     shutil.rmtree(folder / "model")
     return path
 
 
-def _new_folder() -> Path:
-    _ROOT.mkdir(exist_ok=True)
-    oldest = time.time() - _KEPT_SECONDS
-    for folder in list(_ROOT.iterdir()):
-        if folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True)  # another request may have been faster
-    return Path(tempfile.mkdtemp(dir=_ROOT))
+def _new_folder(size: int) -> Path:
+    if not shelf().has_room(size):
+        raise SpaceError("The server has no room for files right now; try again later.")
+    return Path(tempfile.mkdtemp(dir=shelf().folder))
+
+
+def _size_of(model: KnnForImageClassification) -> int:
+    parts = list(model.state_dict().values())
+    if isinstance(model.datastore, Datastore):
+        parts.append(model.datastore.features)
+    return sum(part.nbytes for part in parts)
 
 
 def _plain(value: object) -> object:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from overlay import Overlay, request_digest
+from PIL import Image
 from settings import Settings, checked
 from torch import Tensor
 from uploads import (
@@ -49,14 +50,14 @@ class Look:
 
     def __init__(self, upload: Upload, features: Tensor) -> None:
         self.name, self.digest, self.features = upload.name, upload.digest, features
-        self._image = shrink(upload.image)
-        self._thumbnail: bytes | None = None
+        self._image: Image.Image | None = shrink(upload.image)
+        self._thumbnail = b""
 
     @property
     def thumbnail(self) -> bytes:
         """A small WEBP, made when it is first shown or kept: an answer alone needs none."""
-        if self._thumbnail is None:
-            self._thumbnail = thumbnail(self._image)
+        if self._image is not None:
+            self._thumbnail, self._image = thumbnail(self._image), None  # a page keeps many
         return self._thumbnail
 
 
@@ -221,7 +222,7 @@ class Service:
             model = self.model if overlay is None else overlay.model
             view = copy.copy(model)
             view.config = copy.copy(model.config)
-            for name, value in checked(settings).items():
+            for name, value in checked(settings, self.model.config).items():
                 setattr(view.config, name, value)
             yield view
             model.calibration = view.calibration  # counted once per version of the rows

@@ -4,16 +4,19 @@ from typing import Any, NamedTuple
 
 from uploads import SpaceError
 
+from hf_knn import KnnConfig
+
 WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
 MAX_K = 100
+"""Neighbours that may vote, unless the model itself was tuned to more."""
 
 
 class Settings(NamedTuple):
     """How the neighbours vote; None is what the model was tuned to.
 
     Attributes:
-        k: neighbours, 1 to 100.
-        temperature: > 0, at most 10.
+        k: neighbours.
+        temperature: > 0, at most 10 or what the model was tuned to.
         knn_weight: λ, 0 (head alone) to 1 (neighbours alone).
         weighting: one of `WEIGHTINGS`.
     """
@@ -24,20 +27,24 @@ class Settings(NamedTuple):
     weighting: str | None = None
 
 
-def checked(settings: Settings) -> dict[str, Any]:
+def checked(settings: Settings, config: KnnConfig) -> dict[str, Any]:
     """What was asked for, as values of the model's configuration.
 
     Args:
         settings: as they were sent.
+        config: of the published model, whose own values are always allowed.
 
     Raises:
         SpaceError: for a value out of range.
     """
     k, temperature, weight, weighting = settings
-    if k is not None and not (float(k).is_integer() and 1 <= k <= MAX_K):
-        raise SpaceError(f"Expected `k` to be a whole number from 1 to {MAX_K}, but got {k}.")
-    if temperature is not None and not 0 < temperature <= 10:
-        raise SpaceError(f"Expected `temperature` to be in (0, 10], but got {temperature}.")
+    most, hottest = max(MAX_K, config.k), max(10.0, config.knn_temperature)
+    if k is not None and not (float(k).is_integer() and 1 <= k <= most):
+        raise SpaceError(f"Expected `k` to be a whole number from 1 to {most}, but got {k}.")
+    if temperature is not None and not 0 < temperature <= hottest:
+        raise SpaceError(
+            f"Expected `temperature` to be in (0, {hottest:g}], but got {temperature}."
+        )
     if weight is not None and not 0 <= weight <= 1:
         raise SpaceError(f"Expected `knn_weight` to be in [0, 1], but got {weight}.")
     if weighting is not None and weighting not in WEIGHTINGS:

@@ -1,7 +1,8 @@
 """How the page looks, in light and dark, wide and narrow."""
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important;
+  margin: 0 auto !important; }
 .knn-unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
   clip-path: inset(50%); }
 .knn-header h1 { font-size: 1.6rem; margin: .2rem 0; }
@@ -25,7 +26,8 @@ CSS = """
 ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-bars li { display: grid; grid-template-columns: minmax(6rem, 38%) 1fr 3.6rem; gap: .6rem;
   align-items: center; margin: .2rem 0; padding: 0; }
-.knn-name { overflow-wrap: anywhere; line-height: 1.2; }
+.knn-name { overflow: hidden; overflow-wrap: anywhere; line-height: 1.2; display: -webkit-box;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 3; }
 .knn-value { text-align: right; font-variant-numeric: tabular-nums; }
 .knn-bar { background: var(--border-color-primary); border-radius: 6px; height: .7rem;
   overflow: hidden; display: block; }
@@ -40,7 +42,7 @@ ul.knn-bars { list-style: none; margin: 0; padding: 0; }
 .knn-map svg { width: 100%; height: auto; display: block; }
 .knn-map circle[data-row] { cursor: pointer; }
 .knn-map circle[data-row]:hover { stroke: #1c2126; stroke-width: 2; }
-#knn-rows .knn-tiles { max-height: 34rem; overflow-y: auto; }
+#knn-rows .knn-tiles, #knn-taught .knn-tiles { max-height: 34rem; overflow-y: auto; }
 .knn-groups { display: flex; flex-wrap: wrap; gap: .6rem; }
 .knn-group { display: flex; flex-wrap: wrap; gap: .4rem; padding: .4rem;
   border: 1px solid var(--border-color-primary); border-radius: 12px; }
@@ -63,14 +65,36 @@ details.knn-more summary { cursor: pointer; padding: .4rem 0; color: var(--knn-q
 .knn-tile:hover { border-color: #4f6bed; }
 .knn-tile:focus-visible { outline: 3px solid #4f6bed; outline-offset: 1px; }
 .knn-tile[aria-pressed="true"] { border-color: #4f6bed; box-shadow: 0 0 0 2px #4f6bed inset; }
-.knn-tiles:has(.knn-small) { grid-template-columns: repeat(auto-fill, 58px); }
-.knn-detail { border-top: 1px solid var(--border-color-primary); padding-top: .6rem; }
-.knn-detail .knn-answer h3 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; }
+.knn-tiles:has(.knn-small) { grid-template-columns: repeat(6, minmax(0, 52px)); gap: .4rem; }
+.knn-tiles.knn-strip { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 82px;
+  overflow-x: auto; padding-bottom: .4rem; }
+dialog.knn-detail { position: fixed; inset: 0; margin: auto !important; padding: 1rem;
+  width: min(680px, 94vw); height: fit-content; max-height: 92vh;
+  overflow-y: auto; border: 1px solid var(--border-color-primary); border-radius: 14px;
+  background: var(--background-fill-primary); color: var(--body-text-color); }
+dialog.knn-detail::backdrop { background: rgb(10 14 24 / .55); }
+.knn-detail form { position: sticky; top: 0; height: 0; display: flex; justify-content: flex-end;
+  z-index: 1; }
+.knn-detail form button { width: 2.2rem; height: 2.2rem; border-radius: 50%; cursor: pointer;
+  flex: none; display: grid; place-items: center; padding: 0;
+  border: 1px solid var(--border-color-primary); color: var(--body-text-color);
+  background: var(--background-fill-primary); }
+.knn-detail form button:focus-visible { outline: 3px solid #4f6bed; outline-offset: 1px; }
+.knn-detail .knn-answer > img, .knn-detail .knn-answer > .knn-plain { width: 240px;
+  height: 240px; }
+.knn-detail .knn-answer h3 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+.knn-detail .knn-answer > div { padding-right: 2.2rem; }
+#knn-said { min-height: 2.4rem; }
+#knn-upload, #knn-lessons { min-height: 170px; }
 @media (max-width: 480px) {
   .tab-container button { padding: 0 .55rem !important; }
-  .knn-tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .knn-tiles:not(.knn-strip, :has(.knn-small)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .knn-answer > img, .knn-answer > .knn-plain { width: 96px; height: 96px; }
   .knn-answer h2 { font-size: 1.35rem; }
+  .knn-header h1 { font-size: 1.3rem; }
+  .knn-header p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
+    overflow: hidden; }
+  .knn-detail .knn-answer { display: block; }
 }
 """
 
@@ -78,7 +102,9 @@ HEAD = """
 <script>
 document.addEventListener('paste', (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
-  const input = document.querySelector('#knn-upload input[type=file]');
+  const shown = [...document.querySelectorAll('#knn-upload, #knn-lessons')]
+    .find((one) => one.offsetParent);
+  const input = shown?.querySelector('input[type=file]');
   if (!files.length || !input || event.target.closest?.('textarea, input')) return;
   const sent = new DataTransfer();
   files.forEach((file) => sent.items.add(file));
@@ -87,4 +113,4 @@ document.addEventListener('paste', (event) => {
 });
 </script>
 """
-"""A picture that is pasted anywhere goes where an upload goes."""
+"""A picture that is pasted anywhere goes where an upload goes on the tab that is open."""

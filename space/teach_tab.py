@@ -1,12 +1,21 @@
 """Teach pictures to a model of one's own, list them, and take them away again."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
 from exports import write_checkpoint, write_dataset
 from shared import HEAVY, SELECT_JS, Page, as_message, clicked
-from uploads import MAX_FILES, check_label
-from views import examples_page
+from uploads import MAX_FILES, SpaceError, check_files, check_label
+from views import examples_page, labels_page, said_page
+
+from hf_knn import BadImageError
+
+_SUGGEST_JS = """
+document.querySelector('#knn-label input')?.setAttribute('list', 'knn-labels');
+"""
+"""The browser suggests the known labels while one is typed."""
 
 
 class Taught(NamedTuple):
@@ -14,10 +23,12 @@ class Taught(NamedTuple):
 
     Attributes:
         listed: the list of what was taught, for the page to fill when it opens.
+        known: the labels that are suggested, likewise.
         changes: after each of them the visitor's model answers anew.
     """
 
     listed: gr.HTML
+    known: gr.HTML
     changes: list[Any]
 
 
@@ -35,33 +46,44 @@ def add_teach_tab(page: Page, token: gr.BrowserState) -> Taught:
                 label=f"Up to {MAX_FILES} pictures of one thing", file_count="multiple", height=170,
                 elem_id="knn-lessons",
             )  # fmt: skip
-            label = gr.Textbox(label="Label: a known one, or a new one", elem_id="knn-label")
+            label = gr.Textbox(
+                label="Label: a known one, or a new one", max_lines=1, elem_id="knn-label"
+            )
+            known = gr.HTML(
+                labels_page(names_for(page, "")), js_on_load=_SUGGEST_JS, visible="hidden"
+            )
             add = gr.Button("Teach", variant="primary", elem_id="knn-teach")
-            said = gr.Markdown("", elem_id="knn-said")
+            said = gr.HTML(said_page(""), elem_id="knn-said")
         with gr.Column(scale=3, min_width=300):
-            gr.Markdown("### What you taught\nSelect pictures to relabel or remove them.")
+            gr.Markdown(
+                "### What you taught\nSelect pictures to remove them, or to give them the label "
+                "that is typed."
+            )
+            with gr.Row():
+                relabel = gr.Button("Relabel", size="sm", min_width=90, elem_id="knn-relabel")
+                remove = gr.Button("Remove", size="sm", min_width=90, elem_id="knn-remove")
+                undo = gr.Button("Undo", size="sm", min_width=90, elem_id="knn-undo")
             listed = gr.HTML(examples_page([], set()), js_on_load=SELECT_JS, elem_id="knn-taught")
             with gr.Row():
-                relabel = gr.Button("Relabel selected", size="sm")
-                remove = gr.Button("Remove selected", size="sm", elem_id="knn-remove")
-                undo = gr.Button("Undo", size="sm", elem_id="knn-undo")
-            with gr.Row():
-                dataset = gr.Button("Get as dataset", size="sm")
-                checkpoint = gr.Button("Get as checkpoint", size="sm")
+                dataset = gr.Button("Get as dataset", size="sm", min_width=140)
+                checkpoint = gr.Button("Get as checkpoint", size="sm", min_width=140)
             download = gr.File(label="Download", visible=False, interactive=False)
-    handlers = _Handlers(page)
-    options: dict[str, Any] = {"api_visibility": "private", **HEAVY}
-    after = [token, listed, selected, said]
+    handlers = _Handlers(page, said)
+    options: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [said], **HEAVY}
+    after = [token, listed, selected, known, said]
+    triggers = [add.click, label.submit]
     changes = [
-        add.click(handlers.teach, [files, label, token], [*after, files], **options),
+        gr.on(triggers, handlers.teach, [files, label, token], [*after, files], **options),
         relabel.click(handlers.relabel, [selected, label, token], after, **options),
         remove.click(handlers.remove, [selected, token], after, **options),
         undo.click(handlers.undo, [token], after, **options),
     ]
-    listed.click(handlers.select, [selected, token], [listed, selected], **options)
-    dataset.click(handlers.dataset, [token], [download], **options)
-    checkpoint.click(handlers.checkpoint, [token], [download], **options)
-    return Taught(listed, changes)
+    listed.click(
+        handlers.select, [selected, token], [listed, selected], show_progress="hidden", **options
+    )
+    dataset.click(handlers.dataset, [token], [download, said], **options)
+    checkpoint.click(handlers.checkpoint, [token], [download, said], **options)
+    return Taught(listed, known, changes)
 
 
 def list_taught(page: Page, token: str, selected: list[int]) -> str:
@@ -77,33 +99,58 @@ def list_taught(page: Page, token: str, selected: list[int]) -> str:
     return examples_page(rows, set(selected))
 
 
+def names_for(page: Page, token: str) -> list[str]:
+    """The classes that a visitor's model knows.
+
+    Args:
+        page: what learned them.
+        token: of the visitor.
+    """
+    with page.service.visitors.hold(token) as overlay:
+        model = page.service.model if overlay is None else overlay.model
+        return list(model.config.class_names)
+
+
+def _says_why_not(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Says what cannot be done beside the buttons; all else stays as it is."""
+
+    @functools.wraps(handler)
+    def wrapped(self: "_Handlers", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(self, *args, **kwargs)
+        except (SpaceError, BadImageError) as error:
+            return {self.said: said_page(str(error), is_error=True)}
+
+    return wrapped
+
+
 class _Handlers:
     """What the events of the tab do."""
 
-    def __init__(self, page: Page) -> None:
-        self._page = page
+    def __init__(self, page: Page, said: gr.HTML) -> None:
+        self._page, self.said = page, said
 
-    @as_message
+    @_says_why_not
     def teach(self, paths: list[str] | None, label: str, token: str) -> list[Any]:
         """Adds pictures; a visitor without a token gets one."""
-        done = self._page.service.teach(paths, label, token, "")
+        done = self._page.service.teach(check_files(paths), label, token, "")
         message = f"Taught {len(done['ids'])}; you have {done['examples']} now."
         return [*self._after(done["visitor"], message), None]
 
-    @as_message
+    @_says_why_not
     def relabel(self, selected: list[int], label: str, token: str) -> list[Any]:
-        """Gives the selected pictures the label that is typed."""
+        """Gives the selected pictures the label that is chosen."""
         with self._page.service.changing(token) as overlay:
             count = len(overlay.relabel(selected, check_label(label)))
         return self._after(token, f"Relabelled {count}.")
 
-    @as_message
+    @_says_why_not
     def remove(self, selected: list[int], token: str) -> list[Any]:
         """Forgets the selected pictures."""
         done = self._page.service.forget(selected, token)
         return self._after(token, f"Removed {len(done['ids'])}; {done['examples']} are left.")
 
-    @as_message
+    @_says_why_not
     def undo(self, token: str) -> list[Any]:
         """Takes the last change back."""
         with self._page.service.changing(token) as overlay:
@@ -117,17 +164,20 @@ class _Handlers:
         chosen = set(selected) if row_id is None else set(selected) ^ {row_id}
         return [list_taught(self._page, token, sorted(chosen)), sorted(chosen)]
 
-    @as_message
-    def dataset(self, token: str) -> Any:
+    @_says_why_not
+    def dataset(self, token: str) -> list[Any]:
         """What was taught, as pictures and labels."""
         with self._page.service.changing(token) as overlay:
-            return gr.File(write_dataset(overlay.examples.values()), visible=True)
+            path = write_dataset(overlay.examples.values())
+        return [gr.File(path, visible=True), said_page("The dataset can be downloaded.")]
 
-    @as_message
-    def checkpoint(self, token: str) -> Any:
+    @_says_why_not
+    def checkpoint(self, token: str) -> list[Any]:
         """The model with what was taught."""
         with self._page.service.changing(token) as overlay:
-            return gr.File(write_checkpoint(overlay.model), visible=True)
+            path = write_checkpoint(overlay.model)
+        return [gr.File(path, visible=True), said_page("The checkpoint can be downloaded.")]
 
     def _after(self, token: str, message: str) -> list[Any]:
-        return [token, list_taught(self._page, token, []), [], message]
+        listed, names = list_taught(self._page, token, []), names_for(self._page, token)
+        return [token, listed, [], labels_page(names), said_page(message)]

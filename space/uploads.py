@@ -88,7 +88,11 @@ def check_label(label: str | None) -> str:
         SpaceError: for an empty or long one, or one with control characters.
     """
     text = (label or "").strip()
-    if not text or len(text) > MAX_LABEL or not text.isprintable():
+    if not text:
+        raise SpaceError(
+            f"Expected a label of 1 to {MAX_LABEL} printable characters, but got none; type one."
+        )
+    if len(text) > MAX_LABEL or not text.isprintable():
         raise SpaceError(
             f"Expected a label of 1 to {MAX_LABEL} printable characters, but got {len(text)} "
             "characters or some that cannot be shown; type another one."

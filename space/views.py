@@ -11,6 +11,8 @@ from hf_knn import Explanation
 
 _BARS = 6
 _TILES = 10
+_MOST_TILES = 100
+_FLIP_TILES = 12
 _TEMPLATE_MARKS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 
 FindPicture = Callable[[int], bytes | None]
@@ -27,33 +29,45 @@ def text(value: object) -> str:
     return html.escape(str(value)).translate(_TEMPLATE_MARKS)
 
 
+def name_of(label: str) -> str:
+    """A class in a sentence, whichever way its script runs."""
+    return f"<bdi>{text(label)}</bdi>"
+
+
 def answer_page(
-    looks: Sequence[Look], chosen: int, found: Explanation, settings: str, picture_of: FindPicture
+    looks: Sequence[Look],
+    chosen: int,
+    answers: Sequence[Explanation],
+    settings: str,
+    picture_of: FindPicture,
 ) -> str:
     """The answer and its reasons.
 
     Args:
         looks: all pictures that were sent.
         chosen: which one is shown.
-        found: its explanation.
+        answers: an explanation of each.
         settings: one line on how the neighbours voted.
         picture_of: of a stored row.
     """
+    found = answers[chosen]
     best = found.probabilities[found.answer]
-    voices = _voices(found)
+    voices, notes = _voices(found), _notices(found)
+    spoken = " ".join([f"{text(found.answer)}, {best:.0%}.", *notes.values()])
+    warnings = "".join(f'<p class="knn-notice">{note}</p>' for note in notes)
     return (
-        f"{_strip(looks, chosen)}"
+        f"{_strip(looks, chosen, answers)}"
         f'<div class="knn-answer"><img src="{as_uri(looks[chosen].thumbnail)}" alt="Your picture">'
         f'<div><p class="knn-hint">This looks like</p><h2 id="knn-answer" data-announce="'
-        f'{text(found.answer)}, {best:.0%}">{text(found.answer)}</h2>'
+        f'{spoken}">{name_of(found.answer)}</h2>'
         f'<p class="knn-score">{best:.0%} <span class="knn-hint">head and neighbours together'
-        f"</span></p>{_notices(found)}</div></div>"
+        f"</span></p>{warnings}</div></div>"
         f"<section><h3>Probabilities</h3>{bars(found.probabilities, 'blend')}</section>"
         f"<section><h3>Who voted</h3>{_gallery(found, picture_of)}"
         f'<p class="knn-hint">Share of the vote · similarity. {settings} Select a picture to see '
         "it large and what is near it.</p></section>"
         f'<section><h3>What would change the answer</h3><p id="knn-flip">{_flip(found)}</p>'
-        f'</section><div class="knn-voices">{voices}</div>'
+        f'{_flip_tiles(found, picture_of)}</section><div class="knn-voices">{voices}</div>'
     )
 
 
@@ -66,7 +80,7 @@ def bars(probabilities: Mapping[str, float], kind: str) -> str:
     """
     rows = "".join(
         f'<li data-label="{text(name)}" data-score="{value:.6f}"><span class="knn-name" title="'
-        f'{text(name)}">{text(name)}</span><span class="knn-bar" aria-hidden="true"><i style="'
+        f'{text(name)}">{name_of(name)}</span><span class="knn-bar" aria-hidden="true"><i style="'
         f'width:{100 * value:.1f}%"></i></span><span class="knn-value">{value:.1%}</span></li>'
         for name, value in list(probabilities.items())[:_BARS]
     )
@@ -74,13 +88,15 @@ def bars(probabilities: Mapping[str, float], kind: str) -> str:
 
 
 def detail_page(own: Near, others: Iterable[Near], picture_of: FindPicture) -> str:
-    """One stored picture, large, and its neighbours."""
+    """One stored picture, large, and its neighbours, over the page."""
     tiles = "".join(tile(near, picture_of(near.row_id)) for near in others)
-    large = _picture(own, picture_of(own.row_id))
+    large = _picture(own.row_id, picture_of(own.row_id))
     return (
-        f'<section class="knn-detail"><div class="knn-answer">{large}<div><p class="knn-hint">'
-        f'Stored picture {own.row_id}</p><h3 id="knn-detail">{text(own.label)}</h3><p>Its own '
-        f'nearest pictures:</p></div></div><div class="knn-tiles">{tiles}</div></section>'
+        '<dialog class="knn-detail" aria-labelledby="knn-detail"><form method="dialog"><button '
+        f'aria-label="Close">✕</button></form><div class="knn-answer">{large}<div><p class="'
+        f'knn-hint">Stored picture {own.row_id}</p><h3 id="knn-detail">{name_of(own.label)}</h3>'
+        '<p class="knn-hint">Below: what is stored nearest to it, with the similarity.</p></div>'
+        f'</div><div class="knn-tiles">{tiles}</div></dialog>'
     )
 
 
@@ -89,7 +105,7 @@ def examples_page(examples: Iterable[Example], selected: set[int]) -> str:
     tiles = "".join(
         f'<button type="button" class="knn-tile" data-row="{row.row_id}" aria-pressed="'
         f'{str(row.row_id in selected).lower()}"><img src="{as_uri(row.thumbnail)}" alt="">'
-        f"<b>{text(row.label)}</b><span>no. {row.row_id}</span></button>"
+        f"<b>{name_of(row.label)}</b><span>no. {row.row_id}</span></button>"
         for row in examples
     )
     if not tiles:
@@ -100,6 +116,23 @@ def examples_page(examples: Iterable[Example], selected: set[int]) -> str:
     return f'<div class="knn-tiles">{tiles}</div>'
 
 
+def labels_page(names: Iterable[str]) -> str:
+    """Labels for the browser to suggest."""
+    options = "".join(f'<option value="{text(name)}"></option>' for name in names)
+    return f'<datalist id="knn-labels">{options}</datalist>'
+
+
+def said_page(message: str, is_error: bool = False) -> str:
+    """One sentence on what was done, or could not be.
+
+    Args:
+        message: empty for nothing yet.
+        is_error: whether it could not be.
+    """
+    kind = 'class="knn-notice" role="alert"' if is_error else 'role="status"'
+    return f"<p {kind}>{text(message)}</p>" if message else '<p role="status"></p>'
+
+
 def samples_page(samples: Iterable[bytes]) -> str:
     """Pictures to begin with, as buttons."""
     tiles = "".join(
@@ -107,7 +140,8 @@ def samples_page(samples: Iterable[bytes]) -> str:
         f'aria-label="Example {number + 1}"><img src="{as_uri(picture)}" alt=""></button>'
         for number, picture in enumerate(samples)
     )
-    return f'<div class="knn-tiles">{tiles}</div>'
+    hint = '<p class="knn-hint">Or begin with one of these:</p>'
+    return f'{hint if tiles else ""}<div class="knn-tiles">{tiles}</div>'
 
 
 def tile(near: Near, picture: bytes | None, remark: str = "") -> str:
@@ -120,9 +154,13 @@ def tile(near: Near, picture: bytes | None, remark: str = "") -> str:
     """
     share = "" if near.share is None else f"{_percent(near.share)} · "
     similarity = "" if near.similarity is None else f"{near.similarity:.2f}"
+    spoken = "" if near.share is None else f", {_percent(near.share)} of the vote"
+    spoken += "" if near.similarity is None else f", similarity {similarity}"
+    spoken += f", {text(remark)}" if remark else ""
     return (
-        f'<button type="button" class="knn-tile" data-row="{near.row_id}">'
-        f"{_picture(near, picture)}<b>{text(near.label)}</b>"
+        f'<button type="button" class="knn-tile" data-row="{near.row_id}" aria-label="'
+        f'{text(near.label)}{spoken}, picture {near.row_id}">'
+        f"{_picture(near.row_id, picture)}<b>{name_of(near.label)}</b>"
         f"<span>{text(remark) or share + similarity}</span></button>"
     )
 
@@ -132,32 +170,34 @@ def disagrees(found: Explanation) -> bool:
     return bool(found.knn) and first(found.head)[0] != first(found.knn)[0]
 
 
-def _strip(looks: Sequence[Look], chosen: int) -> str:
+def _strip(looks: Sequence[Look], chosen: int, answers: Sequence[Explanation]) -> str:
     if len(looks) == 1:
         return ""
     tiles = "".join(
-        f'<button type="button" class="knn-tile knn-small" data-look="{number}" aria-pressed="'
-        f'{str(number == chosen).lower()}" aria-label="Picture {number + 1}"><img src="'
-        f'{as_uri(look.thumbnail)}" alt=""></button>'
-        for number, look in enumerate(looks)
+        f'<button type="button" class="knn-tile" data-look="{number}" aria-pressed="'
+        f'{str(number == chosen).lower()}" aria-label="Picture {number + 1}: {text(one.answer)}">'
+        f'<img src="{as_uri(look.thumbnail)}" alt=""><b>{name_of(one.answer)}</b>'
+        f"<span>{one.probabilities[one.answer]:.0%}</span></button>"
+        for number, (look, one) in enumerate(zip(looks, answers, strict=True))
     )
-    return f'<div class="knn-tiles">{tiles}</div>'
+    return f'<div class="knn-tiles knn-strip">{tiles}</div>'
 
 
-def _notices(found: Explanation) -> str:
-    notes = []
+def _notices(found: Explanation) -> dict[str, str]:
+    """What to be careful about: as it is shown, and as it is read out."""
+    notes = {}
     if disagrees(found):
-        head, knn = first(found.head)[0], first(found.knn)[0]
-        notes.append(
-            f"Head and neighbours disagree: the head says <b>{text(head)}</b>, the neighbours "
-            f"<b>{text(knn)}</b>."
-        )
+        head, knn = str(first(found.head)[0]), str(first(found.knn)[0])
+        notes[
+            f"Head and neighbours disagree: the head says <b>{name_of(head)}</b>, the neighbours "
+            f"<b>{name_of(knn)}</b>."
+        ] = "Head and neighbours disagree."
     if not found.is_typical:
-        notes.append(
+        notes[
             f"Unlike anything seen: only {found.typicality:.1%} of the stored pictures lie as far "
             "from their nearest one."
-        )
-    return "".join(f'<p class="knn-notice" role="status">{note}</p>' for note in notes)
+        ] = "Unlike anything seen."
+    return notes
 
 
 def _gallery(found: Explanation, picture_of: FindPicture) -> str:
@@ -165,11 +205,13 @@ def _gallery(found: Explanation, picture_of: FindPicture) -> str:
         return "<p>Nobody: this model has no stored pictures.</p>"
     tiles = [
         tile(Near(row.row_id, row.label, row.similarity, row.share), picture_of(row.row_id))
-        for row in found.neighbors
+        for row in found.neighbors[:_MOST_TILES]
     ]
     heaviest, rest = "".join(tiles[:_TILES]), tiles[_TILES:]
+    count = len(found.neighbors) - _TILES
+    shown = f", the first {len(rest)} of them" if count > len(rest) else ""
     more = (
-        f'<details class="knn-more"><summary>{len(rest)} more, that weigh less</summary>'
+        f'<details class="knn-more"><summary>{count} more, that weigh less{shown}</summary>'
         f'<div class="knn-tiles">{"".join(rest)}</div></details>'
     )
     return f'<div class="knn-tiles" id="knn-voters">{heaviest}</div>{more if rest else ""}'
@@ -179,19 +221,31 @@ def _percent(share: float) -> str:
     return "&lt;1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
-def _picture(near: Near, picture: bytes | None) -> str:
+def _picture(row_id: int, picture: bytes | None) -> str:
     if picture is not None:
         return f'<img src="{as_uri(picture)}" alt="">'
-    return f'<span class="knn-plain" aria-hidden="true">{near.row_id}</span>'
+    return f'<span class="knn-plain" aria-hidden="true">{row_id}</span>'
 
 
 def _flip(found: Explanation) -> str:
     if found.flip is None:
         return "Nothing among the stored pictures near it: the answer would stay."
-    count, answer = len(found.flip.row_ids), text(found.flip.answer)
-    pictures = "one picture" if count == 1 else f"{count} pictures"
+    count, answer = len(found.flip.row_ids), name_of(found.flip.answer)
+    pictures = "this picture" if count == 1 else f"these {count} pictures"
     how = "" if found.flip.is_smallest else " (perhaps fewer would do)"
-    return f"Without {pictures} of these it would be <b>{answer}</b>{how}."
+    return f"Without {pictures} it would be <b>{answer}</b>{how}."
+
+
+def _flip_tiles(found: Explanation, picture_of: FindPicture) -> str:
+    """The pictures that the answer hangs on, the heaviest first."""
+    ids = [] if found.flip is None else found.flip.row_ids
+    tiles = "".join(
+        f'<button type="button" class="knn-tile knn-small" data-row="{row_id}" aria-label="'
+        f'Picture {row_id}">{_picture(row_id, picture_of(row_id))}</button>'
+        for row_id in ids[:_FLIP_TILES]
+    )
+    more = f'<p class="knn-hint">and {len(ids) - _FLIP_TILES} more</p>'
+    return f'<div class="knn-tiles">{tiles}</div>{more if len(ids) > _FLIP_TILES else ""}'
 
 
 def _voices(found: Explanation) -> str:

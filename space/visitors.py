@@ -1,6 +1,7 @@
 """Who is here: one overlay per visitor, bounded in number and in time."""
 
 import hashlib
+import logging
 import re
 import secrets
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from journal import Journal
+from journal import Journal, JournalError
 from overlay import Overlay, fingerprint
 from uploads import SpaceError
 
@@ -29,6 +30,8 @@ IDLE_IN_MEMORY = 3600.0
 
 KEPT_ON_DISK = 30 * 24 * 3600.0
 """Seconds after its last change when a journal is deleted."""
+
+logger = logging.getLogger(__name__)
 
 _EXPIRE_EVERY = 3600.0
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
@@ -52,6 +55,15 @@ def room_for(model: KnnForImageClassification) -> int:
 def new_token() -> str:
     """A name that nobody guesses."""
     return secrets.token_urlsafe(24)
+
+
+def token_of(browser: object) -> str:
+    """What a browser kept, or a new token if it kept none.
+
+    Args:
+        browser: of `gr.BrowserState`, which anybody can send.
+    """
+    return browser if isinstance(browser, str) and _TOKEN.fullmatch(browser) else new_token()
 
 
 def check_token(token: str) -> str:
@@ -91,7 +103,13 @@ class Visitors:
         self._next_expiry = time.monotonic() + _EXPIRE_EVERY
         if folder is not None:  # features of other weights mean nothing: a folder per model
             self._folder = folder / fingerprint(model)[:32]
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(
+                    f"Expected `HF_KNN_DATA` to be a folder that can be written, but got {folder} "
+                    f"({error.strerror}); choose another one."
+                ) from error
             self.expire()
         if isinstance(model.datastore, Datastore) and len(model.datastore):
             model.fingerprint_rows()  # counted once, for the first change of every visitor
@@ -158,8 +176,15 @@ class Visitors:
                 raise SpaceError("This model cannot be taught here: it holds no rows of its own.")
             self._make_room(is_kept)
             journal = None if path is None else Journal(path)
-            self._overlays[token] = Overlay(self._model, journal)
-            return self._overlays[token]
+            try:
+                overlay = self._overlays[token] = Overlay(self._model, journal)
+            except JournalError as error:
+                logger.error("%s: %s", path, error)
+                raise SpaceError(
+                    "What you taught cannot be read: its file on the server was damaged. Tell "
+                    "whoever runs this page, or clear its data in your browser to begin anew."
+                ) from error
+            return overlay
 
     def _make_room(self, is_kept: bool) -> None:
         folder = self._folder

@@ -1,15 +1,15 @@
 """The Space: overlays, journals, limits, and every endpoint against the library."""
 
-import contextlib
+import base64
 import copy
 import html
 import io
-import json
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -17,9 +17,11 @@ from space_app import PER_CLASS, Running, features_of, published, running, write
 
 pytest.importorskip("gradio")
 from benchmark_tab import find_report, report_frame
-from exports import as_csv, write_dataset
+from classify_tab import _controls
+from exports import as_csv, write_checkpoint, write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from guard import MAX_BODY, Shelf
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
 from service import Service
@@ -27,8 +29,8 @@ from settings import Settings
 from shared import Page
 from thumbnails import FolderPictures, NoPictures, ZipPictures
 from uploads import MAX_FILES, SpaceError, check_label, read_upload
-from views import bars, disagrees, text
-from visitors import MAX_IN_MEMORY, Visitors, new_token, room_for
+from views import answer_page, bars, disagrees, text
+from visitors import MAX_IN_MEMORY, Visitors, check_token, new_token, room_for, token_of
 
 import hf_knn.teaching
 from hf_knn import BadImageError, Datastore, KnnForImageClassification
@@ -182,6 +184,33 @@ def test_the_command_passes_the_backend_on(monkeypatch):
     assert refused.exit_code == 2
 
 
+@pytest.mark.parametrize(("k", "temperature"), [(300, 1e-4), (5, 1e-3), (1, 10.0)])
+def test_the_sliders_reach_what_the_model_was_tuned_to(k, temperature, model, tmp_path):
+    tuned = copy.deepcopy(model)
+    tuned.config.k, tuned.config.knn_temperature = k, temperature
+    rows = tuned.datastore.features.repeat(20, 1) + torch.randn(20 * len(model.datastore), 1) / 50
+    tuned.datastore = Datastore.from_features(rows, model.datastore.labels.repeat(20))
+    service = Service(tuned, Visitors(tuned, None))
+    controls = _controls(Page.of(service, NoPictures(), []))
+    for slider in controls[:3]:
+        assert slider.minimum <= slider.value <= slider.maximum
+    look = service.look(str(write_picture(tmp_path / "asked.png", 1)))
+    asked = service.explain(look, Settings(*[one.value for one in controls]), "")
+    assert asked.probabilities == service.explain(look, Settings(), "").probabilities
+    page = answer_page([look], 0, [asked], "", lambda row_id: None)
+    assert page.count('class="knn-tile"') <= 100
+
+
+def test_several_pictures_are_shown_with_their_answers(service, tmp_path):
+    looks = [service.look(str(write_picture(tmp_path / f"{i}.png", i))) for i in range(3)]
+    answers = [service.explain(look, Settings(), "") for look in looks]
+    page = answer_page(looks, 1, answers, "", lambda row_id: None)
+    strip = page.partition('knn-strip">')[2].partition("</div>")[0]
+    for number, one in enumerate(answers):
+        assert f'aria-label="Picture {number + 1}: {one.answer}"' in strip
+    assert strip.count('aria-pressed="true"') == 1
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -301,8 +330,6 @@ def test_what_is_forgotten_leaves_no_byte(service, lessons, tmp_path):
         gone = overlay.examples[done["ids"][0]]
     (path,) = (tmp_path / "data").rglob("*.journal")
     assert Journal(path) is not None
-    import base64
-
     code = base64.b64encode(gone.features)
     assert code in path.read_bytes()
     service.forget(done["ids"][:1], done["visitor"])
@@ -326,6 +353,12 @@ def test_a_full_disk_changes_nothing(service, lessons, monkeypatch):
     with service.changing(done["visitor"]) as overlay:
         assert list(overlay.examples) == done["ids"]
         assert len(overlay.model.datastore) == 3 * PER_CLASS + 2
+
+
+def test_a_folder_that_cannot_be_written_is_said(model, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="`HF_KNN_DATA` to be a folder that can be written"):
+        Visitors(model, tmp_path / "file")
 
 
 # ---- the journal --------------------------------------------------------------------------------
@@ -496,6 +529,58 @@ def test_pictures_outside_the_folder_are_not_shown(tmp_path):
         assert pictures.find(0, path) is None
 
 
+def test_a_page_keeps_no_pixels(service, tmp_path):
+    look = service.look(str(write_picture(tmp_path / "large.png", 1, size=900)))
+    assert look.thumbnail
+    assert look._image is None
+
+
+def test_what_browsers_keep_is_a_token_or_nothing():
+    token = new_token()
+    assert token_of(token) == token
+    for other in ("", None, "short", 7, {"a": 1}):
+        assert token_of(other) != other
+        assert check_token(token_of(other))
+
+
+def test_a_damaged_journal_is_a_message(model, lessons, tmp_path, caplog):
+    service = Service(model, Visitors(model, tmp_path / "data"))
+    token = service.teach(lessons[:1], "dog", "", "")["visitor"]
+    (path,) = (tmp_path / "data").rglob("*.journal")
+    path.write_bytes(path.read_bytes().replace(b"dog", b"cow"))
+    again = Service(model, Visitors(model, tmp_path / "data"))
+    with pytest.raises(SpaceError, match="was damaged") as caught:
+        again.explain(again.look(lessons[0]), Settings(), token)
+    assert str(path) not in str(caught.value)
+    assert str(path) in caplog.text
+
+
+def test_the_shelf_is_bounded_and_swept(tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setattr("guard._LOOK_EVERY", 0.0)
+    shelf = Shelf(tmp_path / "shelf", max_bytes=100_000)
+    (shelf.folder / "a").mkdir()
+    (shelf.folder / "a" / "old.png").write_bytes(b"\0" * 90_000)
+    assert not shelf.has_room(20_000)
+    assert shelf.has_room(1_000)
+    hours_ago = time.time() - 3 * 3600
+    for path in (shelf.folder / "a" / "old.png", shelf.folder / "a"):
+        os.utime(path, (hours_ago, hours_ago))
+    assert shelf.has_room(90_000)
+    assert not (shelf.folder / "a" / "old.png").exists()
+    monkeypatch.setattr("guard._LOOK_EVERY", 60.0)
+    assert not shelf.has_room(20_000), "what was promised counts"
+
+
+def test_nothing_is_written_without_room(service, lessons, monkeypatch, tmp_path):
+    token = service.teach(lessons, "dog", "", "")["visitor"]
+    monkeypatch.setattr("exports.shelf", lambda: Shelf(tmp_path / "shelf", max_bytes=5_000))
+    with service.changing(token) as overlay, pytest.raises(SpaceError, match="no room"):
+        write_checkpoint(overlay.model)
+    assert list((tmp_path / "shelf").iterdir()) == []
+
+
 # ---- what is shown ------------------------------------------------------------------------------
 
 
@@ -544,11 +629,12 @@ def test_the_dataset_is_one(service, lessons):
 def test_the_front_matter_is_what_the_hub_wants():
     from importlib.metadata import version
 
-    from huggingface_hub import SpaceCardData
+    from huggingface_hub import RepoCard, SpaceCardData
 
     _, front, _ = (ROOT / "space" / "README.md").read_text("utf-8").split("---\n", 2)
-    values = yaml.safe_load(front)
-    data = SpaceCardData(**values)
+    card = RepoCard((ROOT / "space" / "README.md").read_text("utf-8"))
+    assert card.data.to_dict() == yaml.safe_load(front), "keys or values that the Hub would drop"
+    data = SpaceCardData(**card.data.to_dict())
     assert (data.sdk, data.app_file, data.python_version) == ("gradio", "app.py", "3.12")
     assert data.sdk_version == version("gradio")
     assert (ROOT / "space" / str(data.app_file)).is_file()
@@ -565,6 +651,32 @@ def test_a_report_is_shown_in_a_frame_without_scripts(tmp_path, monkeypatch):
     assert frame.count("<") == 2
     assert 'sandbox=""' in frame
     assert html.unescape(frame.partition('srcdoc="')[2].partition('"')[0]) == page.read_text()
+
+
+def test_the_report_of_a_clone_is_shown_with_its_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_KNN_RESULTS", str(tmp_path))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "a.png").write_bytes(b"picture")
+    (tmp_path / "report.md").write_text(
+        "# Results\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n![x](figures/a.png)\n![y](../b.png)",
+        "utf-8",
+    )
+    page = html.unescape(report_frame(find_report()).partition('srcdoc="')[2])
+    assert "<td>2</td>" in page
+    assert f"data:image/png;base64,{base64.b64encode(b'picture').decode()}" in page
+    assert "../b.png" in page, "no other file is read"
+
+
+def test_requirements_allow_what_is_tested_here():
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "space" / "requirements.txt").read_text("utf-8").splitlines()
+    found = {one.name: one.specifier for one in map(Requirement, lines)}
+    for name, allowed in found.items():
+        assert version(name) in allowed, name
+    assert {"torch", "gradio", "transformers", "faiss-cpu"} <= set(found)
 
 
 # ---- endpoints ----------------------------------------------------------------------------------
@@ -662,5 +774,32 @@ def test_curl_in_the_readme_works(space, tmp_path):
     assert "event: complete" in result.stdout
     (line,) = (x for x in result.stdout.splitlines() if x.startswith("data: "))
     assert '"answer"' in line
-    with contextlib.suppress(ValueError):
-        json.loads(line[6:])
+
+
+@pytest.mark.parametrize("endpoint", ["call/classify", "call/forget", "queue/join"])
+def test_no_address_is_fetched_for_a_visitor(endpoint, space, monkeypatch):
+    """Gradio downloads, without a limit, whatever looks like a file with an address."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "gradio.processing_utils.async_ssrf_protected_download",
+        lambda url, **where: asked.append(url),
+    )
+    file = {"path": "https://example.org/10GB.png", "meta": {"_type": "gradio.FileData"}}
+    reply = httpx.post(f"{space.url}gradio_api/{endpoint}", json={"data": [[file], None]})
+    assert reply.status_code == 400
+    assert "uploaded" in reply.json()["detail"]
+    assert asked == []
+
+
+def test_requests_are_bounded(space, monkeypatch, tmp_path):
+    place = f"{space.url}gradio_api/"
+    reply = httpx.post(f"{place}call/forget", content=b" " * (MAX_BODY + 1))
+    assert reply.status_code == 413
+    sent = (part for part in [b"without", b"a length"])
+    assert httpx.post(f"{place}upload", content=sent).status_code == 411
+    monkeypatch.setattr("guard.MAX_UPLOAD", 1000)
+    files = {"files": ("a.png", b"\0" * 2000)}
+    assert httpx.post(f"{place}upload", files=files).status_code == 413
+    monkeypatch.undo()
+    monkeypatch.setattr("guard.Shelf.has_room", lambda self, size: False)
+    assert httpx.post(f"{place}upload", files=files).status_code == 507

@@ -165,8 +165,16 @@ def test_a_neighbour_is_opened_with_its_own_neighbours_by_keyboard(visit, space,
     ]
     assert shown == hits
     assert f"Stored picture {row_id}" in visit.page.locator("#knn-near").inner_text()
-    loaded = visit.page.locator("#knn-near img").first.evaluate("image => image.naturalWidth")
-    assert loaded > 0
+    large = visit.page.locator("#knn-near .knn-answer img")
+    assert large.evaluate("image => image.naturalWidth") > 0
+    assert large.bounding_box()["width"] > 1.5 * tile.bounding_box()["width"]
+    for _ in range(2):  # it closes, the focus is where it was, and it opens again
+        visit.page.keyboard.press("Escape")
+        visit.page.locator("#knn-detail").wait_for(state="detached")
+        focused = visit.page.evaluate("document.activeElement.dataset.row")
+        assert focused == str(row_id)
+        visit.page.keyboard.press("Enter")
+        visit.page.wait_for_selector("#knn-detail")
 
 
 def test_a_class_taught_with_five_pictures_is_predicted_after_a_reload(visit, space, tmp_path):
@@ -232,6 +240,48 @@ def test_two_visitors_do_not_see_each_other(visit, browser, space, tmp_path):
     other.context.close()
 
 
+def test_tabs_of_one_browser_share_what_is_taught(visit, space, tmp_path):
+    """Also those that were opened before anything was taught."""
+    second = visit.context.new_page()
+    second.goto(space.url)
+    second.wait_for_selector("#knn-upload input[type=file]", state="attached")
+    second.wait_for_timeout(500)
+    visit.teach([write_picture(tmp_path / "0.png", 4, 0)], "first tab")
+    first, visit.page = visit.page, second
+    visit.teach([write_picture(tmp_path / "1.png", 4, 1)], "second tab")
+    labels = second.locator("#knn-taught b")
+    assert labels.all_inner_texts() == ["first tab", "second tab"]
+    visit.page = first
+    visit.open(space.url)
+    visit.page.get_by_role("tab", name="Teach").click()
+    visit.page.locator("#knn-taught .knn-tile").nth(1).wait_for()
+
+
+def test_a_pasted_picture_goes_to_the_tab_that_is_open(visit, tmp_path):
+    visit.page.get_by_role("tab", name="Teach").click()
+    visit.page.locator("#knn-teach").click()
+    message = visit.page.locator("#knn-said [role=alert]")
+    message.get_by_text("Expected pictures, but got none").wait_for()
+    data = as_uri(write_picture(tmp_path / "pasted.png", 4, 85).read_bytes())
+    visit.page.evaluate(
+        """async (uri) => {
+          const sent = new DataTransfer();
+          const blob = await (await fetch(uri)).blob();
+          sent.items.add(new File([blob], 'pasted.png', {type: 'image/png'}));
+          document.body.dispatchEvent(
+            new ClipboardEvent('paste', {clipboardData: sent, bubbles: true}));
+        }""",
+        data,
+    )
+    visit.page.locator("#knn-lessons .file-preview").wait_for()
+    visit.page.locator("#knn-label input").fill("eel")
+    visit.page.locator("#knn-label input").press("Enter")
+    visit.page.get_by_text("Taught 1; you have 1 now.").wait_for()
+    suggested = visit.page.locator("#knn-labels option")
+    values = suggested.evaluate_all("all => all.map((one) => one.value)")
+    assert values == ["ant", "bee", "cat", "eel"]
+
+
 def test_a_broken_file_is_a_message_and_the_next_one_works(visit, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -260,6 +310,16 @@ def test_several_pictures_give_a_csv(visit, tmp_path):
 def test_nothing_is_wider_than_a_phone(browser, space, tmp_path):
     visit = Visit(browser, space.url, width=390)
     visit.classify(write_picture(tmp_path / "asked.png", 1, 83))
-    width = visit.page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 390
+    visit.page.wait_for_function(  # the answer comes into view by itself
+        "document.querySelector('#knn-answer').getBoundingClientRect().bottom < innerHeight / 2"
+    )
+    for name in ("Classify", "Teach", "Explore", "API"):
+        if not visit.page.get_by_role("tab", name=name).is_visible():
+            visit.page.locator(".overflow-menu > button").click()
+        visit.page.get_by_role("tab", name=name).or_(
+            visit.page.locator(".overflow-dropdown").get_by_text(name)
+        ).first.click()
+        visit.page.wait_for_timeout(300)
+        width = visit.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390, name
     visit.context.close()
