@@ -31,6 +31,7 @@ KEPT_SECONDS = 7200.0
 _LOOK_EVERY = 60.0
 _BLOCK = 4096
 _FOLDER = "GRADIO_TEMP_DIR"  # of gradio's own, read whenever it keeps a file
+_OWN = "hf_knn_space"
 
 
 class Shelf:
@@ -81,9 +82,11 @@ class Shelf:
 
 @cache
 def shelf() -> Shelf:
-    """The one of this process; other gradio pages on the machine have theirs."""
-    own = Path(tempfile.gettempdir()) / "hf_knn_space"
-    return Shelf(Path(os.environ.setdefault(_FOLDER, str(own.resolve()))))
+    """The one of this process: a folder of its own, since all that is old in it is deleted."""
+    place = Path(os.environ.get(_FOLDER) or tempfile.gettempdir()).resolve()
+    own = place if place.name == _OWN else place / _OWN
+    os.environ[_FOLDER] = str(own)
+    return Shelf(own)
 
 
 class Guard:

@@ -4,6 +4,7 @@ import base64
 import copy
 import html
 import io
+import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from classify_tab import _controls
 from exports import as_csv, write_checkpoint, write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from guard import MAX_BODY, Shelf
+from guard import MAX_BODY, Shelf, shelf
 from journal import Example, Journal, JournalError, Taught
 from overlay import MAX_EXAMPLES, Overlay, fingerprint
 from service import Service
@@ -555,22 +556,33 @@ def test_a_damaged_journal_is_a_message(model, lessons, tmp_path, caplog):
     assert str(path) in caplog.text
 
 
-def test_the_shelf_is_bounded_and_swept(tmp_path, monkeypatch):
-    import os
+def test_what_lies_beside_the_shelf_is_never_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("years of work", encoding="utf-8")
+    os.utime(mine, (0, 0))
+    own = shelf.__wrapped__()
+    assert own.folder.parent == tmp_path.resolve()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(own.folder)
+    assert own.has_room(0)
+    assert mine.exists()
+    assert shelf.__wrapped__().folder == own.folder
 
+
+def test_the_shelf_is_bounded_and_swept(tmp_path, monkeypatch):
     monkeypatch.setattr("guard._LOOK_EVERY", 0.0)
-    shelf = Shelf(tmp_path / "shelf", max_bytes=100_000)
-    (shelf.folder / "a").mkdir()
-    (shelf.folder / "a" / "old.png").write_bytes(b"\0" * 90_000)
-    assert not shelf.has_room(20_000)
-    assert shelf.has_room(1_000)
+    own = Shelf(tmp_path / "shelf", max_bytes=100_000)
+    (own.folder / "a").mkdir()
+    (own.folder / "a" / "old.png").write_bytes(b"\0" * 90_000)
+    assert not own.has_room(20_000)
+    assert own.has_room(1_000)
     hours_ago = time.time() - 3 * 3600
-    for path in (shelf.folder / "a" / "old.png", shelf.folder / "a"):
+    for path in (own.folder / "a" / "old.png", own.folder / "a"):
         os.utime(path, (hours_ago, hours_ago))
-    assert shelf.has_room(90_000)
-    assert not (shelf.folder / "a" / "old.png").exists()
+    assert own.has_room(90_000)
+    assert not (own.folder / "a" / "old.png").exists()
     monkeypatch.setattr("guard._LOOK_EVERY", 60.0)
-    assert not shelf.has_room(20_000), "what was promised counts"
+    assert not own.has_room(20_000), "what was promised counts"
 
 
 def test_nothing_is_written_without_room(service, lessons, monkeypatch, tmp_path):
