@@ -22,6 +22,7 @@ from .rows import (
     shown,
     to_storage,
 )
+from .search_backend import check_alike
 
 
 class DatastoreChanges(DatastoreSearch):
@@ -134,7 +135,7 @@ class DatastoreChanges(DatastoreSearch):
         Raises:
             ValueError: for another width, metric, normalisation or backbone, or ids in both.
         """
-        self.check_alike(other)
+        check_alike(self, other)
         ids = None if renumber else other.ids
         return self.add(other.features, other.labels, ids, other.paths)
 

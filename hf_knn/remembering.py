@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .datastore import Datastore
 from .explaining import Calibration, Explanation, explain
 from .receipts import Receipt
+from .row_fingerprint import StoredRows
 from .rows import Values
+from .search_backend import SearchBackend
 from .teaching import (
     Follower,
     Label,
@@ -28,6 +29,10 @@ from .thumbnails import Thumbnails
 class Remembering:
     """The part of `KnnForImageClassification` that changes and explains what it remembers.
 
+    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
+    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
+    and checkpoint as one.
+
     Attributes:
         changes: receipts of what was taught and forgotten since the training, oldest first.
         forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
@@ -39,7 +44,7 @@ class Remembering:
     """
 
     changes: list[Receipt]
-    forgotten: Datastore | None
+    forgotten: StoredRows | None
     follower: Follower | None
     calibration: Calibration | None
     thumbnails: Thumbnails | None
@@ -81,7 +86,7 @@ class Remembering:
             64 hexadecimal digits, as in a receipt.
 
         Raises:
-            ValueError: without a datastore of the model's own.
+            ValueError: without a datastore.
         """
         return fingerprint_rows(self)
 
@@ -163,7 +168,7 @@ class Remembering:
         """
         return relabel(self, ids, labels)
 
-    def merge(self, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
         """Adds the rows of another datastore of the same backbone, all or none.
 
         Args:

@@ -20,16 +20,18 @@ from .class_names import Label, append_classes, name_classes, number_of, numbers
 from .datastore import Datastore
 from .functional import Metric, Weighting
 from .images import BadImageError, decode_image
+from .milvus_store import MilvusDatastore
 from .receipts import Change, Receipt, Scope
 from .ridge_head import center_head, follows_rows, prepare_rows, solve_head, sum_rows
-from .row_fingerprint import combine, sum_of
+from .row_fingerprint import StoredRows, combine, sum_of
 from .rows import Values, as_whole_numbers
+from .search_backend import SearchBackend, check_alike
 from .thumbnails import Thumbnails, small_webp
 
 logger = logging.getLogger(__name__)
 
 _STALE_NOTE = "Measured before later changes of the datastore."
-_BLOCK_ROWS, _ASKED_ROWS = 8192, 1024
+_ASKED_ROWS = 1024
 _FLAT_TEMPERATURE = 0.5
 """Above it, of squared distances of unit vectors, near and far rows weigh nearly the same."""
 _HEAD_NOTE = "the {} head keeps what it learned; train it again for it to follow"
@@ -44,6 +46,11 @@ _UNANSWERED_NOTE = (
 )
 _FLAT_NOTE = ", or set `knn_temperature` from {:g} to 0.14: that flat a vote ignores distances"
 _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
+_ELSEWHERE_NOTE = (
+    "the rows lie in {}, changed there for all; a checkpoint that refers to them opens when this "
+    "model was saved over it"
+)
+_COMPACTION_NOTE = "their bytes stay in the files of the server until it compacts them"
 _MEAN_NOTE = "the mean that centres rows was made with them; recenter=True makes it anew"
 
 
@@ -56,7 +63,7 @@ class Follower:
     """
 
     def __init__(self, model: Any) -> None:
-        self.total = _total(model.datastore)
+        self.total = model.datastore.hash_sum()
         self.ridge = sum_rows(model) if follows_rows(model.config) else None
         self._seen = _marks(model.datastore)
 
@@ -91,12 +98,12 @@ def fingerprint_rows(model: Any) -> str:
     """Of all rows of a model; what was counted for it serves later changes, also of copies.
 
     Args:
-        model: a `KnnForImageClassification` with a datastore of its own.
+        model: a `KnnForImageClassification` with a datastore.
 
     Raises:
         ValueError: without one.
     """
-    store = own_rows(model)
+    store = rows_of(model)
     return _follower(model).fingerprint(store)
 
 
@@ -204,7 +211,7 @@ def _what_is_unanswered(model: Any, features: Tensor, receipt: Receipt) -> str:
     return note + (_FLAT_NOTE.format(config.knn_temperature) if is_flat else "")
 
 
-def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+def merge(model: Any, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
     """Adds the rows of another datastore of the same backbone; ids that exist are numbered anew.
 
     Args:
@@ -215,8 +222,8 @@ def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store = own_rows(model)
-    store.check_alike(other)
+    store = rows_of(model)
+    check_alike(store, other)
     numbers = other.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
     taken = torch.isin(other.ids, store.ids).any()
@@ -232,11 +239,17 @@ def forget(
     recenter: bool = False,
 ) -> Receipt:
     """Removes rows; see `KnnForImageClassification.forget`."""
-    store = own_rows(model)
+    store = rows_of(model)
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
+    if recenter and not isinstance(store, Datastore):
+        raise ValueError(
+            f"Expected `recenter` to be False for rows in {store.location}, of which every one "
+            "would be written again; bring them home (model.datastore.to_datastore()) and load a "
+            "new collection."
+        )
     if label is not None:
-        ids = store.ids[store.labels == number_of(model, label)]
+        ids = store.ids_labelled(number_of(model, label))
     assert ids is not None
     return _remove(model, Change.FORGET, as_whole_numbers(ids, "ids"), recenter)
 
@@ -248,19 +261,20 @@ def relabel(model: Any, ids: Values, labels: Sequence[Label]) -> Receipt:
 
 def undo(model: Any) -> Receipt:
     """Takes the last change back; see `KnnForImageClassification.undo`."""
-    own_rows(model)
+    rows_of(model)
     if not model.changes or model.changes[-1].action == Change.UNDO:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
     last, gone = model.changes[-1], model.forgotten
     ids = torch.tensor(last.ids, dtype=torch.int64)
     if last.action == Change.FORGET:
-        if gone is None or not torch.equal(gone.ids, ids):
+        if gone is None or gone.ids.tolist() != last.ids:
             raise ValueError(
                 "Expected rows to bring back, but no byte of them was saved; teach them again, "
                 "or merge a backup."
             )
         pictures = model.forgotten_thumbnails
-        receipt = _add(model, Change.UNDO, gone.features, last.labels, gone.ids, gone.paths)
+        rows, paths = torch.from_numpy(gone.features), gone.paths if any(gone.paths) else None
+        receipt = _add(model, Change.UNDO, rows, last.labels, gone.ids, paths, gone.splits)
         if pictures is not None and model.thumbnails is not None:
             model.thumbnails = model.thumbnails.joined(pictures)
     elif last.action == Change.RELABEL:
@@ -278,48 +292,54 @@ def _add(
     labels: Sequence[Label],
     ids: Values | None,
     paths: Sequence[str] | None,
+    splits: list[str] | None = None,
 ) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = rows_of(model), _follower(model)
     numbers, new = numbers_of(model, labels, len(rows))
     before = len(store), follower.fingerprint(store)
-    added = store.add(rows, numbers, ids, paths)
+    if splits is None or isinstance(store, Datastore):  # whose rows are all of one split
+        added = store.add(rows, numbers, ids, paths)
+    else:
+        added = store.add(rows, numbers, ids, paths, split=splits)
     try:
-        stored = store.subset(added)  # as they were cast
-        follower.total += _total(stored)
+        stored = store.rows_of(added)  # as they were cast
+        follower.total += sum_of(stored)
         if follower.ridge is not None:
-            prepared = prepare_rows(model.head, stored.features)
-            follower.ridge.add(prepared, stored.labels)
+            follower.ridge.add(_prepared(model, stored), torch.from_numpy(stored.labels))
         follower.follow(model)
     except BaseException:
-        store.remove(added)
         model.follower = None
+        if isinstance(store, Datastore) or store.journal is None:  # by which it is taken back
+            store.remove(added)
         raise
     append_classes(model.config, new)
-    return _finish(model, follower, action, added, before, new_classes=new)
+    names = _names(model, numbers)
+    return _finish(model, follower, action, added, before, names, new_classes=new)
 
 
 def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = rows_of(model), _follower(model)
     before = len(store), follower.fingerprint(store)
-    gone = store.subset(ids)
-    names = [model.config.class_names[number] for number in gone.labels.tolist()]
+    gone = store.rows_of(ids)
     if follower.ridge is not None and not recenter:
-        follower.ridge.remove(prepare_rows(model.head, gone.features), gone.labels)
+        follower.ridge.remove(_prepared(model, gone), torch.from_numpy(gone.labels))
     try:
         store.remove(ids)
     except BaseException:
         model.follower = None
         raise
-    follower.total -= _total(gone)
+    follower.total -= sum_of(gone)
     notes = [] if recenter else [_MEAN_NOTE]
-    if recenter:
+    if recenter and isinstance(store, Datastore):
         store.recenter()
         if follower.ridge is not None:
             center_head(model.head, store.mean, model.config)
             follower.ridge = sum_rows(model)
     follower.follow(model)
     if action == Change.FORGET:
-        notes += [_CHOICE_NOTE, _HISTORY_NOTE]
+        is_here = isinstance(store, Datastore)
+        notes += [_CHOICE_NOTE, _HISTORY_NOTE if is_here else _COMPACTION_NOTE]
+    names = _names(model, torch.from_numpy(gone.labels))
     receipt = _finish(model, follower, action, ids, before, names, notes=notes)
     thumbnails = model.thumbnails
     if thumbnails is not None:
@@ -331,23 +351,24 @@ def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
 
 
 def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
-    store, follower = own_rows(model), _follower(model)
+    store, follower = rows_of(model), _follower(model)
     numbers, new = numbers_of(model, labels, len(ids))
     before = len(store), follower.fingerprint(store)
-    old = store.subset(ids)
-    names = [model.config.class_names[number] for number in old.labels.tolist()]
+    old = store.rows_of(ids)
+    old_numbers = torch.from_numpy(old.labels)
     if follower.ridge is not None:
-        prepared = prepare_rows(model.head, old.features)
-        follower.ridge.relabel(prepared, old.labels, numbers)
+        follower.ridge.relabel(_prepared(model, old), old_numbers, numbers)
     try:
         store.relabel(ids, numbers)
     except BaseException:
         model.follower = None
         raise
-    follower.total += _total(store.subset(ids)) - _total(old)
+    follower.total += sum_of(old._replace(labels=numbers.numpy())) - sum_of(old)
     follower.follow(model)
+    old_names = _names(model, old_numbers)
     append_classes(model.config, new)
-    return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
+    names = _names(model, numbers)
+    return _finish(model, follower, action, ids, before, names, old_names, new_classes=new)
 
 
 def _finish(
@@ -356,19 +377,19 @@ def _finish(
     action: str,
     ids: Tensor,
     before: tuple[int, str],
-    labels: list[str] | None = None,
+    labels: list[str],
     old_labels: Sequence[str] = (),
     new_classes: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Receipt:
     """Writes the receipt, and into the measurements that they are of before."""
     store = model.datastore
-    if labels is None:
-        labels = [model.config.class_names[n] for n in store.subset(ids).labels.tolist()]
     scope, remarks = Scope.STORE_AND_HEAD, [*notes, *([_TAUGHT_NOTE] if new_classes else [])]
     if follower.ridge is None:
         scope = Scope.STORE
         remarks.insert(0, _HEAD_NOTE.format(model.config.head))
+    if store.location is not None:
+        remarks.append(_ELSEWHERE_NOTE.format(store.location))
     receipt = Receipt(
         str(action), ids.tolist(), labels, before[0], len(store), before[1],
         follower.fingerprint(store), str(scope), datetime.now(UTC).isoformat(timespec="seconds"),
@@ -382,39 +403,21 @@ def _finish(
     return receipt
 
 
-def own_rows(model: Any) -> Datastore:
-    """The datastore of a model whose rows lie beside it, so that they change as one.
+def rows_of(model: Any) -> Datastore | MilvusDatastore:
+    """The datastore of a model, to be changed.
 
     Args:
         model: a `KnnForImageClassification`.
 
     Raises:
-        ValueError: without one, or for one elsewhere, saying what to do.
+        ValueError: without one.
     """
-    if model.datastore is None:
+    store: Datastore | MilvusDatastore | None = model.datastore
+    if store is None:
         raise ValueError(
             "Expected a model with a datastore to change, but it has none; train it first."
         )
-    if not isinstance(model.datastore, Datastore):
-        raise ValueError(
-            f"Expected rows beside the model, but they lie in {model.datastore.location}: that and "
-            f"the files of a checkpoint cannot be changed as one. {_elsewhere(model)}"
-        )
-    return model.datastore
-
-
-def _elsewhere(model: Any) -> str:
-    """How to change rows that lie elsewhere."""
-    home = "bring them home first (model.datastore = model.datastore.to_datastore())"
-    if follows_rows(model.config):
-        return (
-            f"A ridge head has to follow its rows, so {home}, change and save the model, and load "
-            "a new collection with `hf-knn milvus`."
-        )
-    return (
-        "Change rows of known classes there (model.datastore.add, remove or relabel), then save "
-        f"the model: until then its checkpoint refuses to open. For new classes and undo, {home}."
-    )
+    return store
 
 
 def _follower(model: Any) -> Follower:
@@ -424,20 +427,22 @@ def _follower(model: Any) -> Follower:
 
 
 def _marks(store: Any) -> tuple[Any, ...]:
-    """Objects that are replaced when rows, labels or mean change."""
-    return store, store.ids, store.labels, store.mean
+    """The datastore, and objects that are replaced when rows, labels or mean change."""
+    return store, *store.marks
 
 
-def _total(store: Datastore) -> int:
-    """The sum of the hashes of all rows."""
-    starts = range(0, len(store), _BLOCK_ROWS)
-    return sum(sum_of(store.rows(slice(start, start + _BLOCK_ROWS))) for start in starts)
+def _prepared(model: Any, rows: StoredRows) -> Tensor:
+    return prepare_rows(model.head, torch.from_numpy(rows.features))
+
+
+def _names(model: Any, numbers: Tensor) -> list[str]:
+    return [model.config.class_names[number] for number in numbers.tolist()]
 
 
 def _drop_classes(model: Any, names: Sequence[str]) -> None:
     """Takes back classes that the undone change had made, the newest first, if no row is left."""
     follower, kept = _follower(model), list(model.config.class_names)
-    used = set(model.datastore.labels.unique().tolist())
+    used = set(model.datastore.labels.unique().tolist()) if names else set()
     for name in reversed(names):
         if kept[-1] == name and len(kept) - 1 not in used:
             kept.pop()
