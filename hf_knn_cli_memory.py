@@ -84,7 +84,7 @@ def relabel(
 
 @app.command()
 def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> None:
-    """Take the last change back."""
+    """Take the last change back: one that was interrupted, if there is one, and then no other."""
     from hf_knn.console import run
     from hf_knn.teach_command import undo_change
 

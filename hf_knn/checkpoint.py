@@ -40,6 +40,7 @@ from .model_card import (
     read_picture,
     write_measured,
 )
+from .pending_change import PENDING_NAME, explain_pending, is_pending
 from .processors import load_processor
 from .publishing import CARD_NAME
 from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
@@ -62,13 +63,14 @@ OWN_CODE = (
     "backbone.py", "blobs.py", "checkpoint.py", "class_names.py", "confidence.py",
     "configuration_knn.py", "datastore.py", "datastore_changes.py", "datastore_files.py",
     "datastore_opening.py", "datastore_reference.py", "datastore_rows.py", "datastore_search.py",
-    "explaining.py", "faiss_index.py", "first_pass.py", "flips.py", "following.py",
-    "functional.py", "heads.py", "hub_files.py", "images.py", "indexing.py", "manifest.py",
-    "milvus_changes.py", "milvus_client.py", "milvus_collection.py", "milvus_load.py",
-    "milvus_rows.py", "milvus_search.py", "milvus_store.py", "model_card.py", "modeling_knn.py",
-    "persistence.py", "processors.py", "publishing.py", "receipts.py", "remembering.py",
-    "ridge_head.py", "ridge_state.py", "row_fingerprint.py", "row_table.py", "rows.py",
-    "search.py", "search_backend.py", "storage.py", "teaching.py", "thumbnails.py",
+    "explaining.py", "faiss_index.py", "first_pass.py", "flips.py", "following.py", "functional.py",
+    "heads.py", "hub_files.py", "images.py", "indexing.py", "manifest.py", "milvus_changes.py",
+    "milvus_client.py", "milvus_collection.py", "milvus_index.py", "milvus_load.py",
+    "milvus_reading.py", "milvus_rows.py", "milvus_search.py", "milvus_store.py", "model_card.py",
+    "modeling_knn.py", "pending_change.py", "persistence.py", "processors.py", "publishing.py",
+    "receipts.py", "remembering.py", "ridge_head.py", "ridge_state.py", "row_fingerprint.py",
+    "row_table.py", "rows.py", "search.py", "search_backend.py", "storage.py", "teaching.py",
+    "thumbnails.py",
 )  # fmt: skip
 """The files that travel with a checkpoint for `trust_remote_code`."""
 
@@ -87,7 +89,7 @@ def is_checkpoint_file(name: str) -> bool:
     return (
         name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
         or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME, *OWN_CODE)
-        or name.startswith(".datastore-")
+        or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
 
@@ -113,6 +115,7 @@ def write_checkpoint(
     model.config.auto_map = dict(AUTO_MAP)
     try:
         with replaced_folder(folder, is_checkpoint_file) as staging:
+            _refuse_pending(store, folder)
             save_weights(staging, push_to_hub=False, **options)
             if model.image_processor is not None:
                 model.image_processor.save_pretrained(staging)
@@ -144,6 +147,15 @@ def _write_card(model: Any, folder: Path, staging: Path) -> None:
     if drawing.is_file() and model.measured is not None:
         link_or_copy(str(drawing), str(staging / RELIABILITY_NAME))
     (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
+
+
+def _refuse_pending(store: SearchBackend | None, folder: Path) -> None:
+    """Keeps what takes another's change back, which the new version would not have."""
+    own = store.journal if isinstance(store, MilvusDatastore) else None
+    if is_pending(folder) and own != folder.resolve() / PENDING_NAME:
+        raise DatastoreError(
+            f"Expected {folder} to be whole, to be saved over. {explain_pending(folder)}"
+        )
 
 
 def _write_thumbnails(model: Any, folder: Path) -> None:
@@ -296,10 +308,7 @@ class CheckpointAttempt:
             return None
         store: SearchBackend
         if isinstance(self.manifest, DatastoreReference):
-            store = MilvusDatastore.open(
-                self.manifest, trust_remote_datastore=consent.trusted, uri=consent.uri,
-                token=consent.token,
-            )  # fmt: skip
+            store = self._open_elsewhere(self.manifest, consent)
         else:
             store = Datastore.from_manifest(
                 self.manifest,
@@ -318,6 +327,24 @@ class CheckpointAttempt:
                 "can differ a little.", dtype, binding.dtype,
             )  # fmt: skip
         return store
+
+    def _open_elsewhere(
+        self, reference: DatastoreReference, consent: RemoteConsent
+    ) -> MilvusDatastore:
+        try:
+            return MilvusDatastore.open(
+                reference, trust_remote_datastore=consent.trusted, uri=consent.uri,
+                token=consent.token,
+            )  # fmt: skip
+        except DatastoreError as error:
+            folder = Path(self.reader.name)
+            if not self.reader.is_folder or not is_pending(folder):
+                raise
+            # not the advice for a collection alone, to take the rows that are there
+            raise DatastoreError(
+                f"Expected the rows of {folder} to be those that it names, but they are not. "
+                f"{explain_pending(folder)}"
+            ) from error
 
     def read_thumbnails(self) -> Thumbnails | None:
         """Small pictures of the rows, if the datastore's manifest names their file.

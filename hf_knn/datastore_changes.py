@@ -23,6 +23,7 @@ from .rows import (
     shown,
     to_storage,
 )
+from .search_backend import check_alike
 
 
 class DatastoreChanges(DatastoreSearch):
@@ -135,7 +136,7 @@ class DatastoreChanges(DatastoreSearch):
         Raises:
             ValueError: for another width, metric, normalisation or backbone, or ids in both.
         """
-        self.check_alike(other)
+        check_alike(self, other)
         ids = None if renumber else other.ids
         return self.add(other.features, other.labels, ids, other.paths)
 
@@ -157,19 +158,13 @@ class DatastoreChanges(DatastoreSearch):
         self.mean, self._table, self._trusted = new, self._table.with_new_mean(), None
         self._drop_index()
 
-    def restore(self, earlier: Self) -> bool:
+    def restore(self, earlier: Self) -> None:
         """Takes everything back since a copy was made; free, since rows are never written in place.
 
         Args:
             earlier: `copy.copy` of this datastore.
-
-        Returns:
-            Whether anything had changed.
         """
-        if self._table is earlier._table and self.mean is earlier.mean:
-            return False
         self.__dict__.update(earlier.__dict__)
-        return True
 
     def _mean_of_rows(self) -> Tensor:
         if not len(self):

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -15,7 +15,7 @@ from .first_pass import Singles
 from .functional import Metric
 from .indexing import FLAT, MIN_RECALL, Placement, choose_index, parse_memory
 from .manifest import STORAGE_DTYPES, Binding, DatastoreError, IndexInfo, Manifest
-from .row_fingerprint import StoredRows
+from .row_fingerprint import StoredRows, sum_of
 from .row_table import RowTable
 from .rows import (
     Values,
@@ -26,6 +26,8 @@ from .rows import (
     shown,
 )
 from .search import Searcher
+
+_BLOCK_ROWS = 8192
 
 
 class DatastoreRows:
@@ -184,18 +186,46 @@ class DatastoreRows:
         part.digest, part.source = self.digest, dict(self.source)
         return part
 
-    def check_alike(self, other: "DatastoreRows") -> None:
-        """Refuses a datastore whose rows cannot lie among these.
+    def blocks(self) -> Iterator[StoredRows]:
+        """All rows with all that is stored about them, block by block.
+
+        Yields:
+            The next rows.
+        """
+        for start in range(0, len(self), _BLOCK_ROWS):
+            yield self.rows(slice(start, start + _BLOCK_ROWS))
+
+    def rows_of(self, ids: Values) -> StoredRows:
+        """Some of the rows with all that is stored about them.
+
+        Args:
+            ids: [M] unique ids that the datastore has, in the order wanted.
 
         Raises:
-            ValueError: for another width, metric, normalisation or backbone.
+            ValueError: for an id that it does not have.
         """
-        for name in ("dim", "metric", "normalization"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
-        if self.digest and other.digest and self.digest != other.digest:
-            raise ValueError("Expected rows of the same backbone, but the other's is another one.")
+        rows, table = self._positions(ids), self._table
+        return StoredRows(
+            table.ids[rows].numpy(), table.labels[rows].numpy(), table.features[rows.numpy()],
+            self.paths_of(ids), [self.source.get("split", "")] * len(rows),
+        )  # fmt: skip
+
+    def ids_labelled(self, label: int) -> Tensor:
+        """[M] int64, the ids of the rows of one class.
+
+        Args:
+            label: of the class.
+        """
+        return self.ids[self.labels == label]
+
+    def hash_sum(self) -> int:
+        """The sum of the hashes of all rows, see `sum_of`; all are read."""
+        return sum(sum_of(rows) for rows in self.blocks())
+
+    @property
+    def marks(self) -> tuple[Any, ...]:
+        """Objects that are replaced when rows, labels or mean change."""
+        return self.ids, self.labels, self.mean
 
     def label_beyond(self, classes: int) -> int | None:
         """The largest label, if it is >= classes; else None.

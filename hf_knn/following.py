@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .class_names import name_classes
 from .datastore import Datastore
+from .milvus_store import MilvusDatastore
 from .ridge_head import center_head, follows_rows, solve_head, sum_rows
-from .row_fingerprint import combine, sum_of
+from .row_fingerprint import combine
 
-_BLOCK_ROWS = 8192
 _KEPT = (
-    "measured", "forgotten", "forgotten_thumbnails", "forgotten_picture", "thumbnails",
-    "neighbor_picture",
+    "measured", "forgotten", "forgotten_mean", "forgotten_thumbnails", "forgotten_picture",
+    "thumbnails", "neighbor_picture",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ class Follower:
     """
 
     def __init__(self, model: Any) -> None:
-        self.total = total_of(model.datastore)
+        self.total = model.datastore.hash_sum()
         self.ridge = sum_rows(model) if follows_rows(model.config) else None
         self._seen = _marks(model.datastore)
 
@@ -59,46 +59,28 @@ class Follower:
             model.config.num_head_labels = self.ridge.num_labels
 
 
-def own_rows(model: Any) -> Datastore:
-    """The datastore of a model whose rows lie beside it, so that they change as one.
+def rows_of(model: Any) -> Datastore | MilvusDatastore:
+    """The datastore of a model, to be changed.
 
     Args:
         model: a `KnnForImageClassification`.
 
     Raises:
-        ValueError: without one, or for one elsewhere, saying what to do.
+        ValueError: without one.
     """
-    if model.datastore is None:
+    store: Datastore | MilvusDatastore | None = model.datastore
+    if store is None:
         raise ValueError(
             "Expected a model with a datastore to change, but it has none; train it first."
         )
-    if not isinstance(model.datastore, Datastore):
-        raise ValueError(
-            f"Expected rows beside the model, but they lie in {model.datastore.location}: that and "
-            f"the files of a checkpoint cannot be changed as one. {_elsewhere(model)}"
-        )
-    return model.datastore
-
-
-def _elsewhere(model: Any) -> str:
-    """How to change rows that lie elsewhere."""
-    home = "bring them home first (model.datastore = model.datastore.to_datastore())"
-    if follows_rows(model.config):
-        return (
-            f"A ridge head has to follow its rows, so {home}, change and save the model, and load "
-            "a new collection with `hf-knn milvus`."
-        )
-    return (
-        "Change rows of known classes there (model.datastore.add, remove or relabel), then save "
-        f"the model: until then its checkpoint refuses to open. For new classes and undo, {home}."
-    )
+    return store
 
 
 def follower_of(model: Any) -> Follower:
     """What follows a model's datastore; rows that were changed behind its back are counted again.
 
     Args:
-        model: a `KnnForImageClassification` with a datastore of its own.
+        model: a `KnnForImageClassification` with a datastore.
     """
     if model.follower is None or not model.follower.is_of(model):
         model.follower = Follower(model)
@@ -106,18 +88,8 @@ def follower_of(model: Any) -> Follower:
 
 
 def _marks(store: Any) -> tuple[Any, ...]:
-    """Objects that are replaced when rows, labels or mean change."""
-    return store, store.ids, store.labels, store.mean
-
-
-def total_of(store: Datastore) -> int:
-    """The sum of the hashes of all rows.
-
-    Args:
-        store: the rows.
-    """
-    starts = range(0, len(store), _BLOCK_ROWS)
-    return sum(sum_of(store.rows(slice(start, start + _BLOCK_ROWS))) for start in starts)
+    """The datastore, and objects that are replaced when rows, labels or mean change."""
+    return store, *store.marks
 
 
 @contextmanager
@@ -128,9 +100,11 @@ def whole_change(model: Any) -> Iterator[None]:
         model: a `KnnForImageClassification`.
 
     Raises:
-        ValueError: see `own_rows`.
+        ValueError: see `rows_of`.
+        DatastoreConnectionError: if rows in Milvus changed and the server then went away.
     """
-    store, head, config = own_rows(model), model.head, model.config
+    store: Any = rows_of(model)
+    head, config, marks = model.head, model.config, store.marks
     rows, names, changes = copy.copy(store), config.class_names, list(model.changes)
     counts = config.num_head_labels, config.num_tuned_labels
     classifier, mean, scale = head.classifier, head.mean.clone(), head.scale.clone()
@@ -138,8 +112,6 @@ def whole_change(model: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if store.restore(rows):
-            model.follower = None
         head.classifier = classifier
         head.mean.copy_(mean)
         head.scale.copy_(scale)
@@ -148,6 +120,9 @@ def whole_change(model: Any) -> Iterator[None]:
         model.changes[:] = changes
         for name, value in kept.items():
             setattr(model, name, value)
+        if any(one is not other for one, other in zip(store.marks, marks, strict=True)):
+            model.follower = None
+            store.restore(rows)
         raise
 
 

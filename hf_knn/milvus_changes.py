@@ -1,8 +1,8 @@
-"""Changes of a collection in Milvus: checked whole before the first row is written."""
+"""Changes of a collection in Milvus: made up and checked whole before the first row is written."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,45 @@ from .rows import (
 )
 
 
+class Reversal(NamedTuple):
+    """What it takes to make a collection what it was before a change.
+
+    Attributes:
+        before: the record before the change.
+        after: the record after it.
+        old: the rows that it removes or replaces.
+        added: ids that were not there before.
+    """
+
+    before: About
+    after: About
+    old: StoredRows
+    added: list[int]
+
+
+class RowChange(NamedTuple):
+    """A change of a collection, checked and ready to be made.
+
+    Attributes:
+        before: the record as it is.
+        after: the record as it will be.
+        old: the rows that go, or are replaced.
+        new: the rows that come, or replace them.
+    """
+
+    before: About
+    after: About
+    old: StoredRows
+    new: StoredRows
+
+    @property
+    def reversal(self) -> Reversal:
+        """How to take it back."""
+        known = set(self.old.ids.tolist())
+        added = [row_id for row_id in self.new.ids.tolist() if row_id not in known]
+        return Reversal(self.before, self.after, self.old, added)
+
+
 def rows_with(
     collection: MilvusCollection, ids: Values, fields: Sequence[str] = ROW_FIELDS
 ) -> list[Any]:
@@ -59,34 +98,33 @@ def rows_with(
     return [found[row_id] for row_id in wanted.tolist()]
 
 
-def add_rows(
+def rows_to_add(
     collection: MilvusCollection,
     about: About,
     features: Tensor | NDArray,
     labels: Values,
     ids: Values | None,
     paths: Sequence[str] | None,
-    split: str,
-) -> tuple[About, Tensor]:
-    """Adds rows; see `MilvusDatastore.add`.
+    splits: str | Sequence[str],
+) -> RowChange:
+    """The change that adds rows; see `MilvusDatastore.add`.
 
     Args:
         collection: where to.
-        about: the record as it was.
+        about: the record as it is.
         features: [M, D] raw features.
         labels: [M] whole numbers >= 0.
         ids: [M] that are not there; None takes numbers that no row ever had.
         paths: M strings, or None.
-        split: of these rows.
-
-    Returns:
-        The record as it is now, and the ids [M].
+        splits: of these rows, one for all or M.
     """
     added = as_features(features, "features", about.dim)
     first = about.next_id
-    numbers = torch.arange(first, first + len(added))
-    if ids is not None:
-        numbers = as_whole_numbers(ids, "ids")
+    if ids is None and first + len(added) > torch.iinfo(torch.int64).max:
+        raise ValueError("Expected `ids`, since no larger ones are left; pass unused ones.")
+    numbers = (
+        torch.arange(first, first + len(added)) if ids is None else as_whole_numbers(ids, "ids")
+    )
     row_labels, row_ids = check_row_numbers(as_whole_numbers(labels, "labels"), numbers, len(added))
     known = sorted(row["id"] for row in collection.get(row_ids.tolist(), ["id"]))
     if known:
@@ -95,89 +133,144 @@ def add_rows(
             f"{shown(torch.tensor(known))}; remove them first or leave `ids` out."
         )
     new_paths = check_paths(paths, len(added))
-    check_rows(new_paths, split, about.dim, about.dtype)
-    rows = StoredRows(
+    own_splits = [splits] * len(added) if isinstance(splits, str) else list(splits)
+    if len(own_splits) != len(added):
+        raise ValueError(f"Expected one split per row ({len(added)}), but got {len(own_splits)}.")
+    check_rows(new_paths, set(own_splits), about.dim, about.dtype)
+    new = StoredRows(
         row_ids.numpy(), row_labels.numpy(), _to_storage(added, collection, about),
-        new_paths or [""] * len(added), [split] * len(added),
+        new_paths or [""] * len(added), own_splits,
     )  # fmt: skip
     after = dataclasses.replace(
         about,
         count=about.count + len(added),
-        total=(about.total + sum_of(rows)) % 2**256,
-        next_id=max([first, *(row_ids + 1).tolist()]),
+        total=(about.total + sum_of(new)) % 2**256,
+        next_id=max([first, *(row_id + 1 for row_id in row_ids.tolist())]),
         has_paths=about.has_paths or new_paths is not None,
     )
-    _change(collection, about, after, lambda: _upsert(collection, about, rows))
-    return after, row_ids
+    return RowChange(about, after, decode_rows([], about), new)
 
 
-def remove_rows(collection: MilvusCollection, about: About, ids: Values) -> About:
-    """Removes rows; see `MilvusDatastore.remove`.
+def rows_to_remove(collection: MilvusCollection, about: About, ids: Values) -> RowChange:
+    """The change that removes rows; see `MilvusDatastore.remove`.
 
     Args:
         collection: where from.
-        about: the record as it was.
+        about: the record as it is.
         ids: [M] unique ids that are there.
-
-    Returns:
-        The record as it is now.
     """
-    rows = decode_rows(rows_with(collection, ids), about)
+    old = decode_rows(rows_with(collection, ids), about)
     after = dataclasses.replace(
         about,
-        count=about.count - len(rows.ids),
-        total=(about.total - sum_of(rows)) % 2**256,
+        count=about.count - len(old.ids),
+        total=(about.total - sum_of(old)) % 2**256,
     )
-    _change(collection, about, after, lambda: collection.delete(rows.ids.tolist()))
-    return after
+    return RowChange(about, after, old, decode_rows([], about))
 
 
-def relabel_rows(collection: MilvusCollection, about: About, ids: Values, labels: Values) -> About:
-    """Gives rows other labels; see `MilvusDatastore.relabel`.
+def rows_to_relabel(
+    collection: MilvusCollection, about: About, ids: Values, labels: Values
+) -> RowChange:
+    """The change that gives rows other labels; see `MilvusDatastore.relabel`.
 
     Args:
         collection: where they are.
-        about: the record as it was.
+        about: the record as it is.
         ids: [M] unique ids that are there.
         labels: [M] whole numbers >= 0.
-
-    Returns:
-        The record as it is now.
     """
-    before = decode_rows(rows_with(collection, ids), about)
+    old = decode_rows(rows_with(collection, ids), about)
     wanted = as_whole_numbers(labels, "labels")
-    if len(wanted) != len(before.ids):
+    if len(wanted) != len(old.ids):
         raise ValueError(
-            f"Expected one of `labels` per id ({len(before.ids)}), but got {len(wanted)}."
+            f"Expected one of `labels` per id ({len(old.ids)}), but got {len(wanted)}."
         )
-    rows = before._replace(labels=wanted.numpy())
-    total = (about.total - sum_of(before) + sum_of(rows)) % 2**256
-    after = dataclasses.replace(about, total=total)
-    _change(collection, about, after, lambda: _upsert(collection, about, rows))
-    return after
+    new = old._replace(labels=wanted.numpy())
+    total = (about.total - sum_of(old) + sum_of(new)) % 2**256
+    return RowChange(about, dataclasses.replace(about, total=total), old, new)
 
 
-def _change(
-    collection: MilvusCollection, before: About, after: About, action: Callable[[], None]
-) -> None:
-    """Marks the collection while it is neither what it was nor what it will be."""
+def check_unchanged(collection: MilvusCollection, about: About) -> None:
+    """Refuses a collection that somebody else changed.
+
+    Args:
+        collection: the collection.
+        about: the record as we know it.
+
+    Raises:
+        DatastoreError: with both numbers of rows.
+    """
     found = collection.read_about()
-    if found != before:
-        state = "gone" if found is None else f"{found.state}, {found.count} rows"
+    if found != about:
         raise DatastoreError(
-            f"Expected {collection} as it was ({before.count} rows), but it is {state}; "
+            f"Expected {collection} as it was ({about.count} rows), but it is {_said(found)}; "
             "somebody else changed it, connect again."
         )
-    collection.write_about(dataclasses.replace(before, state=CHANGING))
-    action()
+
+
+def make_change(collection: MilvusCollection, change: RowChange) -> None:
+    """Changes the rows; the collection is marked while it is neither what it was nor will be.
+
+    Args:
+        collection: whose record is `change.before`.
+        change: what to do.
+
+    Raises:
+        DatastoreConnectionError: if the server does not answer; the collection stays marked.
+    """
+    before, after, old, new = change
+    kept = set(new.ids.tolist())
+    collection.write_about(_marked(before))
+    collection.delete([row_id for row_id in old.ids.tolist() if row_id not in kept])
+    _upsert(collection, before, new)
     collection.write_about(after)
 
 
+def take_back(collection: MilvusCollection, reversal: Reversal) -> None:
+    """Makes a collection what it was, however far a change of it came; can be repeated.
+
+    Args:
+        collection: the collection.
+        reversal: of the change.
+
+    Raises:
+        DatastoreError: if somebody else changed it since.
+        DatastoreConnectionError: if the server does not answer.
+    """
+    before, after, old, added = reversal
+    found = collection.read_about()
+    if found == before:
+        return
+    if found not in (_marked(before), after):
+        raise DatastoreError(
+            f"Expected {collection} as an interrupted change left it ({before.count} or "
+            f"{after.count} rows), but it is {_said(found)}; somebody else changed it since."
+        )
+    collection.write_about(_marked(before))
+    collection.delete(added)
+    _upsert(collection, before, old)
+    count = collection.count()
+    if count != before.count:
+        raise DatastoreError(
+            f"Expected {collection} to hold {before.count} rows again, but it holds {count}; "
+            "somebody else changed it since."
+        )
+    collection.write_about(before)
+
+
+def _marked(about: About) -> About:
+    return dataclasses.replace(about, state=CHANGING)
+
+
+def _said(found: About | None) -> str:
+    return "gone" if found is None else f"{found.state}, {found.count} rows"
+
+
 def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> None:
-    step = rows_per_call(about.dim, BATCH_ROWS)
-    encoded = encode_rows(rows, space_of(about).first_pass_rows(rows.features))
-    for start in range(0, len(encoded), step):
-        collection.upsert(encoded[start : start + step])
+    step, space = rows_per_call(about.dim, BATCH_ROWS), space_of(about)
+    for start in range(0, len(rows.ids), step):
+        part = rows.part(slice(start, start + step))
+        collection.upsert(encode_rows(part, space.first_pass_rows(part.features)))
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:

@@ -10,6 +10,7 @@ from .datastore_reference import DatastoreReference, read_manifest
 from .manifest import MANIFEST_NAME
 from .milvus_store import MilvusDatastore
 from .modeling_knn import KnnForImageClassification
+from .storage import exclusive_lock
 
 
 def move_to_milvus(
@@ -43,19 +44,20 @@ def move_to_milvus(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
         )
     manifest = checkpoint / MANIFEST_NAME
-    if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
-        raise ValueError(
-            f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
-        )
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    if not isinstance(model.datastore, Datastore):
-        raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-    with progress_bars():
-        model.datastore = MilvusDatastore.from_datastore(
-            model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
-        )
-    model.save_pretrained(checkpoint)
-    store = model.datastore
+    with exclusive_lock(checkpoint.resolve()):  # or a row that is taught meanwhile would be lost
+        if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
+            raise ValueError(
+                f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
+            )
+        model = KnnForImageClassification.from_pretrained(checkpoint)
+        if not isinstance(model.datastore, Datastore):
+            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        with progress_bars():
+            store = MilvusDatastore.from_datastore(
+                model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
+            )
+        model.datastore = store
+        model.save_pretrained(checkpoint)
     console.print(
         f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
         f"searched by {escape(str(store.index))}. "

@@ -59,7 +59,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
     Raises:
         ValueError: for rows that Milvus cannot hold.
     """
-    check_rows(store.paths, store.source.get("split", ""), store.dim, store.dtype)
+    check_rows(store.paths, [store.source.get("split", "")], store.dim, store.dtype)
     total, largest = 0, 0.0
     mean = store.mean.double().numpy()
     for start in range(0, len(store), _BLOCK):

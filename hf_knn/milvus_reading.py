@@ -113,6 +113,45 @@ class MilvusReading:
         for page in self.collection.pages(ROW_FIELDS, where, rows_per_call(self.dim, 4096)):
             yield decode_rows(page, self._about)
 
+    def rows_of(self, ids: Values) -> StoredRows:
+        """Some of the rows, in the order wanted.
+
+        Args:
+            ids: [M] unique ids that the datastore has.
+
+        Raises:
+            ValueError: for an id that it does not have.
+        """
+        return decode_rows(rows_with(self.collection, ids), self._about)
+
+    def subset(self, ids: Values) -> Datastore:
+        """An embedded datastore of some of the rows, with the same mean.
+
+        Args:
+            ids: [M] unique ids that the datastore has, in the order wanted.
+
+        Raises:
+            ValueError: for an id that it does not have.
+        """
+        return self._embedded([self.rows_of(ids)], FLAT)
+
+    def ids_labelled(self, label: int) -> Tensor:
+        """[M] int64, the ids of the rows of one class, ascending.
+
+        Args:
+            label: of the class.
+        """
+        return torch.tensor(self._column("id", f"label == {int(label)}"), dtype=torch.int64)
+
+    def hash_sum(self) -> int:
+        """The sum of the hashes of all rows, see `sum_of`, as the record says it."""
+        return self._about.total
+
+    @property
+    def marks(self) -> tuple[Any, ...]:
+        """Objects that are replaced when rows, labels or mean change."""
+        return (self._about,)
+
     def label_beyond(self, classes: int) -> int | None:
         """A label >= classes that a row has; None if there is none.
 
@@ -161,9 +200,13 @@ class MilvusReading:
             split: only rows of this one; None for all.
             index: of the embedded one, see `Datastore.from_features`.
         """
-        parts = list(self.blocks(split))
-        if not parts:
-            parts = [decode_rows([], self._about)]
+        store = self._embedded(list(self.blocks(split)), index)
+        if split is not None:
+            store.source["split"] = split
+        return store
+
+    def _embedded(self, parts: list[StoredRows], index: str) -> Datastore:
+        parts = parts or [decode_rows([], self._about)]
         ids, labels, features = (
             torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in range(3)
         )
@@ -173,12 +216,10 @@ class MilvusReading:
             normalization=self.normalization, index=index, paths=paths,
         )  # fmt: skip
         store.digest, store.source = self.digest, dict(self.source)
-        if split is not None:
-            store.source["split"] = split
         return store
 
-    def _column(self, name: str) -> list[Any]:
-        pages = self.collection.pages(["id", name], "", _PAGE)
+    def _column(self, name: str, where: str = "") -> list[Any]:
+        pages = self.collection.pages(["id", name], where, _PAGE)
         return [row[name] for page in pages for row in page]
 
     def _count(self, where: str) -> int:

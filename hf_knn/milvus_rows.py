@@ -8,7 +8,7 @@ that Milvus searches.
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -141,12 +141,12 @@ class About:
         )
 
 
-def check_rows(paths: Sequence[str] | None, split: str, dim: int, dtype: str) -> None:
+def check_rows(paths: Sequence[str] | None, splits: Collection[str], dim: int, dtype: str) -> None:
     """Refuses what does not fit into a row.
 
     Args:
         paths: of the rows, or None.
-        split: of the rows.
+        splits: of the rows, each at least once.
         dim: width of a row.
         dtype: storage dtype.
 
@@ -158,8 +158,11 @@ def check_rows(paths: Sequence[str] | None, split: str, dim: int, dtype: str) ->
         raise ValueError(
             f"Expected rows of at most {LONGEST_TEXT // 16 * 3} values for Milvus, but got {dim}."
         )
-    if len(split.encode()) > LONGEST_SPLIT:
-        raise ValueError(f"Expected a split of at most {LONGEST_SPLIT} bytes, but got {split!r}.")
+    for split in splits:
+        if len(split.encode()) > LONGEST_SPLIT:
+            raise ValueError(
+                f"Expected a split of at most {LONGEST_SPLIT} bytes, but got {split!r}."
+            )
     for number, path in enumerate(paths or []):
         try:
             size = len(path.encode())

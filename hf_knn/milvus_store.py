@@ -13,13 +13,23 @@ from .datastore import Datastore
 from .datastore_reference import DatastoreReference, RemoteConsent, read_manifest
 from .indexing import FLAT, MIN_RECALL
 from .manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError
-from .milvus_changes import add_rows, relabel_rows, remove_rows
+from .milvus_changes import (
+    Reversal,
+    RowChange,
+    check_unchanged,
+    make_change,
+    rows_to_add,
+    rows_to_relabel,
+    rows_to_remove,
+    take_back,
+)
 from .milvus_client import PATIENCE, TIMEOUT, MilvusServer, check_exists, check_uri, token_of
 from .milvus_collection import MilvusCollection
 from .milvus_index import index_of
 from .milvus_load import BATCH_ROWS, load_rows, open_whole
 from .milvus_reading import MilvusReading, rows_where
 from .milvus_search import Hits, search_collection
+from .pending_change import write_pending
 from .rows import Values
 from .search_backend import Neighbors, check_request
 from .storage import exclusive_lock, write_durably
@@ -49,7 +59,12 @@ class MilvusDatastore(MilvusReading):
         source: dataset id, revision and split of the rows that were loaded, as far as known.
         home: a folder; nothing in it is reused.
         binding: the checkpoint that it was opened with, if any.
+        journal: a file that says, from before a change until somebody removes it, how it is taken
+            back; None writes none.
     """
+
+    journal: Path | None = None
+    _reversal: Reversal | None = None
 
     @classmethod
     def from_datastore(
@@ -259,7 +274,7 @@ class MilvusDatastore(MilvusReading):
         ids: Values | None = None,
         paths: Sequence[str] | None = None,
         *,
-        split: str | None = None,
+        split: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Adds rows. The mean does not move.
 
@@ -269,7 +284,7 @@ class MilvusDatastore(MilvusReading):
             ids: [M] unique whole numbers that the datastore does not have; None takes numbers that
                 no row ever had.
             paths: [M] where each row's picture lies.
-            split: of these rows; None is that of the rows that were loaded.
+            split: of these rows, one for all or M; None is that of the rows that were loaded.
 
         Returns:
             [M] the ids of the new rows.
@@ -280,12 +295,10 @@ class MilvusDatastore(MilvusReading):
             DatastoreConnectionError: if the server does not answer; see the class about a change
                 that was interrupted.
         """
-        own_split = self.source.get("split", "") if split is None else split
-        after, row_ids = add_rows(
-            self.collection, self._about, features, labels, ids, paths, own_split
-        )
-        self._take(after)
-        return row_ids
+        own = self.source.get("split", "") if split is None else split
+        change = rows_to_add(self.collection, self._about, features, labels, ids, paths, own)
+        self._make(change)
+        return torch.from_numpy(change.new.ids)
 
     def remove(self, ids: Values) -> None:
         """Removes rows. Milvus clears their bytes when it next compacts the collection.
@@ -297,7 +310,7 @@ class MilvusDatastore(MilvusReading):
             ValueError: for an id that it does not have; nothing is changed.
             DatastoreConnectionError: see `add`.
         """
-        self._take(remove_rows(self.collection, self._about, ids))
+        self._make(rows_to_remove(self.collection, self._about, ids))
 
     def relabel(self, ids: Values, labels: Values) -> None:
         """Gives rows other labels.
@@ -310,7 +323,30 @@ class MilvusDatastore(MilvusReading):
             ValueError: for an id that it does not have, or bad labels; nothing is changed.
             DatastoreConnectionError: see `add`.
         """
-        self._take(relabel_rows(self.collection, self._about, ids, labels))
+        self._make(rows_to_relabel(self.collection, self._about, ids, labels))
+
+    def _make(self, change: RowChange) -> None:
+        check_unchanged(self.collection, change.before)
+        if self.journal is not None:
+            write_pending(self.journal, self.collection.server.uri, change.reversal)
+        make_change(self.collection, change)
+        self._take(change.after)
+        self._reversal = change.reversal
+
+    def restore(self, earlier: Self) -> None:
+        """Takes the last change back; one that a journal speaks of is left to whoever keeps that.
+
+        Args:
+            earlier: `copy.copy` of this datastore, from before that change.
+
+        Raises:
+            DatastoreError: if somebody else changed the collection since.
+            DatastoreConnectionError: if the server does not answer.
+        """
+        if self.journal is None and self._reversal is not None:
+            take_back(self.collection, self._reversal)
+            self._take(earlier._about)
+            self._reversal = None
 
     def reference(self, binding: Binding | None = None) -> DatastoreReference:
         """What a checkpoint keeps instead of the rows.

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .datastore import Datastore
 from .explaining import Calibration, Explanation, explain
 from .following import Follower
 from .receipts import Receipt
+from .row_fingerprint import StoredRows
 from .rows import Values
+from .search_backend import SearchBackend
 from .teaching import (
     Label,
     features_of,
@@ -28,6 +29,10 @@ from .thumbnails import Thumbnails
 class Remembering:
     """The part of `KnnForImageClassification` that changes and explains what it remembers.
 
+    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
+    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
+    and checkpoint as one.
+
     Attributes:
         changes: receipts of what was taught and forgotten since the training, oldest first.
         forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
@@ -35,12 +40,14 @@ class Remembering:
         calibration: how near stored rows lie to one another, for p-values.
         thumbnails: small pictures of stored rows, saved with the model, or None; see
             `keep_thumbnails`.
+        forgotten_mean: [D], what centred rows when they were there; never saved.
         forgotten_thumbnails: those of `forgotten`; never saved.
         forgotten_picture: the picture of neighbours that there was before them; never saved.
     """
 
     changes: list[Receipt]
-    forgotten: Datastore | None
+    forgotten: StoredRows | None
+    forgotten_mean: Tensor | None
     follower: Follower | None
     calibration: Calibration | None
     thumbnails: Thumbnails | None
@@ -50,7 +57,7 @@ class Remembering:
     def start_remembering(self) -> None:
         """Nothing was changed yet; called when a model, or its datastore from training, is made."""
         self.changes = []
-        self.forgotten = self.follower = self.calibration = None
+        self.forgotten = self.forgotten_mean = self.follower = self.calibration = None
         self.thumbnails = self.forgotten_thumbnails = self.forgotten_picture = None
 
     def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
@@ -83,7 +90,7 @@ class Remembering:
             64 hexadecimal digits, as in a receipt.
 
         Raises:
-            ValueError: without a datastore of the model's own.
+            ValueError: without a datastore.
         """
         return fingerprint_rows(self)
 
@@ -165,7 +172,7 @@ class Remembering:
         """
         return relabel(self, ids, labels)
 
-    def merge(self, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
         """Adds the rows of another datastore of the same backbone, all or none.
 
         Args:

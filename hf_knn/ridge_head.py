@@ -17,8 +17,6 @@ from .ridge_state import RidgeState
 IMPOSSIBLE = -1e4
 """Logit of a class without rows: its probability is 0 in float32."""
 
-_BLOCK_ROWS = 8192
-
 
 def follows_rows(config: KnnConfig) -> bool:
     """Whether the head changes exactly with the datastore.
@@ -47,9 +45,9 @@ def sum_rows(model: Any) -> RidgeState:
     """The sums over all rows of a model's datastore, as its ridge head sees them, in blocks."""
     config, store = model.config, model.datastore
     state = RidgeState(store.dim, config.head_classes, config.head_class_weighting)
-    features, labels = store.features, store.labels
-    for rows in torch.arange(len(store)).split(_BLOCK_ROWS):
-        state.add(prepare_rows(model.head, features[rows]), labels[rows])
+    for rows in store.blocks():
+        features, labels = torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
+        state.add(prepare_rows(model.head, features), labels)
     return state
 
 

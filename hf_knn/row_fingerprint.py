@@ -30,6 +30,11 @@ class StoredRows(NamedTuple):
     paths: list[str]
     splits: list[str]
 
+    def part(self, rows: slice) -> "StoredRows":
+        """Some of them, by position."""
+        ids, labels, features, paths, splits = self
+        return StoredRows(ids[rows], labels[rows], features[rows], paths[rows], splits[rows])
+
 
 def sum_of(rows: StoredRows) -> int:
     """The sum of the rows' hashes: add what of new rows, subtract that of removed ones.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .first_pass import Ints
 from .manifest import Binding, IndexInfo
+from .row_fingerprint import StoredRows
 from .rows import Values, as_features, as_whole_numbers
 
 
@@ -172,6 +173,11 @@ class SearchBackend(Protocol):
         ...
 
     @property
+    def marks(self) -> tuple[Any, ...]:
+        """Objects that are replaced when rows, labels or mean change."""
+        ...
+
+    @property
     def location(self) -> str | None:
         """Where the rows lie, in words, if not beside the model; else None."""
         ...
@@ -197,6 +203,22 @@ class SearchBackend(Protocol):
         self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
     ) -> Iterator[Neighbors]:
         """The neighbours of each stored row among the others, in row order, chunk by chunk."""
+        ...
+
+    def blocks(self) -> Iterator[StoredRows]:
+        """All rows, block by block, so that they need not be in memory at once."""
+        ...
+
+    def rows_of(self, ids: Values) -> StoredRows:
+        """Some of the rows, in the order wanted, with all that is stored about them."""
+        ...
+
+    def ids_labelled(self, label: int) -> Tensor:
+        """The ids of the rows of one class."""
+        ...
+
+    def hash_sum(self) -> int:
+        """The sum of the hashes of all rows, see `sum_of`."""
         ...
 
     def label_beyond(self, classes: int) -> int | None:
@@ -234,3 +256,21 @@ class SearchBackend(Protocol):
     ) -> Any:
         """Writes what a checkpoint must hold to find the rows again."""
         ...
+
+
+def check_alike(one: Any, other: Any) -> None:
+    """Refuses a datastore whose rows cannot lie among another's.
+
+    Args:
+        one: the datastore that takes the rows.
+        other: the one that has them.
+
+    Raises:
+        ValueError: for another width, metric, normalisation or backbone.
+    """
+    for name in ("dim", "metric", "normalization"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs:
+            raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
+    if one.digest and other.digest and one.digest != other.digest:
+        raise ValueError("Expected rows of the same backbone, but the other's is another one.")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from rich.table import Table
 from .console import console, progress_bars, say_what_was_skipped
 from .data import from_files, load_splits
 from .datastore import Datastore
+from .datastore_reference import read_manifest
 from .differences import Difference, compare
 from .features import extract_features
-from .following import own_rows
-from .manifest import MANIFEST_NAME, Manifest
+from .following import rows_of
+from .manifest import MANIFEST_NAME
+from .milvus_store import MilvusDatastore
 from .modeling_knn import KnnForImageClassification
-from .receipts import Receipt
+from .pending_change import settle, whole_or_not
+from .receipts import Change, Receipt, Scope
 from .row_pictures import RowPictures
 from .storage import exclusive_lock
 
 _SHOWN = 20
+_TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
 _CACHE_NOTE = (
@@ -103,7 +108,7 @@ def forget_rows(
                     f"Expected one of the classes {model.config.class_names[:_SHOWN]}, but got "
                     f"{label!r}."
                 )
-            wanted = store.ids[store.labels == model.config.class_names.index(label)]
+            wanted = store.ids_labelled(model.config.class_names.index(label))
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
@@ -134,13 +139,13 @@ def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool
 
 
 def undo_change(checkpoint: Path, json_output: bool) -> None:
-    """Takes the last change of a checkpoint back.
+    """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
 
     Args:
         checkpoint: a folder.
         json_output: print the receipt as JSON.
     """
-    _change(checkpoint, lambda model: model.undo(), json_output)
+    _change(checkpoint, lambda model: model.undo(), json_output, _nothing_else)
 
 
 def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
@@ -161,7 +166,9 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
             _check_maker(store, checkpoint, other)
             return model.merge(store, _classes_of(Path(other)))
         second = KnnForImageClassification.from_pretrained(other)
-        return model.merge(_store(second, Path(other)), second.config.class_names)
+        rows = _store(second, Path(other))
+        rows = rows if isinstance(rows, Datastore) else rows.to_datastore()
+        return model.merge(rows, second.config.class_names)
 
     _change(checkpoint, change, json_output)
 
@@ -187,17 +194,39 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
         console.print("[yellow]The backbones differ: rows of one mean nothing to the other.[/]")
 
 
+def _nothing_else(model: KnnForImageClassification) -> Receipt:
+    """What `undo` did where it found an interrupted change, which no receipt speaks of."""
+    store = rows_of(model)
+    state = model.fingerprint_rows()
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Receipt(
+        Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
+        notes=["nothing else was undone"],
+    )  # fmt: skip
+
+
 def _change(
-    checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
+    checkpoint: Path,
+    change: Callable[[KnnForImageClassification], Receipt],
+    json_output: bool,
+    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
 ) -> None:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder, for it to be changed.")
-    with exclusive_lock(checkpoint.resolve()):
+    folder = checkpoint.resolve()
+    with exclusive_lock(folder):
+        was_interrupted = settle(folder)
+        if was_interrupted:
+            typer.echo(_TAKEN_BACK, err=True)
         model = KnnForImageClassification.from_pretrained(checkpoint)
-        _store(model, checkpoint)
-        receipt = change(model)
-        model.save_pretrained(checkpoint)
+        store = _store(model, checkpoint)
+        if was_interrupted and after_settling is not None:
+            receipt = after_settling(model)
+        else:
+            with whole_or_not(store, folder):
+                receipt = change(model)
+                model.save_pretrained(checkpoint)
     if json_output:
         typer.echo(json.dumps(asdict(receipt), indent=2, ensure_ascii=False))
         return
@@ -229,13 +258,13 @@ def _under_one_label(pictures: Path, label: str) -> Any:
     return from_files(files, label)
 
 
-def _store(model: KnnForImageClassification, place: Path) -> Datastore:
+def _store(model: KnnForImageClassification, place: Path) -> Datastore | MilvusDatastore:
     if model.datastore is None:
         raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
-    return own_rows(model)
+    return rows_of(model)
 
 
-def _ids_of_paths(store: Datastore, paths: list[str]) -> list[int]:
+def _ids_of_paths(store: Datastore | MilvusDatastore, paths: list[str]) -> list[int]:
     known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
     missing = [path for path in paths if path not in known]
     if missing:
@@ -259,7 +288,7 @@ def _holds_datastore_alone(name: str) -> bool:
 
 def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
     """Refuses rows of another backbone, as far as their manifest says whose they are."""
-    ours = Manifest.read(checkpoint / MANIFEST_NAME).binding
+    ours = read_manifest(checkpoint / MANIFEST_NAME).binding
     theirs = None if store.manifest is None else store.manifest.binding
     if theirs is not None and ours is not None and theirs.fingerprint != ours.fingerprint:
         raise ValueError(

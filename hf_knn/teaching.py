@@ -17,12 +17,14 @@ from torch import Tensor
 from .backbone import extract, split_features
 from .class_names import Label, append_classes, name_classes, number_of, numbers_of
 from .datastore import Datastore
-from .following import Follower, follower_of, own_rows, recenter_rows, total_of, whole_change
+from .following import Follower, follower_of, recenter_rows, rows_of, whole_change
 from .functional import Metric, Weighting
 from .images import BadImageError, decode_image
 from .receipts import Change, Receipt, Scope
 from .ridge_head import prepare_rows
+from .row_fingerprint import StoredRows, sum_of
 from .rows import Values, as_whole_numbers
+from .search_backend import SearchBackend, check_alike
 from .thumbnails import Thumbnails, small_webp
 
 logger = logging.getLogger(__name__)
@@ -46,18 +48,23 @@ _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
 _NAME_NOTE = "classes without rows keep their names: {}"
 _PICTURE_NOTE = "the picture of neighbours for the model card was removed: it may have shown them"
 _MEAN_NOTE = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
+_ELSEWHERE_NOTE = (
+    "the rows lie in {}, changed there for all; a checkpoint that refers to them opens when this "
+    "model was saved over it"
+)
+_COMPACTION_NOTE = "their bytes stay in the files of the server until it compacts them"
 
 
 def fingerprint_rows(model: Any) -> str:
     """Of all rows of a model; what was counted for it serves later changes, also of copies.
 
     Args:
-        model: a `KnnForImageClassification` with a datastore of its own.
+        model: a `KnnForImageClassification` with a datastore.
 
     Raises:
         ValueError: without one.
     """
-    store = own_rows(model)
+    store = rows_of(model)
     return follower_of(model).fingerprint(store)
 
 
@@ -165,7 +172,7 @@ def _what_is_unanswered(model: Any, features: Tensor, receipt: Receipt) -> str:
     return note + (_FLAT_NOTE.format(config.knn_temperature) if is_flat else "")
 
 
-def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None) -> Receipt:
+def merge(model: Any, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
     """Adds the rows of another datastore of the same backbone; ids that exist are numbered anew.
 
     Args:
@@ -176,8 +183,8 @@ def merge(model: Any, other: Datastore, class_names: Sequence[str] | None = None
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store = own_rows(model)
-    store.check_alike(other)
+    store = rows_of(model)
+    check_alike(store, other)
     numbers = other.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
     taken = torch.isin(other.ids, store.ids).any()
@@ -193,11 +200,17 @@ def forget(
     recenter: bool = False,
 ) -> Receipt:
     """Removes rows; see `KnnForImageClassification.forget`."""
-    store = own_rows(model)
+    store = rows_of(model)
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
+    if recenter and not isinstance(store, Datastore):
+        raise ValueError(
+            f"Expected `recenter` to be False for rows in {store.location}, of which every one "
+            "would be written again; bring them home (model.datastore.to_datastore()) and load a "
+            "new collection."
+        )
     if label is not None:
-        ids = store.ids[store.labels == number_of(model, label)]
+        ids = store.ids_labelled(number_of(model, label))
     assert ids is not None
     return _remove(model, Change.FORGET, as_whole_numbers(ids, "ids"), recenter)
 
@@ -209,7 +222,7 @@ def relabel(model: Any, ids: Values, labels: Sequence[Label]) -> Receipt:
 
 def undo(model: Any) -> Receipt:
     """Takes the last change back; see `KnnForImageClassification.undo`."""
-    own_rows(model)
+    rows_of(model)
     if not model.changes or model.changes[-1].action == Change.UNDO:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
     last = model.changes[-1]
@@ -223,7 +236,7 @@ def _take_back(model: Any, last: Receipt) -> Receipt:
     gone = model.forgotten
     ids = torch.tensor(last.ids, dtype=torch.int64)
     if last.action == Change.FORGET:
-        if gone is None or not torch.equal(gone.ids, ids):
+        if gone is None or gone.ids.tolist() != last.ids:
             raise ValueError(
                 "Expected rows to bring back, but no byte of them was saved; teach them again, "
                 "or merge a backup."
@@ -234,10 +247,13 @@ def _take_back(model: Any, last: Receipt) -> Receipt:
     return _remove(model, Change.UNDO, ids, False)
 
 
-def _bring_back(model: Any, gone: Datastore, labels: Sequence[Label]) -> Receipt:
+def _bring_back(model: Any, gone: StoredRows, labels: Sequence[Label]) -> Receipt:
     """Forgotten rows, about the mean that there was with them, and their small pictures."""
     thumbnails, picture = model.forgotten_thumbnails, model.forgotten_picture
-    receipt = _add(model, Change.UNDO, gone.features, labels, gone.ids, gone.paths, gone.mean)
+    rows, paths = torch.from_numpy(gone.features), gone.paths if any(gone.paths) else None
+    receipt = _add(
+        model, Change.UNDO, rows, labels, gone.ids, paths, gone.splits, model.forgotten_mean
+    )
     if thumbnails is not None and model.thumbnails is not None:
         model.thumbnails = model.thumbnails.joined(thumbnails)
     model.neighbor_picture = picture
@@ -251,77 +267,86 @@ def _add(
     labels: Sequence[Label],
     ids: Values | None,
     paths: Sequence[str] | None,
+    splits: list[str] | None = None,
     mean: Tensor | None = None,
 ) -> Receipt:
-    store, follower = own_rows(model), follower_of(model)
+    store, follower = rows_of(model), follower_of(model)
     numbers, new = numbers_of(model, labels, len(rows))
     before = len(store), follower.fingerprint(store)
     with whole_change(model):
-        added = store.add(rows, numbers, ids, paths)
-        stored = store.subset(added)  # as they were cast
-        follower.total += total_of(stored)
+        if splits is None or isinstance(store, Datastore):  # whose rows are all of one split
+            added = store.add(rows, numbers, ids, paths)
+        else:
+            added = store.add(rows, numbers, ids, paths, split=splits)
+        stored = store.rows_of(added)  # as they were cast
+        follower.total += sum_of(stored)
         if mean is not None and not torch.equal(mean, store.mean):
             recenter_rows(model, follower, mean)
         elif follower.ridge is not None:
-            follower.ridge.add(prepare_rows(model.head, stored.features), stored.labels)
+            follower.ridge.add(_prepared(model, stored), torch.from_numpy(stored.labels))
         follower.follow(model)
         append_classes(model.config, new)
-        return _finish(model, follower, action, added, before, new_classes=new)
+        names = _names(model, numbers)
+        return _finish(model, follower, action, added, before, names, new_classes=new)
 
 
 def _remove(model: Any, action: str, ids: Tensor, recenter: bool) -> Receipt:
-    store, follower = own_rows(model), follower_of(model)
-    before = len(store), follower.fingerprint(store)
-    gone = store.subset(ids)
-    names = [model.config.class_names[number] for number in gone.labels.tolist()]
+    store, follower = rows_of(model), follower_of(model)
+    before, mean = (len(store), follower.fingerprint(store)), store.mean
+    gone = store.rows_of(ids)
+    labels = torch.from_numpy(gone.labels)
     with whole_change(model):
         store.remove(ids)
-        follower.total -= total_of(gone)
+        follower.total -= sum_of(gone)
         if recenter:
             recenter_rows(model, follower)
         elif follower.ridge is not None:
-            follower.ridge.remove(prepare_rows(model.head, gone.features), gone.labels)
+            follower.ridge.remove(_prepared(model, gone), labels)
         follower.follow(model)
-        notes = []
-        if action == Change.FORGET:
-            mean = [] if recenter else [_MEAN_NOTE]
-            notes = [*mean, *_what_stays(model, gone), _CHOICE_NOTE, _HISTORY_NOTE]
+        notes = _what_stays(model, labels, recenter) if action == Change.FORGET else []
+        names = _names(model, labels)
         receipt = _finish(model, follower, action, ids, before, names, notes=notes)
         thumbnails, picture = model.thumbnails, model.neighbor_picture
         if thumbnails is not None:
             model.thumbnails = thumbnails.without(receipt.ids)
         if action == Change.FORGET:
-            model.forgotten, model.forgotten_picture = gone, picture
+            model.forgotten, model.forgotten_mean, model.forgotten_picture = gone, mean, picture
             model.forgotten_thumbnails = thumbnails and thumbnails.only(receipt.ids)
             model.neighbor_picture = None
     return receipt
 
 
-def _what_stays(model: Any, gone: Datastore) -> list[str]:
-    """What is said of the names of forgotten rows, and of the picture that may show them."""
-    labels = gone.labels.unique()
-    empty = labels[~torch.isin(labels, model.datastore.labels)].tolist()
-    names = ", ".join(model.config.class_names[number] for number in empty[:_NAMED])
+def _what_stays(model: Any, labels: Tensor, recenter: bool) -> list[str]:
+    """What is said of the mean, the names, a picture, and where else forgotten rows may be."""
+    store, config = model.datastore, model.config
+    empty = [n for n in labels.unique().tolist() if not len(store.ids_labelled(n))]
+    names = ", ".join(config.class_names[number] for number in empty[:_NAMED])
     more = ", …" if len(empty) > _NAMED else ""
-    notes = [_NAME_NOTE.format(names + more)] if empty else []
-    return [*notes, _PICTURE_NOTE] if model.neighbor_picture is not None else notes
+    notes = [] if recenter else [_MEAN_NOTE]
+    if empty:
+        notes.append(_NAME_NOTE.format(names + more))
+    if model.neighbor_picture is not None:
+        notes.append(_PICTURE_NOTE)
+    is_here = isinstance(store, Datastore)
+    return [*notes, _CHOICE_NOTE, _HISTORY_NOTE if is_here else _COMPACTION_NOTE]
 
 
 def _relabel(model: Any, action: str, ids: Tensor, labels: Sequence[Label]) -> Receipt:
-    store, follower = own_rows(model), follower_of(model)
+    store, follower = rows_of(model), follower_of(model)
     numbers, new = numbers_of(model, labels, len(ids))
     before = len(store), follower.fingerprint(store)
-    old = store.subset(ids)
-    names = [model.config.class_names[number] for number in old.labels.tolist()]
+    old = store.rows_of(ids)
+    old_numbers = torch.from_numpy(old.labels)
+    old_names = _names(model, old_numbers)
     with whole_change(model):
         store.relabel(ids, numbers)
-        follower.total += total_of(store.subset(ids)) - total_of(old)
+        follower.total += sum_of(old._replace(labels=numbers.numpy())) - sum_of(old)
         if follower.ridge is not None:
-            prepared = prepare_rows(model.head, old.features)
-            follower.ridge.relabel(prepared, old.labels, numbers)
+            follower.ridge.relabel(_prepared(model, old), old_numbers, numbers)
         follower.follow(model)
         append_classes(model.config, new)
-        return _finish(model, follower, action, ids, before, old_labels=names, new_classes=new)
+        names = _names(model, numbers)
+        return _finish(model, follower, action, ids, before, names, old_names, new_classes=new)
 
 
 def _finish(
@@ -330,36 +355,45 @@ def _finish(
     action: str,
     ids: Tensor,
     before: tuple[int, str],
-    labels: list[str] | None = None,
+    labels: list[str],
     old_labels: Sequence[str] = (),
     new_classes: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Receipt:
     """Writes the receipt, and into the measurements that they are of before."""
     store = model.datastore
-    if labels is None:
-        labels = [model.config.class_names[n] for n in store.subset(ids).labels.tolist()]
     scope, remarks = Scope.STORE_AND_HEAD, [*notes, *([_TAUGHT_NOTE] if new_classes else [])]
     if follower.ridge is None:
         scope = Scope.STORE
         remarks.insert(0, _HEAD_NOTE.format(model.config.head))
+    if store.location is not None:
+        remarks.append(_ELSEWHERE_NOTE.format(store.location))
     receipt = Receipt(
         str(action), ids.tolist(), labels, before[0], len(store), before[1],
         follower.fingerprint(store), str(scope), datetime.now(UTC).isoformat(timespec="seconds"),
         list(old_labels), list(new_classes), remarks,
     )  # fmt: skip
     model.changes.append(receipt)
-    model.forgotten = model.forgotten_thumbnails = model.forgotten_picture = None
+    model.forgotten = model.forgotten_mean = None
+    model.forgotten_thumbnails = model.forgotten_picture = None
     if model.measured is not None and _STALE_NOTE not in model.measured.get("note", ""):
         note = f"{model.measured.get('note', '')} {_STALE_NOTE}".strip()
         model.measured = model.measured | {"note": note}
     return receipt
 
 
+def _prepared(model: Any, rows: StoredRows) -> Tensor:
+    return prepare_rows(model.head, torch.from_numpy(rows.features))
+
+
+def _names(model: Any, numbers: Tensor) -> list[str]:
+    return [model.config.class_names[number] for number in numbers.tolist()]
+
+
 def _drop_classes(model: Any, names: Sequence[str]) -> None:
     """Takes back classes that the undone change had made, the newest first, if no row is left."""
     follower, kept = follower_of(model), list(model.config.class_names)
-    used = set(model.datastore.labels.unique().tolist())
+    used = set(model.datastore.labels.unique().tolist()) if names else set()
     for name in reversed(names):
         if kept[-1] == name and len(kept) - 1 not in used:
             kept.pop()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import hf_knn
+from hf_knn.checkpoint import OWN_CODE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
@@ -33,6 +34,7 @@ LAYERS = [
         "milvus_changes",
         "milvus_store",
         "milvus_reading",
+        "pending_change",
     },
     {"checkpoint", "class_names"},
     {"following", "teaching", "explaining", "remembering"},
@@ -191,6 +193,7 @@ def test_scripts_use_public_names_only(folder):
 def test_the_closure_is_below_the_rest():
     """What travels with a checkpoint is what lies at or below the model, and all of it."""
     assert closure_of(PACKAGE) == set().union(*LAYERS[:6])
+    assert sorted(OWN_CODE) == sorted(f"{name}.py" for name in closure_of(PACKAGE))
 
 
 def test_public_names_are_said_once():

@@ -1,7 +1,9 @@
 """`hf-knn milvus` moves the rows of a checkpoint, and the other commands work with it."""
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import hf_knn
@@ -9,8 +11,9 @@ from PIL import Image
 from test_milvus_store import Stopped, stop_after
 from tiny import tiny_model
 
-from hf_knn import KnnForImageClassification
+from hf_knn import KnnForImageClassification, MilvusDatastore
 from hf_knn.console import console
+from hf_knn.teach_command import teach_pictures
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -58,6 +61,29 @@ def test_the_index_is_chosen_and_its_recall_said(checkpoint, uri):
     assert "searched by hnsw (ef 64, recall@20 1.0000)" in done.stdout
     done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "x", "--index", "annoy")
     assert done.exit_code == 1
+
+
+def test_nobody_teaches_while_the_rows_move(checkpoint, uri, tmp_path, monkeypatch):
+    """Who tries waits, and then teaches the rows in Milvus; it was lost before."""
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 40), "teal").save(picture)
+    load = MilvusDatastore.from_datastore
+    teacher = threading.Thread(
+        target=teach_pictures, args=(checkpoint, picture, "ant", "fail", True)
+    )
+
+    def slow(*args: Any, **options: Any) -> MilvusDatastore:
+        teacher.start()
+        teacher.join(1)
+        return load(*args, **options)
+
+    monkeypatch.setenv("HF_KNN_MILVUS_URI", uri)
+    monkeypatch.setattr(MilvusDatastore, "from_datastore", slow)
+    moved = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "rows")
+    teacher.join()
+    assert moved.exit_code == 0, moved.output
+    store = KnnForImageClassification.from_pretrained(checkpoint).datastore
+    assert (len(store), store.location is None) == (41, False)
 
 
 def test_it_goes_on_where_it_was_stopped(checkpoint, uri, monkeypatch):

@@ -229,6 +229,17 @@ def test_new_ids_are_ones_that_no_row_ever_had(pair):
     assert inside.add(features[:1], labels[:1]).tolist() == [largest + 4]
 
 
+def test_where_no_larger_ids_are_left(uri, name):
+    features, labels, ids = rows_of(4, seed=1)
+    largest = torch.iinfo(torch.int64).max
+    inside = load(Datastore.from_features(features, labels, ids), uri, name)
+    inside.add(features[:1], labels[:1], [largest])
+    inside.remove([largest])
+    with pytest.raises(ValueError, match="no larger ones are left"):
+        inside.add(features[:1], labels[:1])
+    assert inside.add(features[:1], labels[:1], [3]).tolist() == [3]
+
+
 def test_rows_too_long_for_the_scale_are_refused(uri, name):
     inside = load(embedded("l2", "none"), uri, name)
     with pytest.raises(ValueError, match="no longer than"):

@@ -33,7 +33,6 @@ from uploads import MAX_FILES, SpaceError, check_label, read_upload
 from views import answer_page, bars, disagrees, text
 from visitors import MAX_IN_MEMORY, Visitors, check_token, new_token, room_for, token_of
 
-import hf_knn.teaching
 from hf_knn import BadImageError, Datastore, KnnForImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -431,19 +430,19 @@ def test_large_models_leave_room_for_fewer_visitors(model, monkeypatch):
 
 
 def test_the_rows_are_counted_once_for_all_visitors(model, lessons, monkeypatch):
-    service = Service(model, Visitors(model, None))
     counted: list[int] = []
-    count = hf_knn.following.total_of
+    count = Datastore.hash_sum
 
     def counting(store: Datastore) -> int:
         counted.append(len(store))
         return count(store)
 
-    monkeypatch.setattr("hf_knn.following.total_of", counting)
-    monkeypatch.setattr("hf_knn.teaching.total_of", counting)
+    monkeypatch.setattr(Datastore, "hash_sum", counting)
+    model.follower = None
+    service = Service(model, Visitors(model, None))
     for _ in range(2):
         service.teach(lessons[:1], "dog", "", "")
-    assert counted == [1, 1]  # what was taught
+    assert counted == [len(model.datastore)]
 
 
 def test_old_journals_go_also_while_the_page_is_open(model, lessons, tmp_path, monkeypatch):
