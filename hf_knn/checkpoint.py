@@ -379,10 +379,11 @@ class CheckpointAttempt:
         try:
             pooling = _stored_pooling(self.reader.resolve(CONFIG_NAME), binding.pooling)
             now = _fingerprint([found[name] for name in names], processor, pooling)
-        except (SafetensorError, DatastoreError) as error:
+        except DatastoreError as error:
+            return damaged[0] if damaged else error
+        except SafetensorError:
             # not a readable file: which one, the hashes say
-            is_named = isinstance(error, DatastoreError)
-            return damaged[0] if damaged else error if is_named else None
+            return damaged[0] if damaged else None
         if now[0] == binding.fingerprint:
             return damaged[0] if damaged else None
         parts = ("weights", "processor settings", "pooling")

@@ -1462,6 +1462,7 @@ def test_a_save_writes_the_card_of_what_there_is(folder):
     card = folder / "README.md"
     assert "40 rows of 16 values" in card.read_text()
     model = open_model(folder)
+    assert model.datastore is not None
     model.forget(ids=model.datastore.ids[:1])
     model.save_pretrained(folder)
     assert "39 rows of 16 values" in card.read_text()
