@@ -4,6 +4,7 @@ Without arguments it is the quickstart: real pictures, no network, under three m
 it measures the suite's cells into a folder that can be continued at any time.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,21 @@ from suites import QUICK, SUITES, make_cells
 from tasks import Source, find_task
 
 app = typer.Typer(add_completion=False)
+
+
+class SaidOnce(logging.Filter):
+    """Lets a message through once: cells are alike, and so is what is said of their rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
 
 
 @app.command()
@@ -159,7 +175,7 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     if state.num_processes > 1:
         console.print(f"{state.num_processes} ranks share the work.")
     hide_progress_bars()
-    with _shown(console) as watch:
+    with _shown(console) as watch, _said_once("hf_knn.rows"):
         run = Run(folder, options, watch)
         run.run(suite, cells)
     same: dict[str, list[str]] = {}  # of a task that is not there each cell says the same
@@ -175,6 +191,16 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     if done:
         console.print(f"Next: [bold]python benchmark/report.py {folder}[/]", soft_wrap=True)
     return len(run.told)
+
+
+@contextmanager
+def _said_once(name: str) -> Iterator[None]:
+    logger, once = logging.getLogger(name), SaidOnce()
+    logger.addFilter(once)
+    try:
+        yield
+    finally:
+        logger.removeFilter(once)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Runs of the benchmark on a few dozen pictures: what a folder of results holds, and its faults."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from pool import OpenBackbone
 from protocols import PROTOCOLS
 from report_cells import load_results
 from report_table import as_dataset
-from run import app
+from run import SaidOnce, app
 from runner import Options, Run
 from sklearn.metrics import balanced_accuracy_score
 from suites import make_cells
@@ -447,3 +448,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(after, place, tmp_p
 
 def test_peak_memory_is_in_bytes():
     assert 5e7 < bench.peak_memory() < 1e12
+
+
+def test_what_every_cell_says_of_its_rows_is_said_once(caplog):
+    logger, once = logging.getLogger("hf_knn.rows"), SaidOnce()
+    logger.addFilter(once)
+    try:
+        for _ in range(3):
+            logger.warning("the datastore stores %s", "float32")
+        logger.warning("the datastore stores %s", "float16")
+    finally:
+        logger.removeFilter(once)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["the datastore stores float32", "the datastore stores float16"]
