@@ -66,10 +66,10 @@ SCRIPTS = (
         "approximate", "approximate.py",
         ("--rows", "50000", "--rounds", "2", "--queries", "200"), headline=("hnswlib", "usearch"),
     ),
-    Script("leave_one_out", "leave_one_out.py", ("--rows", "50000")),
-    Script("growth", "growth.py", ("--rows", "10000", "--rows", "30000"), in_folder=True),
+    Script("leave_one_out", "leave_one_out.py", ("--rows", "30000")),
+    Script("growth", "growth.py", ("--rows", "5000", "--rows", "20000"), in_folder=True),
     Script(
-        "heads", "heads.py", ("--rows", "2000", "--epochs", "30", "--rounds", "2"),
+        "heads", "heads.py", ("--rows", "2000", "--epochs", "20", "--rounds", "2"),
         headline=("32 heads at once",),
     ),
     Script("tuning", "tuning.py", ("--rows", "4000", "--rounds", "2"), headline=("hf_knn.tune",)),

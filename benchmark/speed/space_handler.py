@@ -81,7 +81,7 @@ def main(
             look = service.look(path)  # known by now: the backbone does not run again
             found = timed(EXPLAIN, partial(service.explain, look, Settings(), ""))
             find = page.picture_of("")
-            timed(PAGE, partial(answer_page, [look], 0, found, "", find))
+            timed(PAGE, partial(answer_page, [look], 0, [found], "", find))
     kept = {name: values[_WARM_UP:] for name, values in seconds.items()}
     title = f"/classify inside the server, {len(store)} stored pictures"
     milliseconds = {name: 1000 * median(values) for name, values in kept.items()}
