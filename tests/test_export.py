@@ -59,7 +59,10 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "options", [VARIANTS[0], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:])],
+    ids=str,
+)  # fmt: skip
 def test_other_models(options: dict[str, Any], tmp_path: Path) -> None:
     values = dict(options)
     model = tiny_model(values.pop("family", "vit"), **values)

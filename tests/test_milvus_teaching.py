@@ -53,7 +53,7 @@ def facts(receipt: Any) -> dict[str, Any]:
     return {"rows": sorted(rows)} | {n: values[n] for n in values if n not in ("at", "notes", *ROW)}
 
 
-@pytest.mark.parametrize("head", ["ridge", "linear"])
+@pytest.mark.parametrize("head", ["ridge", pytest.param("linear", marks=pytest.mark.slow)])
 def test_every_change_is_that_of_embedded_rows(head, uri, name, tmp_path, monkeypatch):
     model = trained(head, tmp_path)
     model.datastore.source["split"] = "train"

@@ -312,6 +312,7 @@ def survive(folder: Path, kills: int, seed: int) -> int:
     return made
 
 
+@pytest.mark.slow
 def test_a_run_survives_kills(tmp_path: Path) -> None:
     assert survive(tmp_path, 4, 0) >= 4
 

@@ -127,6 +127,7 @@ def test_a_pickle_names_the_place_of_rows_that_lie_on_disk(folder: Path, tmp_pat
         pickle.loads(text)
 
 
+@pytest.mark.slow
 def test_torch_compile_answers_alike(folder: Path) -> None:
     model = KnnForImageClassification.from_pretrained(folder)
     compiled: Any = torch.compile(model, backend="eager")

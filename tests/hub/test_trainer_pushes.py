@@ -23,7 +23,15 @@ def trainer_for(folder: Path, strategy: str, **options: Any) -> KnnTrainer:
     return make_trainer(folder, **values | options)
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "end",
+        pytest.param("every_save", marks=pytest.mark.slow),
+        pytest.param("checkpoint", marks=pytest.mark.slow),
+        "all_checkpoints",
+    ],
+)
 def test_each_strategy_pushes_whole_repositories(
     strategy: str, hub: Hub, tmp_path: Path, cache: Path
 ) -> None:
