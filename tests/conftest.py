@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def saved(folder: Path) -> Path:
     """The folder of a stored datastore."""
-    from stored import make_store  # imports the Hub libraries, see above
+    from support.stored import make_store  # imports the Hub libraries, see above
 
     make_store().save(folder)
     return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny import LABELS, pixels, tiny_model
+from support.tiny import LABELS, pixels, tiny_model
 from transformers import AutoModel, pipeline
 
 from hf_knn import (

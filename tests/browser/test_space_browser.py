@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from space_app import PER_CLASS, Running, features_of, running, write_picture
+from support.space_app import PER_CLASS, Running, features_of, running, write_picture
 from uploads import as_uri, read_upload, thumbnail
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

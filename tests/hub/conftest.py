@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub, running
+from support.hub_server import TOKEN, Hub, running
 
 assert "huggingface_hub" not in sys.modules, "too late to choose another Hub"
 _HOME = tempfile.mkdtemp(prefix="hf-knn-hub-")
@@ -52,7 +52,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def model() -> Any:
     """A tiny ViT with a datastore, and numbers that were measured."""
-    from tiny import tiny_model
+    from support.tiny import tiny_model
 
     found = tiny_model("vit")
     found.measured = {

@@ -13,10 +13,10 @@ import torch
 from backbones import Backbone
 from cells import Cell
 from datasets import ClassLabel
-from hub_datasets import REPO, publish
-from hub_server import Hub
 from loading import load_task
 from runner import Options, Run
+from support.hub_datasets import REPO, publish
+from support.hub_server import Hub
 from tasks import find_task
 from verify import verify_backbone, verify_task
 
@@ -78,7 +78,7 @@ def test_stored_and_streamed_cells_have_the_same_numbers(hub: Hub, tmp_path: Pat
 
 
 def frozen_folder(tmp_path: Path) -> Path:
-    from tiny import processor, tiny_backbone
+    from support.tiny import processor, tiny_backbone
 
     tiny_backbone("vit").save_pretrained(tmp_path / "backbone")
     processor().save_pretrained(tmp_path / "backbone")
@@ -129,7 +129,7 @@ def test_a_folder_of_results_refuses_a_moved_backbone(hub: Hub, tmp_path: Path) 
 
 def push_backbone(hub: Hub, seed: int) -> str:
     """The commit that a backbone of other weights is pushed as."""
-    from tiny import processor, tiny_backbone
+    from support.tiny import processor, tiny_backbone
 
     backbone = tiny_backbone("vit")
     with torch.no_grad():

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_checks import REPO, assert_answers_alike
-from hub_server import LFS_BYTES, Fault, Hub
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from tiny import pixels
+from support.hub_checks import REPO, assert_answers_alike
+from support.hub_server import LFS_BYTES, Fault, Hub
+from support.tiny import pixels
 from transformers import AutoModel
 
 from hf_knn import KnnForImageClassification

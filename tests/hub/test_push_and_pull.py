@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_checks import REPO, assert_answers_alike, assert_whole
-from hub_server import LFS_BYTES, TOKEN, Fault, Hub, sha256
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from tiny import assert_same_rows, assert_same_tensors, pixels, tiny_model
+from support.hub_checks import REPO, assert_answers_alike, assert_whole
+from support.hub_server import LFS_BYTES, TOKEN, Fault, Hub, sha256
+from support.tiny import assert_same_rows, assert_same_tensors, pixels, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore

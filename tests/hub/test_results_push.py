@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from benchmark_cells import Plan, write_run
 from datasets import load_dataset
-from hub_server import Hub
 from report import app
 from report_push import push_results
+from support.benchmark_cells import Plan, write_run
+from support.hub_server import Hub
 from typer.testing import CliRunner
 
 REPO = "org/results"

@@ -8,10 +8,10 @@ import hub_pictures
 import numpy as np
 import pytest
 from app import find_pictures
-from hub_datasets import REPO, picture, publish
 from hub_pictures import HubPictures
-from hub_server import Hub
 from PIL import Image
+from support.hub_datasets import REPO, picture, publish
+from support.hub_server import Hub
 from thumbnails import NoPictures
 
 from hf_knn import load_splits

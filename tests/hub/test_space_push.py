@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub
 from huggingface_hub import snapshot_download
 from PIL import Image
+from support.hub_server import Hub
 from typer.testing import CliRunner
 
 import hf_knn_cli

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_checks import assert_whole
-from hub_server import Fault, Hub
-from test_resume import make_trainer
-from tiny import assert_same_tensors
+from support.hub_checks import assert_whole
+from support.hub_server import Fault, Hub
+from support.tiny import assert_same_tensors
+from training.test_resume import make_trainer
 from transformers import AutoModel, TrainerCallback
 
 from hf_knn import KnnTrainer

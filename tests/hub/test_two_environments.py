@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hub_checks import REPO
-from hub_server import Hub
 from safetensors.torch import load_file, save_file
-from tiny import pixels
+from support.hub_checks import REPO
+from support.hub_server import Hub
+from support.tiny import pixels
 
 ROOT = Path(__file__).parents[2]
 STRANGER = f"""

@@ -1,0 +1,612 @@
+"""Approximate indexes: what they state about themselves, changes, files, odd factory strings."""
+
+import copy
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from support.first_passes import SPACES
+from support.oracles import as_numpy, assert_nearest, assert_sound, normalized, similarity_matrix
+from support.stored import FAISS, blob_of
+from torch import Tensor
+
+from hf_knn import indexing
+from hf_knn.datastore import Datastore, Neighbors
+from hf_knn.search import Searcher
+
+COUNT, WIDTH = 4000, 16
+STATED_ON, K = 256, 20
+"""The package measures recall at K on so many rows."""
+
+in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
+LISTS = ("IVF32,Flat", "IVF32,SQ8")
+with_lists = pytest.mark.parametrize("index", LISTS)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(seed: int, count: int = COUNT) -> Tensor:
+    """Around 40 places, which are the same for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(40, (count,), generator=generator)
+    return 2 * normal(99, 40, WIDTH)[places] + 0.5 * normal(seed, count, WIDTH)
+
+
+def store_of(
+    rows: Tensor,
+    index: str,
+    metric: str = "cosine",
+    normalization: str = "l2_centered",
+    **options: Any,
+) -> Datastore:
+    """Labels 0 to 6; ids 1000, 1003, …"""
+    count = len(rows)
+    ids = 1000 + 3 * torch.arange(count)
+    return Datastore.from_features(
+        rows, torch.arange(count) % 7, ids, metric, normalization, index, **options
+    )
+
+
+def built(rows: Tensor, index: str, *space: str, **options: Any) -> Datastore:
+    store = store_of(rows, index, *space, **options)
+    store.build_index()
+    return store
+
+
+def flat_twin(store: Datastore) -> Datastore:
+    """An exact store of the same rows and mean, built now."""
+    return Datastore(
+        store.features, store.labels, store.ids, store.mean,
+        metric=store.metric, normalization=store.normalization,
+    )  # fmt: skip
+
+
+def measured_recall(store: Datastore, rows: Tensor, k: int = K) -> float:
+    """Share of the k nearest other rows that a search finds for stored rows, by brute force."""
+    queries, own = store.features[rows], store.ids[rows]
+    found = store.search(queries, k, own).ids.numpy()
+    matrix = similarity_matrix(store, queries)
+    matrix[np.arange(len(rows)), rows.numpy()] = -np.inf
+    best = store.ids.numpy()[np.argsort(-matrix, axis=1)[:, :k]]
+    return float((best[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
+
+def other_rows(store: Datastore, count: int = 400) -> Tensor:
+    """Rows that the package did not measure its recall on, as it takes a sample of its own."""
+    return torch.from_numpy(np.random.default_rng(12345).permutation(len(store))[:count])
+
+
+def assert_equal_hits(one: Neighbors, other: Neighbors) -> None:
+    for mine, others in zip(one, other, strict=True):
+        assert torch.equal(mine, others)
+
+
+def stated(store: Datastore) -> float:
+    recall = store.index.recall
+    assert recall is not None
+    assert 0 <= recall <= 1
+    return recall
+
+
+# which index, and what it states
+
+
+@pytest.fixture
+def small_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than this are too many for an exact search."""
+    monkeypatch.setattr(indexing, "LARGEST_EXACT", COUNT - 1)
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_auto_is_exact_up_to_the_threshold_and_an_inverted_file_above() -> None:
+    rows = clustered(0)
+    few = built(rows[: COUNT - 1], "auto")
+    assert (few.index.requested, few.index.spec, few.index.recall) == ("auto", "flat", None)
+    store = store_of(rows, "auto")
+    assert store.index.spec == "IVF128,Flat"  # the power of two next to 2 · √4000
+    assert store.index.recall is None  # not built yet
+    store.search(rows[:1], 1)
+    assert store.index.requested == "auto"
+    assert 1 <= store.index.parameters["nprobe"] <= 128
+    assert stated(store) >= indexing.MIN_RECALL
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_auto_is_chosen_again_when_the_rows_become_fewer_or_more() -> None:
+    rows = clustered(0)
+    store = built(rows, "auto")
+    store.remove(store.ids[:2000])
+    assert store.index.spec == "flat"
+    assert_nearest(store.search(rows[:20], 5), store, rows[:20], 5)
+    store.add(rows[:2000], [0] * 2000)
+    store.recenter()
+    assert store.index.spec == "IVF128,Flat"
+    assert_sound(store.search(rows[:20], 5), store, rows[:20], 5)
+
+
+@in_every_space
+@with_lists
+@pytest.mark.parametrize("min_recall", [0.7, 0.99])
+def test_the_stated_recall_is_that_of_other_rows(
+    index: str, metric: str, normalization: str, min_recall: float
+) -> None:
+    # no clusters: the recall is far from 1 unless many lists are searched
+    store = built(normal(0, COUNT, WIDTH), index, metric, normalization, min_recall=min_recall)
+    assert stated(store) >= min_recall
+    assert measured_recall(store, other_rows(store)) == pytest.approx(stated(store), abs=0.02)
+
+
+@in_every_space
+@with_lists
+def test_the_recall_wanted_is_reached_on_clusters(
+    index: str, metric: str, normalization: str
+) -> None:
+    rows, probes = clustered(0), []
+    for wanted in (0.5, 0.9, 0.99, 1.0):
+        store = built(rows, index, metric, normalization, min_recall=wanted)
+        probes.append(store.index.parameters["nprobe"])
+        if index.endswith("Flat"):
+            assert stated(store) >= wanted
+        assert measured_recall(store, other_rows(store)) >= min(wanted, stated(store)) - 0.02
+    assert probes == sorted(probes)
+
+
+@pytest.mark.parametrize("min_recall", [0, -0.5, 1.01, float("nan")])
+def test_a_recall_that_cannot_be_reached_is_refused(min_recall: float) -> None:
+    with pytest.raises(ValueError, match=r"`min_recall`.*\(0, 1\]"):
+        store_of(clustered(0, 100), "flat", min_recall=min_recall)
+
+
+def bytes_of_flat_lists(count: int, lists: int, width: int) -> int:
+    """Vectors and ids, and the centroids."""
+    return count * (4 * width + 8) + lists * 4 * width
+
+
+@pytest.mark.usefixtures("small_threshold")
+@in_every_space
+def test_auto_quantizes_to_keep_to_max_memory(
+    metric: str, normalization: str, tmp_path: Path
+) -> None:
+    rows = clustered(0)
+    enough = bytes_of_flat_lists(COUNT, 128, WIDTH)
+    space = (metric, normalization)
+    assert store_of(rows, "auto", *space, max_memory=enough).index.spec == "IVF128,Flat"
+    store = built(rows, "auto", *space, max_memory=enough - 1)
+    assert store.index.spec == "IVF128,SQ8"
+    assert measured_recall(store, other_rows(store)) >= stated(store) - 0.02
+    store.save(tmp_path)
+    index: Any = faiss.read_index(str(tmp_path / FAISS))
+    assert (index.ntotal, index.code_size) == (COUNT, WIDTH)  # a byte for each value
+
+
+@pytest.mark.parametrize("max_memory", ["", "0", "-1GB", "much", "2XB", 0, 1.5e-9])
+def test_a_memory_limit_that_is_none_is_refused(max_memory: Any) -> None:
+    with pytest.raises(ValueError, match=r"`max_memory` to be like '2GB', but got"):
+        store_of(clustered(0, 100), "auto", max_memory=max_memory)
+
+
+def test_a_hopeless_index_says_so_with_its_recall(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        store = built(normal(0, COUNT, WIDTH), "PQ4x4")
+    assert stated(store) < 0.9
+    (message,) = [record.getMessage() for record in caplog.records if "recall" in record.msg]
+    assert f"PQ4x4 reaches recall@20 {stated(store):.4f}, below 0.9900" in message
+    assert "flat" in message
+    assert measured_recall(store, other_rows(store)) == pytest.approx(stated(store), abs=0.02)
+
+
+def test_an_index_that_reaches_its_recall_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        built(clustered(0), "IVF32,Flat")
+    assert not caplog.records
+
+
+def test_a_graph_of_unnormalized_rows_is_about_as_good_as_faiss_makes_it() -> None:
+    store = built(clustered(0), "HNSW16", "l2", "none")
+    alone = faiss.index_factory(WIDTH, "HNSW16", faiss.METRIC_L2)
+    rows = store.features.float().numpy()
+    alone.add(rows)
+    picked = other_rows(store)
+    _, found = alone.search(rows[picked], K + 1)  # efSearch 16, its default
+    itself = found[:, 0] == picked.numpy()
+    assert itself.mean() > 0.98
+    assert stated(store) >= 0.98
+
+
+# changes are seen at once
+
+
+@in_every_space
+@pytest.mark.parametrize("index", [*LISTS, "HNSW16"])
+def test_an_added_row_is_its_own_nearest(index: str, metric: str, normalization: str) -> None:
+    store = built(normal(0, COUNT, WIDTH), index, metric, normalization)
+    added = normal(1, 300, WIDTH)
+    ids = store.add(added, [9] * 300)
+    rows = store.features[-300:]
+    hits = store.search(rows, 5)
+    found = hits.ids[:, 0] == ids
+    assert found.double().mean() >= min(0.99, stated(store)), found.double().mean()
+    assert (hits.labels[found, 0] == 9).all()
+    assert_sound(hits, store, rows, 5)
+    assert measured_recall(store, torch.arange(COUNT, COUNT + 300)) >= stated(store) - 0.02
+
+
+@pytest.mark.parametrize("index", ["IVF32,SQ8", "HNSW16"])
+def test_an_added_row_unlike_all_others_is_its_own_nearest(index: str) -> None:
+    store = built(normal(0, COUNT, WIDTH), index, "l2", "none", min_recall=0.9)
+    ids = store.add(0.1 * normal(4, 300, WIDTH), [9] * 300)
+    found = store.search(store.features[-300:], 1).ids[:, 0] == ids
+    assert found.double().mean() >= stated(store) - 0.02
+    assert measured_recall(store, torch.arange(COUNT, COUNT + 300)) >= stated(store) - 0.02
+
+
+@in_every_space
+@pytest.mark.parametrize("index", [*LISTS, "HNSW16"])
+def test_a_removed_row_is_never_found_and_a_new_label_at_once(
+    index: str, metric: str, normalization: str
+) -> None:
+    rows = clustered(0)
+    rows[100:200] = rows[:100]  # what is removed has a twin that stays
+    store = built(rows, index, metric, normalization)
+    everything = store.ids
+    gone = everything[:100]
+    store.remove(gone)
+    store.relabel(everything[100:200], [77] * 100)
+    hits = store.search(rows[:100], 50)
+    assert not torch.isin(hits.ids, gone).any()
+    assert_sound(hits, store, rows[:100], 50)
+    twins = hits.ids[:, 0] == everything[100:200]
+    assert twins.double().mean() >= min(0.98, stated(store) - 0.02)
+    assert (hits.labels[twins, 0] == 77).all()
+    assert measured_recall(store, other_rows(store)) >= stated(store) - 0.02
+
+
+@in_every_space
+def test_with_all_lists_searched_changes_equal_a_fresh_exact_store(
+    metric: str, normalization: str
+) -> None:
+    rows = normal(0, 2500, WIDTH)
+    rows[1000:1300] = rows[:300]
+    store = built(rows[:2000], "IVF8,Flat", metric, normalization, min_recall=1.0)
+    assert store.index.parameters["nprobe"] == 8, "the test needs all lists to be searched"
+    queries = torch.cat([rows[:300], normal(1, 100, WIDTH)])
+    exclude_ids = torch.cat([store.ids[:300], torch.full((100,), -1)])
+    searcher = store.build_index()
+    changes: list[Callable[[], object]] = [
+        # more than a tenth, and the lists would be made anew
+        lambda: store.add(rows[2000:2150], torch.arange(150) % 7),
+        lambda: store.remove(store.ids[1000:1400]),
+        lambda: store.relabel(store.ids[::2], [5] * len(store.ids[::2])),
+        lambda: store.add(rows[1000:1040], [6] * 40),
+    ]
+    for change in changes:
+        change()
+        twin = flat_twin(store)
+        for k in (1, K):
+            hits = store.search(queries, k, exclude_ids)
+            assert_equal_hits(hits, twin.search(queries, k, exclude_ids))
+    assert store.build_index() is searcher, "it was built again instead of following"
+
+
+# a graph cannot forget: rows are masked until the next save
+
+
+def bytes_in(folder: Path, rows: Tensor | NDArray) -> int:
+    """How many rows lie in any file of a folder, value for value."""
+    content = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    values = rows.numpy() if isinstance(rows, Tensor) else rows
+    return sum(any(row.tobytes() in file for file in content) for row in values)
+
+
+def ways_to_write(store: Datastore, rows: Tensor) -> list[NDArray]:
+    """The rows as they were given, as they are stored, and as an index holds them."""
+    unit = normalized(rows, store.mean, store.normalization)
+    stored = rows.numpy()
+    return [stored, stored.astype(np.float32), unit.astype(np.float32), unit.astype(np.float16)]
+
+
+@pytest.mark.parametrize("index", ["HNSW16", "IVF8,Flat", "IVF8,SQ8", "flat"])
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_removed_rows_are_masked_at_once_and_in_no_file(
+    index: str, reloaded: bool, tmp_path: Path
+) -> None:
+    store = built(normal(0, 1000, WIDTH), index, "cosine", "l2_centered")
+    folder = tmp_path / "store"
+    store.save(folder)
+    if reloaded:
+        store = Datastore.load(folder)
+        store.search(normal(1, 1, WIDTH), 1)
+    gone, rows = store.ids[100:200], store.features[100:200]
+    kept = store.features[:100]
+    written = [bytes_in(folder, way) for way in ways_to_write(store, rows)]
+    assert written[0] == 100  # or this test looks for the wrong bytes
+    store.remove(gone)
+    hits = store.search(rows, 30)
+    assert not torch.isin(hits.ids, gone).any()
+    assert_sound(hits, store, rows, 30)
+    store.save(folder)
+    assert [bytes_in(folder, way) for way in ways_to_write(store, rows)] == [0] * 4
+    assert bytes_in(folder, kept) == 100
+    loaded = Datastore.load(folder)
+    assert (len(loaded), loaded.index.spec) == (900, index)
+    hits = loaded.search(rows, 30)
+    assert not torch.isin(hits.ids, gone).any()
+    assert_sound(hits, loaded, rows, 30)
+    in_file = faiss.read_index(str(folder / FAISS))
+    assert in_file.ntotal == 900
+    if not index.endswith("SQ8"):  # the vectors themselves
+        inner: Any = faiss.downcast_index(getattr(in_file, "index", in_file))
+        if index.startswith("IVF"):
+            inner.make_direct_map()
+        vectors = as_numpy(inner.reconstruct_n(0, 900))
+        away = normalized(rows, store.mean, store.normalization)
+        nearest = (vectors @ away.T).max(axis=0)
+        assert (nearest < 1 - 1e-4).all()
+
+
+def test_most_rows_of_a_graph_can_go() -> None:
+    """Beyond some share of masked rows it is built again."""
+    store = built(clustered(0, 1500), "HNSW16")
+    for start in range(0, 1450, 50):
+        store.remove(store.ids[:50])
+        k = min(20, len(store))
+        queries = clustered(start, 3)
+        assert_sound(store.search(queries, k), store, queries, k)
+    assert len(store) == 50
+    hits = store.search(store.features, 50)
+    assert_nearest(hits, store, store.features, 50)
+
+
+# files
+
+
+def lists_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(blob_of(folder))
+
+
+@in_every_space
+@with_lists
+def test_lists_are_loaded_without_training(
+    index: str, metric: str, normalization: str, tmp_path: Path
+) -> None:
+    store = built(clustered(0, 2000), index, metric, normalization, min_recall=0.9)
+    store.save(tmp_path / "first")
+    first = lists_in(tmp_path / "first")["centroids"]
+    # another k-means would be one of other rows
+    store.add(clustered(1, 200), [3] * 200)
+    store.remove(store.ids[100:300])
+    queries = clustered(2, 200)
+    wanted = store.search(queries, K)
+    store.save(tmp_path / "second")
+    loaded = Datastore.load(tmp_path / "second")
+    assert_equal_hits(loaded.search(queries, K), wanted)
+    assert loaded.index == store.index
+    assert stated(loaded) == stated(store)
+    loaded.relabel(loaded.ids[:1], [6])  # the next save writes the file again
+    loaded.save(tmp_path / "third")
+    for name in ("second", "third"):
+        tensors = lists_in(tmp_path / name)
+        assert torch.equal(tensors["centroids"].view(torch.int32), first.view(torch.int32))
+    for name in ("features", "lists"):
+        again = lists_in(tmp_path / "third")[name]
+        assert torch.equal(lists_in(tmp_path / "second")[name], again)
+
+
+def test_a_store_that_was_loaded_follows_changes_like_the_one_that_was_saved(
+    tmp_path: Path,
+) -> None:
+    store = built(clustered(0, 2000), "IVF16,Flat", min_recall=0.9)
+    store.save(tmp_path)
+    loaded = Datastore.load(tmp_path)
+    queries = clustered(2, 100)
+    for one in (store, loaded):
+        one.search(queries, 1)
+        one.add(clustered(1, 100), [4] * 100)
+        one.remove(one.ids[50:100])
+    assert_equal_hits(loaded.search(queries, K), store.search(queries, K))
+
+
+def test_a_copy_has_an_index_of_its_own() -> None:
+    store = built(clustered(0, 2000), "IVF16,Flat")
+    queries = clustered(2, 100)
+    wanted = store.search(queries, K)
+    twin = copy.deepcopy(store)
+    twin.remove(twin.ids[:500])
+    twin.add(queries, [1] * 100)
+    assert twin.search(queries, 1).labels.eq(1).all()
+    assert_equal_hits(store.search(queries, K), wanted)
+
+
+# k, leave-one-out
+
+
+@pytest.mark.parametrize("index", ["IVF64,Flat", "IVF64,SQ8", "HNSW8"])
+@pytest.mark.parametrize("excludes", [False, True])
+def test_k_larger_than_what_is_found_is_filled_up(index: str, excludes: bool) -> None:
+    rows = clustered(0, 3000)
+    rows[1000:2800] = rows[0]  # one list holds more than half of the rows, most hold few
+    store = built(rows, index, min_recall=0.1)
+    queries = torch.cat([rows[:4], normal(1, 4, WIDTH)])
+    exclude_ids = torch.cat([store.ids[:4], torch.tensor([-1, 5, -1, 5])]) if excludes else None
+    given = None if exclude_ids is None else exclude_ids.numpy()
+    for k in (1, 100, 700, 1499):
+        hits = store.search(queries, k, exclude_ids)
+        assert hits.ids.shape == (8, k)
+        assert_sound(hits, store, queries, k, given)
+    for k in (2999, 3000, 10**12):
+        hits = store.search(queries, k, exclude_ids)
+        assert hits.ids.shape == (8, min(k, 3000 - excludes))
+        assert_nearest(hits, store, queries, k, given)
+
+
+@with_lists
+@pytest.mark.parametrize("batch_size", [1, 999, 4096])
+def test_leave_one_out_is_search_without_that_row(index: str, batch_size: int) -> None:
+    rows = clustered(0, 2000 if batch_size > 1 else 200)
+    store = built(rows, index, min_recall=0.9)
+    parts = list(store.leave_one_out(K, batch_size))
+    assert [len(part.ids) for part in parts[:-1]] == [batch_size] * (len(parts) - 1)
+    hits = Neighbors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    assert_equal_hits(hits, store.search(store.features, K, store.ids))
+    assert hits.ids.shape == (len(store), K)
+    assert not (hits.ids == store.ids[:, None]).any()
+    # each row once and in order: who stands in row i is near to row i
+    rows = torch.arange(0, len(store), 7)
+    part = Neighbors(*(column[rows] for column in hits))
+    assert_sound(part, store, store.features[rows], K, store.ids[rows].numpy())
+
+
+# odd strings and few rows
+
+
+@pytest.mark.parametrize("index", ["", "nonsense", "ivf4,flat", "IVF4,Flat ", "LSH"])
+def test_a_string_that_faiss_does_not_understand_is_refused(index: str) -> None:
+    with pytest.raises(ValueError, match=rf"`index` to be auto, flat or .*{re.escape(index)}"):
+        store_of(clustered(0, 100), index)
+
+
+def test_a_string_that_does_not_fit_the_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`index`.*PQ5x4"):
+        store_of(clustered(0, 100), "PQ5x4")
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_more_lists_than_rows_are_refused_with_both_numbers(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"as many rows as lists.*'IVF10,Flat'.*{count} rows"):
+        store_of(clustered(0, count), "IVF10,Flat")
+    assert len(store_of(clustered(0, 10), "IVF10,Flat")) == 10
+
+
+@pytest.mark.parametrize("index", ["auto", "HNSW8", "SQ8"])
+def test_an_empty_store_has_no_neighbours_and_can_grow(index: str, tmp_path: Path) -> None:
+    store = store_of(clustered(0, 0), index)
+    assert store.search(clustered(1, 2), 3).ids.shape == (2, 0)
+    store.save(tmp_path)
+    for one in (store, Datastore.load(tmp_path)):
+        assert not list(one.leave_one_out())
+        one.add(clustered(0, 300), [2] * 300)
+        hits = one.search(clustered(0, 300), 1)
+        assert torch.equal(hits.ids[:, 0], one.ids)
+
+
+@pytest.mark.parametrize("index", ["auto", "HNSW8", "SQ8", "IVF1,Flat", "IVF1,SQ8"])
+def test_one_row(index: str, tmp_path: Path) -> None:
+    store = store_of(clustered(0, 1), index)
+    store.save(tmp_path)
+    for one in (store, Datastore.load(tmp_path)):
+        hits = one.search(clustered(1, 2), 20)
+        assert hits.ids.tolist() == [[1000], [1000]]
+        assert one.search(clustered(1, 2), 20, [1000, -1]).ids.shape == (2, 0)
+        (alone,) = one.leave_one_out()
+        assert alone.ids.shape == (1, 0)
+
+
+def shrunk(store: Datastore) -> None:
+    store.remove(store.ids[5:])
+
+
+def grown_from_nothing(store: Datastore) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store.save(folder)
+        loaded = Datastore.load(folder)
+    loaded.remove(loaded.ids)
+    loaded.add(clustered(1, 3), [0, 1, 2])
+    assert loaded.search(clustered(1, 3), 1).ids.shape == (3, 1)
+
+
+def cut(store: Datastore) -> None:
+    assert len(store.subset(store.ids[:3])) == 3
+
+
+@pytest.mark.parametrize("change", [shrunk, grown_from_nothing, cut])
+def test_fewer_rows_than_lists_after_a_change(change: Callable[[Datastore], None]) -> None:
+    store = built(clustered(0, 300), "IVF16,Flat")
+    change(store)
+    queries = clustered(1, 4)
+    assert_sound(store.search(queries, 3), store, queries, 3)
+
+
+def test_a_refused_removal_changes_nothing() -> None:
+    store = built(clustered(0, 300), "IVF16,Flat")
+    try:
+        store.remove(store.ids[5:])
+    except ValueError:
+        assert len(store) == 300
+
+
+@pytest.mark.parametrize(
+    "index", ["IVF0,Flat", "IVF4,PQ0", "IDMap,Flat", "PCA17,Flat", "OPQ0,Flat", "PQ4x8"]
+)
+def test_a_string_that_cannot_be_built_is_refused_by_name(index: str) -> None:
+    with pytest.raises(ValueError, match=rf"`index`.*{index}"):
+        built(clustered(0, 100), index).search(clustered(1, 1), 1)
+
+
+def test_an_index_that_cannot_take_rows_in_is_built_again() -> None:
+    store = built(clustered(0, 300), "NSG8")
+    (new,) = store.add(clustered(1, 1), [0]).tolist()
+    assert store.search(clustered(1, 1), 1).ids.tolist() == [[new]]
+
+
+def test_a_number_with_zeros_in_front_can_be_loaded(tmp_path: Path) -> None:
+    store = built(clustered(0, 300), "IVF004,Flat")
+    store.save(tmp_path)
+    assert_equal_hits(
+        Datastore.load(tmp_path).search(clustered(1, 5), 3), store.search(clustered(1, 5), 3)
+    )
+
+
+CRASH_SCRIPT = """
+import torch
+from hf_knn.datastore import Datastore
+try:
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    Datastore.from_features(rows, [0] * 300, index={index!r}).search(rows, 1)
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("index", ["HNSW0", "HNSW1", "PQ4x0", "RQ0x4", "IVF4_HNSW1,Flat"])
+def test_a_string_that_kills_faiss_is_refused(index: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH_SCRIPT.format(index=index)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    assert index in done.stdout
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("index", ["IVF32,Flat", "HNSW16"])
+@pytest.mark.parametrize("factor", [1e3, 1e30, 1e36])
+def test_a_query_far_beyond_all_rows_is_searched_in_the_index(
+    index: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = built(normal(0, COUNT, WIDTH), index, "l2", "none")
+    compared: list[int] = []
+    rescore = Searcher._rescore
+
+    def watch(self: Searcher, asked: NDArray, candidates: NDArray) -> NDArray:
+        compared.append(candidates.shape[1])
+        return rescore(self, asked, candidates)
+
+    monkeypatch.setattr(Searcher, "_rescore", watch)
+    queries = normal(7, 20, WIDTH).double() * factor
+    hits = store.search(queries, 5)
+    assert max(compared) < COUNT / 2, "every row was compared"
+    assert_sound(hits, store, queries, 5)

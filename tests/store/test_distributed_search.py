@@ -1,0 +1,66 @@
+"""Two ranks with a part of the rows each answer as one that has all of them, bit for bit."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.forks import Errand
+from support.oracles import assert_nearest
+from support.two_shards import NAMES, Rows, cases_of, rows_named, work_as
+from torch import Tensor
+
+from hf_knn import Datastore, ShardedDatastore
+from hf_knn.search_backend import Neighbors
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what both ranks answered; they are started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = [Errand.start(partial(work_as, rank, 2, folder)) for rank in range(2)]
+    assert [child.outcome() for child in started] == ["", ""]
+    return folder
+
+
+def whole(rows: Rows) -> Datastore:
+    return Datastore.from_features(*rows[:3], index="flat", **rows.options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_answer_as_one(name: str, ranks: Path) -> None:
+    answers = [load_file(ranks / f"answers-{rank}.safetensors") for rank in range(2)]
+    rows = rows_named(name)
+    store = whole(rows)
+
+    def both(key: str) -> Tensor:
+        return torch.cat([answer[f"{name}/{key}"] for answer in answers])
+
+    assert [torch.equal(answer[f"{name}/mean"], store.mean) for answer in answers] == [True, True]
+    for number, case in enumerate(cases_of(rows)):
+        wanted = store.search(case.queries, case.k, case.excluded)
+        found = Neighbors(*(both(f"{number}/{field}") for field in Neighbors._fields))
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(mine, theirs), (number, case.k)
+        excluded = None if case.excluded is None else case.excluded.numpy()
+        assert_nearest(found, store, case.queries, case.k, excluded)
+
+
+def test_a_mistake_of_one_rank_is_an_error_on_both(ranks: Path) -> None:
+    texts = [(ranks / f"mistakes-{rank}.txt").read_text().splitlines() for rank in range(2)]
+    wanted = [
+        "rank 1: Expected `features` to be finite", "Expected ids that one rank has",
+        "rows of one width", "shards of one mean, but", "shards with index='flat'",
+        "rank 1: Expected `queries` to have width 5", "Expected one `k`, but got [3, 4]",
+        "rank 0: Expected `k` to be a whole number",
+    ]  # fmt: skip
+    for text in texts:
+        assert len(text) == len(wanted)
+        for line, part in zip(text, wanted, strict=True):
+            assert part in line
+
+
+def test_without_ranks() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        ShardedDatastore(whole(rows_named("even")))
