@@ -11,8 +11,8 @@ import hnswlib
 import numpy as np
 import torch
 import typer
-from data import DIM, clustered
 from harness import compare, report, shared
+from rows import DIM, clustered
 from usearch.index import Index as UsearchIndex
 
 from hf_knn import Datastore

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-from data import clustered
 from harness import memory, write
+from rows import clustered
 
 from hf_knn import Datastore
 

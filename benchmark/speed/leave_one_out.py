@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from data import CLUSTERS, DIM, clustered
 from harness import memory, write
 from rich.console import Console
 from rich.table import Table
+from rows import CLUSTERS, DIM, clustered
 from torch import Tensor
 
 from hf_knn import Datastore, Neighbors, knn_log_probs

@@ -12,8 +12,8 @@ import faiss
 import numpy as np
 import torch
 import typer
-from data import DATA, DIM, IMAGENET_ROWS
 from harness import compare, memory, report, shared
+from rows import DATA, DIM, IMAGENET_ROWS
 
 from hf_knn import Datastore
 

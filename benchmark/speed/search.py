@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 import torch
 import typer
-from data import DIM, clustered
 from harness import compare, report, shared
+from rows import DIM, clustered
 from sklearn.neighbors import NearestNeighbors
 
 from hf_knn import Datastore
