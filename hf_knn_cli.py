@@ -281,8 +281,8 @@ def train(
     ] = None,
 ) -> None:
     """Train on your own pictures: features, head, datastore, tuning, report, checkpoint."""
-    from hf_knn.console import run
-    from hf_knn.training_command import TrainOptions, train_pictures
+    from hf_knn.commands.console import run
+    from hf_knn.commands.train import TrainOptions, train_pictures
 
     options = TrainOptions(
         pictures=pictures, output=output, backbone=backbone, epochs=epochs,

@@ -17,7 +17,7 @@ def cache(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """List what is kept to be fast: features, graphs and choices of backends; clear it."""
-    from hf_knn.cache_command import show_cache
-    from hf_knn.console import run
+    from hf_knn.commands.cache import show_cache
+    from hf_knn.commands.console import run
 
     run(show_cache, clear, older_than, json_output)

@@ -36,8 +36,8 @@ def teach(
     json_output: AsJson = False,
 ) -> None:
     """Teach new pictures or classes, without training."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import teach_pictures
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import teach_pictures
 
     how = "skip" if skip_bad_images else "fail"
     run(teach_pictures, checkpoint, pictures, label, how, json_output)
@@ -62,8 +62,8 @@ def forget(
     json_output: AsJson = False,
 ) -> None:
     """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import forget_rows
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import forget_rows
 
     run(forget_rows, checkpoint, ids or [], path or [], label, recenter, backup, json_output)
 
@@ -76,8 +76,8 @@ def relabel(
     json_output: AsJson = False,
 ) -> None:
     """Give stored pictures another label."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import relabel_rows
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import relabel_rows
 
     run(relabel_rows, checkpoint, ids, label, json_output)
 
@@ -85,8 +85,8 @@ def relabel(
 @app.command()
 def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> None:
     """Take the last change back: one that was interrupted, if there is one, and then no other."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import undo_change
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import undo_change
 
     run(undo_change, checkpoint, json_output)
 
@@ -100,8 +100,8 @@ def merge(
     json_output: AsJson = False,
 ) -> None:
     """Add the rows of another checkpoint."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import merge_stores
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import merge_stores
 
     run(merge_stores, checkpoint, other, json_output)
 
@@ -113,8 +113,8 @@ def diff(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what differs between two checkpoints: rows, classes, settings, numbers."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import show_difference
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import show_difference
 
     run(show_difference, first, second, json_output)
 
@@ -133,8 +133,8 @@ def inspect(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
-    from hf_knn.console import run
-    from hf_knn.inspect_command import inspect_checkpoint
+    from hf_knn.commands.checks import inspect_checkpoint
+    from hf_knn.commands.console import run
 
     run(inspect_checkpoint, checkpoint, output, pictures, seed, json_output)
 
@@ -156,7 +156,7 @@ def milvus(
     ] = "flat",
 ) -> None:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
-    from hf_knn.console import run
-    from hf_knn.milvus_command import move_to_milvus
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import move_to_milvus
 
     run(move_to_milvus, checkpoint, uri, collection, token, batch_size, index)

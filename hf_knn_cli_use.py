@@ -27,8 +27,8 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.cli import evaluate_pictures
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
+    from hf_knn.commands.use import evaluate_pictures
 
     run(evaluate_pictures, checkpoint, pictures, split, str(on_bad_image), json_output)
 
@@ -57,8 +57,8 @@ def tune(
     backend: BackendOption = None,
 ) -> None:
     """Choose k, temperature and the blend anew, on pictures of your own."""
-    from hf_knn.cli import tune_checkpoint
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
+    from hf_knn.commands.use import tune_checkpoint
 
     run(
         tune_checkpoint, checkpoint, pictures, split, text_of(criterion), calibrate,
@@ -98,14 +98,14 @@ def predict(
     ] = None,
 ) -> None:
     """Classify pictures, show the neighbours that voted, and say why."""
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
 
     if not (explain or html or pictures or max_error is not None):
-        from hf_knn.cli import predict_images
+        from hf_knn.commands.use import predict_images
 
         run(predict_images, checkpoint, images, top, neighbors, json_output)
         return
-    from hf_knn.explain_command import ExplainOptions, explain_images
+    from hf_knn.commands.explain import ExplainOptions, explain_images
 
     if pictures and not html:
         raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
@@ -139,8 +139,8 @@ def push(
     ] = None,
 ) -> None:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
-    from hf_knn.cli import push_checkpoint
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
+    from hf_knn.commands.use import push_checkpoint
 
     run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
         token, model_license)  # fmt: skip
@@ -154,8 +154,8 @@ def export(
     ],
 ) -> None:
     """Export to one ONNX graph: backbone, head, neighbours and blend."""
-    from hf_knn.cli import export_checkpoint
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
+    from hf_knn.commands.use import export_checkpoint
 
     run(export_checkpoint, checkpoint, onnx)
 
@@ -188,9 +188,9 @@ def doctor(
 
     Nothing is changed. The exit code is 0 whatever was found; --json has the counts.
     """
-    from hf_knn.console import run
-    from hf_knn.doctor import DoctorOptions
-    from hf_knn.doctor_command import diagnose_pictures
+    from hf_knn.checkup.doctor import DoctorOptions
+    from hf_knn.commands.checks import diagnose_pictures
+    from hf_knn.commands.console import run
 
     options = DoctorOptions(
         pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
