@@ -30,10 +30,11 @@ test-slow: setup ## Tests that take minutes
 faults: setup ## Kills, mutated files and long property runs
 	$(BIN)/python -m pytest -m faults --timeout 7200 -n auto --dist loadfile
 
-lint: setup ## ruff (lint and format) and mypy
+lint: setup ## ruff (lint and format), mypy and the import contracts
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
 
 bench: setup ## Speed against named peers, as ratios: benchmark/speed/SPEED.md, 15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,onnx,openvino]'
