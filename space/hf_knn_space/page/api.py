@@ -1,15 +1,15 @@
-"""The named endpoints; README.md of this folder says how to call them."""
+"""The named endpoints; the README of the Space says how to call them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
-from settings import Settings
-from shared import HEAVY, Page, as_message
-from uploads import SpaceError
-from views import disagrees
 
-from hf_knn import Explanation
+from ..explanations import as_json
+from ..settings import Settings
+from ..uploads import SpaceError
+from .contents import Page
+from .events import HEAVY, as_message
 
 
 def add_api(page: Page) -> None:
@@ -90,30 +90,3 @@ class _Handlers:
         if not isinstance(ids, list) or not all(type(row_id) is int for row_id in ids):
             raise SpaceError("Expected `ids` to be a list of whole numbers, as /teach returned.")
         return self._service.forget(ids, visitor or "")
-
-
-def as_json(found: Explanation) -> dict[str, Any]:
-    """An explanation in types that JSON has.
-
-    Args:
-        found: of one picture.
-    """
-    flip = None if found.flip is None else found.flip._asdict()
-    return {
-        "answer": found.answer,
-        "probabilities": found.probabilities,
-        "head": found.head,
-        "knn": found.knn,
-        "neighbors": [
-            {
-                "id": row.row_id, "label": row.label, "similarity": row.similarity,
-                "share": row.share,
-            }
-            for row in found.neighbors
-        ],
-        "margin": found.margin,
-        "flip": flip,
-        "typicality": found.typicality,
-        "is_typical": found.is_typical,
-        "disagree": disagrees(found),
-    }  # fmt: skip
