@@ -44,7 +44,8 @@ def show_demo(
     """
     if find_spec("gradio") is None:
         raise ImportError("hf-knn demo needs gradio; run `pip install 'hf-knn[space]'`.")
-    command = [sys.executable, "-m", "hf_knn_space"]
+    # -P: what lies in the folder one happens to be in is not imported
+    command = [sys.executable, "-P", "-m", "hf_knn_space"]
     command += [] if checkpoint is None else [checkpoint]
     command += [] if port is None else ["--port", str(port)]
     command += [] if pictures is None else ["--pictures", str(pictures)]

@@ -323,6 +323,12 @@ def test_the_console_script_is_light():
     assert loaded & {"torch", "transformers", "hf_knn", "datasets", "faiss", "numpy"} == set()
 
 
+def test_importing_the_demo_is_light():
+    loaded = imported_by("hf_knn_space", ROOT / "space")
+    assert "hf_knn_space" in loaded
+    assert loaded & {"torch", "transformers", "hf_knn", "gradio", "numpy"} == set()
+
+
 def test_importing_the_package_takes_little_beyond_transformers():
     """What is needed later is imported later: seconds cannot be asserted, but modules can."""
     loaded = imported_by("hf_knn", ROOT)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_knn_space.uploads import as_uri, read_upload, thumbnail
 from support.space_app import PER_CLASS, Running, features_of, running, write_picture
+
+from hf_knn_space.uploads import as_uri, read_upload, thumbnail
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 _OPTIONS = [

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hf_knn_space import hub_pictures
-from hf_knn_space.hub_pictures import HubPictures
-from hf_knn_space.opening import find_pictures
-from hf_knn_space.pictures import NoPictures
 from PIL import Image
 from support.hub_datasets import REPO, picture, publish
 from support.hub_server import Hub
 
 from hf_knn import load_splits
+from hf_knn_space import hub_pictures
+from hf_knn_space.hub_pictures import HubPictures
+from hf_knn_space.opening import find_pictures
+from hf_knn_space.pictures import NoPictures
 
 
 @pytest.fixture(autouse=True)

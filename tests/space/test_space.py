@@ -17,9 +17,11 @@ import yaml
 from support.space_app import PER_CLASS, Running, features_of, published, running, write_picture
 
 pytest.importorskip("gradio")
-import hf_knn_space
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+
+import hf_knn_space
+from hf_knn import BadImageError, Datastore, KnnForImageClassification
 from hf_knn_space.explanations import disagrees
 from hf_knn_space.exports import as_csv, write_checkpoint, write_dataset
 from hf_knn_space.guard import MAX_BODY, Shelf, shelf
@@ -42,8 +44,6 @@ from hf_knn_space.visitors import (
     room_for,
     token_of,
 )
-
-from hf_knn import BadImageError, Datastore, KnnForImageClassification
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<img src=x onerror=alert(1)>"
@@ -189,7 +189,7 @@ def test_the_command_passes_the_backend_on(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", noted)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
-    assert ran[0][-2:] == ["--backend", "torch"]
+    assert ran[0][1:] == ["-P", "-m", "hf_knn_space", "--backend", "torch"]
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
     )

@@ -6,8 +6,9 @@ from typing import Any
 import gradio as gr
 
 from ..explanations import as_json
+from ..files import space_file
 from ..settings import Settings
-from ..uploads import SpaceError
+from ..uploads import MAX_FILES, SpaceError
 from .contents import Page
 from .events import HEAVY, as_message
 
@@ -41,6 +42,12 @@ def add_api(page: Page) -> None:
     for handler, inputs in endpoints:
         button = gr.Button(visible=False)
         button.click(handler, inputs, result, api_name=handler.__name__, **HEAVY)
+
+
+def api_text() -> str:
+    """How to call them: the part of the README on the API."""
+    _, _, body = space_file("README.md").read_text(encoding="utf-8").partition("## API\n")
+    return body.partition("\n## ")[0].replace("MAX_FILES", str(MAX_FILES))
 
 
 class _Handlers:

@@ -7,11 +7,10 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..files import space_file
 from ..guard import Guard, shelf
-from ..uploads import MAX_BYTES, MAX_FILES, SpaceError
+from ..uploads import MAX_BYTES, SpaceError
 from ..visitors import token_of
-from .api import add_api
+from .api import add_api, api_text
 from .benchmark import add_benchmark_tab, find_report
 from .classify import add_classify_tab
 from .contents import Page
@@ -68,7 +67,7 @@ def make_app(page: Page, beside: Path | None = None) -> gr.Blocks:
             with gr.Tab("Benchmark", id="benchmark") as benchmark:
                 add_benchmark_tab(report, benchmark)
         with gr.Tab("API", id="api"):
-            api = gr.Markdown(_api_text(), elem_id="knn-api")
+            api = gr.Markdown(api_text(), elem_id="knn-api")
         app.load(_open(page), [token], [token, taught.listed, taught.known], **PRIVATE)
         app.load(None, [api], [api], js=_ADDRESS_JS)
     app.queue(max_size=QUEUE_SIZE)
@@ -100,9 +99,3 @@ def _open(page: Page) -> Callable[[Any], list[Any]]:
             return [token, said_page(str(error), is_error=True), gr.skip()]
 
     return opened
-
-
-def _api_text() -> str:
-    """The part of the README on the API."""
-    _, _, body = space_file("README.md").read_text(encoding="utf-8").partition("## API\n")
-    return body.partition("\n## ")[0].replace("MAX_FILES", str(MAX_FILES))
