@@ -1,4 +1,4 @@
-"""What `lint-imports` cannot say: public names, weight of imports, sizes, types of models and stores.
+"""What `lint-imports` cannot say: public names, weight of imports, sizes, types.
 
 Layers, circles and what travels are contracts of import-linter in pyproject.toml (`make lint`).
 """

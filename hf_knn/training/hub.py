@@ -148,9 +148,8 @@ class HubTrainer(SealedTrainer):
             card = make_card(self.model, opened.repo_id, opened.read_text(CARD_NAME), staging)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
             has_state = any(path.is_dir() for path in staging.iterdir())
-            replaced = legacy_code(opened.read_text) | (
-                {f"{LAST_CHECKPOINT}/*"} if has_state else set()
-            )
+            replaced = legacy_code(opened.read_text)
+            replaced |= {f"{LAST_CHECKPOINT}/*"} if has_state else set()
             return opened.push(
                 staging,
                 message,
