@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_knn import Datastore, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.milvus import collection as milvus_index
 from hf_knn.milvus import search as milvus_search
 from hf_knn.milvus.collection import MilvusCollection
 from hf_knn.milvus.load import describe
@@ -142,7 +141,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
 
 
 def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
-    monkeypatch.setattr(milvus_index, "recall_of", lambda found, wanted: 0.5)
+    monkeypatch.setattr(milvus_search, "recall_of", lambda found, wanted: 0.5)
     with pytest.raises(ValueError, match=r"it reached 0\.5000"):
         load(embedded(), uri, name, index="ivf_flat")
     with pytest.raises(DatastoreError, match="load was interrupted"):
