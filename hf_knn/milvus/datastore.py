@@ -25,34 +25,8 @@ from ..store.folders import exclusive_lock, write_durably
 from ..store.index import FLAT, MIN_RECALL
 from ..store.remote import DatastoreReference, RemoteConsent, check_uri, read_manifest, token_of
 from ..store.table import StoredRows
-from .changes import (
-    Reversal,
-    RowChange,
-    check_unchanged,
-    make_change,
-    rows_to_add,
-    rows_to_relabel,
-    rows_to_remove,
-    rows_with,
-    take_back,
-)
-from .collection import (
-    ROW_FIELDS,
-    About,
-    MilvusCollection,
-    decode_rows,
-    rows_per_call,
-)
-from .load import (
-    BATCH_ROWS,
-    LoadPlan,
-    bring_home,
-    check_content,
-    load_rows,
-    open_named,
-    open_whole,
-    space_of,
-)
+from . import changes, load
+from .collection import ROW_FIELDS, About, MilvusCollection, decode_rows, rows_per_call
 from .pending import write_pending
 from .search import effort_name, rows_where, search_collection
 from .server import PATIENCE, TIMEOUT, MilvusServer, check_exists
@@ -90,7 +64,7 @@ class MilvusDatastore:
 
     def __init__(self, collection: MilvusCollection, about: About) -> None:
         self.collection, self._about = collection, about
-        self._space = space_of(about)
+        self._space = load.space_of(about)
         self._counts: dict[str, int] = {"": about.count}
         self.metric, self.normalization = about.metric, about.normalization
         self.mean, self.source = about.mean, dict(about.source)
@@ -98,7 +72,7 @@ class MilvusDatastore:
         self.home: Path | None = None
         self.binding: Binding | None = None
         self.journal: Path | None = None
-        self._reversal: Reversal | None = None
+        self._reversal: changes.Reversal | None = None
 
     @classmethod
     def from_datastore(
@@ -110,7 +84,7 @@ class MilvusDatastore:
         token: str | None = None,
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
-        batch_size: int = BATCH_ROWS,
+        batch_size: int = load.BATCH_ROWS,
         progress: bool = True,
         index: str = FLAT,
         min_recall: float = MIN_RECALL,
@@ -138,10 +112,10 @@ class MilvusDatastore:
             DatastoreError: if what was read back is not what was written.
             DatastoreConnectionError: if the server does not answer; call again to go on.
         """
-        plan = LoadPlan(index, min_recall, batch_size, progress)
+        plan = load.LoadPlan(index, min_recall, batch_size, progress)
         place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
-        load_rows(store, place, plan)
-        loaded = cls(place, open_whole(place))
+        load.load_rows(store, place, plan)
+        loaded = cls(place, load.open_whole(place))
         loaded.digest, loaded.binding = store.digest, store.binding
         return loaded
 
@@ -176,7 +150,7 @@ class MilvusDatastore:
         address = check_exists(check_uri(uri))
         server = MilvusServer(address, token_of(token), timeout, patience)
         place = MilvusCollection(server, collection)
-        return cls(place, open_whole(place, recover))
+        return cls(place, load.open_whole(place, recover))
 
     @classmethod
     def open(
@@ -217,7 +191,7 @@ class MilvusDatastore:
         address, secret = (consent or own).place_of(reference)
         server = MilvusServer(check_exists(address), secret, timeout, patience)
         place = MilvusCollection(server, reference.collection)
-        store = cls(place, open_named(place, reference))
+        store = cls(place, load.open_named(place, reference))
         store.binding = reference.binding
         return store
 
@@ -293,7 +267,7 @@ class MilvusDatastore:
         Args:
             ids: [M] unique ids that the datastore has; another one is a ValueError.
         """
-        return decode_rows(rows_with(self.collection, ids), self._about)
+        return decode_rows(changes.rows_with(self.collection, ids), self._about)
 
     def subset(self, ids: Values) -> Datastore:
         """An embedded datastore of some of the rows, with the same mean.
@@ -332,16 +306,11 @@ class MilvusDatastore:
         Args:
             ids: see `rows_of`.
         """
-        return [str(row["path"]) for row in rows_with(self.collection, ids, ["id", "path"])]
+        return [str(row["path"]) for row in changes.rows_with(self.collection, ids, ["id", "path"])]
 
     def verify(self) -> None:
-        """Reads all rows and compares them with the fingerprint.
-
-        Raises:
-            DatastoreError: with both numbers, if rows were lost, doubled or changed.
-            DatastoreConnectionError: if the server does not answer.
-        """
-        check_content(self.collection, self._about)
+        """Reads all rows; a DatastoreError, with both numbers, if some were lost or changed."""
+        load.check_content(self.collection, self._about)
 
     def to_datastore(self, *, split: str | None = None, index: str = FLAT) -> Datastore:
         """An embedded datastore of the rows, in the order of their ids, with the same mean.
@@ -364,17 +333,7 @@ class MilvusDatastore:
         labels: Values | None = None,
         split: str | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, exactly with a `flat` index.
-
-        Args:
-            queries: [B, D] finite raw features of any float dtype and device.
-            k: how many, >= 1; fewer rows give fewer neighbours.
-            exclude_ids: [B] int64; the row with that id is no neighbour of that query (-1 = none).
-            labels: only rows of these classes are neighbours; None for all.
-            split: only rows of this split; None for all.
-
-        Returns:
-            Neighbors as `Datastore.search` returns them.
+        """Finds the k nearest rows of each query, as `Datastore.search` does; all with `flat`.
 
         Raises:
             ValueError: see `Datastore.search`.
@@ -397,16 +356,7 @@ class MilvusDatastore:
     def leave_one_out(
         self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
     ) -> Iterator[Neighbors]:
-        """The neighbours of each stored row among the others, in the order of the ids.
-
-        Args:
-            k: how many.
-            batch_size: rows per chunk, at most.
-            progress: show a progress bar.
-
-        Yields:
-            Neighbors of the next rows.
-        """
+        """The neighbours of each stored row among the others, in the order of the ids."""
         with tqdm(total=len(self), unit=" rows", desc="neighbours", disable=not progress) as bar:
             for rows in self.blocks():
                 for start in range(0, len(rows.ids), batch_size):
@@ -423,18 +373,10 @@ class MilvusDatastore:
         *,
         split: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Adds rows. The mean does not move.
+        """Adds rows, as `Datastore.add` does; the mean does not move.
 
-        Args:
-            features: [M, D] raw features.
-            labels: [M] whole numbers >= 0.
-            ids: [M] unique whole numbers that the datastore does not have; None takes numbers that
-                no row ever had.
-            paths: [M] where each row's picture lies.
-            split: of these rows, one for all or M; None is that of the rows that were loaded.
-
-        Returns:
-            [M] the ids of the new rows.
+        Numbers that no row ever had are the ids of rows without, and their split, one for all or
+        M, is that of the rows that were loaded.
 
         Raises:
             ValueError: for bad features, labels or ids, an id that exists, or rows that do not fit
@@ -443,47 +385,41 @@ class MilvusDatastore:
                 that was interrupted.
         """
         own = self.source.get("split", "") if split is None else split
-        change = rows_to_add(self.collection, self._about, features, labels, ids, paths, own)
+        change = changes.rows_to_add(
+            self.collection, self._about, features, labels, ids, paths, own
+        )
         self._make(change)
         return torch.from_numpy(change.new.ids)
 
     def remove(self, ids: Values) -> None:
-        """Removes rows. Milvus clears their bytes when it next compacts the collection.
-
-        Args:
-            ids: see `rows_of`.
-
-        Raises:
-            ValueError: for an id that it does not have; nothing is changed.
-            DatastoreConnectionError: see `add`.
-        """
-        self._make(rows_to_remove(self.collection, self._about, ids))
+        """Removes rows, as `Datastore.remove` does; their bytes go when Milvus next compacts."""
+        self._make(changes.rows_to_remove(self.collection, self._about, ids))
 
     def relabel(self, ids: Values, labels: Values) -> None:
-        """Gives rows other labels.
+        """Gives rows other labels, as `Datastore.relabel` does."""
+        self._make(changes.rows_to_relabel(self.collection, self._about, ids, labels))
 
-        Args:
-            ids: [M] unique ids that the datastore has.
-            labels: [M] whole numbers >= 0.
+    def put_back(self, rows: StoredRows) -> Tensor:
+        """Adds rows that were removed, with paths and splits; [M] their ids."""
+        paths = rows.paths if any(rows.paths) else None
+        return self.add(rows.features, rows.labels, rows.ids, paths, split=rows.splits)
 
-        Raises:
-            ValueError: for an id that it does not have, or bad labels; nothing is changed.
-            DatastoreConnectionError: see `add`.
-        """
-        self._make(rows_to_relabel(self.collection, self._about, ids, labels))
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """A ValueError that says what to do: every row would have to be written again."""
+        raise ValueError(
+            f"Expected the mean of the rows in {self.location} to stay, since every one would be "
+            "written again; bring them home (model.datastore.to_datastore()) and load a new "
+            "collection."
+        )
 
     def restore(self, earlier: Self) -> None:
-        """Takes the last change back; one that a journal speaks of is left to whoever keeps that.
+        """Takes the last change back, unless a journal speaks of it, whose keeper does that.
 
         Args:
             earlier: `copy.copy` of this datastore, from before that change.
-
-        Raises:
-            DatastoreError: if somebody else changed the collection since.
-            DatastoreConnectionError: if the server does not answer.
         """
         if self.journal is None and self._reversal is not None:
-            take_back(self.collection, self._reversal)
+            changes.take_back(self.collection, self._reversal)
             self._take(earlier._about)
             self._reversal = None
 
@@ -505,9 +441,6 @@ class MilvusDatastore:
             binding: the checkpoint that the datastore belongs to.
             reuse: not needed, since there are no files.
 
-        Returns:
-            The reference that was written.
-
         Raises:
             OSError: if it could not be written; the version that was there is intact.
         """
@@ -524,15 +457,15 @@ class MilvusDatastore:
         self.collection.server.close()
 
     def _embedded(self, parts: list[StoredRows], index: str = FLAT) -> Datastore:
-        store = bring_home(parts, self._about, index)
+        store = load.bring_home(parts, self._about, index)
         store.digest, store.source = self.digest, dict(self.source)
         return store
 
-    def _make(self, change: RowChange) -> None:
-        check_unchanged(self.collection, change.before)
+    def _make(self, change: changes.RowChange) -> None:
+        changes.check_unchanged(self.collection, change.before)
         if self.journal is not None:
             write_pending(self.journal, self.collection.server.uri, change.reversal)
-        make_change(self.collection, change)
+        changes.make_change(self.collection, change)
         self._take(change.after)
         self._reversal = change.reversal
 
