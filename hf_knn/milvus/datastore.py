@@ -398,6 +398,7 @@ class MilvusDatastore(MilvusReading):
     def open(
         cls,
         reference: DatastoreReference | str | Path,
+        consent: RemoteConsent | None = None,
         *,
         trust_remote_datastore: bool = False,
         uri: str | None = None,
@@ -409,6 +410,7 @@ class MilvusDatastore(MilvusReading):
 
         Args:
             reference: the reference, or the folder with it.
+            consent: what the next three say, as one; instead of them.
             trust_remote_datastore: ask the server that the reference names, whatever it is.
             uri: ask this one instead; None takes `HF_KNN_MILVUS_URI`, if that is set.
             token: of the server; that of `MILVUS_TOKEN` goes only where the user said.
@@ -429,7 +431,8 @@ class MilvusDatastore(MilvusReading):
                     "it with Datastore.load."
                 )
             reference = found
-        address, secret = RemoteConsent(trust_remote_datastore, uri, token).place_of(reference)
+        consent = consent or RemoteConsent(trust_remote_datastore, uri, token)
+        address, secret = consent.place_of(reference)
         server = MilvusServer(check_exists(address), secret, timeout, patience)
         place = MilvusCollection(server, reference.collection)
         store = cls(place, open_whole(place))
@@ -569,6 +572,37 @@ class MilvusDatastore(MilvusReading):
             DatastoreConnectionError: see `add`.
         """
         self._make(rows_to_relabel(self.collection, self._about, ids, labels))
+
+    def put_back(self, rows: StoredRows) -> Tensor:
+        """Adds rows that were removed, with their own splits.
+
+        Args:
+            rows: as `rows_of` found them before, or with other labels.
+
+        Returns:
+            [M] their ids.
+
+        Raises:
+            ValueError: for an id that exists; nothing is changed.
+            DatastoreConnectionError: see `add`.
+        """
+        paths = rows.paths if any(rows.paths) else None
+        return self.add(rows.features, rows.labels, rows.ids, paths, split=rows.splits)
+
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """Refused: every row would be written again.
+
+        Args:
+            mean: not used.
+
+        Raises:
+            ValueError: always, saying what to do instead.
+        """
+        raise ValueError(
+            f"Expected the mean of the rows in {self.location} to stay, since every one would be "
+            "written again; bring them home (model.datastore.to_datastore()) and load a new "
+            "collection."
+        )
 
     def _make(self, change: RowChange) -> None:
         check_unchanged(self.collection, change.before)
