@@ -10,20 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..core.manifest import (
-    BLOB_PATTERN,
-    FAISS_NAME,
-    MANIFEST_NAME,
-    Binding,
-    DatastoreError,
-    IndexInfo,
-)
+from ..core.manifest import Binding, IndexInfo
 from ..core.rows import Values
 from ..core.search import Neighbors, check_request
 from ..store.datastore import Datastore
-from ..store.folders import exclusive_lock, write_durably
 from ..store.index import FLAT, MIN_RECALL
-from ..store.remote import DatastoreReference, RemoteConsent, check_uri, read_manifest, token_of
+from ..store.remote import (
+    DatastoreReference,
+    RemoteConsent,
+    check_uri,
+    read_reference,
+    token_of,
+    write_reference,
+)
 from ..store.table import StoredRows
 from . import changes, load
 from .collection import ROW_FIELDS, About, MilvusCollection, decode_rows, rows_per_call
@@ -480,44 +479,3 @@ class MilvusDatastore:
 
     def _take(self, after: About) -> None:
         self._about, self._counts = after, {"": after.count}
-
-
-def read_reference(folder: Path) -> DatastoreReference:
-    """What the `datastore.json` of a folder refers to.
-
-    Args:
-        folder: of a checkpoint, or of a datastore that was saved alone.
-
-    Raises:
-        DatastoreError: for a damaged one, or a folder that holds the rows itself.
-    """
-    found = read_manifest(folder / MANIFEST_NAME)
-    if not isinstance(found, DatastoreReference):
-        raise DatastoreError(
-            f"Expected {folder} to refer to Milvus, but it holds the rows itself; open it with "
-            "Datastore.load."
-        )
-    return found
-
-
-def write_reference(folder: Path, reference: DatastoreReference) -> None:
-    """Makes a folder refer to rows elsewhere; those that it held go.
-
-    Args:
-        folder: where to; made if needed.
-        reference: to the rows.
-
-    Raises:
-        OSError: if it could not be written; the version that was there is intact.
-    """
-    text = reference.to_json().encode()
-    with exclusive_lock(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / MANIFEST_NAME, lambda path: _write_bytes(path, text))
-        for entry in folder.iterdir():
-            if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
-                entry.unlink()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

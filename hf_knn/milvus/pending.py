@@ -20,20 +20,22 @@ from torch import Tensor
 
 from ..core.manifest import MANIFEST_NAME, DatastoreError
 from ..store.folders import give_default_mode, write_durably
-from ..store.remote import URI_VARIABLE, DatastoreReference, RemoteConsent, read_manifest
+from ..store.remote import (
+    PENDING_NAME,
+    URI_VARIABLE,
+    DatastoreReference,
+    RemoteConsent,
+    explain_pending,
+    is_pending,
+    read_manifest,
+)
 from ..store.table import StoredRows
 from .changes import Reversal, take_back
 from .collection import About, MilvusCollection
 from .server import DatastoreConnectionError, DatastoreRefusalError, MilvusServer, check_exists
 
-PENDING_NAME = "pending-change.safetensors"
 _FORMAT = "hf_knn.pending_change.1"
 _TENSORS = ("ids", "labels", "features", "added", "texts")
-
-_HINT = (
-    "Run `hf-knn undo {}`, or the next change, when nobody changes it: the rows are then taken "
-    "back to what the checkpoint names."
-)
 
 
 class Pending(NamedTuple):
@@ -86,16 +88,6 @@ def read_pending(path: Path) -> Pending:
         ) from error
 
 
-def is_pending(folder: Path) -> bool:
-    """Whether a change of a checkpoint's rows is under way, or was interrupted."""
-    return (folder / PENDING_NAME).is_file()
-
-
-def explain_pending(folder: Path) -> str:
-    """What to do about it."""
-    return f"A change of {folder} is under way, or was interrupted. {_HINT.format(folder)}"
-
-
 def settle(folder: Path) -> bool:
     """Takes an interrupted change back; the caller holds the lock of the folder.
 
@@ -110,9 +102,9 @@ def settle(folder: Path) -> bool:
         DatastoreError: if the rows are neither what they were nor what they would have been.
         DatastoreConnectionError: if the server does not answer; call again.
     """
-    path = folder / PENDING_NAME
-    if not path.is_file():
+    if not is_pending(folder):
         return False
+    path = folder / PENDING_NAME
     (uri, reversal), reference = read_pending(path), read_manifest(folder / MANIFEST_NAME)
     if not isinstance(reference, DatastoreReference) or reference.fingerprint not in (
         reversal.before.fingerprint,

@@ -30,13 +30,19 @@ from ..core.reading import (
     is_weights_file,
     stored_pooling,
 )
-from ..milvus.datastore import MilvusDatastore
-from ..milvus.pending import PENDING_NAME, explain_pending, is_pending
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder
 from ..store.hub import CARD_NAME
-from ..store.remote import DatastoreReference, RemoteConsent, read_manifest
+from ..store.remote import (
+    PENDING_NAME,
+    DatastoreReference,
+    RemoteConsent,
+    explain_pending,
+    is_pending,
+    open_remote,
+    read_manifest,
+)
 from .backbones import load_processor, same_weights, weight_marks
 from .card import (
     MEASURED_NAME,
@@ -157,9 +163,9 @@ def _write_card(model: Any, folder: Path, staging: Path) -> None:
     (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
 
 
-def _refuse_pending(store: SearchBackend | None, folder: Path) -> None:
+def _refuse_pending(store: RowStore | None, folder: Path) -> None:
     """Keeps what takes another's change back, which the new version would not have."""
-    own = store.journal if isinstance(store, MilvusDatastore) else None
+    own = None if store is None else store.journal
     if is_pending(folder) and own != folder.resolve() / PENDING_NAME:
         raise DatastoreError(
             f"Expected {folder} to be whole, to be saved over. {explain_pending(folder)}"
@@ -191,7 +197,7 @@ def _is_same_maker(first: str, second: str) -> bool:
     return rest == other_rest and same_weights(weights, other_weights)
 
 
-def check_fits(store: SearchBackend, config: Any) -> None:
+def check_fits(store: RowStore, config: Any) -> None:
     """Refuses a datastore that a model cannot use.
 
     Args:
@@ -291,7 +297,7 @@ class CheckpointAttempt:
 
     def read_datastore(
         self, model: Any, trust_faiss_index: bool, consent: RemoteConsent
-    ) -> SearchBackend | None:
+    ) -> RowStore | None:
         """Reads the datastore that belongs to a model; checks every byte of a downloaded one.
 
         Args:
@@ -314,7 +320,7 @@ class CheckpointAttempt:
                     "says, but it is missing; pass load_datastore=False for the plain classifier."
                 )
             return None
-        store: SearchBackend
+        store: RowStore
         if isinstance(self.manifest, DatastoreReference):
             store = self._open_elsewhere(self.manifest, consent)
         else:
@@ -336,14 +342,9 @@ class CheckpointAttempt:
             )  # fmt: skip
         return store
 
-    def _open_elsewhere(
-        self, reference: DatastoreReference, consent: RemoteConsent
-    ) -> MilvusDatastore:
+    def _open_elsewhere(self, reference: DatastoreReference, consent: RemoteConsent) -> RowStore:
         try:
-            return MilvusDatastore.open(
-                reference, trust_remote_datastore=consent.trusted, uri=consent.uri,
-                token=consent.token,
-            )  # fmt: skip
+            return open_remote(reference, consent)
         except DatastoreError as error:
             folder = Path(self.reader.name)
             if not self.reader.is_folder or not is_pending(folder):

@@ -22,7 +22,7 @@ from ..core.model import KnnImageClassifierOutput
 from ..core.rows import Values
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore, SearchBackend
 from ..store.hub import CARD_NAME, PushTarget
 from ..store.remote import RemoteConsent
 from ..store.table import StoredRows
@@ -269,7 +269,7 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
     model is its head alone.
 
     Attributes:
-        datastore: a `Datastore` or another `SearchBackend`, or None; a plain attribute that no
+        datastore: a `Datastore` or another `RowStore`, or None; a plain attribute that no
             device move, cast or distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
         measured: what was measured on pictures held out, which the model card is made from:
@@ -295,7 +295,7 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         # a class attribute of transformers, which here depends on the backbone
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.head = KnnHead.from_config(config)
-        self.datastore: SearchBackend | None = None
+        self.datastore: RowStore | None = None
         self.image_processor: Any = None
         self.measured: dict[str, Any] | None = None
         self.neighbor_picture: bytes | None = None

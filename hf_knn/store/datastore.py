@@ -118,6 +118,7 @@ class DatastoreRows:
         self._unverified: OpenedFiles | None = None
         self._trusted: BinaryIO | None = None
         self.home: Path | None = None
+        self.journal: Path | None = None  # rows in memory change at once
 
     def __len__(self) -> int:
         return len(self._table)
@@ -566,6 +567,21 @@ class DatastoreChanges(DatastoreSearch):
             self._drop_index()
         return row_ids
 
+    def put_back(self, rows: StoredRows) -> Tensor:
+        """Adds rows that were removed, as `add` does; all rows here are of one split.
+
+        Args:
+            rows: as `rows_of` found them before, or with other labels.
+
+        Returns:
+            [M] their ids.
+
+        Raises:
+            ValueError: for an id that exists; nothing is changed.
+        """
+        paths = rows.paths if any(rows.paths) else None
+        return self.add(rows.features, rows.labels, rows.ids, paths)
+
     def remove(self, ids: Values) -> None:
         """Removes rows, all or none; the next save holds no byte of them.
 
@@ -601,23 +617,6 @@ class DatastoreChanges(DatastoreSearch):
                 f"Expected one of `labels` per id ({len(rows)}), but got {len(wanted)}."
             )
         self._table = self._table.relabel(rows, wanted)
-
-    def merge(self, other: DatastoreRows, *, renumber: bool = False) -> Tensor:
-        """Adds all rows of another datastore, all or none. The mean does not move.
-
-        Args:
-            other: made by the same backbone, with the same metric and normalisation.
-            renumber: give the new rows new ids instead of refusing ids that exist in both.
-
-        Returns:
-            The ids of the new rows.
-
-        Raises:
-            ValueError: for another width, metric, normalisation or backbone, or ids in both.
-        """
-        check_alike(self, other)
-        ids = None if renumber else other.ids
-        return self.add(other.features, other.labels, ids, other.paths)
 
     def recenter(self, mean: Tensor | None = None) -> None:
         """Sets the mean that `l2_centered` subtracts.
@@ -924,6 +923,23 @@ class Datastore(DatastoreFiles):
         )  # fmt: skip
         store.recenter()
         return store
+
+    def merge(self, other: "Datastore", *, renumber: bool = False) -> Tensor:
+        """Adds all rows of another datastore, all or none. The mean does not move.
+
+        Args:
+            other: made by the same backbone, with the same metric and normalisation.
+            renumber: give the new rows new ids instead of refusing ids that exist in both.
+
+        Returns:
+            The ids of the new rows.
+
+        Raises:
+            ValueError: for another width, metric, normalisation or backbone, or ids in both.
+        """
+        check_alike(self, other)
+        ids = None if renumber else other.ids
+        return self.add(other.features, other.labels, ids, other.paths)
 
     def push_to_hub(
         self,

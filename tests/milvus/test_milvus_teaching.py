@@ -17,8 +17,9 @@ from support.tiny import LABELS, tiny_model
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.milvus.pending import PENDING_NAME, read_pending, write_pending
+from hf_knn.milvus.pending import read_pending, write_pending
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
+from hf_knn.store.remote import PENDING_NAME
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
