@@ -285,7 +285,7 @@ class MilvusDatastore:
         return self._about.total
 
     @property
-    def marks(self) -> tuple[Any, ...]:
+    def marks(self) -> tuple[About, ...]:
         """Objects that are replaced when rows, labels or mean change."""
         return (self._about,)
 
@@ -332,7 +332,7 @@ class MilvusDatastore:
         labels: Values | None = None,
         split: str | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, as `Datastore.search` does; all with `flat`.
+        """Finds the k nearest rows of each query, as `Datastore.search` does.
 
         Raises:
             ValueError: see `Datastore.search`.
@@ -374,8 +374,8 @@ class MilvusDatastore:
     ) -> Tensor:
         """Adds rows, as `Datastore.add` does; the mean does not move.
 
-        Numbers that no row ever had are the ids of rows without, and their split, one for all or
-        M, is that of the rows that were loaded.
+        Without `ids` rows take numbers that no row ever had. A split may be one for all or M;
+        without, it is that of the rows that were loaded.
 
         Raises:
             ValueError: for bad features, labels or ids, an id that exists, or rows that do not fit
