@@ -17,7 +17,7 @@ from .index import (
     choose_index,
     parse_memory,
 )
-from .table import RowTable
+from .table import RowTable, Shard
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ class RowIndex:
         searcher = self.searcher
         follows = searcher is not None and searcher.add(table.features, table.ids.numpy())
         if not follows or self._is_outgrown(table):
+            if before.lists is not None:  # which lie in the files of these rows too
+                table = replace(table, shards=[Shard(shard.rows) for shard in table.shards])
             return self.forgotten(table)
         if before.lists is not None:
             lists = np.concatenate([before.lists, self._lists_of(table, len(before))])
@@ -148,8 +150,11 @@ class RowIndex:
             table: the rows that are left.
             kept: [N] which of those before they are.
         """
-        searcher = self.searcher
-        if searcher is not None and not searcher.remove(table.features, table.ids.numpy(), kept):
+        if self.searcher is None and self.centroids is None:  # there is nothing to keep in step
+            return self.forgotten(table)
+        if self.searcher is not None and not self.searcher.remove(
+            table.features, table.ids.numpy(), kept
+        ):
             return self.forgotten(table)
         return replace(self, trusted=None), table
 
