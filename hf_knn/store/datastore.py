@@ -16,7 +16,7 @@ from ..core.config import Normalization, check_metric
 from ..core.frozen import Resolve
 from ..core.manifest import Binding, DatastoreError, IndexInfo, Manifest
 from ..core.rows import Values, as_whole_numbers
-from ..core.search import Neighbors, RowSpace, Searcher, check_request
+from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
 from . import changes, disk
 from .backend import check_alike, check_split
@@ -24,6 +24,7 @@ from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
 from .index import AUTO, FLAT, MIN_RECALL, Placement
 from .row_index import RowIndex
+from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, sum_of
 
 
@@ -296,12 +297,12 @@ class Datastore:
         self._index = self._index.on(Placement.of(device, float16))
         return self
 
-    def build_index(self) -> Searcher:
+    def build_index(self) -> GrowingSearcher:
         """Builds the index now, not at the first search; a ValueError if these rows allow none."""
         self.verify()
         if self._index.searcher is None:
             mean = self.mean.double().numpy()
-            space = RowSpace(mean, self.metric, self.normalization, self._table.features)
+            space = IndexSpace(mean, self.metric, self.normalization, self._table.features)
             self._index, self._table = self._index.built(self._table, space)
         assert self._index.searcher is not None
         return self._index.searcher

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.frozen import (
     Resolve,
+    check_content,
     decode_paths,
     join_features,
     join_vectors,
@@ -36,7 +37,6 @@ from ..core.manifest import (
     FileRecord,
     Manifest,
 )
-from ..core.rows import check_row_numbers, refuse_non_finite
 from ..core.search import Ints, RowSpace, Singles
 from ..core.votes import Metric
 from .faiss import has_faiss, write_flat
@@ -330,12 +330,6 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
     handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
     files = [open_blob(record, resolve) for record in manifest.blobs]
     features = join_features(files, manifest)
-    shape = (manifest.num_rows, manifest.dim)
-    if features.shape != shape or str(features.dtype) != f"torch.{manifest.dtype}":
-        raise DatastoreError(
-            f"Expected features of {shape} {manifest.dtype} as the manifest says, "
-            f"but the blobs hold {features.shape} {features.dtype}."
-        )
     mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
     table = RowTable(
         features,
@@ -367,25 +361,11 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
 
     def read_whole() -> RowTable:
         verify()
-        _check_content(table, mean)
-        return replace(table, paths=_read_paths(files, manifest))
+        check_content(table.features, table.labels, table.ids, mean)
+        return replace(table, paths=decode_paths(files, manifest))
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
     return OpenedFiles(table, mean, centroids, trusted, read_whole)
-
-
-def _check_content(table: RowTable, mean: Tensor) -> None:
-    try:
-        check_row_numbers(table.labels, table.ids, len(table))
-        for part in table.features.parts:
-            refuse_non_finite(part, "features")
-        refuse_non_finite(mean.unsqueeze(0), "mean")
-    except ValueError as error:
-        raise DatastoreError(f"The datastore is not usable: {error}") from error
-
-
-def _read_paths(files: list[dict[str, Tensor]], manifest: Manifest) -> list[str] | None:
-    return decode_paths(files, manifest) if "path_ends" in files[0] else None
 
 
 def _read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Singles, Ints]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.manifest import IndexInfo
-from ..core.search import Ints, RowSpace, Searcher, Singles
+from ..core.search import Ints, Singles
 from .faiss import FaissApproximate
 from .index import (
     FLAT,
@@ -17,6 +17,7 @@ from .index import (
     choose_index,
     parse_memory,
 )
+from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, Shard
 
 
@@ -43,7 +44,7 @@ class RowIndex:
     placement: Placement = field(default_factory=Placement)
     centroids: Singles | None = None
     trusted: BinaryIO | None = None
-    searcher: Searcher | None = None
+    searcher: GrowingSearcher | None = None
 
     @classmethod
     def chosen(
@@ -69,7 +70,7 @@ class RowIndex:
     @property
     def approximate(self) -> FaissApproximate | None:
         """The index of faiss, if it is one that stands."""
-        index = None if self.searcher is None else self.searcher.first_pass
+        index = None if self.searcher is None else self.searcher.index
         return index if isinstance(index, FaissApproximate) else None
 
     def unbuilt(self) -> Self:
@@ -102,7 +103,7 @@ class RowIndex:
         """For a table that it cannot follow; the table without the lists of its rows."""
         return self.chosen_again(table), table.with_lists(None)
 
-    def built(self, table: RowTable, space: RowSpace) -> tuple[Self, RowTable]:
+    def built(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
         """With a searcher; the table with the lists of its rows, for an inverted file.
 
         Args:

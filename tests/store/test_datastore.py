@@ -26,6 +26,7 @@ from hf_knn.core.search import Neighbors
 from hf_knn.core.votes import knn_log_probs
 from hf_knn.store import disk as persistence
 from hf_knn.store import faiss as faiss_index
+from hf_knn.store import first_pass
 from hf_knn.store import index as indexing
 from hf_knn.store.datastore import Datastore
 
@@ -141,19 +142,18 @@ def test_search_equals_brute_force(examples: int) -> None:
 
 FIRST_PASSES = {
     "faiss": faiss_index.FaissFlat,
-    "torch": search.TorchFirstPass,
-    "bfloat16": indexing.BFloat16FirstPass,
-    "float16": partial(search.TorchFirstPass, dtype=torch.float16),
-    "two devices": partial(search.TorchFirstPass, devices=(torch.device("cpu"),) * 2),
+    "torch": first_pass.PlacedFirstPass,
+    "bfloat16": first_pass.BFloat16FirstPass,
+    "float16": partial(first_pass.PlacedFirstPass, dtype=torch.float16),
+    "two devices": partial(first_pass.PlacedFirstPass, devices=(torch.device("cpu"),) * 2),
 }
 with_every_library = pytest.mark.parametrize("library", FIRST_PASSES)
 
 
 def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "_exact_first_pass", lambda count: FIRST_PASSES[library])
-    for module in (search, indexing):
-        monkeypatch.setattr(module, "ROW_BLOCK", 64)
-    monkeypatch.setattr(indexing, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 64)
+    monkeypatch.setattr(first_pass, "_QUERY_BLOCK", 7)
     monkeypatch.setattr(search, "_RESCORE_BYTES", 40_000)  # several chunks of queries
 
 
@@ -956,8 +956,7 @@ def test_torch_search_equals_faiss_search(
 
     wanted = found()
     pretend(monkeypatch, lambda: False)
-    for module in (search, indexing):
-        monkeypatch.setattr(module, "ROW_BLOCK", 300)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 300)
     assert_equal_hits(found(), wanted)
 
 

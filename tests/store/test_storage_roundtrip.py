@@ -27,7 +27,6 @@ from support.stored import (
 )
 
 from hf_knn.core import files as core_files
-from hf_knn.core import rows as core_rows
 from hf_knn.core.files import hash_blocks
 from hf_knn.core.manifest import Binding, FileRecord
 from hf_knn.store import disk as blobs
@@ -136,8 +135,7 @@ def assert_files_hold_the_rows_of_now(
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as place:
         patch.setattr(persistence, "has_faiss", lambda: False)
         patch.setattr(row_table, "SHARD_BYTES", 18)  # three rows
-        for module in (core_rows, row_table):
-            patch.setattr(module, "SMALL_SHARD_BYTES", large)
+        patch.setattr(row_table, "SMALL_SHARD_BYTES", large)
         for step, change in enumerate(changes):
             some = generator.sample(store.ids.tolist(), k=min(3, len(store)))
             if change.startswith("add"):
@@ -165,8 +163,7 @@ def test_files_that_are_not_written_again_hold_the_rows_of_now(examples: int) ->
 
 
 def test_added_rows_leave_large_files_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (core_rows, row_table):
-        monkeypatch.setattr(module, "SMALL_SHARD_BYTES", 36)  # six rows, as the store has
+    monkeypatch.setattr(row_table, "SMALL_SHARD_BYTES", 36)  # six rows, as the store has
     store = make_store()
     name = store.save(folder).blobs[0].name
     inode = (folder / name).stat().st_ino
