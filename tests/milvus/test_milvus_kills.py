@@ -18,8 +18,8 @@ from support.tiny import tiny_model
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
 from hf_knn.commands.memory import forget_rows, teach_pictures
-from hf_knn.milvus.pending import is_pending
 from hf_knn.model.receipts import CHANGES_NAME, Change, Receipt, read_changes
+from hf_knn.store.remote import is_pending
 
 pytest.importorskip("pymilvus")  # here, so that children have it; nothing connects in this process
 pytest.importorskip("milvus_lite")
