@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c2631e2a926a6bc3dc991390ec85507c1a9ecd87de0e417b890f234f163c7589.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1d3e796a70659ca5f0a98f31ea75b6de7193349ae004bc80a09d11d741a1895a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
