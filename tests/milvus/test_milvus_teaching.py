@@ -15,7 +15,7 @@ from support.pictures import write_folder
 from support.stored import content
 from support.tiny import LABELS, tiny_model
 
-from hf_knn import KnnForImageClassification, MilvusDatastore
+from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
 from hf_knn.milvus.pending import read_pending, write_pending
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
@@ -346,7 +346,9 @@ def test_rows_that_were_accepted_meanwhile_are_not_taken_back(interrupted, uri):
 def test_another_server_with_the_same_rows_is_not_asked(interrupted, uri, tmp_path, monkeypatch):
     """It needs nothing, and the file would be lost for the one that does."""
     other = str(tmp_path / "other.db")
-    MilvusDatastore.from_datastore(tiny_model().datastore, other, "rows", progress=False)
+    rows = tiny_model().datastore
+    assert isinstance(rows, Datastore)
+    MilvusDatastore.from_datastore(rows, other, "rows", progress=False)
     monkeypatch.setenv("HF_KNN_MILVUS_URI", other)
     failed = run("undo", interrupted)
     assert failed.exit_code == 1

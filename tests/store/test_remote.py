@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from support.stored import MANIFEST
 
 from hf_knn import Datastore
@@ -63,7 +64,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_back_end_comes_by_its_entry_point(tmp_path: Path, installed: None) -> None:
     found = read_manifest(written(tmp_path, "elsewhere"))
     assert found == reference("elsewhere")
-    Elsewhere.rows = Datastore.from_features([[1.0, 0.0]], [0])
+    Elsewhere.rows = Datastore.from_features(torch.tensor([[1.0, 0.0]]), [0])
     consent = RemoteConsent(trusted=True)
     assert open_remote(reference("elsewhere"), consent) is Elsewhere.rows
     assert Elsewhere.asked == [(found, consent)]

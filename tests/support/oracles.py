@@ -201,7 +201,7 @@ def blend_probs(head: Floats, knn: Floats, knn_weight: float) -> Floats:
     return blended
 
 
-def assert_same_store(one: Datastore, other: Datastore) -> None:
+def assert_same_store(one: RowStore, other: RowStore) -> None:
     """Checks that two datastores hold the same bits."""
     for name in ("features", "labels", "ids", "mean"):
         mine, others = getattr(one, name), getattr(other, name)

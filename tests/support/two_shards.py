@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     labels: Tensor
     ids: Tensor
     cut: int
-    options: dict[str, str]
+    options: dict[str, Any]
 
 
 class Case(NamedTuple):
