@@ -21,7 +21,7 @@ from .findings import Finding, Ints, Kind, Pictures
 from .prints import Print
 
 LARGEST_DIFFERENCE = 0.13
-"""Above it two pictures are look-alikes, not copies; see `benchmark/planted_duplicates.py`."""
+"""Above it pictures are look-alikes, not copies; see `benchmark/claims/planted_duplicates.py`."""
 
 NEIGHBORS = 5
 """How many neighbours of each picture are compared with it, for each of the two kinds."""

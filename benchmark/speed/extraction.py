@@ -33,11 +33,10 @@ from transformers import (
     pipeline,
 )
 
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
+
+from catalog.backbones import build_backbone
 from hf_knn import decode_image, extract_features
-
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from backbones import build_backbone
 
 EAGER, TORCH = "torch eager", "hf_knn, torch"
 PIPELINE, PLAIN = "transformers pipeline", "plain timm"

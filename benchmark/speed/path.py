@@ -19,6 +19,9 @@ from harness import report, timings_of
 from jpegs import jpeg_folder
 from torch import nn
 
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
+
+from catalog.backbones import build_backbone
 from hf_knn import (
     KnnForImageClassification,
     KnnTrainer,
@@ -26,10 +29,6 @@ from hf_knn import (
     decode_image,
     extract_features,
 )
-
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from backbones import build_backbone
 
 PEER = "a linear probe that encodes in each epoch"
 _BATCH, _HELD_OUT = 32, 0.2

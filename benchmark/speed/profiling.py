@@ -22,6 +22,9 @@ from jpegs import jpeg_folder
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
+
+from catalog.offline_backbones import build_backbone
 from hf_knn import (
     Datastore,
     KnnForImageClassification,
@@ -30,10 +33,6 @@ from hf_knn import (
     decode_image,
     extract_features,
 )
-
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from offline_backbones import build_backbone
 
 ALL, _BATCH = "all", 4
 

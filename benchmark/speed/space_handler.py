@@ -35,7 +35,6 @@ def main(
     sys.path += [str(SPACE), str(Path(__file__).parents[1])]  # the page is no part of the package
     from api import as_json
     from builtin import open_builtin
-    from offline_tasks import load_pictures
     from service import Service
     from settings import Settings
     from shared import Page
@@ -43,6 +42,8 @@ def main(
     from uploads import read_upload
     from views import answer_page
     from visitors import Visitors
+
+    from catalog.offline_tasks import load_pictures
 
     model = open_builtin().model
     store = model.datastore

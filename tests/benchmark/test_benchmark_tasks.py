@@ -10,17 +10,20 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cache
 import numpy as np
-import offline_tasks
 import pytest
 import timm
 import torch
-from cache import build_once, cache_root, versioned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
-from offline_tasks import (
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+from transformers import AutoImageProcessor, AutoModel
+
+from catalog import cache, offline_tasks
+from catalog.cache import build_once, cache_root, versioned
+from catalog.offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
+from catalog.offline_tasks import (
     OFFLINE_TASKS,
     load_pictures,
     match_emoji,
@@ -29,9 +32,6 @@ from offline_tasks import (
     select_rows,
     split_indices,
 )
-from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
-from transformers import AutoImageProcessor, AutoModel
 
 GLYPHS = string.ascii_letters + string.digits
 
@@ -298,7 +298,7 @@ def test_a_killed_builder_leaves_nothing_to_reuse(tmp_path):
     program = f"""
 import sys, time
 from pathlib import Path
-from cache import build_once
+from catalog.cache import build_once
 
 def build(folder):
     (folder / "first").write_text("half")
@@ -309,7 +309,7 @@ build_once(Path({str(wanted)!r}), build)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=Path(cache.__file__).parent,
+        cwd=Path(cache.__file__).parents[1],  # benchmark/
         stdout=subprocess.PIPE,
         text=True,
     )
