@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import (
@@ -22,8 +22,7 @@ from catalog.tasks import Task
 CHUNK_ROWS = 2_048
 """Pictures of a stream that are held at once."""
 
-Pictures = Any
-"""A `Dataset` or an `IterableDataset`."""
+Pictures: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)

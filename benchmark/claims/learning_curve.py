@@ -10,10 +10,8 @@ frozen EfficientNet-Lite0. All figures are points of accuracy.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +31,8 @@ from hf_knn import (
     out_of_fold,
     stratified_folds,
 )
-from study.results import mean_and_std, provenance
+from study.provenance import write_findings
+from study.results import mean_and_std
 
 TASKS = ("digits", "openmoji-categories")
 SHARES = (0.125, 0.25, 0.5)
@@ -84,27 +83,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/doctor"))
     options = parser.parse_args()
     folder = build_backbone("efficientnet-lite0")
-    document: dict[str, Any] = {"provenance": provenance(), "tasks": {}}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for task in options.tasks:
         dataset = load_pictures(task)
         names = dataset.features["label"].names
         model = KnnForImageClassification.from_backbone(folder, names)
         rows = extract_features(model, dataset)
-        document["tasks"][task] = {}
+        found[task] = {}
         for share in SHARES:
             runs = [
                 measure(rows.features, rows.labels, names, share, seed)
                 for seed in range(options.seeds)
             ]
-            document["tasks"][task][str(share)] = runs
+            found[task][str(share)] = runs
             print(f"{task}, {share:g} of {len(rows)} pictures, {options.seeds} splits")
             for name in runs[0]:
                 values = [run[name] for run in runs if not np.isnan(run[name])]
                 mean, std = mean_and_std(values or [float("nan")])
                 print(f"   {name}: {mean:.2f} ± {std:.2f}", flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "learning_curve.json"
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_findings(path, tasks=found)
     print(f"Written: {path}")
 
 

@@ -12,7 +12,6 @@ from pixels alone here; the command adds those that a backbone finds alike.
 
 import argparse
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog
 
 from catalog.offline_tasks import load_pictures
 from hf_knn import find_pairs, print_of
-from study.results import mean_and_std, provenance
+from study.provenance import write_findings
+from study.results import mean_and_std
 
 TASKS = ("openmoji-categories", "digits")
 CROPS = {"resized and recompressed": 0.0, "also cropped": 0.04}
@@ -98,14 +98,14 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--output", type=Path, default=Path("outputs/doctor"))
     options = parser.parse_args()
-    document: dict[str, Any] = {"provenance": provenance(), "tasks": {}}
+    found: dict[str, list[dict[str, Any]]] = {}
     for task in options.tasks:
         originals = load(task)
         # scans of 8 x 8 pixels are not made smaller: nothing would be left of them
         crops = CROPS if task != "digits" else {"resized and recompressed": 0.0}
         for name, crop in crops.items():
             runs = [measure(originals, seed, crop, options.copies) for seed in range(options.seeds)]
-            document["tasks"][f"{task}, {name}"] = runs
+            found[f"{task}, {name}"] = runs
             recall = "not measured"
             if task != "digits":
                 mean, std = mean_and_std([run["recall"] for run in runs])
@@ -118,9 +118,8 @@ def main() -> None:
             )
             for pair in sorted({tuple(sorted(pair)) for run in runs for pair in run["named"]}):
                 print(f"   {pair[0]} | {pair[1]}")
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "planted_duplicates.json"
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_findings(path, tasks=found)
     print(f"Written: {path}")
 
 

@@ -6,7 +6,6 @@ tells the held-out class from the known ones, beside the head's largest softmax 
 Hendrycks & Gimpel, 2017) and its largest logit.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog
 from catalog.offline_backbones import build_backbone
 from catalog.offline_tasks import load_pictures
 from hf_knn import Datastore, KnnForImageClassification, extract_features, few_rows, fit_ridge
-from study.results import provenance
+from study.provenance import write_findings
 
 LEVEL = 0.05
 MOST_CLASSES = 12
@@ -70,13 +69,10 @@ def main(
         pairs = [(seed, int(label)) for seed in range(seeds) for label in held_out]
         found[name] = [_measure(model, rows, classes, *pair) for pair in tqdm(pairs, desc=name)]
         console.print(_table(name, found[name]))
-    output.mkdir(parents=True, exist_ok=True)
-    document = {
-        "provenance": provenance(), "backbone": backbone, "level": LEVEL,
-        "seconds": time.perf_counter() - started, "found": found,
-    }  # fmt: skip
-    (output / "strangers.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    console.print(f"Numbers: {output / 'strangers.json'}")
+    path = output / "strangers.json"
+    seconds = time.perf_counter() - started
+    write_findings(path, backbone=backbone, level=LEVEL, seconds=seconds, found=found)
+    console.print(f"Numbers: {path}")
 
 
 def _measure(

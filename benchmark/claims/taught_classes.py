@@ -6,7 +6,6 @@ beside what the neighbours alone find, and what the old classes lose. In the for
 flexible perception with visual memory* (arXiv 2408.08172).
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from hf_knn import (
     extract_features,
     few_rows,
 )
-from study.results import provenance
+from study.provenance import write_findings
 
 HEADS = ("linear", "ridge")
 WEIGHTS = ("head", "tuned", "knn")
@@ -86,16 +85,14 @@ def main(
                     for name, recalls in rows.items():
                         found.setdefault(name, []).append(recalls)
                     bar.update()
-    output.mkdir(parents=True, exist_ok=True)
-    document = {
-        "provenance": provenance(), "task": task, "backbone": backbone, "seeds": seeds,
-        "per_class": per_class,
-        "seconds": time.perf_counter() - started,
-        "recalls": {name: [row._asdict() for row in rows] for name, rows in found.items()},
-    }  # fmt: skip
-    (output / f"{task}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    path = output / f"{task}.json"
+    write_findings(
+        path, task=task, backbone=backbone, seeds=seeds, per_class=per_class,
+        seconds=time.perf_counter() - started,
+        recalls={name: [row._asdict() for row in rows] for name, rows in found.items()},
+    )  # fmt: skip
     console.print(_table(task, found, counts, heads))
-    console.print(f"Numbers: {output / f'{task}.json'}")
+    console.print(f"Numbers: {path}")
 
 
 def _measure(

@@ -55,7 +55,7 @@ def profiled(work: Callable[[], object], count: int) -> dict[str, float]:
     return found
 
 
-def encode(model: Any, files: list[Path]) -> None:
+def encode(model: KnnForImageClassification, files: list[Path]) -> None:
     """What one thread of an extraction does with its share of the pictures."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

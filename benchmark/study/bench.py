@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from numpy.typing import NDArray
 
 from study.cells import Asked, Cell, describe_arms, write_cell
 from study.phases import MEASURE, rates_of
 from study.protocols import NEED_PICTURES, PROTOCOLS, Measured
-from study.results import provenance
+from study.provenance import provenance
 from study.study import Study
 from study.twins import near_duplicates
 
@@ -31,7 +32,7 @@ class Bench:
     """
 
     study: Study
-    pairs: Any
+    pairs: NDArray[np.int64]
     folder: Path
     precision: str
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_knn import (
@@ -89,7 +91,7 @@ def mixed_fixed(voices: Voices, head: Arm) -> Arm:
     return voices.mix(head, **FIXED)
 
 
-def _trained(study: Study, few: Tensor, test: Tensor, seed: int, shots: int) -> Voices:
+def _trained(study: Study, few: Tensor, test: NDArray[np.int64], seed: int, shots: int) -> Voices:
     train, held = few, few[:0]
     if shots >= LEAST_TO_HOLD_OUT:
         chosen = torch.as_tensor(few_rows(study.labels[few], 0.25, seed))

@@ -1,7 +1,7 @@
 """Features of all pictures of a task, computed once and shared by every protocol and split."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     store: Tensor
     labels: Tensor
 
-    def select(self, rows: Any) -> "Rows":
+    def select(self, rows: Tensor | NDArray[np.int64] | Sequence[int]) -> "Rows":
         """Some of them, in the order given."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         return Rows(*(part[index] for part in self))
@@ -124,7 +125,7 @@ class OpenBackbone:
         """The model whose backbone stays as it is."""
         return self.fresh()
 
-    def features(self, dataset: Any, model: KnnForImageClassification | None = None) -> Any:
+    def features(self, dataset: Dataset, model: KnnForImageClassification | None = None) -> Any:
         """Features of some pictures, from the cache where they were computed before."""
         cache = None if self.cache_dir is None else self.cache_dir / "features"
         with self.phases.phase(EXTRACT):
@@ -157,7 +158,7 @@ def _content_of(folder: Path) -> str:
 
 
 def pool_features(
-    loaded: LoadedTask, backbone: OpenBackbone, see: Callable[[Any], None] = lambda rows: None
+    loaded: LoadedTask, backbone: OpenBackbone, see: Callable[[Dataset], None] = lambda rows: None
 ) -> Pool:
     """Computes or reads the features of all pictures; all ranks take part.
 

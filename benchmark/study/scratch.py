@@ -1,21 +1,37 @@
 """A small backbone trained from scratch on pixels in memory: hundreds of trainings in minutes."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from study.pool import Rows
 
 BATCH, LEAST_STEPS, LEARNING_RATE, WEIGHT_DECAY = 64, 60, 2e-3, 0.05
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model waits for its threads more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train_scratch(
-    backbone: nn.Module,
+    backbone: PreTrainedModel,
     pixels: Tensor,
     labels: Tensor,
-    train: Any,
+    train: Tensor | NDArray[np.int64],
     num_labels: int,
     seed: int,
     epochs: int,
@@ -33,28 +49,11 @@ def train_scratch(
         seed: of the head and of the order.
         epochs: passes over the rows.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model waits for its threads more than it computes
-    try:
-        return _train(backbone, pixels, labels, train, num_labels, seed, epochs)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    backbone: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    train: Any,
-    num_labels: int,
-    seed: int,
-    epochs: int,
-) -> Rows:
     rows = torch.as_tensor(train, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        head = nn.Linear(int(backbone.config.hidden_size), num_labels)  # type: ignore[union-attr,arg-type]
+        head = nn.Linear(int(backbone.config.hidden_size), num_labels)
     wanted = [*backbone.parameters(), *head.parameters()]
     batch = min(BATCH, len(rows))
     per_epoch = -(-len(rows) // batch)
@@ -80,7 +79,7 @@ def _train(
     return Rows(found, found, labels)
 
 
-def _features(backbone: nn.Module, pixels: Tensor) -> Tensor:
+def _features(backbone: PreTrainedModel, pixels: Tensor) -> Tensor:
     """[B, D] mean of the patch tokens."""
     tokens: Tensor = backbone(pixel_values=pixels).last_hidden_state
     return tokens[:, 1:].mean(1)

@@ -1,9 +1,11 @@
 """One task with one backbone: what its protocols share, so that nothing is computed twice."""
 
 from functools import lru_cache
-from typing import Any
 
+import numpy as np
 import torch
+from datasets import Column
+from numpy.typing import NDArray
 from torch import Tensor
 
 from catalog.loaded_task import LoadedTask
@@ -59,7 +61,7 @@ class Study:
         """Voices of some pictures, their time charged to this study."""
         return Voices(split, self.num_labels, seed, head, self.phases)
 
-    def few(self, seed: int, shots: int) -> tuple[Any, Any]:
+    def few(self, seed: int, shots: int) -> tuple[Tensor, NDArray[np.int64]]:
         """Row numbers of the few labelled pictures of a seed, and of its test pictures.
 
         Those for validation are among the few: labels to choose on are part of the budget.
@@ -68,7 +70,9 @@ class Study:
         everyone = torch.as_tensor([*parts.train, *parts.validation]).sort().values
         return everyone[few_shots(self.labels[everyone], shots, seed)], parts.test
 
-    def trained_rows(self, train: Any, seed: int, more: Tensor | None = None) -> Rows:
+    def trained_rows(
+        self, train: Tensor | NDArray[np.int64], seed: int, more: Tensor | None = None
+    ) -> Rows:
         """Features by the small backbone, trained on some pictures from scratch.
 
         Args:
@@ -95,7 +99,7 @@ class Study:
                 self._pixels = self._read_pixels(self.loaded.rows["image"])
         return self._pixels
 
-    def _read_pixels(self, pictures: Any) -> Tensor:
+    def _read_pixels(self, pictures: Column) -> Tensor:
         processor = self.backbone.model.image_processor
         blocks = [
             processor(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
@@ -37,7 +38,7 @@ class Tuned:
 
 def fine_tune(
     model: KnnForImageClassification,
-    pictures: Any,
+    pictures: Dataset,
     parts: Parts,
     seed: int,
     epochs: int,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from catalog.cache import cache_root
@@ -34,7 +35,7 @@ class Twins:
         self.path = cache_root(cache_dir) / "twins" / f"{name}.txt"
         self.prints: list[Any] = []
 
-    def see(self, rows: Any) -> None:
+    def see(self, rows: Dataset) -> None:
         """Takes the prints of some pictures of a stream, which go through once."""
         if not self.loaded.is_streamed or self.path.exists():
             return
