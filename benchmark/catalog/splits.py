@@ -1,12 +1,12 @@
 """Which pictures are for training, for choosing and for the test: one split per seed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from catalog.offline_tasks import split_indices
 from hf_knn import few_rows, stratified_folds
 
 Rows = NDArray[np.int64]
@@ -63,6 +63,50 @@ def split_pool(
     return parts
 
 
+def split_indices(
+    labels: Sequence[int] | NDArray[np.integer],
+    seed: int,
+    fractions: tuple[float, float, float] = (0.5, 0.2, 0.3),
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Split rows at random into training, validation and test, class by class.
+
+    scikit-learn's stratified splits may leave a small class out of a part; here each class is
+    rounded by itself, by largest remainder.
+
+    Args:
+        labels: [N] integers.
+        seed: The same seed gives the same split.
+        fractions: The parts' shares, positive, 1 in sum.
+
+    Returns:
+        Three disjoint ascending int64 arrays that cover 0..N-1. Each class has a row in training,
+        and from three rows on a row in each part.
+
+    Raises:
+        ValueError: Labels that are not [N] integers, or fractions that are no shares.
+    """
+    values = np.asarray(labels[:])  # a slice, since a `datasets` column is slow row by row
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"Expected labels to be [N] integers, but got {list(values.shape)} {values.dtype}; "
+            "do pass the label column of one dataset."
+        )
+    if min(fractions) <= 0 or not np.isclose(sum(fractions), 1):
+        raise ValueError(
+            f"Expected fractions to be positive and 1 in sum, but got {fractions}; do scale them."
+        )
+    rng = np.random.default_rng(seed)
+    parts: list[list[NDArray[np.int64]]] = [[], [], []]
+    for label in np.unique(values):
+        rows = rng.permutation(np.flatnonzero(values == label)).astype(np.int64)
+        ends = np.cumsum(_part_sizes(len(rows), fractions))
+        for part, chunk in zip(parts, np.split(rows, ends[:-1]), strict=True):
+            part.append(chunk)
+    empty = np.empty(0, np.int64)
+    train, validation, test = (np.sort(np.concatenate([empty, *part])) for part in parts)
+    return train, validation, test
+
+
 def _split_all(labels: NDArray, groups: NDArray | None, seed: int) -> Parts:
     if groups is None:
         return Parts(*split_indices(labels, seed, FRACTIONS))
@@ -98,3 +142,15 @@ def _hold_out(
     )[0]
     gone = np.isin(groups[rows], groups[rows[fold.held_out]])
     return rows[~gone], rows[fold.held_out]
+
+
+def _part_sizes(count: int, fractions: Sequence[float]) -> NDArray[np.int64]:
+    """Round `count` times `fractions` to integers of sum `count`, no part starved."""
+    shares = count * np.asarray(fractions)
+    sizes = np.floor(shares + 1e-9).astype(np.int64)  # 10 * 0.3 is a hair below 3
+    sizes[np.argsort(sizes - shares, kind="stable")[: count - sizes.sum()]] += 1
+    for part in range(len(sizes) if count >= len(sizes) else 1):
+        if sizes[part] == 0:
+            sizes[sizes.argmax()] -= 1
+            sizes[part] += 1
+    return sizes

@@ -12,7 +12,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
 
 from catalog.cache import build_once, cache_root, versioned
-from catalog.offline_tasks import read_emoji
+from catalog.openmoji import read_emoji
 
 WIDTH, HEIGHT = 500, 375
 REVISION = 1

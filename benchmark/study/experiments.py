@@ -16,7 +16,8 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
 from catalog.offline_backbones import build_backbone
-from catalog.offline_tasks import load_pictures, split_indices
+from catalog.offline_tasks import load_pictures
+from catalog.splits import split_indices
 from hf_knn import (
     KnnForImageClassification,
     KnnTrainer,
