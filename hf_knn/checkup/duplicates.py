@@ -136,7 +136,7 @@ def _sample(pictures: Tensor, frames: Tensor) -> Tensor:
 
 
 LARGEST_DIFFERENCE = 0.13
-"""Above it two pictures are look-alikes, not copies; see `benchmark/planted_duplicates.py`."""
+"""Above it pictures are look-alikes, not copies; see `benchmark/claims/planted_duplicates.py`."""
 
 
 NEIGHBORS = 5
