@@ -15,8 +15,9 @@ from transformers.utils import PushInProgress
 
 from ..model.card import draw_reliability, make_card
 from ..model.checkpoint import is_checkpoint_file
+from ..model.code import legacy_code
 from ..model.modeling import KnnForImageClassification
-from ..store.hub import CARD_NAME, REPLACED, PushTarget
+from ..store.hub import CARD_NAME, PushTarget
 from .arguments import ARGUMENTS_NAME, KnnTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -60,20 +61,20 @@ def prepare_push(
     for path in source.iterdir():
         if is_checkpoint_file(path.name) or path.name == ARGUMENTS_NAME:
             _link(path, staging / path.name)
-    extra: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = REPLACED
     if inner is not None:
         for path in source.rglob("*"):
             if path.is_file():
                 _link(path, staging / inner / path.relative_to(source))
-        extra, replaced = _RESUME_STATE, (*REPLACED, f"{LAST_CHECKPOINT}/*")
+    extra = () if inner is None else _RESUME_STATE
+    outdated = set() if inner is None else {f"{LAST_CHECKPOINT}/*"}
 
     def push() -> Any:
         try:
             opened = target.open()
             draw_reliability(model, staging)
-            card = make_card(model, opened.repo_id, opened.read_card(), staging)
+            card = make_card(model, opened.repo_id, opened.read_text(CARD_NAME), staging)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
+            replaced = sorted(legacy_code(opened.read_text) | outdated)
             return opened.push(staging, message, extra=extra, replaced=replaced)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
