@@ -37,6 +37,48 @@ def check_sources(
         )
 
 
+def check_groups(rows: Any, column: str | None) -> None:
+    """Refuses rows that do not say which of them belong together.
+
+    Args:
+        rows: to train on, or None.
+        column: that says it, if one was named.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    if rows is None or column is None:
+        return
+    if not isinstance(rows, ImageFeatures):
+        groups_of(rows, column)
+    elif rows.groups is None:
+        raise ValueError(
+            f"Expected features with `groups` for group_by={column!r}, but got some without; pass "
+            "`group_by` to extract_features too."
+        )
+
+
+def check_tunable(dataset: Any, args: KnnTrainingArguments) -> None:
+    """Refuses to choose k, temperature and λ on several sets, or on rows that were trained on.
+
+    Args:
+        dataset: a validation set, or None.
+        args: of the run.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"Expected one validation set to tune on, but got {list(dataset)}; pass one."
+        )
+    if dataset is None and not args.freeze_backbone:
+        raise ValueError(
+            "Expected a validation set (`eval_dataset`) to tune a model whose backbone was "
+            "trained, since it has seen every training picture, but got none."
+        )
+
+
 def checked_rows(dataset: Any, model: KnnForImageClassification) -> Any:
     """A prepared dataset, or several by name, whose labels the model has; None stays None.
 
@@ -72,42 +114,6 @@ def augment_of(
     if args.freeze_backbone or train_dataset is None:
         return None
     return Augment.from_processor(args.augmentation, processor, args.seed)
-
-
-def check_tunable(dataset: Any, args: KnnTrainingArguments) -> None:
-    """Refuses to choose k, temperature and λ on several sets, or on rows that were trained on.
-
-    Args:
-        dataset: a validation set, or None.
-        args: of the run.
-
-    Raises:
-        ValueError: saying what is missing.
-    """
-    if isinstance(dataset, dict):
-        raise ValueError(
-            f"Expected one validation set to tune on, but got {list(dataset)}; pass one."
-        )
-    if dataset is None and not args.freeze_backbone:
-        raise ValueError(
-            "Expected a validation set (`eval_dataset`) to tune a model whose backbone was "
-            "trained, since it has seen every training picture, but got none."
-        )
-
-
-def check_groups(rows: Any, column: str) -> None:
-    """Refuses rows that do not say which of them belong together.
-
-    Raises:
-        ValueError: naming the column.
-    """
-    if not isinstance(rows, ImageFeatures):
-        groups_of(rows, column)
-    elif rows.groups is None:
-        raise ValueError(
-            f"Expected features with `groups` for group_by={column!r}, but got some without; pass "
-            "`group_by` to extract_features too."
-        )
 
 
 def labels_in(dataset: Any) -> Tensor:

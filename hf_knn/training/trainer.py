@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput, speed_metrics
-from transformers.utils import PushInProgress
 
 from ..core.backbone import split_features
 from ..core.config import Head
@@ -21,10 +20,10 @@ from ..core.manifest import MANIFEST_NAME
 from ..data.augmentation import EpochRows
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
-from ..fit.blend import Grid, TuneResult, default_grid, has_few_labels
+from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
-from ..fit.measure import ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.measure import ask_voices, choose_blend, describe_measurement, grid_for, measure_voices
 from ..fit.own_votes import OwnVotes
 from ..fit.sweep import ProbeChoice
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -82,7 +81,7 @@ class KnnTrainer(Trainer):
     loss_is_scaled_for_ga = False
     model: KnnForImageClassification
     args: KnnTrainingArguments
-    push_in_progress: PushInProgress | None = None  # type: ignore[assignment]
+    push_in_progress: Any = None
 
     def __init__(
         self,
@@ -100,8 +99,7 @@ class KnnTrainer(Trainer):
         augment = augment_of(train_transform, train_dataset, processor, args)
         kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image, augment))
         rows = checked_rows(train_dataset, model)
-        if rows is not None and args.group_by is not None:
-            check_groups(rows, args.group_by)
+        check_groups(rows, args.group_by)
         self.loss = KnnLoss(args, model.config)
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
@@ -214,17 +212,17 @@ class KnnTrainer(Trainer):
             self.build_datastore()
         if dataset is not None:
             features = self._features_of(checked_rows(dataset, self.model))
-            k = max(self._grid(len(features)).k)
+            k = max(grid_for(self.model, len(features)).k)
             held_out = ask_voices(self.model, features, k, self.args.device)
         else:
             if self.train_features is None:
                 self.train_features = self._features_of(self.train_dataset)
-            k = max(self._grid(len(self.train_features)).k)
+            k = max(grid_for(self.model, len(self.train_features)).k)
             held_out = ask_folds(self.train_features, self.args, self._fit_fold, k)
         self.tune_result = choose_blend(
             self.model,
             held_out,
-            self._grid(len(held_out.labels)),
+            grid_for(self.model, len(held_out.labels)),
             criterion or self.args.tune_criterion,
             self.args.calibrate if calibrate is None else calibrate,
         )
@@ -327,10 +325,6 @@ class KnnTrainer(Trainer):
         """
         return super().get_test_dataloader(checked_rows(test_dataset, self.model))
 
-    def _forget_measurement(self) -> None:
-        """Drops what was measured of a model that is about to be another one."""
-        self.model.measured = self.model.neighbor_picture = None
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -354,6 +348,10 @@ class KnnTrainer(Trainer):
         value = loss[0] if isinstance(loss, tuple) else loss
         check_finite(value, self.state.global_step + 1, sample_ids)
         return loss
+
+    def _forget_measurement(self) -> None:
+        """Drops what was measured of a model that is about to be another one."""
+        self.model.measured = self.model.neighbor_picture = None
 
     def _refresh(self) -> None:
         """A datastore of the weights as they are, and what it says about each training row."""
@@ -409,11 +407,6 @@ class KnnTrainer(Trainer):
         if isinstance(dataset, ImageFeatures):
             return dataset
         return self._known_features.of(dataset, self.model, self.processing_class)
-
-    def _grid(self, held_out_rows: int) -> Grid:
-        store = self.model.datastore
-        rows, classes = 0 if store is None else len(store), self.model.config.classes
-        return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
     def _fit_fold(self, features: ImageFeatures) -> KnnForImageClassification:
         """A fresh head and datastore from some of the rows, by the same recipe."""
