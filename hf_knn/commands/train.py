@@ -242,7 +242,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     if options.fine_tune:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(EpochReport(console))
+        trainer.add_callback(EpochReport(console.print))
     if options.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(options.patience))
     return trainer

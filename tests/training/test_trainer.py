@@ -1,6 +1,7 @@
 """The trainer against plain `transformers.Trainer`, formulas by hand, and its own checkpoints."""
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,12 +26,14 @@ from support.pictures import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from hf_knn import (
@@ -896,6 +899,48 @@ def test_the_collator() -> None:
     batch = KnnCollator(None)([features[row] for row in (3, 0)])
     assert torch.equal(batch["features"], features.features[[3, 0]])
     assert batch["labels"].tolist() == [0, 0]
+
+
+def told(count: int) -> ImageFeatures:
+    """Rows that tell all that a row can tell."""
+    own = torch.arange(count) / -7
+    return dataclasses.replace(cloud(count), gives_ids=True, knn_log_probs=own)
+
+
+@pytest.mark.parametrize("collate", [KnnCollator(None), default_collate, default_data_collator])
+def test_rows_fetched_at_once_are_the_rows_fetched_one_by_one(collate: Callable[..., Any]) -> None:
+    features = told(20)
+    rows = [17, 3, 0, 3]
+    wanted = KnnCollator(None)([features[row] for row in rows])
+    found = collate(features.__getitems__(rows))
+    assert list(found) == list(wanted) == ["features", "labels", "sample_ids", "knn_log_probs"]
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+        assert found[name].dtype == value.dtype
+        assert found[name].is_contiguous()
+
+
+def test_cached_features_are_fetched_batch_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[list[int]] = []
+    fetch = ImageFeatures.__getitems__
+
+    def counted(self: ImageFeatures, rows: list[int]) -> Any:
+        fetched.append(list(rows))
+        return fetch(self, rows)
+
+    monkeypatch.setattr(ImageFeatures, "__getitems__", counted)
+    monkeypatch.delattr(ImageFeatures, "__getitem__")  # no row is fetched by itself
+    trainer = KnnTrainer(
+        small_model(CLASSES), probe(tmp_path, knn_loss_alpha=0.1), train_dataset=cloud(60)
+    )
+    trainer.train()
+    epochs = fetched[:8], fetched[8:]
+    for batches in epochs:
+        assert [len(rows) for rows in batches] == [8] * 7 + [4]
+        assert sorted(row for rows in batches for row in rows) == list(range(60))
+    assert epochs[0] != epochs[1]
 
 
 # checkpoints
