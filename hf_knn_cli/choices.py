@@ -39,12 +39,13 @@ Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]
 """What runs the backbone when features are computed."""
 
 
-def _use(context: typer.Context, backend: Backend | None) -> None:
+def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
     """Every extraction of this command reads the variable, also those of a trainer."""
     if backend is not None:
         before = os.environ.get("HF_KNN_BACKEND")
         os.environ["HF_KNN_BACKEND"] = backend
         context.call_on_close(lambda: _restore(before))
+    return backend
 
 
 def _restore(before: str | None) -> None:
@@ -58,10 +59,9 @@ BackendOption = Annotated[
     Backend | None,
     typer.Option(
         callback=_use,
-        expose_value=False,
         help="What computes features; auto takes the fastest installed that agrees with PyTorch. "
         "Default: $HF_KNN_BACKEND, else auto.",
         show_default=False,
     ),
 ]
-"""Says its value to the whole command by the variable, so that no command takes it."""
+"""Always called `backend`: it is said to the whole command by the variable, see `hand_over`."""

@@ -14,7 +14,7 @@ def hand_over(declared: Callable[..., Command]) -> Command:
 
     Args:
         declared: its parameters are the options; it returns a function of the package, which takes
-            them by the same names.
+            them by the same names; all but `backend`, which is said by a variable.
 
     Returns:
         The command, for typer.
@@ -22,9 +22,10 @@ def hand_over(declared: Callable[..., Command]) -> Command:
 
     @wraps(declared)
     def call(**values: Any) -> None:
-        command = declared(**values)
         from hf_knn.console import run
 
+        command = declared(**values)
+        values.pop("backend", None)
         run(partial(command, **values))
 
     return call

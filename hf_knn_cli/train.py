@@ -12,10 +12,10 @@ from .train_options import TrainOptions
 app = typer.Typer()
 
 
-def _read_config(context: typer.Context, path: Path | None) -> None:
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Takes the options of a file as defaults."""
     if path is None:
-        return
+        return None
     import yaml
 
     try:
@@ -33,6 +33,7 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
             f"{sorted(known)}."
         )
     context.default_map = {**(context.default_map or {}), **found}
+    return path
 
 
 ConfigOption = Annotated[
@@ -40,13 +41,12 @@ ConfigOption = Annotated[
     typer.Option(
         callback=_read_config,
         is_eager=True,
-        expose_value=False,
         exists=True,
         dir_okay=False,
         help="YAML or JSON with options of this command, by their long names; what is typed wins.",
     ),
 ]
-"""Sets the defaults of the other options, so that no command takes it."""
+"""Sets the defaults of the other options."""
 
 
 @app.command()

@@ -307,7 +307,7 @@ def test_help_imports_nothing_that_takes_long(arguments):
     )
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "Show this message and exit" in done.stdout
+    assert "--help" in done.stdout
     code, *loaded = done.stdout.splitlines()[-1].split()
     assert code == "0"
     assert set(loaded) & {"torch", "transformers", "datasets", "hf_knn"} == set()

@@ -17,7 +17,7 @@ import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
 from hf_knn.backend_choice import check_backend
 from hf_knn.milvus_index import MilvusIndex
-from hf_knn_cli.forwarding import fields_as_options, hand_over
+from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 
 NOT_OFFERED = "nonsense"
@@ -46,13 +46,20 @@ REFUSED: dict[str, Callable[[Path], object]] = {
 """How the package says what it takes instead, for each option that is a choice."""
 
 
-def parameters() -> Parameters:
+def commands() -> dict[str, Any]:
     app: Any = hf_knn_cli.app
     return {
-        (command.callback.__name__, name): parameter
+        command.callback.__name__: command.callback
         for group in app.registered_groups
         for command in group.typer_instance.registered_commands
-        for name, parameter in signature(command.callback).parameters.items()
+    }
+
+
+def parameters() -> Parameters:
+    return {
+        (name, parameter.name): parameter
+        for name, command in commands().items()
+        for parameter in signature(command).parameters.values()
     }
 
 
@@ -98,6 +105,16 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
     assert names == {option.name for option in fields(TrainOptions)} | {"config", "backend"}
 
 
+def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
+    handed = [c for c in commands().values() if signature(c).return_annotation == Command]
+    assert len(handed) == 13
+    for command in handed:
+        values = dict.fromkeys(signature(command).parameters)
+        function = command.__wrapped__(**values)
+        values.pop("backend", None)
+        signature(function).bind(**values)
+
+
 # ---- how values reach a function ----------------------------------------------------------------
 
 
@@ -136,10 +153,12 @@ def test_what_is_declared_is_handed_over_by_name() -> None:
     seen: list[Any] = []
 
     @hand_over
-    def declared(place: Path, count: Annotated[int, typer.Option("--number")] = 3) -> Any:
+    def declared(
+        place: Path, count: Annotated[int, typer.Option("--number")] = 3, backend: str = ""
+    ) -> Any:
         return lambda **values: seen.append(values)
 
-    assert call(declared, "here", "--number", "5") == 0
+    assert call(declared, "here", "--number", "5", "--backend", "torch") == 0
     assert seen == [{"place": Path("here"), "count": 5}]
 
 
