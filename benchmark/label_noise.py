@@ -78,7 +78,7 @@ def peers(features: Tensor, noisy: Tensor, blend: Tensor, asked: Tensor) -> dict
 
 def knn_graph(features: Tensor) -> Any:
     """The leave-one-out neighbours of a datastore as the sparse matrix that Datalab takes."""
-    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix
 
     store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
     parts = list(store.leave_one_out(NEIGHBORS))

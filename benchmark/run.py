@@ -175,7 +175,7 @@ def _run(folder: Path, suite: str, cells: list[Cell], options: Options) -> int:
     if state.num_processes > 1:
         console.print(f"{state.num_processes} ranks share the work.")
     hide_progress_bars()
-    with _shown(console) as watch, _said_once("hf_knn.rows"):
+    with _shown(console) as watch, _said_once("hf_knn.core.rows"):
         run = Run(folder, options, watch)
         run.run(suite, cells)
     same: dict[str, list[str]] = {}  # of a task that is not there each cell says the same

@@ -38,8 +38,8 @@ def demo(
     ] = False,
 ) -> None:
     """Open a page to upload pictures, see why they are answered so, and teach new ones."""
-    from hf_knn.console import run
-    from hf_knn.demo_command import push_space, show_demo
+    from hf_knn.commands.console import run
+    from hf_knn.commands.demo import push_space, show_demo
 
     if push is None:
         run(show_demo, checkpoint, port, pictures, backend)

@@ -22,7 +22,7 @@ def hand_over(declared: Callable[..., Command]) -> Command:
 
     @wraps(declared)
     def call(**values: Any) -> None:
-        from hf_knn.console import run
+        from hf_knn.commands.console import run
 
         command = declared(**values)
         values.pop("backend", None)

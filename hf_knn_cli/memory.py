@@ -36,8 +36,8 @@ def teach(
     json_output: AsJson = False,
 ) -> None:
     """Teach new pictures or classes, without training."""
-    from hf_knn.console import run
-    from hf_knn.teach_command import teach_pictures
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import teach_pictures
 
     how = "skip" if skip_bad_images else "fail"
     run(teach_pictures, checkpoint, pictures, label, how, json_output)
@@ -73,7 +73,7 @@ def forget(
     json_output: AsJson = False,
 ) -> Command:
     """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
-    from hf_knn.teach_command import forget_rows
+    from hf_knn.commands.memory import forget_rows
 
     return forget_rows
 
@@ -87,7 +87,7 @@ def relabel(
     json_output: AsJson = False,
 ) -> Command:
     """Give stored pictures another label."""
-    from hf_knn.teach_command import relabel_rows
+    from hf_knn.commands.memory import relabel_rows
 
     return relabel_rows
 
@@ -96,7 +96,7 @@ def relabel(
 @hand_over
 def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> Command:
     """Take the last change back: one that was interrupted, if there is one, and then no other."""
-    from hf_knn.teach_command import undo_change
+    from hf_knn.commands.memory import undo_change
 
     return undo_change
 
@@ -111,7 +111,7 @@ def merge(
     json_output: AsJson = False,
 ) -> Command:
     """Add the rows of another checkpoint."""
-    from hf_knn.teach_command import merge_stores
+    from hf_knn.commands.memory import merge_stores
 
     return merge_stores
 
@@ -124,7 +124,7 @@ def diff(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> Command:
     """Say what differs between two checkpoints: rows, classes, settings, numbers."""
-    from hf_knn.teach_command import show_difference
+    from hf_knn.commands.memory import show_difference
 
     return show_difference
 
@@ -146,7 +146,7 @@ def inspect(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> Command:
     """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
-    from hf_knn.inspect_command import inspect_checkpoint
+    from hf_knn.commands.checks import inspect_checkpoint
 
     return inspect_checkpoint
 
@@ -169,6 +169,6 @@ def milvus(
     ] = "flat",
 ) -> Command:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
-    from hf_knn.milvus_command import move_to_milvus
+    from hf_knn.commands.memory import move_to_milvus
 
     return move_to_milvus

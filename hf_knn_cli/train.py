@@ -55,7 +55,7 @@ def train(
     options: TrainOptions, config: ConfigOption = None, backend: BackendOption = None
 ) -> None:
     """Train on your own pictures: features, head, datastore, tuning, report, checkpoint."""
-    from hf_knn.console import run
-    from hf_knn.training_command import train_pictures
+    from hf_knn.commands.console import run
+    from hf_knn.commands.train import train_pictures
 
     run(train_pictures, options)

@@ -29,7 +29,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> Command:
     """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.cli import evaluate_pictures
+    from hf_knn.commands.use import evaluate_pictures
 
     return evaluate_pictures
 
@@ -59,7 +59,7 @@ def tune(
     backend: BackendOption = None,
 ) -> Command:
     """Choose k, temperature and the blend anew, on pictures of your own."""
-    from hf_knn.cli import tune_checkpoint
+    from hf_knn.commands.use import tune_checkpoint
 
     return tune_checkpoint
 
@@ -96,14 +96,14 @@ def predict(
     ] = None,
 ) -> None:
     """Classify pictures, show the neighbours that voted, and say why."""
-    from hf_knn.console import run
+    from hf_knn.commands.console import run
 
     if not (explain or html or pictures or max_error is not None):
-        from hf_knn.cli import predict_images
+        from hf_knn.commands.use import predict_images
 
         run(predict_images, checkpoint, images, top, neighbors, json_output)
         return
-    from hf_knn.explain_command import ExplainOptions, explain_images
+    from hf_knn.commands.explain import ExplainOptions, explain_images
 
     if pictures and not html:
         raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
@@ -138,7 +138,7 @@ def push(
     ] = None,
 ) -> Command:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
-    from hf_knn.cli import push_checkpoint
+    from hf_knn.commands.use import push_checkpoint
 
     return push_checkpoint
 
@@ -155,7 +155,7 @@ def export(
     ],
 ) -> Command:
     """Export to one ONNX graph: backbone, head, neighbours and blend."""
-    from hf_knn.cli import export_checkpoint
+    from hf_knn.commands.use import export_checkpoint
 
     return export_checkpoint
 
@@ -189,8 +189,8 @@ def doctor(
 
     Nothing is changed. The exit code is 0 whatever was found; --json has the counts.
     """
-    from hf_knn.doctor import DoctorOptions
-    from hf_knn.doctor_command import diagnose_pictures
+    from hf_knn.checkup.doctor import DoctorOptions
+    from hf_knn.commands.checks import diagnose_pictures
 
     return lambda **options: diagnose_pictures(DoctorOptions(**options))
 
@@ -206,6 +206,6 @@ def cache(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> Command:
     """List what is kept to be fast: features, graphs and choices of backends; clear it."""
-    from hf_knn.cache_command import show_cache
+    from hf_knn.commands.cache import show_cache
 
     return show_cache

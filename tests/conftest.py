@@ -80,4 +80,4 @@ def saved(folder: Path) -> Path:
 @pytest.fixture
 def without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     """No `datastore.faiss` is written."""
-    monkeypatch.setattr("hf_knn.persistence.has_faiss", lambda: False)
+    monkeypatch.setattr("hf_knn.store.disk.has_faiss", lambda: False)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import hf_knn
-from hf_knn.checkpoint import OWN_CODE
+from hf_knn.model.checkpoint import OWN_CODE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
@@ -325,10 +325,14 @@ def test_the_console_script_is_light():
 def test_importing_the_package_takes_little_beyond_transformers():
     """What is needed later is imported later: seconds cannot be asserted, but modules can."""
     loaded = imported_by("hf_knn", ROOT)
-    assert {"hf_knn.modeling_knn", "torch", "transformers"} <= loaded
+    assert {"hf_knn.model.modeling", "torch", "transformers"} <= loaded
     late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer"}
     late |= {"onnxruntime", "openvino", "pymilvus", "transformers.trainer"}
-    late |= {"transformers.image_processing_utils", "hf_knn.trainer", "hf_knn.features"}
+    late |= {
+        "transformers.image_processing_utils",
+        "hf_knn.training.trainer",
+        "hf_knn.features.extract",
+    }
     assert loaded & late == set()
 
 

@@ -19,7 +19,7 @@ from hf_knn import (
     KnnImageClassificationPipeline,
     datastore_as_dataset,
 )
-from hf_knn.manifest import DatastoreError
+from hf_knn.core.manifest import DatastoreError
 
 
 def pictures(count: int) -> list[Image.Image]:

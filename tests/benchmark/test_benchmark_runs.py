@@ -451,7 +451,7 @@ def test_peak_memory_is_in_bytes():
 
 
 def test_what_every_cell_says_of_its_rows_is_said_once(caplog):
-    logger, once = logging.getLogger("hf_knn.rows"), SaidOnce()
+    logger, once = logging.getLogger("hf_knn.core.rows"), SaidOnce()
     logger.addFilter(once)
     try:
         for _ in range(3):

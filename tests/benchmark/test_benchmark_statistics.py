@@ -14,7 +14,7 @@ from report_statistics import (
     reliability_bins,
     signed_rank,
 )
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 from sklearn.calibration import calibration_curve
 
 REPLICATES = 4000

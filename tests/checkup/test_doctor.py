@@ -188,7 +188,7 @@ def test_a_column_that_is_not_there_is_named(clean, backbone, tmp_path):
 
 
 def test_cells_are_no_formulas(tmp_path):
-    from hf_knn.findings import Finding, Kind, Pictures, write_csv
+    from hf_knn.checkup.findings import Finding, Kind, Pictures, write_csv
 
     numbers = np.arange(1)
     table = Pictures(["train"], numbers, numbers, ["=HYPERLINK(1)"], numbers, ["@SUM"])

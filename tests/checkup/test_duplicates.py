@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from hf_knn.alignment import differences
-from hf_knn.duplicates import clusters_of, duplicate_findings, find_pairs
-from hf_knn.findings import Kind, Pictures
-from hf_knn.prints import SIDE, print_of
+from hf_knn.checkup.duplicates import clusters_of, differences, duplicate_findings, find_pairs
+from hf_knn.checkup.findings import Kind, Pictures
+from hf_knn.data.keys import SIDE, print_of
 
 
 def scene(seed: int, size: tuple[int, int] = (320, 240), shift: int = 0) -> Image.Image:

@@ -88,7 +88,7 @@ def test_a_folder_without_the_pictures_is_refused(checkpoint, tmp_path):
 
 
 def test_stored_paths_never_leave_the_folder(tmp_path, root):
-    from hf_knn.inspection import open_picture, place_of
+    from hf_knn.checkup.examine import open_picture, place_of
 
     outside = root.parent / "secret.png"
     outside.write_bytes(encoded(picture(0, 0)))
@@ -121,7 +121,7 @@ def test_a_checkpoint_without_a_datastore_is_refused(tmp_path):
 def test_the_map_keeps_clusters_together():
     from sklearn.neighbors import KNeighborsClassifier
 
-    from hf_knn.feature_map import place_features
+    from hf_knn.checkup.svg import place_features
 
     rows = random_features([row % CLASSES for row in range(ROWS)], spread=0.4)
     kept, places = place_features(rows.features, 0)

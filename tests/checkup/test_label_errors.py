@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from support.pictures import random_features
 
-from hf_knn.findings import Kind, Pictures
-from hf_knn.folds import stratified_folds
-from hf_knn.label_errors import label_findings, score_labels
-from hf_knn.voices import K, choose_cell, out_of_fold
+from hf_knn.checkup.findings import Kind, Pictures
+from hf_knn.checkup.labels import label_findings, score_labels
+from hf_knn.data.splits import stratified_folds
+from hf_knn.fit.out_of_fold import K, choose_cell, out_of_fold
 
 CLASSES = 4
 

@@ -1,11 +1,11 @@
 """Strangers are found, clean rows are not; p-values are uniform where nothing is wrong."""
 
 import numpy as np
-from scipy.stats import kstest  # type: ignore[import-untyped]
+from scipy.stats import kstest
 from sklearn.neighbors import NearestNeighbors
 
-from hf_knn.findings import Pictures
-from hf_knn.outliers import NEIGHBOR, conformal_p_values, deviations, outlier_findings
+from hf_knn.checkup.findings import Pictures
+from hf_knn.checkup.labels import NEIGHBOR, conformal_p_values, deviations, outlier_findings
 
 
 def distances_of(rows) -> np.ndarray:

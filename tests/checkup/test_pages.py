@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_knn.pages import (
+from hf_knn.checkup.html import (
     Drawing,
     Fact,
     Group,

@@ -112,7 +112,7 @@ def test_the_backend_option_is_for_one_command(
     if before:
         monkeypatch.setenv("HF_KNN_BACKEND", before)
     monkeypatch.setattr(
-        "hf_knn.console.run", lambda *_: seen.append(os.environ.get("HF_KNN_BACKEND"))
+        "hf_knn.commands.console.run", lambda *_: seen.append(os.environ.get("HF_KNN_BACKEND"))
     )
     calls = [["train", "x"], ["evaluate", "x", "y"], ["tune", "x", "y"]]
     calls += [["teach", "x", "y"], ["doctor", "x"]]

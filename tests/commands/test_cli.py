@@ -15,7 +15,7 @@ from PIL import Image
 from support.commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 
 from hf_knn import KnnForImageClassification, decode_image
-from hf_knn.thumbnails import small_webp
+from hf_knn.model.thumbnails import small_webp
 
 ROOT = Path(__file__).parents[2]
 BROKEN = "disc/007.jpg"
@@ -169,7 +169,7 @@ def test_fine_tuning_from_a_config_file(backbone, pictures, tmp_path):
 
 
 def test_an_interrupted_run_is_resumed(backbone, pictures, tmp_path, monkeypatch):
-    from hf_knn import training_command
+    from hf_knn.commands import train as training_command
 
     output = tmp_path / "tuned"
     command = ["train", pictures, "-o", output, "--backbone", backbone, "--fine-tune"]

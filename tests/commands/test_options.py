@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
-from hf_knn.backend_choice import check_backend
-from hf_knn.milvus_index import MilvusIndex
+from hf_knn.features.backends import check_backend
+from hf_knn.milvus.collection import MilvusIndex
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 

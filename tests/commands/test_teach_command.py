@@ -15,10 +15,11 @@ from support.tiny import LABELS, all_files, tiny_model
 from typer.testing import CliRunner, Result
 
 import hf_knn_cli
-from hf_knn import KnnForImageClassification, receipts
-from hf_knn.manifest import MANIFEST_NAME
-from hf_knn.receipts import CHANGES_NAME, read_changes, write_changes
-from hf_knn.teach_command import forget_rows, teach_pictures
+from hf_knn import KnnForImageClassification
+from hf_knn.commands.memory import forget_rows, teach_pictures
+from hf_knn.core.manifest import MANIFEST_NAME
+from hf_knn.model import receipts
+from hf_knn.model.receipts import CHANGES_NAME, read_changes, write_changes
 
 NEW = "<img src=x onerror=alert(1)>"
 

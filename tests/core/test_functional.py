@@ -16,17 +16,15 @@ from sklearn.utils.class_weight import compute_class_weight
 from support.oracles import blend_probs, normalized, similarity_matrix, vote_probs
 from torch import Tensor
 
-from hf_knn.datastore import Datastore
-from hf_knn.functional import (
+from hf_knn.core.votes import (
     blend_log_probs,
-    class_weights,
     floor_log_probs,
-    focal_loss_weights,
     knn_log_probs,
-    knn_loss_weights,
     neighbor_log_weights,
     squared_distances,
 )
+from hf_knn.fit.weights import class_weights, focal_loss_weights, knn_loss_weights
+from hf_knn.store.datastore import Datastore
 
 INF = math.inf
 HALVING = 1 / math.log(2)  # with this temperature a vote is 2 ** -d

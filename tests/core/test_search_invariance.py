@@ -12,7 +12,8 @@ import torch
 from support.first_passes import FIRST_PASSES, SPACES, forced, placed
 from torch import Tensor
 
-from hf_knn.datastore import Datastore, Neighbors
+from hf_knn.core.search import Neighbors
+from hf_knn.store.datastore import Datastore
 
 WIDTH, K = 8, 10
 BLOCK = 512

@@ -17,9 +17,10 @@ from support.first_passes import FIRST_PASSES, SPACES, forced, placed
 from support.oracles import assert_nearest, assert_same_store, assert_sound
 from torch import Tensor
 
-from hf_knn import indexing
-from hf_knn.datastore import Datastore, Neighbors
-from hf_knn.functional import knn_log_probs
+from hf_knn.core.search import Neighbors
+from hf_knn.core.votes import knn_log_probs
+from hf_knn.store import index as indexing
+from hf_knn.store.datastore import Datastore
 
 Features = Tensor | NDArray
 Generator = np.random.Generator

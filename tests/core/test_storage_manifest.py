@@ -12,9 +12,10 @@ import pytest
 import torch
 from support.stored import MANIFEST, NAMES_A_FILE, make_store, read_manifest, write_manifest
 
-from hf_knn import blobs, row_table
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import Binding, DatastoreError, FileRecord, Manifest
+from hf_knn.core.manifest import Binding, DatastoreError, FileRecord, Manifest
+from hf_knn.store import disk as blobs
+from hf_knn.store import table as row_table
+from hf_knn.store.datastore import Datastore
 
 
 def changed(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -128,7 +129,7 @@ def test_huge_sizes_are_refused_before_a_file_is_opened(
         raise AssertionError("a file was read")
 
     monkeypatch.setattr(blobs, "load_file", refuse)
-    monkeypatch.setattr("hf_knn.manifest.hash_blocks", refuse)
+    monkeypatch.setattr("hf_knn.core.manifest.hash_blocks", refuse)
     with pytest.raises(DatastoreError, match=str(value)):
         Datastore.load(saved)
 

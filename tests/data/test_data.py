@@ -21,8 +21,10 @@ from support.pictures import (
     write_folder,
 )
 
-import hf_knn.data as data
-from hf_knn.data import (
+from hf_knn.data import loading as data
+from hf_knn.data.batches import BadRow, process_rows, read_batch
+from hf_knn.data.decode import decode_image
+from hf_knn.data.loading import (
     fingerprint_of,
     ids_of,
     label_names,
@@ -31,8 +33,6 @@ from hf_knn.data import (
     paths_of,
     prepare,
 )
-from hf_knn.images import decode_image
-from hf_knn.reading import BadRow, process_rows, read_batch
 
 
 def as_named(rows: Dataset) -> list[str]:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
-from hf_knn.folds import few_rows, few_shots, split_rows, stratified_folds
+from hf_knn.data.splits import few_rows, few_shots, split_rows, stratified_folds
 
 LABELS = torch.tensor([0] * 30 + [1] * 17 + [2] * 9 + [3])
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin
 from support.pictures import encoded
 
-from hf_knn.images import ALLOWED_FORMATS, MAX_PIXELS, BadImageError, decode_image
+from hf_knn.data.decode import ALLOWED_FORMATS, MAX_PIXELS, BadImageError, decode_image
 
 Pixels = NDArray[np.int64]
 Rows = Sequence[Sequence[tuple[int, ...]]]

@@ -19,9 +19,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_knn.data import prepare
-from hf_knn.encoding import encode_rows
-from hf_knn.reading import keeping_layout
+from hf_knn.data.batches import keeping_layout
+from hf_knn.data.loading import prepare
+from hf_knn.features.encoders import encode_rows
 
 SIZES = [(50, 37), (37, 50), (64, 64), (33, 90), (20, 20), (50, 37)]
 SQUARE = {"height": 32, "width": 32}

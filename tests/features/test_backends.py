@@ -11,16 +11,12 @@ import torch
 from support.pictures import dataset_of, small_backbone, small_model, small_processor, small_resnet
 from torch import Tensor
 
-from hf_knn import (
-    KnnTrainer,
-    KnnTrainingArguments,
-    backend_choice,
-    encoder_graphs,
-    extract_features,
-)
-from hf_knn.backend_choice import Work, choose_backend, largest_gap, open_encoder
-from hf_knn.encoder_graphs import GraphError
-from hf_knn.features import ImageFeatures
+from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
+from hf_knn.features import backends as backend_choice
+from hf_knn.features import graphs as encoder_graphs
+from hf_knn.features.backends import Work, choose_backend, largest_gap, open_encoder
+from hf_knn.features.extract import ImageFeatures
+from hf_knn.features.graphs import GraphError
 
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]

@@ -9,8 +9,8 @@ from support.pictures import dataset_of, small_backbone, small_model, small_proc
 from torch import Tensor
 
 from hf_knn import extract_features
-from hf_knn.configuration_knn import KnnConfig
-from hf_knn.encoders import TorchEncoder
+from hf_knn.core.config import KnnConfig
+from hf_knn.features.encoders import TorchEncoder
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from support.pictures import dataset_of, small_model
 
 from hf_knn import extract_features
-from hf_knn.images import ALLOWED_FORMATS, BadImageError, decode_image
+from hf_knn.data.decode import ALLOWED_FORMATS, BadImageError, decode_image
 
 pytestmark = pytest.mark.faults
 ROWS, SHARD = 4000, 256

@@ -25,13 +25,12 @@ from support.pictures import (
 from torch import Tensor, nn
 from transformers import AutoModel, ViTConfig
 
-import hf_knn.feature_cache as cache_module
-import hf_knn.feature_table as table_module
-import hf_knn.features as features_module
 from hf_knn import extract_features
-from hf_knn.data import load_splits, prepare
-from hf_knn.feature_cache import cache_root
-from hf_knn.features import ImageFeatures
+from hf_knn.data.loading import load_splits, prepare
+from hf_knn.features import cache as cache_module
+from hf_knn.features import extract as features_module
+from hf_knn.features.cache import cache_root
+from hf_knn.features.extract import ImageFeatures
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
@@ -311,9 +310,9 @@ def test_a_second_run_reads_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("hf_knn.reading.decode_image", refuse)
+    monkeypatch.setattr("hf_knn.data.batches.decode_image", refuse)
     assert torch.equal(run(model, files).features, first[1])
-    monkeypatch.setattr("hf_knn.picture_keys._keys_of", refuse)
+    monkeypatch.setattr("hf_knn.data.keys._keys_of", refuse)
     assert torch.equal(run(model, memory).features, first[0])
 
 
@@ -387,7 +386,7 @@ def interrupted(module: nn.Module, after: int) -> Iterator[None]:
 def test_an_interrupted_run_goes_on_where_it_was(
     knn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS + LABELS[:3])  # shards of 4, 4, 4, 2
     truth = run(model, rows, use_cache=False)
     with interrupted(model.backbone, 5), pytest.raises(Interrupted):
@@ -447,7 +446,7 @@ def test_a_replaced_file_among_pictures_in_memory_is_computed_again(tmp_path: Pa
 def test_threads_of_one_process_share_a_cache(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 2)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 2)
     model, rows = small_model(), prepare(dataset_of(LABELS * 4))
     parts = [rows.select(range(first, len(rows), 4)) for first in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -462,7 +461,7 @@ def test_threads_of_one_process_share_a_cache(
 def test_a_missing_shard_alone_is_computed(
     knn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     first = run(model, rows)
     shards = sorted(knn_cache.rglob("*.safetensors"))
@@ -478,10 +477,10 @@ def test_a_missing_shard_alone_is_computed(
 def test_shards_of_another_size_are_not_taken_for_whole_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     run(model, rows)
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 8)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 8)
     assert run(model, rows).ids.tolist() == list(range(len(LABELS)))
 
 
@@ -499,7 +498,7 @@ def test_a_damaged_shard_is_found_and_computed_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     model, rows = small_model(), dataset_of(LABELS)
     first = run(model, rows)
     victim = sorted(knn_cache.rglob("*.safetensors"))[1]
@@ -549,7 +548,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 
 @pytest.mark.parametrize("shard_rows", [4, 256])
 def test_fail_names_the_row_and_the_path(shard_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", shard_rows)
     with pytest.raises(ValueError, match=rf"row 7 \(bee/7\.png\).*{RAW}") as caught:
         run(small_model(), dataset_of(LABELS, broken=[7, 9]))
     assert "on_bad_image='skip'" in str(caught.value)
@@ -577,7 +576,7 @@ def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_skip_a_whole_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_module, "SHARD_ROWS", 2)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 2)
     found = run(small_model(), dataset_of(LABELS, broken=[2, 3]), on_bad_image="skip")
     assert found.ids.tolist() == [0, 1, *range(4, len(LABELS))]
     assert found.labels.tolist() == [LABELS[row] for row in found.ids.tolist()]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.optimize import minimize_scalar
 from support.oracles import assert_same_store
 from support.pictures import small_model
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from training.test_trainer import CLASSES, cloud, probe, store_of
 
 from hf_knn import KnnForImageClassification, KnnTrainer, blend_log_probs, knn_log_probs
-from hf_knn.functional import floor_log_probs, soften
+from hf_knn.core.votes import floor_log_probs, soften
 
 
 def best_temperature(log_probs: Tensor, labels: Tensor) -> float:

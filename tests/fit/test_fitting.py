@@ -12,12 +12,13 @@ from support.pictures import NAMES, random_features, small_model
 from torch import Tensor
 from training.test_trainer import CLASSES, arguments, cloud, pictures, probe, tensors
 
-from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer, fitting
-from hf_knn.features import ImageFeatures
-from hf_knn.fitting import PROBE_GRIDS, Part, fit_closed_form, sweep
-from hf_knn.folds import stratified_folds
-from hf_knn.probe import train_probes
-from hf_knn.probe_settings import ProbeConfig, ProbeGrid, ProbeSettings
+from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer
+from hf_knn.data.splits import stratified_folds
+from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import heads as fitting
+from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
+from hf_knn.fit.heads import PROBE_GRIDS, Part, fit_closed_form, sweep
+from hf_knn.fit.sweep import train_probes
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
@@ -141,7 +142,7 @@ def test_folds_of_a_ridge_head_have_heads_of_their_own(
         seen.append(set(rows.ids.tolist()))
         return fit_closed_form(model, rows, *args)
 
-    monkeypatch.setattr("hf_knn.fitting_at_once.fit_closed_form", spied)
+    monkeypatch.setattr("hf_knn.training.heads.fit_closed_form", spied)
     trainer = make_trainer("ridge", tmp_path, features)
     trainer.train()
     trainer.tune()

@@ -18,7 +18,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from hf_knn.metrics import (
+from hf_knn.fit.metrics import (
     CALIBRATION_BINS,
     LogProbMetric,
     auroc,

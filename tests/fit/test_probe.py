@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_knn import probe
-from hf_knn.functional import class_weights
-from hf_knn.modeling_knn import KnnHead
-from hf_knn.probe import ProbeChoice, ProbeHeads, choose_probe, score_probes, train_probes
-from hf_knn.probe_factors import loss_factors
-from hf_knn.probe_layers import Layer, initial_layers
-from hf_knn.probe_settings import ProbeConfig, ProbeGrid, ProbeSettings
+from hf_knn.core.head import KnnHead
+from hf_knn.fit import sweep as probe
+from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
+from hf_knn.fit.sweep import (
+    Layer,
+    ProbeChoice,
+    ProbeHeads,
+    choose_probe,
+    initial_layers,
+    score_probes,
+    train_probes,
+)
+from hf_knn.fit.weights import class_weights, loss_factors
 
 INF = math.inf
 

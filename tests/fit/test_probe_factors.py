@@ -3,9 +3,8 @@
 import torch
 from support.probe_rows import clusters, votes
 
-from hf_knn.functional import focal_loss_weights, knn_loss_weights
-from hf_knn.probe_factors import loss_factors
-from hf_knn.probe_settings import ProbeConfig, ProbeSettings
+from hf_knn.fit.grids import ProbeConfig, ProbeSettings
+from hf_knn.fit.weights import focal_loss_weights, knn_loss_weights, loss_factors
 
 
 def test_factors_are_those_of_functional() -> None:

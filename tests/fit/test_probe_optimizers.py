@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_knn.probe_optimizers import learning_rate_factor
+from hf_knn.fit.sweep import learning_rate_factor
 
 
 def test_the_schedule_is_that_of_transformers() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_knn.probe_settings import (
+from hf_knn.fit.grids import (
     PAPER_ALPHAS,
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.optimize import minimize_scalar
 from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 from support.ridge_oracles import (
     INF,
@@ -20,8 +20,8 @@ from support.ridge_oracles import (
     row_weights,
 )
 
-from hf_knn import ridge, ridge_state
-from hf_knn.ridge import (
+from hf_knn.fit import ridge
+from hf_knn.fit.ridge import (
     RELATIVE_REGULARIZERS,
     RidgeFit,
     RidgeScore,
@@ -29,7 +29,8 @@ from hf_knn.ridge import (
     fit_ridge,
     leave_one_out_logits,
 )
-from hf_knn.ridge_state import RidgeState
+from hf_knn.model import ridge as ridge_state
+from hf_knn.model.ridge import RidgeState
 
 
 def test_three_points_left_out_by_eye() -> None:

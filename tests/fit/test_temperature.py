@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.optimize import minimize_scalar
 from support.ridge_oracles import INF, clusters, mean_log_prob
 
-from hf_knn.temperature import fit_temperature
+from hf_knn.fit.temperature import fit_temperature
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

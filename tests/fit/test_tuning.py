@@ -14,9 +14,9 @@ from torch import Tensor
 
 import hf_knn
 from hf_knn import Datastore, KnnTrainer, KnnTrainingArguments, Neighbors, tune
-from hf_knn.features import ImageFeatures
-from hf_knn.functional import blend_log_probs, knn_log_probs
-from hf_knn.tuning import (
+from hf_knn.core.votes import blend_log_probs, knn_log_probs
+from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit.blend import (
     KNN_WEIGHTS,
     TEMPERATURES,
     Cell,

@@ -21,7 +21,7 @@ from support.tiny import pixels
 from transformers import AutoModel
 
 from hf_knn import KnnForImageClassification
-from hf_knn.manifest import _checksum
+from hf_knn.core.manifest import _checksum
 
 KINDS = ("cut", "shorter", "longer", "garbage", "stall", "status")
 CLEAR = (ValueError, RuntimeError, StrictDataclassError, SafetensorError)

@@ -16,7 +16,7 @@ from support.tiny import assert_same_rows, assert_same_tensors, pixels, tiny_mod
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
-from hf_knn.publishing import PushConflictError
+from hf_knn.store.hub import PushConflictError
 
 
 def test_a_pushed_model_opens_with_the_auto_classes(hub: Hub, model: Any, cache: Path) -> None:

@@ -12,7 +12,7 @@ from training.test_resume import make_trainer
 from transformers import AutoModel, TrainerCallback
 
 from hf_knn import KnnTrainer
-from hf_knn.resume import problem_of
+from hf_knn.training.checkpoints import problem_of
 
 
 def trainer_for(folder: Path, strategy: str, **options: Any) -> KnnTrainer:

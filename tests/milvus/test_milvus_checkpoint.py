@@ -13,9 +13,9 @@ from support.tiny import pixels, tiny_model
 from transformers import AutoModelForImageClassification
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
-from hf_knn.manifest import DatastoreError, StaleDatastoreError, _checksum
-from hf_knn.milvus_client import DatastoreConnectionError, MilvusServer
-from hf_knn.model_card import make_card
+from hf_knn.core.manifest import DatastoreError, StaleDatastoreError, _checksum
+from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
+from hf_knn.model.card import make_card
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -130,7 +130,7 @@ def test_a_server_that_is_away_is_no_head_alone(made, monkeypatch):
     lie(folder, uri=place)
     hurried = partial(MilvusServer, timeout=1, patience=0.1)
     monkeypatch.setattr(
-        "hf_knn.milvus_store.MilvusServer", lambda uri, token, *_: hurried(uri, token)
+        "hf_knn.milvus.datastore.MilvusServer", lambda uri, token, *_: hurried(uri, token)
     )
     with pytest.raises(DatastoreConnectionError, match=f"Milvus at {place} to answer"):
         KnnForImageClassification.from_pretrained(folder, **TRUST)

@@ -11,8 +11,8 @@ from support.commands import hf_knn
 from support.tiny import tiny_model
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
-from hf_knn.console import console
-from hf_knn.teach_command import teach_pictures
+from hf_knn.commands.console import console
+from hf_knn.commands.memory import teach_pictures
 from milvus.test_milvus_store import Stopped, stop_after
 
 pytest.importorskip("pymilvus")

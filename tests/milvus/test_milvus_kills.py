@@ -17,9 +17,9 @@ from support.pictures import write_folder
 from support.tiny import tiny_model
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
-from hf_knn.pending_change import is_pending
-from hf_knn.receipts import CHANGES_NAME, Change, Receipt, read_changes
-from hf_knn.teach_command import forget_rows, teach_pictures
+from hf_knn.commands.memory import forget_rows, teach_pictures
+from hf_knn.milvus.pending import is_pending
+from hf_knn.model.receipts import CHANGES_NAME, Change, Receipt, read_changes
 
 pytest.importorskip("pymilvus")  # here, so that children have it; nothing connects in this process
 pytest.importorskip("milvus_lite")

@@ -14,7 +14,7 @@ from support.milvus_servers import Server
 from support.oracles import assert_nearest
 
 from hf_knn import Datastore, MilvusDatastore
-from hf_knn.manifest import DatastoreError
+from hf_knn.core.manifest import DatastoreError
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")

@@ -12,14 +12,16 @@ from support.milvus_servers import free_port
 from support.oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn import Datastore, MilvusDatastore, milvus_index, milvus_search
-from hf_knn.datastore_reference import DatastoreReference, RemoteConsent, read_manifest
-from hf_knn.manifest import DatastoreError
-from hf_knn.milvus_client import DatastoreConnectionError, MilvusServer, check_uri
-from hf_knn.milvus_collection import MilvusCollection
-from hf_knn.milvus_load import describe
-from hf_knn.row_fingerprint import sum_of
-from hf_knn.search_backend import SearchBackend
+from hf_knn import Datastore, MilvusDatastore
+from hf_knn.core.manifest import DatastoreError
+from hf_knn.milvus import collection as milvus_index
+from hf_knn.milvus import search as milvus_search
+from hf_knn.milvus.collection import MilvusCollection
+from hf_knn.milvus.load import describe
+from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
+from hf_knn.store.backend import SearchBackend
+from hf_knn.store.remote import DatastoreReference, RemoteConsent, check_uri, read_manifest
+from hf_knn.store.table import sum_of
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -433,7 +435,7 @@ def test_an_error_that_can_pass_is_tried_again(pair, monkeypatch):
         return query(*args, **options)
 
     monkeypatch.setattr(server.client, "query", shaky)
-    monkeypatch.setattr("hf_knn.milvus_client._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_knn.milvus.server._FIRST_WAIT", 0.01)
     assert inside.collection.count() == ROWS
     assert next(failures, None) is None
 
@@ -522,7 +524,7 @@ def test_a_reference_to_rows_that_changed(pair, folder):
     ],
 )  # fmt: skip
 def test_lies_in_a_reference_are_refused(field, value, pair, folder):
-    from hf_knn.manifest import _checksum
+    from hf_knn.core.manifest import _checksum
 
     pair[1].save(folder)
     values = json.loads((folder / "datastore.json").read_text()) | {field: value}

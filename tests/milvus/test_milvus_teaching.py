@@ -16,10 +16,10 @@ from support.stored import content
 from support.tiny import LABELS, tiny_model
 
 from hf_knn import KnnForImageClassification, MilvusDatastore
-from hf_knn.manifest import DatastoreError
-from hf_knn.milvus_client import DatastoreConnectionError, MilvusServer
-from hf_knn.milvus_reading import MilvusReading
-from hf_knn.pending_change import PENDING_NAME, read_pending, write_pending
+from hf_knn.core.manifest import DatastoreError
+from hf_knn.milvus.datastore import MilvusReading
+from hf_knn.milvus.pending import PENDING_NAME, read_pending, write_pending
+from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -145,7 +145,7 @@ def test_a_change_whose_head_cannot_follow_is_taken_back(what, uri, name, tmp_pa
         raise RuntimeError("no solution")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_knn.following.solve_head", fail)
+        patched.setattr("hf_knn.model.teaching.solve_head", fail)
         with pytest.raises(RuntimeError, match="no solution"):
             changes[what]()
     assert (model.changes, model.config.class_names) == ([], list(CLASSES))
@@ -299,7 +299,9 @@ def test_an_error_while_saving_takes_the_rows_back(name_of, changes, pair, monke
     _, there = pair
     before, files = opened(there).fingerprint_rows(), content(there)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_knn.storage._swap_in", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(
+            "hf_knn.store.folders._swap_in", lambda *_: (_ for _ in ()).throw(OSError("full"))
+        )
         failed = run(*typed(there, changes[name_of]))
     assert (failed.exit_code, "full" in failed.output) == (1, True)
     assert "hf-knn undo" not in failed.output

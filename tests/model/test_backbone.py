@@ -43,15 +43,9 @@ from transformers import (
 )
 
 from hf_knn import KnnConfig, KnnForImageClassification
-from hf_knn.backbone import (
-    build_backbone,
-    default_pooling,
-    extract,
-    load_backbone,
-    measure_width,
-    split_features,
-)
-from hf_knn.configuration_knn import Pooling
+from hf_knn.core.backbone import build_backbone, extract, split_features
+from hf_knn.core.config import Pooling
+from hf_knn.model.backbones import default_pooling, load_backbone, measure_width
 
 POOLINGS = [str(pooling) for pooling in Pooling]
 HAS_CLS = sorted(PREFIX_TOKENS)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, kstest  # type: ignore[import-untyped]
+from scipy.stats import binomtest, kstest
 
-from hf_knn.abstaining import thresholds, upper_bounds
-from hf_knn.confidence import typicality
+from hf_knn.fit.metrics import thresholds, upper_bounds
+from hf_knn.model.explain import typicality
 
 
 @pytest.mark.parametrize(("errors", "count"), [(0, 1), (0, 20), (3, 50), (49, 50), (7, 1000)])

@@ -14,7 +14,7 @@ from PIL import Image
 from support.tiny import LABELS, pixels, tiny_model
 
 from hf_knn import KnnForImageClassification
-from hf_knn.export import GRAPH_NAME, OUTPUTS, SCRIPT_NAME, export_onnx
+from hf_knn.model.export import GRAPH_NAME, OUTPUTS, SCRIPT_NAME, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 

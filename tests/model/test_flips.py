@@ -10,7 +10,7 @@ from support.pictures import small_model
 from torch import Tensor
 
 from hf_knn import Datastore, blend_log_probs, knn_log_probs
-from hf_knn.flips import Ballot, margin_of, smallest_flip, vote_shares
+from hf_knn.model.flips import Ballot, margin_of, smallest_flip, vote_shares
 
 CLASSES = 4
 

@@ -45,9 +45,10 @@ from transformers import (
     pipeline,
 )
 
-from hf_knn import Datastore, KnnConfig, KnnForImageClassification, storage
-from hf_knn.checkpoint import is_checkpoint_file, made_by
-from hf_knn.manifest import DatastoreError, StaleDatastoreError
+from hf_knn import Datastore, KnnConfig, KnnForImageClassification
+from hf_knn.core.manifest import DatastoreError, StaleDatastoreError
+from hf_knn.model.checkpoint import is_checkpoint_file, made_by
+from hf_knn.store import folders as storage
 
 FLOOR = math.log(1e-12)
 OPENERS = [KnnForImageClassification, AutoModelForImageClassification, AutoModel]
@@ -1358,7 +1359,7 @@ def test_the_kill_test_would_notice_a_naive_save(tmp_path, monkeypatch):
     def in_place(folder: Path, is_owned: Callable[[str], bool]) -> Iterator[Path]:
         yield folder
 
-    monkeypatch.setattr("hf_knn.checkpoint.replaced_folder", in_place)
+    monkeypatch.setattr("hf_knn.model.checkpoint.replaced_folder", in_place)
     with pytest.raises(MixtureError):
         kill_saves(tmp_path / "saved", 15)
 

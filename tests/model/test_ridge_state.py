@@ -13,8 +13,8 @@ from sklearn.linear_model import Ridge
 from sklearn.utils.class_weight import compute_sample_weight
 from support.ridge_oracles import INF, SHAPES, WEIGHTINGS, assert_same, clusters, row_weights
 
-from hf_knn.functional import class_weights
-from hf_knn.ridge_state import RidgeState
+from hf_knn.fit.weights import class_weights
+from hf_knn.model.ridge import RidgeState
 
 
 def test_two_points_by_eye() -> None:

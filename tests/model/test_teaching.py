@@ -14,11 +14,12 @@ from support.tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
 from training.test_trainer import CLASSES, cloud, probe
 
-from hf_knn import Datastore, KnnForImageClassification, KnnTrainer, following
-from hf_knn.class_names import check_class_name
-from hf_knn.features import ImageFeatures
-from hf_knn.images import BadImageError
-from hf_knn.receipts import Change, Scope
+from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
+from hf_knn.data.decode import BadImageError
+from hf_knn.features.extract import ImageFeatures
+from hf_knn.model import teaching as following
+from hf_knn.model.receipts import Change, Scope
+from hf_knn.model.teaching import check_class_name
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import hf_knn_cli
 from hf_knn import KnnForImageClassification
-from hf_knn.manifest import DatastoreError
-from hf_knn.thumbnails import THUMBNAILS_NAME, Thumbnails, small_webp
+from hf_knn.core.manifest import DatastoreError
+from hf_knn.core.reading import THUMBNAILS_NAME
+from hf_knn.model.thumbnails import Thumbnails, small_webp
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from support.oracles import as_numpy, assert_nearest, assert_sound, normalized, 
 from support.stored import FAISS, blob_of
 from torch import Tensor
 
-from hf_knn import indexing
-from hf_knn.datastore import Datastore, Neighbors
-from hf_knn.search import Searcher
+from hf_knn.core.search import Neighbors, Searcher
+from hf_knn.store import index as indexing
+from hf_knn.store.datastore import Datastore
 
 COUNT, WIDTH = 4000, 16
 STATED_ON, K = 256, 20

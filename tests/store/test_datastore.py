@@ -21,9 +21,14 @@ from support.forks import outcome
 from support.oracles import assert_nearest, assert_same_store
 from torch import Tensor
 
-from hf_knn import faiss_index, first_pass, indexing, persistence, search
-from hf_knn.datastore import Datastore, Neighbors
-from hf_knn.functional import knn_log_probs
+from hf_knn.core import search
+from hf_knn.core.search import Neighbors
+from hf_knn.core.votes import knn_log_probs
+from hf_knn.store import disk as persistence
+from hf_knn.store import faiss as faiss_index
+from hf_knn.store import index as first_pass
+from hf_knn.store import index as indexing
+from hf_knn.store.datastore import Datastore
 
 SPACES = [
     ("cosine", "l2_centered"),

@@ -12,7 +12,7 @@ from support.two_shards import NAMES, Rows, cases_of, rows_named, work_as
 from torch import Tensor
 
 from hf_knn import Datastore, ShardedDatastore
-from hf_knn.search_backend import Neighbors
+from hf_knn.core.search import Neighbors
 
 
 @pytest.fixture(scope="module")

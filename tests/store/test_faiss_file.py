@@ -13,9 +13,11 @@ import torch
 from support.tiny import tiny_model
 from torch import Tensor
 
-from hf_knn import KnnForImageClassification, faiss_index, persistence
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import FAISS_NAME, MANIFEST_NAME, DatastoreError, FileRecord, Manifest
+from hf_knn import KnnForImageClassification
+from hf_knn.core.manifest import FAISS_NAME, MANIFEST_NAME, DatastoreError, FileRecord, Manifest
+from hf_knn.store import disk as persistence
+from hf_knn.store import faiss as faiss_index
+from hf_knn.store.datastore import Datastore
 
 ROWS, WIDTH = 300, 8
 KINDS = ["flat", "IVF4,Flat", "IVF4,SQ8", "HNSW8", "HNSW8_SQ8", "SQ8", "PCA4,IVF4,Flat"]

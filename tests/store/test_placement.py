@@ -10,8 +10,12 @@ import torch
 from support.oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn import faiss_index, first_pass, indexing, row_table, search
-from hf_knn.datastore import Datastore
+from hf_knn.core import search
+from hf_knn.store import faiss as faiss_index
+from hf_knn.store import index as first_pass
+from hf_knn.store import index as indexing
+from hf_knn.store import table as row_table
+from hf_knn.store.datastore import Datastore
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 PLACES: list[Any] = [

@@ -9,7 +9,8 @@ from support.oracles import assert_nearest
 from torch import Tensor
 
 from hf_knn import Datastore, MilvusDatastore, SearchBackend
-from hf_knn.search_backend import Neighbors, check_split
+from hf_knn.core.search import Neighbors
+from hf_knn.store.backend import check_split
 
 ROWS, DIM = 200, 5
 KINDS = [("cosine", "l2_centered"), ("l2", "none")]

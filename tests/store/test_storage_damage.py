@@ -24,10 +24,11 @@ from support.stored import (
 )
 from torch import Tensor
 
-from hf_knn import datastore_files, row_table
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import DatastoreError, FileRecord
-from hf_knn.storage import hash_blocks
+from hf_knn.core.files import hash_blocks
+from hf_knn.core.manifest import DatastoreError, FileRecord
+from hf_knn.store import datastore as datastore_files
+from hf_knn.store import table as row_table
+from hf_knn.store.datastore import Datastore
 
 
 def test_a_folder_without_datastore_is_not_found(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn import persistence
-from hf_knn.datastore import Datastore
+from hf_knn.store import disk as persistence
+from hf_knn.store.datastore import Datastore
 
 # disks that refuse
 

@@ -28,9 +28,9 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn import datastore_files
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import DatastoreError
+from hf_knn.core.manifest import DatastoreError
+from hf_knn.store import datastore as datastore_files
+from hf_knn.store.datastore import Datastore
 
 # crowds
 

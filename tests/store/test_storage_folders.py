@@ -7,8 +7,8 @@ import pytest
 from support.forks import Fork
 from support.stored import names_in
 
-from hf_knn import storage
-from hf_knn.storage import replaced_folder, write_durably
+from hf_knn.store import folders as storage
+from hf_knn.store.folders import replaced_folder, write_durably
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn import blobs, persistence
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import DatastoreError, FileRecord
-from hf_knn.storage import exclusive_lock
+from hf_knn.core.manifest import DatastoreError, FileRecord
+from hf_knn.store import disk as blobs
+from hf_knn.store import disk as persistence
+from hf_knn.store.datastore import Datastore
+from hf_knn.store.folders import exclusive_lock
 
 
 def test_a_kill_while_safetensors_writes_leaves_no_litter(folder: Path) -> None:

@@ -26,10 +26,13 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn import blobs, persistence, row_table, storage
-from hf_knn.datastore import Datastore
-from hf_knn.manifest import Binding, FileRecord
-from hf_knn.storage import hash_blocks
+from hf_knn.core.files import hash_blocks
+from hf_knn.core.manifest import Binding, FileRecord
+from hf_knn.store import disk as blobs
+from hf_knn.store import disk as persistence
+from hf_knn.store import folders as storage
+from hf_knn.store import table as row_table
+from hf_knn.store.datastore import Datastore
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "datastore-v1"
 
@@ -197,7 +200,7 @@ def test_the_manifest_says_what_is_there(saved: Path) -> None:
     ]
     sha256 = hashlib.sha256((saved / FAISS).read_bytes()).hexdigest()
     assert values["faiss_index"]["sha256"] == sha256
-    wanted = {"format": "hf_knn.datastore", "format_version": 1, "block_size": 64 * 2**20}
+    wanted = {"format": "hf_knn.store.datastore", "format_version": 1, "block_size": 64 * 2**20}
     wanted |= {"num_rows": 6, "dim": 3, "dtype": "float16", "metric": "cosine"}
     wanted["index"] = {"requested": "auto", "spec": "flat", "parameters": {}, "recall": None}
     assert {key: values[key] for key in wanted} == wanted

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from typer.testing import CliRunner, Result
 
 import hf_knn_cli
-from hf_knn.console import console
+from hf_knn.commands.console import console
 
 
 def hf_knn(*arguments: object) -> Result:

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from hf_knn import first_pass, indexing, search
-from hf_knn.datastore import Datastore
+from hf_knn.core import search
+from hf_knn.store import index as first_pass
+from hf_knn.store import index as indexing
+from hf_knn.store.datastore import Datastore
 
 SPACES = [
     ("cosine", "l2_centered"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_knn.checkpoint import OWN_CODE
+from hf_knn.model.checkpoint import OWN_CODE
 from support.hub_server import Hub
 from support.tiny import pixels
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from hf_knn import Datastore, MilvusDatastore
-from hf_knn.milvus_client import DatastoreConnectionError
-from hf_knn.milvus_collection import MilvusCollection
+from hf_knn.milvus.collection import MilvusCollection
+from hf_knn.milvus.server import DatastoreConnectionError
 
 COLLECTION, AWAY = "rows", 3
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_knn.datastore import Datastore, Neighbors
-from hf_knn.search_backend import SearchBackend
+from hf_knn.core.search import Neighbors
+from hf_knn.store.backend import SearchBackend
+from hf_knn.store.datastore import Datastore
 
 Floats = NDArray[np.float64]
 

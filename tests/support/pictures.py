@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, ResNetConfig, ViTConfig, ViTImageProcessor
 
 from hf_knn import KnnForImageClassification
-from hf_knn.features import ImageFeatures
+from hf_knn.features.extract import ImageFeatures
 
 SIDE = 8
 NAMES = ("ant", "bee", "cat", "dog", "eel")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp  # type: ignore[import-untyped]
+from scipy.special import logsumexp
 from torch import Tensor
 
 INF = math.inf

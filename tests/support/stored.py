@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_knn import manifest as manifest_module
-from hf_knn import row_table
-from hf_knn.datastore import Datastore
+from hf_knn.core import manifest as manifest_module
+from hf_knn.store import table as row_table
+from hf_knn.store.datastore import Datastore
 from support.oracles import assert_same_store
 
 MANIFEST, FAISS = "datastore.json", "datastore.faiss"

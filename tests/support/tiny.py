@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_knn import Datastore, KnnForImageClassification
-from hf_knn.checkpoint import made_by
+from hf_knn.model.checkpoint import made_by
 
 SIZE = 32
 LABELS = ["ant", "bee", "cat", "dog"]

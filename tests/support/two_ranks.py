@@ -16,7 +16,7 @@ from training.test_resume import CLASSES, fresh_model, noisy_rows
 from transformers import set_seed
 
 from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
-from hf_knn.resume import list_checkpoints, problem_of
+from hf_knn.training.checkpoints import list_checkpoints, problem_of
 from support.forks import Errand, outcome
 
 ROWS, HELD_OUT = 43, 17  # neither is divisible by two ranks times the batch
@@ -58,7 +58,7 @@ def probe(folder: Path, report: dict[str, Any]) -> None:
     trainer.save_model(str(folder / "checkpoint"))
     with pytest.MonkeyPatch.context() as patch:  # a rank by itself would choose otherwise
         choice = "compile" if os.environ.get("RANK") == "1" else "torch"
-        patch.setattr("hf_knn.features.choose_backend", lambda *_: choice)
+        patch.setattr("hf_knn.features.extract.choose_backend", lambda *_: choice)
         again = extract_features(model, rows, use_cache=False, progress=False, batch_size=5)
     report["backend"] = again.backend
     PartialState().wait_for_everyone()

@@ -16,12 +16,12 @@ from torchvision.transforms import v2
 from transformers import BitImageProcessor
 
 from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
-from hf_knn.augmentation import Augment, EpochRows
-from hf_knn.backbone import freeze_all_but_last
-from hf_knn.data import prepare
-from hf_knn.functional import class_weights
-from hf_knn.resume import newest_whole
-from hf_knn.votes import OwnVotes
+from hf_knn.data.augmentation import Augment, EpochRows
+from hf_knn.data.loading import prepare
+from hf_knn.fit.own_votes import OwnVotes
+from hf_knn.fit.weights import class_weights
+from hf_knn.model.backbones import freeze_all_but_last
+from hf_knn.training.checkpoints import newest_whole
 from training.test_resume import CLASSES, make_trainer, noisy_rows, outcome
 
 

@@ -21,8 +21,14 @@ from torch import Tensor
 from transformers import ResNetConfig, ResNetModel, TrainerCallback, ViTConfig, ViTModel, set_seed
 
 from hf_knn import KnnForImageClassification, KnnTrainer, KnnTrainingArguments
-from hf_knn import resume as resuming
-from hf_knn.resume import SEAL_NAME, STAGING, list_checkpoints, newest_whole, problem_of
+from hf_knn.training import checkpoints as resuming
+from hf_knn.training.checkpoints import (
+    SEAL_NAME,
+    STAGING,
+    list_checkpoints,
+    newest_whole,
+    problem_of,
+)
 
 CLASSES = NAMES[:3]
 STEPS = 9  # three epochs of three

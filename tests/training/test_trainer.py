@@ -41,12 +41,12 @@ from hf_knn import (
     extract_features,
     tune,
 )
-from hf_knn.collator import KnnCollator
-from hf_knn.data import prepare
-from hf_knn.features import ImageFeatures
-from hf_knn.folds import split_rows, stratified_folds
-from hf_knn.modeling_knn import KnnHead
-from hf_knn.tuning import TEMPERATURES, default_grid
+from hf_knn.core.head import KnnHead
+from hf_knn.data.batches import KnnCollator
+from hf_knn.data.loading import prepare
+from hf_knn.data.splits import split_rows, stratified_folds
+from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit.blend import TEMPERATURES, default_grid
 
 CLASSES = NAMES[:3]
 QUIET: dict[str, Any] = {

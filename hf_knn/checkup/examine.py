@@ -1,0 +1,370 @@
+"""Everything that can be found out about a datastore, or a set of features with labels."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from ..core.votes import squared_distances
+from ..data.decode import BadImageError, decode_image
+from ..data.keys import Print, print_of
+from ..data.splits import Fold, stratified_folds
+from ..fit.out_of_fold import Voices, out_of_fold
+from ..store.datastore import Datastore
+from .duplicates import Pairs, clusters_of, duplicate_findings, find_pairs
+from .findings import STORED, Finding, Ints, Kind, Pictures, counts_of
+from .html import plain
+from .labels import (
+    NEIGHBOR,
+    LabelScores,
+    balance_findings,
+    label_findings,
+    outlier_findings,
+    score_labels,
+)
+from .learning_curve import FRACTIONS, LearningCurve, measure_curve
+
+FOLDS = 5
+
+
+SAME_FEATURES = 0.9995
+"""Cosine above which two stored rows are taken for one picture, where there are no pixels."""
+
+
+Watch = Callable[[str, int], Callable[[int], object]]
+"""From the name of a phase and how many steps it has to what is called when some are done."""
+
+
+def unwatched(name: str, total: int) -> Callable[[int], object]:
+    """Shows no progress."""
+    return lambda done: None
+
+
+@dataclass
+class Checkup:
+    """What was found out.
+
+    Attributes:
+        pictures: all pictures, also those that cannot be used.
+        usable: [M] the numbers of those that have features.
+        features: [M, D] float32 raw features.
+        findings: in no order.
+        scores: of the M labels; None where labels cannot be compared.
+        voices: what was said about the M rows out of fold; None likewise.
+        curve: what more pictures would bring; None likewise.
+        skipped: what was not looked at, and why.
+        unseen: the kinds of findings that could not have been made, so that none is no good news.
+        seconds: by phase.
+    """
+
+    pictures: Pictures
+    usable: Ints
+    features: Tensor
+    findings: list[Finding] = field(default_factory=list)
+    scores: LabelScores | None = None
+    voices: Voices | None = None
+    curve: LearningCurve | None = None
+    skipped: list[str] = field(default_factory=list)
+    unseen: set[Kind] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def counts(self) -> dict[Kind, int]:
+        """How many findings there are of each kind that was looked for, the most urgent first."""
+        found = counts_of(self.findings)
+        return {kind: found[kind] for kind in Kind if kind not in self.unseen or found[kind]}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Notes how long something took."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def examine(
+    checkup: Checkup,
+    prints: Sequence[Print] | None,
+    groups: Ints | None,
+    seed: int,
+    watch: Watch = unwatched,
+    *,
+    with_curve: bool = True,
+) -> None:
+    """Looks for everything that pictures with features can have.
+
+    Args:
+        checkup: with pictures, `usable` and features; filled in.
+        prints: of the M usable pictures; None compares features alone.
+        groups: [M] which of them belong together; None: each is its own.
+        seed: of folds and parts.
+        watch: told of the progress.
+        with_curve: measure what more pictures would bring, which takes longest.
+    """
+    rows = subset(checkup.pictures, checkup.usable)
+    found: list[Finding] = []
+    with checkup.phase("duplicates"):
+        pairs = _pairs(checkup.features, prints, watch)
+        found += duplicate_findings(pairs, rows)
+    if len(set(checkup.pictures.splits)) < 2:
+        checkup.unseen |= {Kind.CROSS_SPLIT, Kind.GROUP_ACROSS}
+    if groups is not None:
+        found += group_findings(groups, rows)
+    else:
+        checkup.unseen.add(Kind.GROUP_ACROSS)
+    with checkup.phase("outliers"):
+        found += _outliers(checkup, rows)
+    found += balance_findings(rows)
+    found += _look_at_labels(checkup, rows, pairs, groups, seed, watch, with_curve)
+    checkup.findings += [_renumbered(one, checkup.usable) for one in found]
+
+
+def subset(pictures: Pictures, chosen: Ints) -> Pictures:
+    """Some of the pictures."""
+    return Pictures(
+        [pictures.splits[i] for i in chosen], pictures.rows[chosen], pictures.ids[chosen],
+        [pictures.paths[i] for i in chosen], pictures.labels[chosen], pictures.label_names,
+    )  # fmt: skip
+
+
+def group_findings(groups: Ints, pictures: Pictures) -> list[Finding]:
+    """Groups, of one patient say, that lie on two sides of a split.
+
+    Args:
+        groups: [M].
+        pictures: the same M.
+    """
+    members: dict[int, list[int]] = {}
+    for picture, group in enumerate(groups.tolist()):
+        members.setdefault(group, []).append(picture)
+    found = []
+    for ones in members.values():
+        splits = list(dict.fromkeys(pictures.splits[one] for one in ones))
+        if len(splits) > 1:
+            firsts = [next(p for p in ones if pictures.splits[p] == split) for split in splits]
+            detail = (
+                f"Its group has pictures in {' and '.join(splits)}: keep a group on one side, or "
+                "what is measured lies."
+            )
+            found.append(Finding(Kind.GROUP_ACROSS, firsts[0], 1.0, detail, tuple(firsts[1:])))
+    return found
+
+
+def feature_pairs(features: Tensor) -> Pairs:
+    """Pairs of rows with the same, or nearly the same, features.
+
+    Args:
+        features: [M, D].
+    """
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in features.numpy()]
+    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
+    first, second, gap = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
+    start = 0
+    for near in store.leave_one_out(NEIGHBOR):
+        row, place = (near.similarities >= SAME_FEATURES).nonzero(as_tuple=True)
+        first.append(row.numpy() + start)
+        second.append(near.ids[row, place].numpy())
+        gap.append(1 - near.similarities[row, place].double().clamp(max=1).numpy())
+        start += len(near.ids)
+    pairs = np.sort(np.stack([np.concatenate(first), np.concatenate(second)], axis=1), axis=1)
+    pairs, kept = np.unique(pairs, axis=0, return_index=True)
+    same = np.array([digests[a] == digests[b] for a, b in pairs.tolist()], dtype=bool)
+    return Pairs(pairs[:, 0], pairs[:, 1], np.concatenate(gap)[kept], same)
+
+
+def _pairs(features: Tensor, prints: Sequence[Print] | None, watch: Watch) -> Pairs:
+    if len(features) < 2:
+        nothing = np.empty(0, np.int64)
+        return Pairs(nothing, nothing, np.empty(0), np.empty(0, bool))
+    if prints is None:
+        return feature_pairs(features)
+    return find_pairs(prints, features, watch)
+
+
+def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
+    if len(rows) <= NEIGHBOR + 1:
+        checkup.skipped.append(f"Outliers: {len(rows)} pictures are too few.")
+        checkup.unseen.add(Kind.OUTLIER)
+        return []
+    store = Datastore.from_features(checkup.features, np.maximum(rows.labels, 0))
+    near = [part.similarities for part in store.leave_one_out(NEIGHBOR)]
+    distances = squared_distances(torch.cat(near)[:, -1].double()).sqrt()
+    return outlier_findings(distances.numpy(), rows)
+
+
+def _look_at_labels(
+    checkup: Checkup, rows: Pictures, pairs: Pairs, groups: Ints | None, seed: int, watch: Watch,
+    with_curve: bool,
+) -> list[Finding]:  # fmt: skip
+    """Likely label errors and the learning curve, where there are labels to compare."""
+    labels = torch.from_numpy(rows.labels)
+    classes = len(rows.label_names)
+    if not classes:
+        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR, Kind.IMBALANCE}
+        checkup.skipped.append(
+            "Label errors, label conflicts, balance and learning curve: the pictures have no "
+            "labels (one sub-folder per label, or a column `label`)."
+        )
+        return []
+    if int((torch.bincount(labels, minlength=classes) > 1).sum()) < 2:
+        checkup.unseen.add(Kind.LABEL_ERROR)
+        checkup.skipped.append(
+            "Label errors and learning curve: fewer than two classes have two pictures."
+        )
+        return []
+    owners = _owners(pairs, groups, len(rows))
+    folds = stratified_folds(labels, FOLDS, seed, owners)
+    with checkup.phase("label errors"):
+        done = watch("Asking out of fold", len(folds))
+        voices = out_of_fold(checkup.features, labels, classes, folds, done)
+        scores = score_labels(voices, labels)
+    if with_curve:
+        with checkup.phase("learning curve"):
+            checkup.curve = _curve(checkup.features, labels, classes, folds, voices, seed, watch)
+    checkup.voices, checkup.scores = voices, scores
+    return label_findings(scores, voices, rows)
+
+
+def _curve(
+    features: Tensor, labels: Tensor, classes: int, folds: list[Fold], voices: Voices, seed: int,
+    watch: Watch,
+) -> LearningCurve:  # fmt: skip
+    done = watch("Learning curve", len(folds) * len(FRACTIONS))
+    return measure_curve(features, labels, classes, folds, voices, seed, done)
+
+
+def _owners(pairs: Pairs, groups: Ints | None, count: int) -> Tensor | None:
+    """Copies of a picture would vouch for each other's labels, so they stay in one fold."""
+    clusters = clusters_of(pairs, count)
+    if groups is None:
+        return torch.from_numpy(clusters) if len(pairs.first) else None
+    shift = int(clusters.max(initial=0)) + 1
+    size = shift + int(groups.max(initial=0)) + 1
+    links = coo_array((np.ones(count, bool), (clusters, groups + shift)), (size, size))
+    joined = connected_components(links, directed=False)[1]
+    return torch.from_numpy(joined[clusters].astype(np.int64))
+
+
+def _renumbered(finding: Finding, usable: Ints) -> Finding:
+    if finding.picture < 0:
+        return finding
+    others = tuple(int(usable[other]) for other in finding.others)
+    values = finding.__dict__ | {"picture": int(usable[finding.picture]), "others": others}
+    return Finding(**values)
+
+
+def inspect_datastore(
+    store: Datastore,
+    label_names: list[str],
+    *,
+    root: Path | None = None,
+    seed: int = 0,
+    watch: Watch = unwatched,
+    with_curve: bool = True,
+) -> Checkup:
+    """Looks for copies, likely label errors, outliers and small classes among stored rows.
+
+    Args:
+        store: N rows.
+        label_names: of the classes.
+        root: the folder that the stored paths are relative to, where copies are confirmed by their
+            pixels; None compares features alone.
+        seed: of folds and parts.
+        watch: told of the progress.
+        with_curve: measure what more pictures would bring, which takes longest.
+
+    Returns:
+        What was found; its pictures are the rows, in order.
+
+    Raises:
+        ValueError: for an empty datastore, or a `root` that has none of its pictures.
+    """
+    if not len(store):
+        raise ValueError("Expected `store` to hold rows, but it is empty; add some first.")
+    pictures = pictures_of(store, label_names)
+    prints: list[Print] | None = None
+    checkup = Checkup(pictures, np.arange(len(pictures)), store.features.float())
+    checkup.unseen |= {Kind.BROKEN, Kind.NO_LABEL}  # every row has features and a label
+    if root is None:
+        checkup.skipped.append("Pixels: without the folder of the pictures, features are compared.")
+    else:
+        check_root(root, pictures)
+        with checkup.phase("decoding"):
+            prints = _prints(root, pictures, watch)
+        if prints is None:
+            checkup.skipped.append("Pixels: not every picture of the datastore can be opened.")
+    examine(checkup, prints, None, seed, watch, with_curve=with_curve)
+    return checkup
+
+
+def pictures_of(store: Datastore, names: list[str]) -> Pictures:
+    """The rows of a datastore as pictures of one split.
+
+    Args:
+        store: N rows.
+        names: of the classes.
+    """
+    paths = store.paths or [""] * len(store)
+    rows = np.arange(len(store))
+    return Pictures(
+        [STORED] * len(store), rows, store.ids.numpy(), paths, store.labels.numpy(), names
+    )
+
+
+def check_root(root: Path, pictures: Pictures) -> None:
+    """Refuses a folder that has none of the pictures.
+
+    Args:
+        root: the folder.
+        pictures: with paths.
+
+    Raises:
+        ValueError: naming the folder and a path.
+    """
+    if not any(place_of(root, path) is not None for path in pictures.paths):
+        example = next((path for path in pictures.paths if path), "")
+        wanted = f"such as {plain(example)}" if example else "but the datastore knows no paths"
+        raise ValueError(f"Expected {root} to hold the pictures of the datastore, {wanted}.")
+
+
+def open_picture(root: Path, path: str) -> Image.Image | None:
+    """The picture of a row; None where it is not there, cannot be read or lies outside.
+
+    Args:
+        root: the folder.
+        path: as it is stored.
+    """
+    place = place_of(root, path)
+    if place is None:
+        return None
+    try:
+        return decode_image(place)
+    except BadImageError:
+        return None
+
+
+def place_of(root: Path, path: str) -> Path | None:
+    """The file of a stored path, which a stranger may have written, if it lies in the folder."""
+    place = (root / path).resolve()
+    is_inside = path and place.is_relative_to(root.resolve())
+    return place if is_inside and place.is_file() else None
+
+
+def _prints(root: Path, pictures: Pictures, watch: Watch) -> list[Print] | None:
+    done = watch("Decoding", len(pictures))
+    found = []
+    for path in pictures.paths:
+        image = open_picture(root, path)
+        if image is None:
+            return None
+        found.append(print_of(image))
+        done(1)
+    return found

@@ -1,0 +1,155 @@
+"""What is wrong with a set of pictures, picture by picture, and how it is written to a csv."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+COLUMNS = (
+    "kind", "split", "row", "sample_id", "path", "label", "suggested_label", "score", "detail",
+    "other",
+)  # fmt: skip
+"""Of the csv."""
+
+
+STORED = "datastore"
+"""The split of rows that a datastore holds."""
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+class Kind(StrEnum):
+    """What can be wrong, the most urgent first."""
+
+    BROKEN = "broken"
+    NO_LABEL = "no_label"
+    CROSS_SPLIT = "cross_split_duplicate"
+    GROUP_ACROSS = "group_across_splits"
+    CONFLICT = "label_conflict"
+    LABEL_ERROR = "label_error"
+    EXACT = "exact_duplicate"
+    NEAR = "near_duplicate"
+    OUTLIER = "outlier"
+    IMBALANCE = "imbalance"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures of all splits, numbered through.
+
+    Attributes:
+        splits: [N] the split of each.
+        rows: [N] its row there.
+        ids: [N] its sample id.
+        paths: [N] where it lies; empty if unknown.
+        labels: [N] int64; -1 for none.
+        label_names: [C] the classes.
+    """
+
+    splits: Sequence[str]
+    rows: Ints
+    ids: Ints
+    paths: Sequence[str]
+    labels: Ints
+    label_names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name_of(self, picture: int) -> str:
+        """What a picture is called for a reader: its path, else split and row."""
+        return self.paths[picture] or f"{self.splits[picture]} row {self.rows[picture]}"
+
+    def label_of(self, picture: int) -> str:
+        """The label of a picture as text; empty for none."""
+        label = int(self.labels[picture])
+        return str(self.label_names[label]) if label >= 0 else ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: what.
+        picture: its number among the pictures; -1 where a whole class is meant.
+        score: from 0 to 1, higher is surer, to sort by within a kind.
+        detail: one sentence for a reader.
+        others: other pictures that have to do with it.
+        suggested: the label it should perhaps have; -1 for none.
+        label: the class that is meant where no picture is; -1 for none.
+        split: the split that is meant where no picture is.
+    """
+
+    kind: Kind
+    picture: int
+    score: float
+    detail: str
+    others: tuple[int, ...] = ()
+    suggested: int = -1
+    label: int = -1
+    split: str = ""
+
+
+def counts_of(findings: Sequence[Finding]) -> dict[str, int]:
+    """How many there are of each kind, also those that do not occur, the most urgent first."""
+    found = Counter(finding.kind for finding in findings)
+    return {str(kind): found[kind] for kind in Kind}
+
+
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """The most urgent kind first, the surest first within a kind."""
+    urgency = {kind: number for number, kind in enumerate(Kind)}
+    return sorted(findings, key=lambda f: (urgency[f.kind], -f.score, f.picture, f.label))
+
+
+def write_csv(path: Path, findings: Sequence[Finding], pictures: Pictures) -> None:
+    """Writes one line per finding, the most urgent first.
+
+    Args:
+        path: the file; folders are made.
+        findings: in any order.
+        pictures: what they are about.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(_line(finding, pictures) for finding in in_order(findings))
+
+
+def _line(finding: Finding, pictures: Pictures) -> list[str]:
+    names = pictures.label_names
+    suggested = str(names[finding.suggested]) if finding.suggested >= 0 else ""
+    if finding.picture < 0:
+        label = str(names[finding.label]) if finding.label >= 0 else ""
+        place = [finding.split, "", "", "", label]
+    else:
+        one = finding.picture
+        place = [
+            pictures.splits[one], str(pictures.rows[one]), str(pictures.ids[one]),
+            pictures.paths[one], pictures.label_of(one),
+        ]  # fmt: skip
+    others = " | ".join(
+        f"{pictures.splits[other]}:{pictures.name_of(other)}" for other in finding.others
+    )
+    cells = [*place, suggested, f"{finding.score:.4f}", finding.detail, others]
+    return [str(finding.kind), *map(_harmless, cells)]
+
+
+def _harmless(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula, in UTF-8."""
+    text = cell.encode("utf-8", "replace").decode()
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -1,0 +1,270 @@
+"""A checkup as a page with pictures: the most urgent first, each with what to do about it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from .examine import Checkup
+from .findings import STORED, Finding, Kind, Pictures, counts_of, in_order
+from .html import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
+from .labels import counts_by_split
+from .svg import curve_svg
+
+MOST_SHOWN = 48
+"""Pictures, or groups of them, shown of each kind; the csv has all."""
+
+
+MOST_IN_A_GROUP = 8
+
+
+Show = Callable[[int], Image.Image | None]
+"""From the number of a picture to the picture; None where it cannot be shown."""
+
+
+TITLES = {
+    Kind.BROKEN: "Broken files",
+    Kind.NO_LABEL: "Pictures without a label",
+    Kind.CROSS_SPLIT: "Duplicates across splits",
+    Kind.GROUP_ACROSS: "Groups across splits",
+    Kind.CONFLICT: "Label conflicts",
+    Kind.LABEL_ERROR: "Likely label errors",
+    Kind.EXACT: "Exact duplicates",
+    Kind.NEAR: "Near duplicates",
+    Kind.OUTLIER: "Outliers",
+    Kind.IMBALANCE: "Small classes",
+}
+
+
+ADVICE = {
+    Kind.BROKEN: "Repair or delete them. Training leaves them out.",
+    Kind.NO_LABEL: "Give them a label or take them out. Training refuses them.",
+    Kind.CROSS_SPLIT: (
+        "Remove those marked as copies. A picture that is trained on and tested on makes the test "
+        "number too good."
+    ),
+    Kind.GROUP_ACROSS: "Move each group to one side. Else nothing measured is about a new group.",
+    Kind.CONFLICT: "Decide on one label for each. The same picture has several.",
+    Kind.LABEL_ERROR: (
+        "Look at them and relabel what is wrong. Head and neighbours that have not seen the "
+        "picture agree on another class."
+    ),
+    Kind.EXACT: "Remove the copies. The same pixels twice weigh twice.",
+    Kind.NEAR: (
+        "Keep one of each, unless the difference is what you want to tell apart. They are resized, "
+        "recompressed or slightly cropped copies, or pictures that differ in very little."
+    ),
+    Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
+    Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
+}
+
+
+_DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
+
+
+def sections_of(checkup: Checkup, show: Show) -> list[Section]:
+    """The parts of a page about a checkup.
+
+    Args:
+        checkup: done.
+        show: gives the pictures.
+    """
+    by_kind: dict[Kind, list[Finding]] = {kind: [] for kind in Kind}
+    for finding in in_order(checkup.findings):
+        by_kind[finding.kind].append(finding)
+    sections = [_summary(checkup)]
+    sections += [_section(kind, found, checkup, show) for kind, found in by_kind.items() if found]
+    if checkup.pictures.label_names:
+        sections.append(_classes(checkup))
+    if checkup.curve is not None:
+        sections.append(_curve(checkup))
+    return [*sections, _limits(checkup)]
+
+
+def first_things(findings: Sequence[Finding], most: int = 3) -> list[str]:
+    """What to do first, one line each.
+
+    Args:
+        findings: in any order.
+        most: how many lines.
+    """
+    counts = counts_of(findings)
+    lines = []
+    for kind in Kind:
+        if counts[kind]:
+            advice = ADVICE[kind].split(". ")[0].rstrip(".")
+            lines.append(f"{TITLES[kind]} ({counts[kind]}): {advice}.")
+    return lines[:most]
+
+
+def label_note(checkup: Checkup) -> str:
+    """How far the two voices are to be believed on these pictures; empty if nothing was asked."""
+    if checkup.voices is None:
+        return ""
+    asked = checkup.voices.asked
+    labels = checkup.pictures.labels[checkup.usable]
+    answers = checkup.voices.blend.argmax(1).numpy()
+    agree = float((answers == labels)[asked.numpy()].mean())
+    return (
+        f"Out of fold, the two voices agree with {agree:.0%} of the labels. The lower that is, the "
+        "more of the pictures named here are merely hard."
+    )
+
+
+def _summary(checkup: Checkup) -> Section:
+    pictures = checkup.pictures
+    facts = [Fact(f"{len(pictures):,}", "pictures")]
+    if pictures.label_names:
+        facts.append(Fact(f"{len(pictures.label_names):,}", "classes"))
+    facts += [
+        Fact(f"{count:,}", TITLES[kind].lower(), _tone(kind, count))
+        for kind, count in checkup.counts().items()
+    ]
+    first = first_things(checkup.findings)
+    text = [f"{number}. {line}" for number, line in enumerate(first, 1)]
+    text = ["To do first:", *text] if first else ["Nothing was found that has to be done."]
+    if checkup.curve is not None:
+        text.append(checkup.curve.statement())
+    return Section("Summary", text, facts)
+
+
+def _tone(kind: Kind, count: int) -> Tone:
+    if not count:
+        return Tone.GOOD
+    return Tone.NEUTRAL if kind in (Kind.NEAR, Kind.OUTLIER, Kind.IMBALANCE) else Tone.BAD
+
+
+def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> Section:
+    heading, text = f"{TITLES[kind]} ({len(found):,})", [ADVICE[kind]]
+    if kind is Kind.LABEL_ERROR:
+        text.append(label_note(checkup))
+    if kind in (Kind.BROKEN, Kind.NO_LABEL):
+        return Section(heading, text, tables=[_places(found, checkup)])
+    if kind is Kind.IMBALANCE:
+        return Section(heading, text, tables=[_small_classes(found, checkup)])
+    if kind in _DUPLICATES:
+        bundles = _bundles(found)
+        if len(bundles) > MOST_SHOWN:
+            text.append(_more(len(bundles) - MOST_SHOWN, "groups"))
+        groups = [_group(kind, *bundle, checkup, show) for bundle in bundles[:MOST_SHOWN]]
+        return Section(heading, text, groups=groups)
+    if len(found) > MOST_SHOWN:
+        text.append(_more(len(found) - MOST_SHOWN, "pictures"))
+    return Section(heading, text, tiles=[_tile(one, checkup, show) for one in found[:MOST_SHOWN]])
+
+
+def _more(count: int, what: str) -> str:
+    return f"{count:,} more {what} are in findings.csv."
+
+
+def _bundles(found: list[Finding]) -> list[tuple[int, list[int]]]:
+    """The picture that is kept and those that go with it, in order."""
+    bundles: dict[int, list[int]] = {}
+    for one in found:
+        if one.kind in (Kind.CONFLICT, Kind.GROUP_ACROSS):
+            bundles[one.picture] = list(one.others)
+        else:
+            bundles.setdefault(one.others[0], []).append(one.picture)
+    return list(bundles.items())
+
+
+def _group(kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Show) -> Group:
+    pictures = checkup.pictures
+    is_choice = kind in (Kind.CONFLICT, Kind.GROUP_ACROSS)
+    tone = Tone.NEUTRAL if is_choice else Tone.GOOD
+    tiles = [_plain_tile(kept, "" if is_choice else "keep", tone, checkup, show)]
+    other = Tone.BAD if kind is Kind.CROSS_SPLIT else Tone.NEUTRAL
+    for picture in others[: MOST_IN_A_GROUP - 1]:
+        role = "" if is_choice else "copy"
+        tiles.append(_plain_tile(picture, role, other, checkup, show))
+    hidden = len(others) - (MOST_IN_A_GROUP - 1)
+    title = f"{pictures.name_of(kept)} and {len(others)} more" if hidden > 0 else ""
+    return Group(tiles, title)
+
+
+def _plain_tile(picture: int, role: str, tone: Tone, checkup: Checkup, show: Show) -> Tile:
+    pictures = checkup.pictures
+    lines = [", ".join(filter(None, (_place_of(picture, pictures), role)))]
+    lines.append(pictures.name_of(picture))
+    label = pictures.label_of(picture) or "no label"
+    return Tile(label, _thumbnail(picture, show), lines, tone, alt=f"A picture of {label}")
+
+
+def _tile(finding: Finding, checkup: Checkup, show: Show) -> Tile:
+    pictures, picture = checkup.pictures, finding.picture
+    label = pictures.label_of(picture)
+    lines = [pictures.name_of(picture), _place_of(picture, pictures)]
+    tone = Tone.NEUTRAL
+    if finding.suggested >= 0:
+        tone = Tone.BAD
+        lines.insert(0, f"rather {pictures.label_names[finding.suggested]}?")
+    alt = f"A picture labelled {label}"
+    return Tile(label, _thumbnail(picture, show), lines, tone, alt)
+
+
+def _place_of(picture: int, pictures: Pictures) -> str:
+    """The split; of a stored row its id, which commands ask for."""
+    split = pictures.splits[picture]
+    return f"id {pictures.ids[picture]}" if split == STORED else split
+
+
+def _thumbnail(picture: int, show: Show) -> str | None:
+    image = show(picture)
+    return None if image is None else thumbnail(image)
+
+
+def _places(found: list[Finding], checkup: Checkup) -> Table:
+    pictures = checkup.pictures
+    rows = [
+        (pictures.splits[one.picture], str(pictures.rows[one.picture]),
+         pictures.paths[one.picture], pictures.label_of(one.picture), one.detail)
+        for one in found
+    ]  # fmt: skip
+    return Table(("split", "row", "file", "label", "what is wrong"), rows, numeric=[1])
+
+
+def _small_classes(found: list[Finding], checkup: Checkup) -> Table:
+    names = checkup.pictures.label_names
+    return Table(("class", "what is wrong"), [(str(names[f.label]), f.detail) for f in found])
+
+
+def _classes(checkup: Checkup) -> Section:
+    pictures = checkup.pictures
+    counts = counts_by_split(pictures)
+    total = sum(counts.values(), np.zeros(len(pictures.label_names), np.int64))
+    rows = [
+        (str(pictures.label_names[label]), *(f"{of[label]:,}" for of in counts.values()))
+        for label in np.argsort(-total, kind="stable").tolist()
+    ]
+    numeric = range(1, 1 + len(counts))
+    table = Table(("class", *counts), rows, "Labelled pictures, largest class first", [*numeric])
+    return Section("Classes", tables=[table])
+
+
+def _curve(checkup: Checkup) -> Section:
+    curve = checkup.curve
+    assert curve is not None
+    means = curve.accuracies.mean(axis=0)
+    shown = ", ".join(
+        f"{mean:.1%} with {size:.1f}" for mean, size in zip(means, curve.per_class, strict=True)
+    )
+    text = [
+        curve.statement(),
+        "Each point: the blend of a ridge head and the neighbours, fitted on a part of the "
+        "pictures, asked about pictures held out, nothing tuned. Through them a power law.",
+    ]
+    alt = f"Accuracy over pictures per class: {shown}."
+    return Section("Learning curve", text, drawings=[Drawing(svg_uri(curve_svg(curve)), alt)])
+
+
+def _limits(checkup: Checkup) -> Section:
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in checkup.seconds.items())
+    text = [f"Not looked at: {line}" for line in checkup.skipped]
+    text.append(f"Time: {phases}." if phases else "")
+    text += [
+        "Copies that are mirrored, rotated, or cropped by more than about a twentieth of each side "
+        "are not found. A label error is named only where both voices are sure, so many stay "
+        "unnamed; the order of the csv's label errors is the order of their score.",
+        "Nothing was changed in your folder.",
+    ]
+    return Section("What to know", [line for line in text if line])

@@ -1,0 +1,292 @@
+"""`hf-knn doctor | inspect`: what is wrong with pictures, and with what a datastore remembers."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..checkup import html
+from ..checkup.doctor import DoctorOptions, Source, check_up, open_source
+from ..checkup.examine import Checkup, Watch, inspect_datastore, open_picture
+from ..checkup.findings import write_csv
+from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
+from ..checkup.report import TITLES, first_things, sections_of
+from ..checkup.svg import MOST_ROWS, map_svg, place_features
+from ..data.decode import BadImageError, decode_image
+from ..data.loading import picture_of
+from ..model.modeling import KnnForImageClassification
+from ..store.datastore import Datastore
+from .console import console
+
+CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
+
+
+def diagnose_pictures(options: DoctorOptions) -> None:
+    """Checks pictures, writes a page and a csv, and says what to do first.
+
+    Args:
+        options: see `hf-knn doctor --help`.
+
+    Raises:
+        ValueError: for pictures that cannot be used at all.
+        OSError: if something is not there, or the report cannot be written.
+    """
+    source = open_source(options)
+    with watching(not options.json_output) as watch:
+        checkup = check_up(options, source, watch)
+
+    def show(number: int) -> Image.Image | None:
+        return _picture(source, number)
+
+    name = Path(options.pictures).name
+    lead = [
+        f"What hf-knn doctor found in {name}, looked at with {_short(options.backbone)}. "
+        f"{CSV_NAME} beside this page has all of it, to be sorted and worked through."
+    ]
+    with checkup.phase("report"):
+        write_csv(options.output / CSV_NAME, checkup.findings, checkup.pictures)
+        page = write_page(
+            options.output / PAGE_NAME, f"Check of {name}", sections_of(checkup, show), lead
+        )
+    if options.json_output:
+        typer.echo(json.dumps(summary_of(checkup, page), indent=2, ensure_ascii=False))
+        return
+    print_checkup(checkup, page)
+    labels = "" if checkup.pictures.label_names else "give the pictures labels, "
+    console.print(
+        f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
+        f"{escape(plain(_next_command(options)))}[/]",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _next_command(options: DoctorOptions) -> str:
+    """Trains on the same pictures, with the features that are there now."""
+    words = ["hf-knn", "train", options.pictures, "--backbone", options.backbone]
+    if options.group_by is not None:
+        words += ["--group-by", options.group_by]
+    return shlex.join(words)
+
+
+@contextmanager
+def watching(shown: bool) -> Iterator[Watch]:
+    """Progress bars for phases that take long.
+
+    Args:
+        shown: False keeps silent.
+    """
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*bars, TimeRemainingColumn(), console=console, disable=not shown,
+                  transient=True) as progress:  # fmt: skip
+
+        def watch(name: str, total: int) -> Callable[[int], object]:
+            task = progress.add_task(name, total=total)
+            return lambda done: progress.update(task, advance=done)
+
+        yield watch
+
+
+def print_checkup(checkup: Checkup, page: Path) -> None:
+    """The counts, what to do first, and where the page is.
+
+    Args:
+        checkup: done.
+        page: the report.
+    """
+    table = Table(title=f"{len(checkup.pictures)} pictures", title_justify="left")
+    table.add_column("finding")
+    table.add_column("how many", justify="right")
+    for kind, count in checkup.counts().items():
+        table.add_row(TITLES[kind], f"[{'bold' if count else 'dim'}]{count}[/]")
+    console.print(table)
+    first = first_things(checkup.findings)
+    for number, line in enumerate(first, 1):
+        console.print(f"{number}. {escape(line)}", highlight=False)
+    if not first:
+        console.print("[green]Nothing was found that has to be done.[/]")
+    for line in checkup.skipped:
+        console.print(f"[yellow]Not looked at:[/] {escape(line)}")
+    if checkup.curve is not None:
+        console.print(escape(checkup.curve.statement()), highlight=False)
+    seconds = sum(checkup.seconds.values())
+    console.print(f"Report after {seconds:.0f} s: {escape(str(page))}", soft_wrap=True)
+
+
+def summary_of(checkup: Checkup, page: Path) -> dict[str, Any]:
+    """What `--json` prints.
+
+    Args:
+        checkup: done.
+        page: the report.
+    """
+    curve = checkup.curve
+    return {
+        "pictures": len(checkup.pictures),
+        "classes": len(checkup.pictures.label_names),
+        "counts": {str(kind): count for kind, count in checkup.counts().items()},
+        "first": first_things(checkup.findings),
+        "learning_curve": None
+        if curve is None
+        else {
+            "per_class": curve.per_class.tolist(),
+            "accuracy": curve.accuracies.mean(axis=0).tolist(),
+            "gain": None if curve.reason else curve.gain,
+            "spread": None if curve.reason else curve.spread,
+            "statement": curve.statement(),
+        },
+        "not_looked_at": checkup.skipped,
+        "seconds": checkup.seconds,
+        "report": str(page),
+        "csv": str(page.with_name(CSV_NAME)),
+    }
+
+
+def _short(backbone: str) -> str:
+    """A Hub id as it is, a folder without its parents."""
+    return Path(backbone).name if Path(backbone).exists() else backbone
+
+
+def _picture(source: Source, number: int) -> Image.Image | None:
+    if source.places[number] < 0:
+        return None
+    part, row = source.picture(number)
+    try:
+        image: Image.Image = picture_of(part, row)
+    except (BadImageError, OSError):  # it is a finding already, with this reason
+        return None
+    return image
+
+
+def inspect_checkpoint(
+    checkpoint: str, output: Path, root: Path | None, seed: int, json_output: bool
+) -> None:
+    """Checks the rows of a checkpoint's datastore and writes a page and a csv.
+
+    Args:
+        checkpoint: a folder or a Hub id; every byte of its datastore is hashed.
+        output: where the page and the csv go.
+        root: the folder that the stored paths are relative to; None shows no pictures.
+        seed: of folds, parts and the map.
+        json_output: print JSON instead of tables.
+
+    Raises:
+        ValueError: for a checkpoint without a datastore, an empty or a damaged one, or a `root`
+            that has none of its pictures.
+        OSError: if something is not there or cannot be written.
+    """
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    store = model.datastore
+    if store is None or not len(store):
+        raise ValueError(f"Expected {checkpoint} to hold a datastore with rows, but it has none.")
+    store.verify()
+    names = model.config.class_names
+    with watching(not json_output) as watch:
+        checkup = inspect_datastore(store, names, root=root, seed=seed, watch=watch)
+        drawing = _map(checkup, seed, watch)
+    pictures = checkup.pictures
+
+    def show(number: int) -> Image.Image | None:
+        image = None if root is None else open_picture(root, pictures.paths[number])
+        if image is not None or model.thumbnails is None:
+            return image
+        return _decoded(model.thumbnails.get(int(store.ids[number])))
+
+    sections = sections_of(checkup, show)
+    sections[1:1] = [drawing] if drawing else []
+    sections.insert(-1, _facts(model, store))
+    name = plain(Path(checkpoint).name)
+    with checkup.phase("report"):
+        write_csv(output / CSV_NAME, checkup.findings, pictures)
+        lead = _lead(root, model.thumbnails is not None)
+        page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [lead])
+    if json_output:
+        values = summary_of(checkup, page) | {"checkpoint": _fact_rows(model, store)}
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        return
+    print_checkup(checkup, page)
+    console.print(
+        f"All {len(store)} rows are what {escape(store_name(checkpoint))} promises, byte for byte.",
+        highlight=False,
+    )
+    place = escape(shlex.quote(plain(checkpoint)))
+    if checkup.findings and Path(checkpoint).is_dir():
+        console.print(
+            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]hf-knn relabel {place} "
+            f"--ids ID --label CLASS[/], or [bold]hf-knn forget {place} --ids ID[/]",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+
+
+def store_name(checkpoint: str) -> str:
+    """The manifest of a checkpoint, for a reader."""
+    return f"{plain(checkpoint)}/datastore.json"
+
+
+def _map(checkup: Checkup, seed: int, watch: Watch) -> Section | None:
+    if len(checkup.features) < 4:
+        checkup.skipped.append("Map: fewer than four rows.")
+        return None
+    done = watch("Drawing the map", 1)
+    with checkup.phase("map"):
+        rows, places = place_features(checkup.features, seed)
+    done(1)
+    pictures = checkup.pictures
+    named = {one.picture for one in checkup.findings}
+    marked = np.array([row in named for row in rows.tolist()], bool)
+    svg = map_svg(places, pictures.labels[rows], pictures.label_names, marked)
+    text = ["Rows with similar features lie together (PCA, then t-SNE); distances between clusters "
+            "mean little. Rings are rows with a finding."]  # fmt: skip
+    if len(rows) < len(checkup.features):
+        text.append(f"{MOST_ROWS:,} rows, drawn at random.")
+    alt = f"A map of {len(rows)} rows, coloured by class."
+    return Section("Map", text, drawings=[Drawing(svg_uri(svg), alt)])
+
+
+def _facts(model: KnnForImageClassification, store: Datastore) -> Section:
+    facts = _fact_rows(model, store)
+    rows = [(name, str(value)) for name, value in facts.items() if value != ""]
+    return Section("Checkpoint", tables=[html.Table(("", ""), rows)])
+
+
+def _fact_rows(model: KnnForImageClassification, store: Datastore) -> dict[str, Any]:
+    config = model.config
+    facts: dict[str, Any] = {
+        "rows": len(store), "width": store.dim, "stored as": store.dtype, "metric": store.metric,
+        "normalisation": store.normalization, "index": str(store.index), "k": config.k,
+        "temperature": config.knn_temperature, "λ": config.knn_weight, "head": config.head,
+        "classes": config.classes, "backbone": getattr(config, "base_model", None) or "",
+    }  # fmt: skip
+    facts |= {f"source: {name}": value for name, value in store.source.items()}
+    if store.manifest is not None:
+        facts |= {f"sha256 of {blob.name}": blob.sha256 for blob in store.manifest.blobs}
+        if store.manifest.binding is not None:
+            facts["fingerprint of backbone"] = store.manifest.binding.fingerprint
+    return facts
+
+
+def _lead(root: Path | None, has_thumbnails: bool) -> str:
+    said = "What hf-knn inspect found among the rows of the datastore"
+    if root is not None:
+        return f"{said}; pictures from {root.name}."
+    if has_thumbnails:
+        return f"{said}; small pictures from the checkpoint."
+    return f"{said}. This checkpoint holds no pictures: pass --pictures FOLDER to see them here."
+
+
+def _decoded(small: bytes | None) -> Image.Image | None:
+    """A stored thumbnail; None where there is none that can be read."""
+    if small is None:
+        return None
+    try:
+        return decode_image(small)
+    except BadImageError:
+        return None

@@ -1,0 +1,165 @@
+"""`hf-knn demo`: the page around a checkpoint, here or as a Space of the Hub."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from rich.markup import escape
+
+from ..checkup.examine import check_root, open_picture, pictures_of
+from ..core.manifest import MANIFEST_NAME
+from ..core.reading import THUMBNAILS_NAME
+from ..features.backends import check_backend
+from ..store.datastore import Datastore
+from .console import console
+
+_PACKAGE = Path(__file__).parent
+
+
+_PICTURES = "pictures.zip"
+
+
+_SIDE = 192
+
+
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def show_demo(
+    checkpoint: str | None, port: int | None, pictures: Path | None, backend: str | None = None
+) -> None:
+    """Starts the page and waits until it is closed.
+
+    Args:
+        checkpoint: a folder or a Hub id; None builds a small model.
+        port: of the server; None takes a free one.
+        pictures: the folder that the checkpoint was trained on.
+        backend: what makes features; None takes `$HF_KNN_BACKEND`, else `torch`.
+
+    Raises:
+        ImportError: without gradio, or the backend.
+        ValueError: for a backend that there is not.
+        OSError: if the page ends with an error, which it has said.
+    """
+    if find_spec("gradio") is None:
+        raise ImportError("hf-knn demo needs gradio; run `pip install 'hf-knn[space]'`.")
+    command = [sys.executable, str(space_folder() / "app.py")]
+    command += [] if checkpoint is None else [checkpoint]
+    command += [] if port is None else ["--port", str(port)]
+    command += [] if pictures is None else ["--pictures", str(pictures)]
+    command += [] if backend is None else ["--backend", check_backend(backend)]
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:  # how one closes it
+        return
+    if status > 0:
+        raise OSError(f"Expected the page to run until it is closed, but it ended with {status}.")
+
+
+def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Path | None) -> None:
+    """Pushes the page as a Space, in one commit, with the package and a checkpoint of a folder.
+
+    Args:
+        checkpoint: a folder, whose files go along, or a Hub id, which the Space opens.
+        repo_id: `org/name` of the Space; made if it is not there.
+        private: whether a Space that is made is private.
+        pictures: the folder that the checkpoint was trained on, of which small pictures go along
+            for everybody to see; None shows plain tiles.
+
+    Raises:
+        ValueError: without a checkpoint, or for a folder without its pictures.
+        OSError: if the Hub refuses.
+    """
+    if checkpoint is None:
+        raise ValueError("Expected a checkpoint to push the Space with; pass a folder or a Hub id.")
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "space"
+        build_space(folder, checkpoint)
+        if (folder / "model" / THUMBNAILS_NAME).is_file():
+            console.print("The checkpoint's small pictures go along; whoever sees the Space sees "
+                          "them.")  # fmt: skip
+        if pictures is not None:
+            count = pack_pictures(folder / _PICTURES, checkpoint, pictures)
+            console.print(f"{count} small pictures go along; whoever sees the Space sees them.")
+        api.create_repo(
+            repo_id, repo_type="space", space_sdk="gradio", exist_ok=True, private=private or None
+        )
+        commit = api.upload_folder(
+            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload Space"
+        )
+    console.print(f"Pushed: {escape(commit.commit_url)}", soft_wrap=True)
+
+
+def build_space(folder: Path, checkpoint: str) -> None:
+    """Puts together what a Space needs.
+
+    Args:
+        folder: which is made.
+        checkpoint: a folder or a Hub id.
+
+    Raises:
+        ValueError: for a folder that is no checkpoint with a datastore, or a text that is no id.
+    """
+    shutil.copytree(space_folder(), folder, ignore=_LEFT_OUT)
+    shutil.copytree(_PACKAGE, folder / "hf_knn", ignore=_LEFT_OUT)
+    if Path(checkpoint).is_dir():
+        missing = [n for n in ("config.json", MANIFEST_NAME) if not Path(checkpoint, n).is_file()]
+        if missing:
+            raise ValueError(f"Expected {checkpoint} to be a checkpoint, but it has no {missing}.")
+        shutil.copytree(checkpoint, folder / "model")
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise ValueError(
+            f"Expected a checkpoint folder or a Hub id such as org/name, but got {checkpoint!r}."
+        )
+    (folder / "model.txt").write_text(checkpoint + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    card.write_text(text.replace("models: []", f"models:\n  - {checkpoint}", 1), encoding="utf-8")
+
+
+def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
+    """Small copies of the stored pictures, without their metadata, in one file.
+
+    Args:
+        target: the zip file; a picture is named after its path.
+        checkpoint: a folder or a Hub id with a datastore.
+        pictures: the folder that its paths are relative to.
+
+    Returns:
+        How many were found.
+
+    Raises:
+        ValueError: if none was found, or the checkpoint holds no rows.
+    """
+    is_folder = Path(checkpoint).is_dir()
+    store = Datastore.load(checkpoint) if is_folder else Datastore.from_pretrained(checkpoint)
+    check_root(pictures, pictures_of(store, []))
+    count = 0
+    with zipfile.ZipFile(target, "w") as file:  # stored: WEBP cannot be packed further
+        for path in dict.fromkeys(store.paths or []):
+            image = open_picture(pictures, path)
+            if image is not None:
+                image.thumbnail((_SIDE, _SIDE))
+                buffer = io.BytesIO()
+                image.save(buffer, "WEBP", quality=82)
+                file.writestr(f"{path}.webp", buffer.getvalue())
+                count += 1
+    return count
+
+
+def space_folder() -> Path:
+    """Where the files of the page lie: beside the package in a clone, and once installed."""
+    for name in ("space", "hf_knn_space"):
+        folder = _PACKAGE.parent / name
+        if (folder / "app.py").is_file():
+            return folder
+    raise FileNotFoundError("Expected the page's files beside the package; install hf-knn again.")

@@ -1,0 +1,214 @@
+"""`hf-knn predict --explain`: why each answer is what it is, on the screen or as a page."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+
+from ..checkup.examine import open_picture
+from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
+from ..checkup.html import Table as PageTable
+from ..data.decode import BadImageError, decode_image
+from ..model.explain import Explanation, Voter
+from ..model.modeling import KnnForImageClassification
+from ..model.thumbnails import Thumbnails
+from .console import console
+
+_TILES = 24
+
+
+_CHANGED = (
+    "The threshold for this error rate was found before the model was taught or made to forget; "
+    "`hf-knn tune` finds it anew."
+)
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """What `hf-knn predict --explain` was asked.
+
+    Attributes:
+        top: classes shown per picture.
+        neighbors: neighbours shown per picture on the screen.
+        page: an HTML file to write; None prints.
+        pictures: folder that the stored paths are relative to; None shows no stored picture.
+        max_error: error rate at which it abstains; None always answers.
+        json_output: print JSON instead.
+    """
+
+    top: int
+    neighbors: int
+    page: Path | None
+    pictures: Path | None
+    max_error: float | None
+    json_output: bool
+
+
+def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOptions) -> None:
+    """Classifies pictures and says why.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        images: picture files.
+        options: see `ExplainOptions`.
+
+    Raises:
+        ValueError: if a picture cannot be decoded, for an error rate without a threshold, or a
+            folder that is not there.
+        OSError: if something is not there or cannot be written.
+    """
+    if options.pictures is not None and not options.pictures.is_dir():
+        raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    decoded = [_decode(path) for path in images]
+    found = model.explain(decoded, max_error=options.max_error)
+    remarks = [_CHANGED] if options.max_error is not None and model.changes else []
+    if options.json_output:
+        rows = [{"image": str(p), **_as_dict(e)} for p, e in zip(images, found, strict=True)]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    if options.page is not None:
+        pairs = zip(images, decoded, found, strict=True)
+        show = partial(_stored, options.pictures, model.thumbnails)
+        sections = [_section(path, image, one, options, show) for path, image, one in pairs]
+        lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
+        write_page(options.page, "Answers and their reasons", sections, lead)
+        if not options.json_output:
+            console.print(f"Written: {escape(str(options.page))}", soft_wrap=True)
+    elif not options.json_output:
+        for path, explanation in zip(images, found, strict=True):
+            _print(path, explanation, options)
+        for remark in remarks:
+            console.print(f"\n[yellow]{escape(remark)}[/]", soft_wrap=True)
+
+
+def notices(explanation: Explanation) -> list[str]:
+    """What one should know before one believes an answer, in sentences."""
+    said = []
+    if not explanation.answers:
+        said.append("Not sure enough for the error rate asked for: better ask somebody.")
+    if not explanation.is_typical:
+        said.append(
+            f"Unlike anything seen: only {explanation.typicality:.1%} of the stored pictures are "
+            "as far from their nearest."
+        )
+    head, knn = next(iter(explanation.head)), next(iter(explanation.knn), None)
+    if knn is not None and head != knn:
+        said.append(f"Head and neighbours disagree: {head} and {knn}.")
+    return said
+
+
+def flip_text(explanation: Explanation) -> str:
+    """What would change the answer, in a sentence."""
+    flip = explanation.flip
+    if flip is None:
+        return (
+            f"No set of up to {len(explanation.neighbors)} stored pictures was found without which "
+            "the answer would be another one."
+        )
+    count = len(flip.row_ids)
+    rows = "1 stored picture" if count == 1 else f"{count} stored pictures"
+    least = "" if flip.is_smallest else " (a smaller set may do)"
+    return f"Without {rows} the answer would be {flip.answer}{least}."
+
+
+def _as_dict(explanation: Explanation) -> dict[str, Any]:
+    flip = explanation.flip
+    return asdict(explanation) | {
+        "neighbors": [voter._asdict() for voter in explanation.neighbors],
+        "flip": None if flip is None else flip._asdict(),
+    }
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        return decode_image(path)
+    except BadImageError as error:
+        raise ValueError(f"Expected {path} to be a picture, but: {error}.") from error
+
+
+def _print(path: Path, explanation: Explanation, options: ExplainOptions) -> None:
+    probability = explanation.probabilities[explanation.answer]
+    console.print(f"\n[bold]{escape(str(path))}[/]: {escape(explanation.answer)} {probability:.1%}")
+    for notice in notices(explanation):
+        console.print(f"[yellow]{escape(notice)}[/]")
+    table = Table("", "blend", "head", "neighbours")
+    for row in _class_rows(explanation, options.top):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if explanation.neighbors:
+        voters = Table("nearest", "id", "similarity", "share", "picture")
+        for voter in explanation.neighbors[: options.neighbors]:
+            voters.add_row(
+                escape(voter.label), str(voter.row_id), f"{voter.similarity:.3f}",
+                f"{voter.share:.1%}", escape(voter.path),
+            )  # fmt: skip
+        console.print(voters)
+        console.print(f"Margin of the vote: {explanation.margin:.1%}.")
+        ids = "" if explanation.flip is None else f" Ids: {explanation.flip.row_ids[:10]}"
+        console.print(escape(flip_text(explanation) + ids), soft_wrap=True)
+
+
+def _class_rows(explanation: Explanation, top: int) -> list[tuple[str, str, str, str]]:
+    return [
+        (name, f"{p:.1%}", _share(explanation.head, name), _share(explanation.knn, name))
+        for name, p in list(explanation.probabilities.items())[:top]
+    ]
+
+
+def _share(voice: dict[str, float], name: str) -> str:
+    return f"{voice[name]:.1%}" if name in voice else "-"
+
+
+def _section(
+    path: Path,
+    image: Image.Image,
+    explanation: Explanation,
+    options: ExplainOptions,
+    show: Callable[[Voter], str | None],
+) -> Section:
+    probability = explanation.probabilities[explanation.answer]
+    flip = set() if explanation.flip is None else set(explanation.flip.row_ids)
+    own = Tile(explanation.answer, thumbnail(image, 224), [f"{probability:.1%}"], alt=path.name)
+    shown = explanation.neighbors[:_TILES]
+    tiles = [_tile(voter, explanation.answer, flip, show(voter)) for voter in shown]
+    facts = [Fact(f"{probability:.0%}", f"blended probability of {explanation.answer}")]
+    if explanation.neighbors:
+        facts.append(Fact(f"{explanation.margin:.0%}", "margin of the vote"))
+    if explanation.typicality is not None:
+        tone = Tone.NEUTRAL if explanation.is_typical else Tone.BAD
+        share = f"{explanation.typicality:.1%}"
+        facts.append(Fact(share, "of the stored pictures are as unlike the others", tone))
+    rows = _class_rows(explanation, options.top)
+    groups = [Group([own], "The picture")]
+    if tiles:
+        rest = len(explanation.neighbors) - len(tiles)
+        more = f", {rest} more with smaller shares" if rest else ""
+        groups.append(Group(tiles, f"Who voted, nearest first{more}"))
+    text = [*notices(explanation), *([flip_text(explanation)] if explanation.neighbors else [])]
+    return Section(
+        f"{path.name}: {explanation.answer}", text, facts, groups=groups,
+        tables=[PageTable(("class", "blend", "head", "neighbours"), rows, numeric=(1, 2, 3))],
+    )  # fmt: skip
+
+
+def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Tile:
+    lines = [f"share {voter.share:.1%}", f"similarity {voter.similarity:.3f}"]
+    lines.append(f"id {voter.row_id}" + (", decides" if voter.row_id in flip else ""))
+    tone = Tone.GOOD if voter.label == answer else Tone.BAD
+    return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
+
+
+def _stored(root: Path | None, thumbnails: Thumbnails | None, voter: Voter) -> str | None:
+    """A stored picture: from the folder, else from the checkpoint; None where it is in neither."""
+    image = None if root is None else open_picture(root, voter.path)
+    if image is not None:
+        return thumbnail(image)
+    small = None if thumbnails is None else thumbnails.get(voter.row_id)
+    return None if small is None else webp_uri(small)

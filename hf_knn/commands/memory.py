@@ -1,0 +1,386 @@
+"""`hf-knn teach | forget | relabel | undo | merge | diff | milvus`: each whole or not at all."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..core.manifest import MANIFEST_NAME
+from ..data.loading import from_files, load_splits
+from ..data.stored import RowPictures
+from ..features.extract import extract_features, progress_bars
+from ..milvus.datastore import MilvusDatastore
+from ..milvus.pending import settle, whole_or_not
+from ..model.compare import Difference, compare
+from ..model.modeling import KnnForImageClassification
+from ..model.receipts import Change, Receipt, Scope
+from ..model.teaching import rows_of
+from ..store.datastore import Datastore
+from ..store.folders import exclusive_lock
+from ..store.remote import DatastoreReference, read_manifest
+from .console import console, say_what_was_skipped
+
+_SHOWN = 20
+
+
+_TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
+
+
+_CLASSES_NAME = "classes.json"
+"""What the label numbers of a backup mean, beside its datastore."""
+
+
+_CACHE_NOTE = (
+    "Note: features that were computed on this machine are cached apart from the checkpoint; "
+    "[bold]hf-knn cache --clear[/] removes them."
+)
+
+
+def teach_pictures(
+    checkpoint: Path, pictures: Path, label: str | None, on_bad_image: str, json_output: bool
+) -> None:
+    """Adds labelled pictures to a checkpoint.
+
+    Args:
+        checkpoint: a folder.
+        pictures: see `load_splits`; with a label also one picture, or a folder of pictures.
+        label: of all of them; None takes the labels that come with them.
+        on_bad_image: `fail` or `skip`.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for pictures or labels that cannot be used; nothing is changed.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        rows = _labelled(pictures) if label is None else _under_one_label(pictures, label)
+        with progress_bars():
+            found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
+        say_what_was_skipped(found)
+        names = rows.features["label"].names
+        labels = [names[number] for number in found.labels.tolist()]
+        # where a picture of one's own lies is nobody's business: its name will do
+        paths = found.paths if label is None else [Path(path).name for path in found.paths]
+        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
+        if model.thumbnails is not None:
+            model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
+        return receipt
+
+    _change(checkpoint, change, json_output)
+    if not json_output:
+        place = escape(str(checkpoint))
+        console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
+
+
+def forget_rows(
+    checkpoint: Path,
+    ids: list[int],
+    paths: list[str],
+    label: str | None,
+    recenter: bool,
+    backup: Path | None,
+    json_output: bool,
+) -> None:
+    """Removes rows from a checkpoint.
+
+    Args:
+        checkpoint: a folder.
+        ids: of rows.
+        paths: of pictures, as `predict` and `inspect` show them.
+        label: every row of a class; alone.
+        recenter: make the mean that centres rows anew.
+        backup: a folder for the rows, to be merged again; None keeps nothing.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for rows that are not there; nothing is changed.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        store = _store(model, checkpoint)
+        wanted = torch.tensor([*ids, *_ids_of_paths(store, paths)], dtype=torch.int64)
+        if (label is None) != (len(wanted) > 0):
+            raise ValueError("Expected what to forget: --ids or --path, or else --label.")
+        if label is not None:
+            if label not in model.config.class_names:
+                raise ValueError(
+                    f"Expected one of the classes {model.config.class_names[:_SHOWN]}, but got "
+                    f"{label!r}."
+                )
+            wanted = store.ids_labelled(model.config.class_names.index(label))
+        if backup is not None:
+            if backup.exists():
+                raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
+            store.subset(wanted).save(backup)
+            names = json.dumps(model.config.class_names, ensure_ascii=False)
+            (backup / _CLASSES_NAME).write_text(names + "\n", encoding="utf-8")
+        return model.forget(wanted, recenter=recenter)
+
+    _change(checkpoint, change, json_output)
+    if json_output:
+        return
+    console.print(_CACHE_NOTE, soft_wrap=True)
+    if backup is not None:
+        again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
+        console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
+
+
+def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool) -> None:
+    """Gives rows of a checkpoint another label.
+
+    Args:
+        checkpoint: a folder.
+        ids: of rows.
+        label: a class, or a new one.
+        json_output: print the receipt as JSON.
+    """
+    _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
+
+
+def undo_change(checkpoint: Path, json_output: bool) -> None:
+    """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
+
+    Args:
+        checkpoint: a folder.
+        json_output: print the receipt as JSON.
+    """
+    _change(checkpoint, lambda model: model.undo(), json_output, _nothing_else)
+
+
+def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
+    """Adds the rows of another checkpoint, or of a datastore, of the same backbone.
+
+    Args:
+        checkpoint: a folder, which is changed.
+        other: a folder or a Hub id, which is not.
+        json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: for another backbone, or a datastore that nobody knows the backbone of.
+    """
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if _holds_datastore_alone(other):
+            store = Datastore.from_pretrained(other)
+            _check_maker(store, checkpoint, other)
+            return model.merge(store, _classes_of(Path(other)))
+        second = KnnForImageClassification.from_pretrained(other)
+        rows = _store(second, Path(other))
+        rows = rows if isinstance(rows, Datastore) else rows.to_datastore()
+        return model.merge(rows, second.config.class_names)
+
+    _change(checkpoint, change, json_output)
+
+
+def show_difference(first: str, second: str, json_output: bool) -> None:
+    """Says what differs between two checkpoints.
+
+    Args:
+        first: a folder or a Hub id.
+        second: another one.
+        json_output: print JSON.
+    """
+    models = [KnnForImageClassification.from_pretrained(name) for name in (first, second)]
+    found = compare(models[0], models[1])
+    if json_output:
+        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        return
+    if found.is_nothing:
+        console.print("Both are the same.")
+        return
+    console.print(_difference_table(found))
+    if not found.same_backbone:
+        console.print("[yellow]The backbones differ: rows of one mean nothing to the other.[/]")
+
+
+def _nothing_else(model: KnnForImageClassification) -> Receipt:
+    """What `undo` did where it found an interrupted change, which no receipt speaks of."""
+    store = rows_of(model)
+    state = model.fingerprint_rows()
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Receipt(
+        Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
+        notes=["nothing else was undone"],
+    )  # fmt: skip
+
+
+def _change(
+    checkpoint: Path,
+    change: Callable[[KnnForImageClassification], Receipt],
+    json_output: bool,
+    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
+) -> None:
+    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"Expected {checkpoint} to be a checkpoint folder, for it to be changed.")
+    folder = checkpoint.resolve()
+    with exclusive_lock(folder):
+        was_interrupted = settle(folder)
+        if was_interrupted:
+            typer.echo(_TAKEN_BACK, err=True)
+        model = KnnForImageClassification.from_pretrained(checkpoint)
+        store = _store(model, checkpoint)
+        if was_interrupted and after_settling is not None:
+            receipt = after_settling(model)
+        else:
+            with whole_or_not(store, folder):
+                receipt = change(model)
+                model.save_pretrained(checkpoint)
+    if json_output:
+        typer.echo(json.dumps(asdict(receipt), indent=2, ensure_ascii=False))
+        return
+    console.print(escape(str(receipt)), soft_wrap=True)
+    if receipt.action != "forget":
+        shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
+        console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
+    for note in receipt.notes:
+        console.print(f"Note: {escape(note)}.", soft_wrap=True)
+
+
+def _labelled(pictures: Path) -> Any:
+    """Pictures that come with their labels."""
+    splits = load_splits(str(pictures))
+    if len(splits) > 1 and "train" not in splits:
+        raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
+    return splits.get("train", next(iter(splits.values())))
+
+
+def _under_one_label(pictures: Path, label: str) -> Any:
+    """One picture, or all files of a folder, under one label."""
+    if not pictures.exists():
+        raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
+    files = [pictures]
+    if pictures.is_dir():
+        files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
+    if not files:
+        raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
+    return from_files(files, label)
+
+
+def _store(model: KnnForImageClassification, place: Path) -> Datastore | MilvusDatastore:
+    if model.datastore is None:
+        raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
+    return rows_of(model)
+
+
+def _ids_of_paths(store: Datastore | MilvusDatastore, paths: list[str]) -> list[int]:
+    known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise ValueError(
+            f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
+            "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
+        )
+    return [known[path] for path in paths]
+
+
+def _classes_of(folder: Path) -> list[str] | None:
+    """The classes of a backup; None for a datastore that does not say what its numbers mean."""
+    path = folder / _CLASSES_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _holds_datastore_alone(name: str) -> bool:
+    folder = Path(name)
+    return (folder / MANIFEST_NAME).is_file() and not (folder / "config.json").is_file()
+
+
+def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
+    """Refuses rows of another backbone, as far as their manifest says whose they are."""
+    ours = read_manifest(checkpoint / MANIFEST_NAME).binding
+    theirs = None if store.manifest is None else store.manifest.binding
+    if theirs is not None and ours is not None and theirs.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"Expected rows of the backbone {ours.fingerprint[:12]}…, but {other} has rows of "
+            f"{theirs.fingerprint[:12]}…."
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _difference_table(found: Difference) -> Table:
+    table = Table(title="From the first to the second", title_justify="left")
+    table.add_column("")
+    table.add_column("what")
+    for name in ("added", "removed", "changed"):
+        ids = getattr(found, name)
+        if ids:
+            shown = ", ".join(map(str, ids[:_SHOWN]))
+            more = ", …" if len(ids) > _SHOWN else ""
+            table.add_row(f"rows {name}", f"{len(ids):,}: ids {shown}{more}")
+    if found.relabelled:
+        shown = ", ".join(f"{i}: {old} → {new}" for i, old, new in found.relabelled[:_SHOWN])
+        table.add_row("rows relabelled", escape(f"{len(found.relabelled):,}: {shown}"))
+    for name, names in (("new", found.new_classes), ("lost", found.lost_classes)):
+        if names:
+            table.add_row(f"{name} classes", escape(", ".join(names[:_SHOWN])))
+    for name, (old, new) in (found.settings | found.metrics).items():
+        table.add_row(name, escape(f"{_short(old)} → {_short(new)}"))
+    table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
+    table.add_row("head", "same" if found.same_head else "changed")
+    return table
+
+
+def move_to_milvus(
+    checkpoint: Path,
+    uri: str,
+    collection: str,
+    token: str | None,
+    batch_size: int,
+    index: str = "flat",
+) -> None:
+    """Loads the rows of a checkpoint into Milvus and saves the checkpoint with a reference.
+
+    The checkpoint is changed when all rows were read back; until then it is as it was, and the
+    command may be called again to go on.
+
+    Args:
+        checkpoint: a folder whose rows lie beside the model.
+        uri: of the server, or a file of Milvus Lite.
+        collection: name for the rows.
+        token: of the server; None takes `MILVUS_TOKEN`.
+        batch_size: rows per call.
+        index: see `MilvusDatastore.from_datastore`.
+
+    Raises:
+        ValueError: for another folder, or one whose rows lie elsewhere.
+        ImportError: without pymilvus.
+        OSError: if the server does not answer, or something cannot be written.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(
+            f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
+        )
+    manifest = checkpoint / MANIFEST_NAME
+    with exclusive_lock(checkpoint.resolve()):  # or a row that is taught meanwhile would be lost
+        if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
+            raise ValueError(
+                f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
+            )
+        model = KnnForImageClassification.from_pretrained(checkpoint)
+        if not isinstance(model.datastore, Datastore):
+            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        with progress_bars():
+            store = MilvusDatastore.from_datastore(
+                model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
+            )
+        model.datastore = store
+        model.save_pretrained(checkpoint)
+    console.print(
+        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
+        f"searched by {escape(str(store.index))}. "
+        f"{escape(str(checkpoint))} holds a reference to them, and no rows."
+    )
+    console.print(
+        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} hf-knn predict "
+        f"{escape(str(checkpoint))} PICTURE.jpg[/]", soft_wrap=True,
+    )  # fmt: skip

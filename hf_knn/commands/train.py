@@ -1,0 +1,396 @@
+"""`hf-knn train`: everything from pictures to a tuned, measured checkpoint."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
+
+from hf_knn_cli.train_options import (
+    FINE_TUNING_EPOCHS,
+    FINE_TUNING_LEARNING_RATE,
+    HEAD_EPOCHS,
+    HEAD_LEARNING_RATE,
+    TrainOptions,
+)
+
+from ..data.loading import groups_of, labels_of, load_splits, picture_of, source_of
+from ..data.splits import few_rows, few_shots, split_rows
+from ..data.stored import RowPictures
+from ..features.extract import ImageFeatures, extract_features, progress_bars
+from ..fit.blend import TuneResult
+from ..fit.plots import draw_neighbors
+from ..model.card import draw_reliability, make_card
+from ..model.modeling import KnnForImageClassification
+from ..store.hub import CARD_NAME
+from ..training.arguments import KnnTrainingArguments
+from ..training.callbacks import EpochReport
+from ..training.trainer import KnnTrainer
+from .console import console, metrics_table, say_what_was_skipped
+
+LARGEST_CROSS_VALIDATION = 20_000
+"""Above this many training pictures a tenth is held out for tuning instead of folds."""
+
+VALIDATION_SHARE = 0.1
+_PICTURES_SHOWN = 6
+FEW_SHOT_VALIDATION_SHARE = 0.25
+"""Of few pictures a tenth is too little to choose anything on."""
+
+_HEAD_BATCH = 256
+
+_RATES = ("epochs", "learning_rate")
+_FINE_TUNING_ALONE = (
+    "blocks", "resume", "patience", "bf16", "gradient_checkpointing", "accumulate", "workers",
+    "augmentation", "refresh", "queries",
+)  # fmt: skip
+"""Options that do nothing for a backbone that is not trained."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pictures or features of the three parts; `validation` and `test` may be missing."""
+
+    train: Any
+    validation: Any
+    test: Any
+
+
+def train_pictures(options: TrainOptions) -> None:
+    """Does everything from pictures to a tuned, measured checkpoint.
+
+    Args:
+        options: see `hf-knn train --help`.
+
+    Raises:
+        ValueError: for pictures or options that cannot be used.
+        OSError: if the backbone cannot be found or the checkpoint cannot be written.
+        FloatingPointError: if the loss is not finite.
+    """
+    started = time.perf_counter()
+    _check(options)
+    set_seed(options.seed)
+    splits = load_splits(options.pictures)
+    names = list(splits["train"].features["label"].names)
+    console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
+    model = KnnForImageClassification.from_backbone(
+        options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
+        head=options.head, head_hidden_sizes=options.hidden,
+    )  # fmt: skip
+    rows = splits if options.fine_tune else _extract(model, splits, options)
+    _report_small_classes(_labels(rows["train"]), names)
+    parts = _divide(rows, options)
+    with _work_folder(options) as folder:
+        trainer = _trainer(model, options, folder, parts)
+        _train(trainer, options)
+        with console.status("Choosing k, temperature and λ on held-out pictures …"):
+            result = trainer.tune()
+        metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
+        assert model.datastore is not None
+        source = source_of(options.pictures, splits["train"])
+        model.datastore.source |= source
+        if model.measured is not None:
+            model.measured |= {"dataset": source["dataset"], "split": "test"}
+        if options.show_neighbors:
+            model.neighbor_picture = _draw_neighbors(model, splits, parts)
+        if options.thumbnails:
+            with console.status("Making small pictures of the stored rows …"):
+                ids = model.datastore.ids.tolist()
+                model.keep_thumbnails(RowPictures(splits["train"], ids))
+        trainer.save_model(str(options.output))
+    skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
+    _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
+
+
+def _report(
+    options: TrainOptions,
+    model: KnnForImageClassification,
+    parts: Parts,
+    result: TuneResult,
+    metrics: dict[str, float],
+    skipped: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Card, report and the last lines on the screen."""
+    how = "a validation set" if parts.validation is not None else "cross-validation"
+    console.print(
+        f"Chosen by {result.criterion} on {how}: k = {result.k}, "
+        f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
+    )
+    draw_reliability(model, options.output)
+    card = make_card(model, options.output.name, _existing_card(options.output), options.output)
+    (options.output / CARD_NAME).write_text(card, encoding="utf-8")
+    report = {
+        "options": asdict(options) | {"output": str(options.output)},
+        "rows": {
+            name: 0 if part is None else len(part)
+            for name, part in zip(("train", "validation", "test"), _all(parts), strict=True)
+        },
+        "metrics": metrics,
+        "chosen": {"k": result.k, "temperature": result.temperature, "λ": result.knn_weight},
+        "skipped": skipped,
+        "seconds": seconds,
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (options.output / "report.json").write_text(text + "\n", encoding="utf-8")
+    if metrics:
+        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+    store = escape(str(model.datastore))
+    console.print(f"Saved {options.output} after {seconds:.0f} s: {store}.")
+    console.print(
+        f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
+    )
+
+
+def _draw_neighbors(
+    model: KnnForImageClassification, splits: dict[str, Any], parts: Parts
+) -> bytes:
+    """A PNG of some test pictures and the training pictures that voted for them."""
+    if parts.test is None:
+        raise ValueError("Expected pictures held out to show with --show-neighbors, but got none.")
+    held_out = splits["test"] if "test" in splits else splits["train"]
+    step = max(1, len(parts.test) // _PICTURES_SHOWN)
+    chosen = parts.test.select(list(range(len(parts.test)))[::step][:_PICTURES_SHOWN])
+    if not isinstance(chosen, ImageFeatures):
+        chosen = extract_features(model, chosen, use_cache=False, progress=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "neighbors.png"
+        draw_neighbors(
+            model, chosen, lambda row: picture_of(held_out, int(chosen.ids[row])),
+            lambda row_id: picture_of(splits["train"], row_id), path,
+        )  # fmt: skip
+        return path.read_bytes()
+
+
+def _existing_card(folder: Path) -> str | None:
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _all(parts: Parts) -> tuple[Any, Any, Any]:
+    return parts.train, parts.validation, parts.test
+
+
+@contextmanager
+def _work_folder(options: TrainOptions) -> Iterator[Path]:
+    """Where a run keeps its checkpoints: beside the output until it is done, to be resumed."""
+    if not options.fine_tune:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = options.output.with_name(f"{options.output.name}.training")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trainer(
+    model: KnnForImageClassification, options: TrainOptions, folder: Path, parts: Parts
+) -> KnnTrainer:
+    trainer = KnnTrainer(
+        model,
+        _arguments(options, folder),
+        train_dataset=parts.train,
+        eval_dataset=parts.validation,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if options.fine_tune:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(EpochReport(console))
+    if options.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(options.patience))
+    return trainer
+
+
+def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
+    if options.fine_tune:
+        trainer.train(resume_from_checkpoint=options.resume or None)
+        return
+    with console.status("Training the head …"):
+        metrics = trainer.train().metrics
+    choice = trainer.probe_choice
+    if choice is not None:
+        config = choice.score.config
+        console.print(
+            f"Best of {len(choice.table)} heads: learning rate {config.learning_rate:g}, weight "
+            f"decay {config.weight_decay:g}, alpha {config.alpha:g} "
+            f"({choice.score.accuracy:.1%} on rows held out)."
+        )
+    elif "train_regularizer" in metrics:
+        console.print(
+            f"Ridge head: regulariser {metrics['train_regularizer']:.3g}, temperature "
+            f"{metrics['train_temperature']:.3g}, by leave-one-out."
+        )
+
+
+def _extract(
+    model: KnnForImageClassification, splits: dict[str, Any], options: TrainOptions
+) -> dict[str, ImageFeatures]:
+    found: dict[str, ImageFeatures] = {}
+    for name in ("train", "validation", "test"):
+        if name in splits:
+            with progress_bars():
+                found[name] = extract_features(
+                    model,
+                    splits[name],
+                    batch_size=options.batch_size,
+                    precision=options.precision,
+                    on_bad_image=options.on_bad_image,
+                    group_by=options.group_by if name == "train" else None,
+                )
+            say_what_was_skipped(found[name])
+    return found
+
+
+def _divide(rows: dict[str, Any], options: TrainOptions) -> Parts:
+    """Train, validation and test: what the source has, else held out from train."""
+    train, validation, test = rows["train"], rows.get("validation"), rows.get("test")
+    if test is None and options.test_share > 0:
+        train, test = _hold_out(train, options.test_share, options.seed, options)
+    few = options.shots is not None or options.fraction is not None
+    if few:
+        if validation is not None:
+            console.print("The validation split is not used: its labels are beyond the budget.")
+        train, validation = _few(train, options), None
+        console.print(f"{len(train)} of them are labelled pictures to learn and choose from.")
+    if validation is None and (options.fine_tune or len(train) > LARGEST_CROSS_VALIDATION):
+        share = FEW_SHOT_VALIDATION_SHARE if few else VALIDATION_SHARE
+        train, validation = _hold_out(train, share, options.seed + 1, options)
+        if validation is None:
+            raise ValueError(
+                "Expected a class with two pictures, one of which can be held out to choose on, "
+                "but every class has one; add pictures, or leave out --fine-tune."
+            )
+    return Parts(train, validation, test)
+
+
+def _hold_out(rows: Any, share: float, seed: int, options: TrainOptions) -> tuple[Any, Any]:
+    fold = split_rows(_labels(rows), share, seed, _groups(rows, options))
+    if not len(fold.held_out):
+        return rows, None
+    return rows.select(fold.fitted), rows.select(fold.held_out)
+
+
+def _few(rows: Any, options: TrainOptions) -> Any:
+    if options.shots is not None:
+        return rows.select(few_shots(_labels(rows), options.shots, options.seed))
+    assert options.fraction is not None
+    return rows.select(few_rows(_labels(rows), options.fraction, options.seed))
+
+
+def _labels(rows: Any) -> Tensor:
+    return rows.labels if isinstance(rows, ImageFeatures) else labels_of(rows)
+
+
+def _groups(rows: Any, options: TrainOptions) -> Tensor | None:
+    if options.group_by is None or isinstance(rows, ImageFeatures):
+        return getattr(rows, "groups", None)
+    return groups_of(rows, options.group_by)
+
+
+def _report_small_classes(labels: Tensor, names: list[str]) -> None:
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    for name, count in zip(names, counts, strict=True):
+        if count == 0:
+            console.print(f"[yellow]Class[/] {escape(name)} has no picture that can be used.")
+        elif count == 1:
+            console.print(
+                f"[yellow]Class[/] {escape(name)} has one picture: it is trained on and "
+                "remembered, but nothing is left to measure it with."
+            )
+
+
+def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "freeze_backbone": not options.fine_tune,
+        "weight_decay": 0.1,
+        "knn_loss_alpha": options.alpha,
+        "class_weights": options.class_weights,
+        "label_smoothing_factor": options.label_smoothing,
+        "knn_index": options.index,
+        "knn_max_memory": options.max_memory,
+        "tune_criterion": options.criterion,
+        "calibrate": options.calibrate,
+        "group_by": options.group_by,
+        "on_bad_image": options.on_bad_image,
+        "seed": options.seed,
+        "report_to": options.report_to,
+        "logging_strategy": "epoch" if options.report_to or options.fine_tune else "no",
+        "disable_tqdm": True,
+    }
+    values |= _fine_tuning(options) if options.fine_tune else _frozen(options)
+    return KnnTrainingArguments(**values)
+
+
+def _check(options: TrainOptions) -> None:
+    """Refuses options that do not go together, before anything takes long.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if options.shots is not None and options.fraction is not None:
+        raise ValueError("Expected one of --shots and --fraction, but got both.")
+    if options.head == "ridge":
+        idle = (*_RATES, "label_smoothing")
+        _refuse(options, idle, "no ridge head, which is solved in closed form,")
+    if options.sweep is not None:
+        _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
+    if not options.fine_tune:
+        _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
+        return
+    if options.sweep is not None or options.head == "ridge":
+        raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+    if not options.alpha:
+        _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
+
+
+def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
+    """Refuses options that would be ignored: those that are not at their defaults."""
+    defaults = {field.name: field.default for field in fields(options)}
+    given = [name for name in idle if getattr(options, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"Expected {wanted} with {names}; change one of them.")
+
+
+def _frozen(options: TrainOptions) -> dict[str, Any]:
+    return {
+        "num_train_epochs": options.epochs or HEAD_EPOCHS,
+        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
+        "per_device_train_batch_size": _HEAD_BATCH,
+        "probe_grid": options.sweep,
+        "save_strategy": "no",
+    }
+
+
+def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
+    return {
+        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
+        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "feature_precision": options.precision,
+        "gradient_accumulation_steps": options.accumulate,
+        "trainable_blocks": options.blocks,
+        "augmentation": options.augmentation,
+        "knn_refresh": options.refresh,
+        "knn_queries": options.queries,
+        "bf16": options.bf16,
+        "activation_checkpointing": options.gradient_checkpointing,
+        "dataloader_num_workers": options.workers,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }

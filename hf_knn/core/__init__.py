@@ -1,0 +1,1 @@
+"""What travels with a checkpoint, as source: it needs torch and transformers, and no more."""

@@ -1,0 +1,199 @@
+"""Any vision model of transformers, or of timm through transformers, as a source of features.
+
+One feature is one vector per image, by an explicit pooling of the last hidden state; when the
+datastore pools differently from the head, it is ``[head part | datastore part]``, split here and
+nowhere else.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .config import KnnConfig, Pooling
+
+# arguments of timm.create_model that only shape the network; others can name files, URLs or repos
+_TIMM_SHAPE_ARGUMENTS = frozenset(
+    {"act_layer", "class_token", "depth", "dim", "drop_path_rate", "drop_rate", "dynamic_img_size"}
+    | {"embed_dim", "global_pool", "img_size", "in_chans", "init_values", "mlp_ratio"}
+    | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
+    | {"window_size"}
+)
+
+
+def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
+    """Builds the architecture with random weights, without network and without foreign code.
+
+    Args:
+        config: the vision model's configuration.
+        poolings: the poolings that will be used; a pooler nobody needs is not built.
+
+    Raises:
+        ValueError: for a timm configuration that names files or repos, or for a configuration
+            without a vision model.
+    """
+    if config.model_type == "timm_wrapper":
+        _check_timm(config)
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"Expected `backbone_config` of a vision model, but got {type(config).__name__}."
+        )
+    options = {}
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class(config)).parameters
+    if takes_pooler and Pooling.POOLER not in list(poolings):
+        options["add_pooling_layer"] = False
+    return AutoModel.from_config(config, trust_remote_code=False, **options)
+
+
+def extract(
+    backbone: PreTrainedModel, pixel_values: Tensor, config: KnnConfig, **outputs: Any
+) -> tuple[Tensor, BaseModelOutput]:
+    """Runs the backbone and pools.
+
+    Args:
+        backbone: the vision model.
+        pixel_values: [B, 3, H, W].
+        config: names the poolings.
+        outputs: `output_hidden_states` and `output_attentions`, if wanted.
+
+    Returns:
+        Features [B, D], or [B, 2 D] as [head part | datastore part] when the poolings differ, and
+        the backbone's own output.
+    """
+    # convolutions on CPUs are 1.5 times faster in this layout
+    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    output = backbone(pixel_values=pixel_values, return_dict=True, **outputs)
+    head_part = pool(backbone, output, pixel_values, config.pooling)
+    if config.store_pooling == config.pooling:
+        return head_part, output
+    store_part = pool(backbone, output, pixel_values, config.store_pooling)
+    return torch.cat([head_part, store_part], dim=1), output
+
+
+def split_features(features: Tensor, config: KnnConfig) -> tuple[Tensor, Tensor]:
+    """Splits features into what the head and what the datastore sees.
+
+    Args:
+        features: [B, D_head] or [B, D_head + D_store], see `extract`.
+        config: names the poolings and the widths.
+
+    Returns:
+        [B, D_head] and [B, D_store].
+
+    Raises:
+        ValueError: for another width.
+    """
+    wanted = config.feature_dim + config.extra_dim
+    if features.ndim != 2 or features.shape[1] != wanted:
+        raise ValueError(
+            f"Expected `features` to be [B, {wanted}], but got {tuple(features.shape)}."
+        )
+    if config.store_pooling == config.pooling:
+        return features, features
+    return features[:, : config.feature_dim], features[:, config.feature_dim :]
+
+
+def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
+    """Pools the last hidden state into one vector per image.
+
+    Args:
+        backbone: the vision model, for the number of its prefix tokens.
+        output: its output: `last_hidden_state` [B, T, D] or [B, D, H, W], maybe `pooler_output`.
+        pixel_values: [B, 3, H, W], for the number of patches.
+        pooling: see `Pooling`; `mean` and `max` are over patch tokens or spatial positions.
+
+    Returns:
+        [B, D], or [B, 2 D] for `cls_mean`.
+
+    Raises:
+        ValueError: if the model has no such token or output.
+    """
+    if pooling == Pooling.POOLER:
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(
+                "Expected a backbone with a pooler for pooling='pooler', but it has none; "
+                "use 'cls' or 'mean'."
+            )
+        return pooled.flatten(1)  # [B, D] also from [B, D, 1, 1]
+    hidden = output.last_hidden_state
+    if hidden.ndim == 4:
+        tokens, prefix = _spatial_tokens(backbone, hidden), 0  # [B, H*W, D]
+    else:
+        tokens, prefix = hidden, count_prefix_tokens(backbone, pixel_values, hidden.shape[1])
+    if pooling in (Pooling.CLS, Pooling.CLS_MEAN) and prefix == 0:
+        raise ValueError(
+            f"Expected a backbone with a CLS token for pooling={pooling!r}, but "
+            f"{type(backbone).__name__} has none; use 'mean'."
+        )
+    match Pooling(pooling):
+        case Pooling.CLS:
+            return tokens[:, 0]
+        case Pooling.MEAN:
+            return tokens[:, prefix:].mean(dim=1)
+        case Pooling.MAX:
+            return tokens[:, prefix:].amax(dim=1)
+        case _:
+            return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
+        if is_norm and not part.weight.requires_grad:
+            part.eval()
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The hex sha256 over names, dtypes, shapes and bytes, in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in named:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    return MODEL_MAPPING[type(config)]
+
+
+def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    if hidden.shape[1] != width and hidden.shape[-1] == width:
+        return hidden.flatten(1, 2)
+    return hidden.flatten(2).transpose(1, 2)
+
+
+def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens: int) -> int:
+    """How many tokens (CLS, registers, distillation) come before the patches."""
+    timm_count = getattr(getattr(backbone, "timm_model", None), "num_prefix_tokens", None)
+    if timm_count is not None:
+        return timm_count
+    patch = getattr(backbone.config, "patch_size", None)
+    if patch is None:
+        return 0
+    down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
+    return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches
+
+
+def _check_timm(config: PreTrainedConfig) -> None:
+    if ":" in config.architecture or "/" in config.architecture:
+        raise ValueError(
+            f"Expected `architecture` to be the plain name of a timm model, "
+            f"but got {config.architecture!r}, which names a place to load from; refused."
+        )
+    foreign = sorted(set(config.model_args or {}) - _TIMM_SHAPE_ARGUMENTS)
+    if foreign:
+        raise ValueError(
+            f"Expected `model_args` of a timm backbone to shape the network only, "
+            f"but got {foreign}; refused."
+        )

@@ -1,0 +1,457 @@
+"""The manifest of a datastore: what a checkpoint promises about its files, and the check of it.
+
+`datastore.json` is the commit point of a save: files that it does not name are litter, files that
+it names are exactly what it says, or the datastore is refused.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .config import Normalization, Pooling, check_metric
+from .files import HASH_BLOCK, hash_blocks, hash_open_blocks
+from .votes import Metric
+
+FORMAT = "hf_knn.datastore"
+
+
+FORMAT_VERSION = 1
+
+
+REFERENCE_FORMAT = "hf_knn.datastore-reference"
+"""Of a `datastore.json` that says in which vector database the rows lie."""
+
+
+STORAGE_DTYPES = ("float16", "float32")
+
+
+MANIFEST_NAME = "datastore.json"
+
+
+FAISS_NAME = "datastore.faiss"
+
+
+BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
+
+
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+_LARGEST_COUNT = 2**48
+
+
+_LARGEST_MANIFEST = 64 * 2**20
+
+
+class DatastoreError(ValueError):
+    """A datastore on disk that is damaged, incomplete or not what it says it is."""
+
+
+class StaleDatastoreError(DatastoreError):
+    """A datastore whose features were made by other weights, processor settings or pooling."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Measures a file."""
+        sha256, blocks = hash_blocks(path)
+        return cls(path.name, path.stat().st_size, sha256, blocks)
+
+    def renamed(self, name: str) -> "FileRecord":
+        """The same file under another name."""
+        return replace(self, name=name)
+
+    def verify_size(self, path: Path | None) -> Path:
+        """Compares a file's size with its record, without reading it.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        if path is None or not path.is_file():
+            raise DatastoreError(
+                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
+                "download or save the checkpoint again."
+            )
+        size = path.stat().st_size
+        if size != self.size:
+            raise DatastoreError(
+                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
+                "the file is truncated or from another save, download or save it again."
+            )
+        return path
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record, byte for byte.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        path = self.verify_size(path)
+        with path.open("rb") as file:
+            self.verify_stream(file)
+        return path
+
+    def verify_stream(self, file: BinaryIO) -> None:
+        """Compares an open file with its record, byte for byte, several blocks at once.
+
+        Args:
+            file: open for reading.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        found = hash_open_blocks(file, len(self.blocks))
+        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
+            if mine != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
+                    "save, download or save it again."
+                )
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """Which index a datastore has.
+
+    Attributes:
+        requested: what was asked for: `auto`, `flat` or a faiss factory string.
+        spec: what was built: `flat` or a faiss factory string.
+        parameters: search parameters, such as `nprobe`.
+        recall: share of the 20 nearest rows that was found on a sample; None for an exact index, or
+            one that was not built yet.
+    """
+
+    requested: str
+    spec: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    recall: float | None = None
+
+    def __str__(self) -> str:
+        facts = [f"{name} {value}" for name, value in self.parameters.items()]
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The checkpoint a datastore belongs to.
+
+    Attributes:
+        fingerprint: sha256 over stored backbone tensors, processor settings and pooling.
+        weights: sha256 of the backbone's stored tensors, in the order of their stored names.
+        processor: sha256 of the image processor's settings; empty without a processor.
+        pooling: pooling of the stored features.
+        dtype: dtype of the stored backbone.
+        files: `config.json` and the weight files.
+    """
+
+    fingerprint: str
+    weights: str
+    processor: str
+    pooling: str
+    dtype: str
+    files: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `datastore.json`.
+
+    Attributes:
+        num_rows: n, rows over all blobs.
+        dim: d, width of a row.
+        dtype: storage dtype, `float16` or `float32`.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        index: which index it has.
+        blobs: the row files, in row order.
+        faiss_index: the serialized index, if one was written.
+        binding: the checkpoint it belongs to; None for a datastore saved alone.
+        source: dataset id, revision and split the rows came from, and the backend that encoded
+            them, as far as known.
+    """
+
+    num_rows: int
+    dim: int
+    dtype: str
+    metric: str
+    normalization: str
+    index: IndexInfo
+    blobs: list[FileRecord]
+    faiss_index: FileRecord | None = None
+    binding: Binding | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `datastore.json`."""
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
+        return signed_json(values | asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Reads and checks `datastore.json`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            DatastoreError: naming the field, what was wanted and what was found.
+        """
+        return cls.parse(read_values(path))
+
+    @classmethod
+    def parse(cls, values: Any) -> "Manifest":
+        """Checks the decoded JSON field by field; nothing is trusted because of where it came from.
+
+        Args:
+            values: the decoded JSON.
+
+        Raises:
+            DatastoreError: naming the field, what was wanted and what was found.
+        """
+        fields = Fields(values, "")
+        if fields.text("format") == REFERENCE_FORMAT:
+            raise DatastoreError(
+                f"Expected {MANIFEST_NAME} to name files with rows, but it refers to a vector "
+                "database; open the checkpoint as a model, or the rows with MilvusDatastore.open."
+            )
+        check_format(fields, FORMAT)
+        if fields.count("block_size") != HASH_BLOCK:
+            raise fields.wrong("block_size", str(HASH_BLOCK))
+        metric = fields.choice("metric", list(Metric))
+        normalization = fields.choice("normalization", list(Normalization))
+        try:
+            check_metric(metric, normalization)
+        except ValueError as error:
+            raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
+        faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        manifest = cls(
+            num_rows=fields.count("num_rows"),
+            dim=fields.count("dim"),
+            dtype=fields.choice("dtype", STORAGE_DTYPES),
+            metric=metric,
+            normalization=normalization,
+            index=_parse_index(fields.get("index")),
+            blobs=[
+                _parse_file(blob, f"blobs[{i}]", BLOB_PATTERN)
+                for i, blob in enumerate(fields.items("blobs"))
+            ],
+            faiss_index=None
+            if faiss_index is None
+            else _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME))),
+            binding=None if binding is None else parse_binding(binding),
+            source=fields.texts("source"),
+        )
+        stored = manifest.num_rows * manifest.dim * (2 if manifest.dtype == "float16" else 4)
+        available = sum(blob.size for blob in manifest.blobs)
+        if not manifest.blobs or stored > available:
+            raise DatastoreError(
+                f"Expected the blobs of {MANIFEST_NAME} to hold {manifest.num_rows} x "
+                f"{manifest.dim} {manifest.dtype} values ({stored} bytes), but they have "
+                f"{available} bytes."
+            )
+        return manifest
+
+
+def read_values(path: Path) -> Any:
+    """The decoded JSON of a `datastore.json`, unchecked.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DatastoreError: if it is too large, or no JSON.
+    """
+    if path.stat().st_size > _LARGEST_MANIFEST:
+        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
+
+
+def signed_json(values: dict[str, Any]) -> str:
+    """The text of a `datastore.json` with its own checksum."""
+    return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
+
+
+def check_format(fields: "Fields", wanted: str) -> None:
+    """Checks what a `datastore.json` says about itself: format, version and its own checksum.
+
+    Args:
+        fields: of the whole file.
+        wanted: the format.
+
+    Raises:
+        DatastoreError: for another format, another version, or a damaged file.
+    """
+    if fields.text("format") != wanted:
+        raise fields.wrong("format", wanted)
+    version = fields.count("format_version")
+    if version != FORMAT_VERSION:
+        raise DatastoreError(
+            f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
+            f"{version}; upgrade hf_knn."
+        )
+    checksum = fields.matching("checksum", SHA256_PATTERN)
+    if checksum != _checksum({k: v for k, v in fields.values.items() if k != "checksum"}):
+        raise DatastoreError(
+            f"Expected {MANIFEST_NAME} to match its own checksum {checksum[:12]}…, but it does "
+            "not; the file is damaged, download or save it again."
+        )
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Fields:
+    """Typed access to one JSON object, with the field's full name in each error.
+
+    Args:
+        values: the decoded JSON.
+        prefix: of the names in messages; empty for the whole file.
+
+    Raises:
+        DatastoreError: by each method, naming the field, what was wanted and what was found.
+    """
+
+    def __init__(self, values: Any, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise DatastoreError(
+                f"Expected {f'`{prefix[:-1]}` in ' if prefix else ''}{MANIFEST_NAME} to be an "
+                f"object, but got {type(values).__name__}."
+            )
+        self.values, self.prefix = values, prefix
+
+    def get(self, name: str) -> Any:
+        """The value of a field."""
+        if name not in self.values:
+            raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
+        return self.values[name]
+
+    def wrong(self, name: str, wanted: str) -> DatastoreError:
+        """The error for a field of another kind."""
+        shown = repr(self.values.get(name))[:80]
+        return DatastoreError(
+            f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
+        )
+
+    def count(self, name: str) -> int:
+        """A whole number >= 0."""
+        value = self.get(name)
+        if type(value) is not int or not 0 <= value <= _LARGEST_COUNT:
+            raise self.wrong(name, f"a whole number in [0, {_LARGEST_COUNT}]")
+        return value
+
+    def text(self, name: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        """A string that a pattern matches whole."""
+        value = self.text(name)
+        if not pattern.fullmatch(value):
+            raise self.wrong(name, f"a name like {pattern.pattern}")
+        return value
+
+    def choice(self, name: str, choices: Any) -> str:
+        """One of some strings."""
+        value = self.text(name)
+        if value not in list(choices):
+            raise self.wrong(name, f"one of {[str(choice) for choice in choices]}")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        """A list."""
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, "a list")
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        """An object of strings."""
+        value = self.get(name)
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise self.wrong(name, "an object of strings")
+        return value
+
+
+def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
+    fields = Fields(values, f"{prefix}.")
+    size = fields.count("size")
+    blocks = fields.items("blocks")
+    if len(blocks) != -(-size // HASH_BLOCK):
+        raise fields.wrong("blocks", f"one hash per {HASH_BLOCK} bytes of {size}")
+    if not all(isinstance(block, str) and SHA256_PATTERN.fullmatch(block) for block in blocks):
+        raise fields.wrong("blocks", "a list of sha256 sums")
+    sha256 = fields.matching("sha256", SHA256_PATTERN)
+    if len(blocks) == 1 and blocks != [sha256]:
+        raise fields.wrong("blocks", "the hash of the file, which is one block")
+    return FileRecord(fields.matching("name", pattern), size, sha256, blocks)
+
+
+def _parse_index(values: Any) -> IndexInfo:
+    fields = Fields(values, "index.")
+    recall, parameters = fields.get("recall"), fields.get("parameters")
+    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
+        raise fields.wrong("recall", "a number in [0, 1] or null")
+    named = Fields(parameters, "index.parameters.")
+    return IndexInfo(
+        fields.text("requested"),
+        fields.text("spec"),
+        {name: named.count(name) for name in named.values},
+        recall,
+    )
+
+
+def parse_binding(values: Any) -> Binding:
+    """Checks the part of a `datastore.json` that ties it to a checkpoint.
+
+    Raises:
+        DatastoreError: naming the field, what was wanted and what was found.
+    """
+    fields = Fields(values, "binding.")
+    return Binding(
+        fingerprint=fields.matching("fingerprint", SHA256_PATTERN),
+        weights=fields.matching("weights", SHA256_PATTERN),
+        processor=fields.text("processor"),
+        pooling=fields.choice("pooling", list(Pooling)),
+        dtype=fields.text("dtype"),
+        files=[
+            _parse_file(file, f"binding.files[{i}]", _PLAIN_NAME)
+            for i, file in enumerate(fields.items("files"))
+        ],
+    )

@@ -1,0 +1,592 @@
+"""Nearest neighbours: a fast first pass proposes candidates, float64 rescoring decides.
+
+The order of the answer is (similarity, id), compared in float64 pair by pair, so it does not depend
+on the batch size, the number of threads, the order of insertion or the library of the first pass.
+An exact first pass says how good a row that it left out can be at most: candidates are widened
+until none of those could belong to the answer.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .config import Normalization
+from .rows import RowParts, Values, as_features, as_whole_numbers
+from .votes import Metric
+
+Ints = NDArray[np.int64]
+
+
+Singles = NDArray[np.float32]
+
+
+Limits = NDArray[np.float64]
+
+
+_FLOAT32_ROUNDING = 2.0**-24
+
+
+_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""How far a score may be off, as a part of it, by being stored in a dtype."""
+
+
+_FLOAT16_SUMS = 2.0**-8
+"""What a device may lose by adding up parts of a float16 product in float16."""
+
+
+_SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
+"""What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
+
+
+ROW_BLOCK = 65_536
+
+
+class FirstPass(Protocol):
+    """A search by inner product over rows that all have length at most 1.
+
+    Attributes:
+        extra: how many candidates beyond k are usually enough.
+    """
+
+    extra: int
+
+    def add(self, rows: Singles) -> None:
+        """Appends rows [M, D'] float32."""
+        ...
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+        """The best rows per query.
+
+        Args:
+            queries: [B, D'] float32 of length 1.
+            count: how many, at most the number of rows.
+
+        Returns:
+            Row positions [B, count] int64 (-1 where an approximate pass found fewer), and [B]
+            float64: no row that was left out has an exact inner product above that; -inf where
+            nothing is promised.
+        """
+        ...
+
+
+def float32_rounding(width: int) -> float:
+    """How far an inner product of float32 vectors of length 1 may be off, whatever the order."""
+    return 4 * (width + 4) * _FLOAT32_ROUNDING
+
+
+def reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: float) -> Limits:
+    """What rows left out can score at most, where both sides were rounded to a shorter dtype.
+
+    Args:
+        scores: [B] the last score that was not left out, in the dtype of the product.
+        lost_queries: [B] float64, length of what each query lost; it had length 1.
+        lost_rows: the largest length of what a row lost; a row has length at most 1.
+        rounding: of the float32 sums.
+    """
+    exact = scores.double()
+    own = exact.abs() * _ROUNDING[scores.dtype]
+    limit: Limits = (exact + lost_queries + lost_rows * (1 + lost_queries) + own + rounding).numpy()
+    return limit
+
+
+class TorchFirstPass:
+    """Blocked matmul and top-k in plain torch; needs no faiss.
+
+    Args:
+        rows: [N, D'] float32.
+        devices: where the blocks of rows lie, in turn: several devices share the work.
+        dtype: of the rows there, `float32` or `float16`; half of the memory, and more candidates.
+    """
+
+    def __init__(
+        self,
+        rows: Singles,
+        devices: Sequence[torch.device] = (torch.device("cpu"),),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.devices, self.dtype = devices, dtype
+        self.extra = 12 if dtype == torch.float32 else 44
+        self.rounding = float32_rounding(rows.shape[1])
+        self.rounding += _FLOAT16_SUMS if dtype == torch.float16 else 0.0
+        self.blocks: list[Tensor] = []
+        self.lost = 0.0
+        self.add(rows)
+
+    def add(self, rows: Singles) -> None:
+        """See `FirstPass.add`."""
+        added = torch.from_numpy(rows)
+        if self.blocks and len(self.blocks[-1]) < ROW_BLOCK:
+            last = self.blocks[-1]
+            fitting = added[: ROW_BLOCK - len(last)]
+            self.blocks[-1] = torch.cat([last, self._rounded(fitting).to(last.device)])
+            added = added[len(fitting) :]
+        for block in added.split(ROW_BLOCK) if len(added) else ():
+            device = self.devices[len(self.blocks) % len(self.devices)]
+            self.blocks.append(self._rounded(block).to(device))
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+        """See `FirstPass.candidates`."""
+        exact = torch.from_numpy(queries)
+        rounded = exact.to(self.dtype)
+        scores, positions, start = [], [], 0
+        for block in self.blocks:  # nothing waits for a device before all of them are at work
+            with torch.autocast(block.device.type, enabled=False):
+                products = rounded.to(block.device) @ block.T  # [B, block]
+            best = products.topk(min(count, len(block)), dim=1)
+            scores.append(best.values)
+            positions.append(best.indices + start)
+            start += len(block)
+        merged = torch.cat([values.cpu() for values in scores], dim=1).topk(count, dim=1)
+        found = torch.cat([rows.cpu() for rows in positions], dim=1).gather(1, merged.indices)
+        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
+        rounding = self.rounding + _SHORTCUTS[torch.get_float32_matmul_precision()]
+        return found.numpy(), reach(merged.values[:, -1], lost, self.lost, rounding)
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        rounded = rows.to(self.dtype)
+        for block, kept in zip(rows.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
+            lost = (block - kept.float()).norm(dim=1)
+            self.lost = max(self.lost, float(lost.max()) if len(lost) else 0.0)
+        return rounded
+
+
+class Neighbors(NamedTuple):
+    """The nearest rows of a batch of queries, by (similarity, id).
+
+    Attributes:
+        similarities: [B, k'] float32, higher is closer: inner products of unit vectors (`cosine`)
+            or negative squared distances (`l2`).
+        labels: [B, k'] int64.
+        ids: [B, k'] int64.
+    """
+
+    similarities: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def rounded(self, like: Tensor | NDArray) -> "Neighbors":
+        """The answer to a caller: similarities in float32, on the device of the queries.
+
+        Args:
+            like: the queries.
+        """
+        largest = torch.finfo(torch.float32).max
+        device = like.device if isinstance(like, Tensor) else torch.device("cpu")
+        return Neighbors(
+            self.similarities.clamp(-largest, largest).float().to(device),
+            self.labels.to(device),
+            self.ids.to(device),
+        )
+
+
+class Request(NamedTuple):
+    """A search whose arguments were checked.
+
+    Attributes:
+        queries: [B, D] float32 or float64.
+        k: >= 1.
+        excluded: [B] int64, or None.
+    """
+
+    queries: NDArray
+    k: int
+    excluded: Ints | None
+
+    def width(self, rows: int) -> int:
+        """How many neighbours there are among so many rows."""
+        return max(0, min(self.k, rows - (self.excluded is not None)))
+
+
+def check_request(
+    queries: Tensor | NDArray, k: int, exclude_ids: Values | None, dim: int
+) -> Request:
+    """Checks the arguments of a search, the same for every kind of datastore.
+
+    Args:
+        queries: [B, dim] finite raw features.
+        k: how many.
+        exclude_ids: [B] int64, -1 for none; or None.
+        dim: width of a row.
+
+    Raises:
+        ValueError: for NaN or infinite queries, another width, k < 1, or exclude_ids of another
+            length.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"Expected `k` to be a whole number >= 1, but got {k!r}.")
+    wanted = as_features(queries, "queries", dim).numpy()
+    excluded: Ints | None = None
+    if exclude_ids is not None:
+        excluded = as_whole_numbers(exclude_ids, "exclude_ids", lowest=-1).numpy()
+        if len(excluded) != len(wanted):
+            raise ValueError(
+                f"Expected `exclude_ids` to have one id per query ({len(wanted)}), "
+                f"but got {len(excluded)}."
+            )
+    return Request(wanted, int(k), excluded)
+
+
+Floats = NDArray[np.float64]
+
+
+Rows = NDArray | RowParts
+
+
+_RESCORE_BYTES = 128 * 2**20
+
+
+_COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
+
+
+_FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
+
+
+_PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
+
+
+_MOST_REMOVED = 0.3
+
+
+_SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
+
+
+_EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
+
+
+_MOST_ADDED = 0.1
+
+
+_FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
+
+
+def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
+    """Applies the datastore's normalisation in float64.
+
+    Args:
+        features: [N, D] raw features of any float dtype.
+        mean: [D] float64, used by `l2_centered` only.
+        normalization: `l2_centered`, `l2` or `none`.
+
+    Returns:
+        [N, D] float64; a zero vector stays zero, so its cosine with everything is 0.
+    """
+    rows = _widened(features)
+    if normalization == Normalization.NONE:
+        return rows
+    if normalization == Normalization.L2_CENTERED:
+        rows -= mean
+    squares = np.einsum("nd,nd->n", rows, rows)
+    if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
+        _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
+        rows = np.ldexp(rows, -exponents[:, None])  # exact; keeps the squares in range
+        squares = np.einsum("nd,nd->n", rows, rows)
+    lengths = np.sqrt(squares)
+    rows /= np.where(lengths > 0, lengths, 1.0)[:, None]
+    return rows
+
+
+class RowSpace:
+    """How stored rows and queries look to a first pass, and how a pair is really compared.
+
+    Both metrics become one inner product for an exact first pass: for `l2` the rows are extended
+    by ``-|x|^2 / 2`` and the queries by 1, which keeps the order, and everything is scaled to
+    length at most 1, which bounds the rounding error by the width alone. Approximate indexes know
+    distances themselves, and their graphs and lists would not survive the extension.
+
+    Args:
+        mean: [D] float64.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        features: [N, D] rows that fix the scale.
+        largest: of the rows' lengths once they are normalised, if it is known; it fixes the scale.
+    """
+
+    def __init__(
+        self,
+        mean: Floats,
+        metric: str,
+        normalization: str,
+        features: Rows,
+        largest: float | None = None,
+    ) -> None:
+        self.mean, self.normalization = mean, normalization
+        self.is_l2 = Metric(metric) is Metric.L2
+        self.largest = 1.0
+        if self.is_l2:
+            self.largest = largest or self._largest_length(features) or 1.0
+        # a row of length 1 is sqrt(1 + 1/4) long once it is extended
+        self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
+
+    def normalize(self, features: NDArray) -> Floats:
+        """[N, D] raw features to the float64 vectors that are compared."""
+        return normalize_rows(features, self.mean, self.normalization)
+
+    def holds(self, features: Rows) -> bool:
+        """Whether rows fit the scale that was fixed by others."""
+        return not self.is_l2 or self._largest_length(features) <= self.largest
+
+    def first_pass_rows(self, features: Rows) -> Singles:
+        """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
+        count, dim = features.shape
+        rows = np.empty((count, dim + self.is_l2), np.float32)
+        for start in range(0, count, ROW_BLOCK):
+            part = slice(start, start + ROW_BLOCK)
+            block = self.normalize(features[part]) / self.scale
+            rows[part, :dim] = block
+            if self.is_l2:
+                rows[part, dim] = -0.5 * np.einsum("nd,nd->n", block, block)
+        return rows
+
+    def index_rows(self, features: Rows) -> Singles:
+        """[N, D] raw features to the [N, D] float32 rows of an approximate index."""
+        rows = np.empty(features.shape, np.float32)
+        for start in range(0, len(features), ROW_BLOCK):
+            part = slice(start, start + ROW_BLOCK)
+            rows[part] = self.normalize(features[part]) / self.scale
+        return rows
+
+    def index_queries(self, queries: Floats) -> Singles:
+        """[B, D] normalised queries as an approximate index takes them.
+
+        One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
+        hardly changes, and float32 can still tell their distances apart.
+        """
+        scaled = queries / self.scale
+        # the largest value first: its square may not fit
+        highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
+        unit = scaled / np.where(highest > 0, highest, 1.0)
+        length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
+        shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
+        return shrunk.astype(np.float32)
+
+    def first_pass_queries(self, queries: Floats) -> tuple[Singles, Floats]:
+        """[B, D] normalised queries to [B, D'] of length 1, and the length each had."""
+        if not self.is_l2:
+            return queries.astype(np.float32), np.ones(len(queries))
+        extended = np.concatenate([queries / self.scale, np.ones((len(queries), 1))], axis=1)
+        length = np.sqrt(np.einsum("nd,nd->n", extended, extended))
+        return (extended / length[:, None]).astype(np.float32), length
+
+    def as_score(self, similarities: Floats, queries: Floats, length: Floats) -> Floats:
+        """What an exact first pass would have scored, less float64's own rounding error."""
+        if not self.is_l2:
+            return similarities
+        squares = np.einsum("nd,nd->n", queries, queries)
+        scores = (similarities + squares) / (2 * self.scale**2 * length)
+        return scores - 1e-14 * squares / (self.scale**2 * length)
+
+    def compare(self, rows: Floats, query: Floats) -> Floats:
+        """Similarity of one query with [K, D] normalised rows, each pair by itself."""
+        # [1, D] by [D, 1] for each row is one dot product of BLAS, by itself, also in numpy 1
+        if self.is_l2:
+            rows = rows - query
+            return -np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
+        return np.matmul(rows[:, None, :], query[:, None])[:, 0, 0]
+
+    def _largest_length(self, features: Rows) -> float:
+        largest = 0.0
+        for start in range(0, len(features), ROW_BLOCK):
+            rows = self.normalize(features[start : start + ROW_BLOCK])
+            largest = max(largest, float(np.einsum("nd,nd->n", rows, rows).max()))
+        return largest**0.5
+
+
+class Searcher:
+    """Nearest neighbours of queries among the rows of a datastore.
+
+    Args:
+        features: [N, D] stored raw features, float16 or float32.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        first_pass: over the rows that `space` makes of them.
+        is_exact: False for an index that may miss rows.
+    """
+
+    def __init__(
+        self,
+        features: Rows,
+        ids: Ints,
+        space: RowSpace,
+        first_pass: FirstPass,
+        is_exact: bool = True,
+    ) -> None:
+        self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
+        self.is_exact = is_exact
+        self.measured = len(ids)
+        # where each row of the first pass lies in the store; -1 once it was removed
+        self.places = np.arange(len(ids))
+
+    @property
+    def has_removed_rows(self) -> bool:
+        """Whether the first pass still holds rows that the store does not."""
+        return len(self.places) > len(self.ids)
+
+    def add(self, features: Rows, ids: Ints) -> bool:
+        """Follows the store after rows were appended; False if it must be built again.
+
+        Args:
+            features: [N + M, D] the store's rows now.
+            ids: [N + M].
+        """
+        added = features[len(self.ids) : len(ids)]
+        if not self.space.holds(added):
+            return False
+        if self.is_exact:
+            self.first_pass.add(self.space.first_pass_rows(added))
+        elif len(ids) > (1 + _MOST_ADDED) * self.measured:
+            return False  # its lists and its stated recall are those of other rows
+        else:
+            try:
+                self.first_pass.add(self.space.index_rows(added))
+            except NotImplementedError:
+                return False
+        self.places = np.concatenate([self.places, np.arange(len(self.ids), len(ids))])
+        self.features, self.ids = features, ids
+        return True
+
+    def remove(self, features: Rows, ids: Ints, kept: NDArray[np.bool_]) -> bool:
+        """Follows the store after rows were removed; False if it should be built again.
+
+        Args:
+            features: [N - M, D] the store's rows now.
+            ids: [N - M].
+            kept: [N] which of the old rows are still there.
+        """
+        moved = np.where(kept, np.cumsum(kept) - 1, -1)
+        self.places = np.where(self.places >= 0, moved[self.places], -1)
+        self.features, self.ids = features, ids
+        return len(ids) >= (1 - _MOST_REMOVED) * len(self.places)
+
+    def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
+        """Finds the k nearest rows.
+
+        Args:
+            queries: [B, D] finite raw features.
+            k: from 1 to N, or to N - 1 with `exclude_ids`.
+            exclude_ids: [B] int64; the row with that id is no neighbour of that query (-1 = none).
+
+        Returns:
+            Similarities [B, k] float64 and positions [B, k] int64, by (similarity, id).
+        """
+        normalized = self.space.normalize(queries)  # [B, D]
+        similarities = np.empty((len(queries), k))
+        positions = np.empty((len(queries), k), np.int64)
+        pending = np.arange(len(queries))
+        count = k + (exclude_ids is not None) + self.first_pass.extra
+        while len(pending):
+            certain = []
+            # beyond a third, gathering candidates costs more than comparing with every row
+            every_row = 3 * count >= len(self.places)
+            width = len(self.ids) if every_row else count
+            apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
+            step = max(1, _RESCORE_BYTES // (8 * width * apart))
+            for start in range(0, len(pending), step):
+                chunk = pending[start : start + step]
+                excluded = None if exclude_ids is None else exclude_ids[chunk]
+                found = self._search_chunk(normalized[chunk], k, excluded, width, every_row)
+                similarities[chunk], positions[chunk], is_certain = found
+                certain.append(is_certain)
+            pending = pending[~np.concatenate(certain)]
+            count *= 4
+        return similarities, positions
+
+    def _search_chunk(
+        self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool
+    ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
+        if self.is_exact:
+            scaled, length = self.space.first_pass_queries(queries)
+        else:
+            scaled, length = self.space.index_queries(queries), np.ones(len(queries))
+        limit = np.full(len(queries), -np.inf)
+        if every_row:
+            candidates = np.broadcast_to(np.arange(width), (len(queries), width))
+        else:
+            proposed, limit = self.first_pass.candidates(scaled, width)
+            is_row = (proposed >= 0) & (proposed < len(self.places))
+            candidates = np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1)
+        rescore = self._compare_all if every_row else self._rescore
+        similarities = rescore(queries, candidates)  # [B, width]
+        similarities[candidates < 0] = -np.inf
+        if excluded is not None:
+            similarities[self.ids[candidates] == excluded[:, None]] = -np.inf
+        order = nearest_first(similarities, self.ids[candidates], k)
+        best = np.take_along_axis(similarities, order, axis=1)
+        # what the first pass left out scores at most `limit`: the k-th place must be above it
+        certain = self.space.as_score(best[:, -1], queries, length) > limit
+        return best, np.take_along_axis(candidates, order, axis=1), certain
+
+    def _rescore(self, queries: Floats, candidates: Ints) -> Floats:
+        """Similarity of each query with each of its candidates, one pair at a time in float64."""
+        used, places = np.unique(candidates, return_inverse=True)
+        places = places.reshape(candidates.shape)
+        similarities = np.empty(candidates.shape)
+        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(used), step):
+            rows = self.space.normalize(self.features[used[start : start + step]])
+
+            def fill(i: int, rows: Floats = rows, start: int = start) -> None:
+                if len(used) <= min(step, _FEW_MORE * candidates.shape[1]):
+                    similarities[i] = self.space.compare(rows, queries[i])[places[i]]  # [width]
+                elif len(used) <= step:
+                    similarities[i] = self.space.compare(rows[places[i]], queries[i])
+                else:
+                    here = (places[i] >= start) & (places[i] < start + step)
+                    chosen = rows[places[i, here] - start]
+                    similarities[i, here] = self.space.compare(chosen, queries[i])
+
+            _in_threads(fill, len(queries), similarities.size)
+        return similarities
+
+    def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
+        """What `_rescore` finds where the candidates of each query are all rows in their order."""
+        similarities = np.empty(candidates.shape)
+        step = max(1, _COMPARE_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(self.ids), step):
+            part = slice(start, start + step)
+            rows = self.space.normalize(self.features[part])
+
+            def fill(i: int, rows: Floats = rows, part: slice = part) -> None:
+                similarities[i, part] = self.space.compare(rows, queries[i])
+
+            _in_threads(fill, len(queries), len(queries) * len(rows))
+        return similarities
+
+
+def nearest_first(similarities: Floats, ids: Ints, k: int) -> Ints:
+    """Where the k nearest of each row of [B, K] similarities lie: [B, k], by (similarity, id).
+
+    Args:
+        similarities: [B, K] float64.
+        ids: [B, K] int64.
+        k: how many.
+    """
+    return np.lexsort((ids, -similarities), axis=-1)[:, :k]
+
+
+def _widened(features: NDArray) -> Floats:
+    """A float64 copy; of float16 by torch, whose conversion is several times as fast."""
+    if features.dtype == np.float16:
+        return torch.from_numpy(features).double().numpy()
+    return features.astype(np.float64)
+
+
+def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
+    """Runs a task for each of `count` numbers; numpy lets go of the interpreter meanwhile."""
+    threads = min(torch.get_num_threads(), count) if pairs > _PAIRS_FOR_THREADS else 1
+
+    def run(span: Ints) -> None:
+        for number in span:
+            task(int(number))
+
+    spans = np.array_split(np.arange(count), max(1, threads))
+    if threads < 2:
+        run(spans[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(run, span) for span in spans]:
+            done.result()

@@ -1,0 +1,1 @@
+"""Pictures and labels, before any model."""

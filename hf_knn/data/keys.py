@@ -1,0 +1,161 @@
+"""What tells pictures apart: a key of their content for the cache, a print for copies."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .batches import IMAGE
+from .decode import BadImageError
+from .loading import picture_of
+
+logger = logging.getLogger(__name__)
+
+
+KEY_BYTES = 16
+
+
+_NOTHING = b"no picture"
+
+
+def picture_keys(rows: Any, memo: Path | None = None) -> NDArray[np.uint8]:
+    """[N, 16] uint8: equal for rows that hold the same picture.
+
+    A picture held in memory is named by its bytes, one in a file by its place, size and time, which
+    costs no reading.
+
+    Args:
+        rows: a prepared dataset.
+        memo: a folder where names of bytes are remembered by the dataset's own fingerprint, so that
+            a second run reads none of them; None remembers nothing.
+    """
+    chunks = rows.data.column(IMAGE).chunks  # not combined: that would copy every picture
+    # a file may be replaced, the bytes that a dataset holds may not
+    in_memory = not any(chunk.field("bytes").null_count for chunk in chunks)
+    place = None
+    if memo is not None and in_memory and getattr(rows, "_fingerprint", None):
+        place = memo / f"{hashlib.sha256(rows._fingerprint.encode()).hexdigest()[:24]}.npy"
+        known = _recall(place)
+        if known is not None and known.shape == (len(rows), KEY_BYTES):
+            return known
+    keys = np.frombuffer(b"".join(_keys_of(chunks)), np.uint8).reshape(-1, KEY_BYTES)
+    if rows._indices is not None:
+        keys = keys[rows._indices.column(0).to_numpy()]
+    if place is not None:
+        _remember(place, keys)
+    return keys
+
+
+def _keys_of(chunks: list[Any]) -> Iterator[bytes]:
+    for chunk in chunks:
+        for data, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
+            if data.is_valid:
+                name = hashlib.sha256(data.as_buffer())
+            else:
+                name = hashlib.sha256(_name_of_file(path.as_py()))
+            yield name.digest()[:KEY_BYTES]
+
+
+def _name_of_file(path: str | None) -> bytes:
+    if path is None:
+        return _NOTHING
+    if not os.path.isfile(path):
+        return f"no file {path}".encode()
+    status = os.stat(path)
+    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}".encode()
+
+
+def _recall(place: Path) -> NDArray[np.uint8] | None:
+    """What was remembered; None if nothing was, or it is damaged."""
+    try:
+        known = np.load(place, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = isinstance(known, np.ndarray) and known.dtype == np.uint8
+    return known if is_whole else None
+
+
+def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.save(file, keys, allow_pickle=False)
+        temporary.replace(place)
+    except OSError as error:  # what is not remembered is computed again
+        logger.debug("%s: %s", place, error)
+        if temporary.exists():
+            temporary.unlink()
+
+
+SIDE = 48
+"""Side of the tiny copies that pictures are compared by, in pixels."""
+
+
+_BATCH = 64
+
+
+class Print(NamedTuple):
+    """What is kept of one picture.
+
+    Attributes:
+        digest: sha256 of size and decoded RGB pixels: equal for files saved again without loss.
+        tiny: [SIDE, SIDE, 3] uint8, the picture squeezed into a square.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+    """
+
+    digest: str
+    tiny: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+class Broken(NamedTuple):
+    """A picture that cannot be decoded, with the reason."""
+
+    reason: str
+
+
+def print_of(image: Image.Image) -> Print:
+    """The print of a decoded RGB picture."""
+    digest = hashlib.sha256(f"{image.width} {image.height} ".encode())
+    digest.update(image.tobytes())
+    tiny = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return Print(digest.hexdigest(), np.asarray(tiny), image.width, image.height)
+
+
+def prints_of(
+    dataset: Any, on_progress: Callable[[int], object] = lambda done: None
+) -> list[Print | Broken]:
+    """The prints of all pictures of a prepared dataset, in row order, several threads at once.
+
+    Args:
+        dataset: see `hf_knn.data.prepare`.
+        on_progress: called with how many pictures more are done.
+    """
+    found: list[Print | Broken] = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for rows in _batches(len(dataset)):
+            found += threads.map(lambda row: _print_row(dataset, row), rows)
+            on_progress(len(rows))
+    return found
+
+
+def _print_row(dataset: Any, row: int) -> Print | Broken:
+    try:
+        return print_of(picture_of(dataset, row))
+    except (BadImageError, OSError) as error:
+        return Broken(str(error))
+
+
+def _batches(count: int) -> Iterator[range]:
+    for start in range(0, count, _BATCH):
+        yield range(start, min(start + _BATCH, count))

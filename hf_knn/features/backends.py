@@ -1,0 +1,320 @@
+"""Which backend encodes: the one that was asked for, or the fastest that agrees with PyTorch.
+
+What `auto` measures is remembered per model, image processor and machine; it then takes what leaves
+the least to wait for, so that pictures encoded by one backend are not encoded again by another. The
+choice is made here and nowhere else.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.config import KnnConfig
+from .cache import cache_root
+from .encoders import (
+    AUTO,
+    BACKENDS,
+    COMPILE,
+    OPENVINO,
+    TORCH,
+    Encoder,
+    TorchEncoder,
+    one_torch_thread,
+)
+from .graphs import (
+    GraphError,
+    OnnxEncoder,
+    OpenVinoEncoder,
+    check_installed,
+    installed_backends,
+    is_known_to_agree,
+    load_encoder,
+    note_agreement,
+)
+
+logger = logging.getLogger(__name__)
+
+
+TOLERANCE = 1e-2
+"""The largest relative difference to PyTorch's features, of the longest row's difference."""
+
+
+FEWEST_ROWS = 500
+"""Pictures from which `auto` looks at anything but PyTorch."""
+
+
+WORTH_SECONDS = 30.0
+"""What PyTorch must be expected to take before a graph is exported."""
+
+
+SAMPLE = 32
+"""Pictures that a backend is measured and checked on."""
+
+
+BACKEND_VARIABLE = "HF_KNN_BACKEND"
+
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be encoded, and by what.
+
+    Attributes:
+        backbone: the vision model.
+        config: names the poolings.
+        mark: a name of the backbone's weights and architecture.
+        precision: `fp32`, `bf16` or `fp16`.
+        batch_size: pictures per forward pass, >= 1.
+        processor: a name of the image processor's settings.
+        missing: how many pictures a backend, by its name, would have to encode: those of which the
+            cache holds no features by it.
+        is_kept: whether the features are kept; those of a model that is being trained are not, and
+            `auto` makes no graph of each of its states.
+        sample: makes [b, 3, H, W] float32, at most so many pictures as the encoder will get them,
+            b >= 1; None if none of them can be decoded.
+    """
+
+    backbone: PreTrainedModel
+    config: KnnConfig
+    mark: str
+    precision: str
+    batch_size: int
+    processor: str
+    missing: Callable[[str], int]
+    is_kept: bool
+    sample: Callable[[int], Tensor | None]
+
+
+def check_backend(backend: str | None) -> str:
+    """The backend wanted; None takes `$HF_KNN_BACKEND`, else `auto`.
+
+    Raises:
+        ValueError: for a name there is not.
+        ImportError: for one that is not installed.
+    """
+    backend = backend or os.environ.get(BACKEND_VARIABLE) or AUTO
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected `backend` to be one of {list(BACKENDS)}, but got {backend!r}.")
+    if backend not in (AUTO, TORCH, COMPILE):
+        check_installed(backend)
+    return backend
+
+
+def choose_backend(wanted: str, work: Work) -> str:
+    """The backend to use.
+
+    Args:
+        wanted: see `check_backend`; anything but `auto` is checked and returned.
+        work: what it is for.
+
+    Raises:
+        ValueError: for a named backend that cannot do this, with the reason.
+    """
+    reason = _obstacle(wanted, work)
+    if wanted != AUTO:
+        if reason:
+            raise ValueError(
+                f"Expected {reason} for backend={wanted!r}; choose backend='torch', or 'auto'."
+            )
+        return wanted
+    if reason or not installed_backends():
+        return TORCH
+    missing = {name: work.missing(name) for name in (TORCH, *installed_backends())}
+    done = [name for name, rows in missing.items() if rows == 0]
+    if done:
+        return done[0]
+    place = cache_root() / "backends" / f"{_key_of(work)}.json"
+    rates = _read(place) or _measured(work, missing[TORCH], place)
+    return min(rates, key=lambda name: missing[name] / rates[name]) if rates else TORCH
+
+
+def _measured(work: Work, rows: int, place: Path) -> dict[str, float] | None:
+    """Measures and remembers; None where PyTorch is soon done with so many pictures."""
+    if rows < FEWEST_ROWS or not work.is_kept:
+        return None
+    pixels = work.sample(SAMPLE)
+    rates = None if pixels is None else _measure(work, pixels, rows)
+    if rates is not None:
+        _remember(place, rates)
+    return rates
+
+
+def open_encoder(backend: str, work: Work) -> Encoder:
+    """An encoder of a backend that `choose_backend` returned.
+
+    Raises:
+        ValueError: if the backbone cannot be exported or compiled, or then answers otherwise.
+    """
+    torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
+    if backend == TORCH:
+        return torch_encoder
+    pixels = work.sample(1)
+    if pixels is None:  # nothing to encode: any will do
+        return torch_encoder
+    if backend == COMPILE:
+        return _compile(work, torch_encoder)
+    encoder = _load(backend, work, pixels)
+    if not is_known_to_agree(encoder, work.precision):
+        pixels = _many(work)
+        gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
+        _check_gap(backend, gap)
+        note_agreement(encoder, work.precision, gap)
+    return encoder
+
+
+def _many(work: Work) -> Tensor:
+    pixels = work.sample(SAMPLE)
+    assert pixels is not None  # one of them could be decoded before
+    return pixels
+
+
+def _compile(work: Work, torch_encoder: Encoder) -> Encoder:
+    """The backbone through `torch.compile`; its code is made, and checked, in every process."""
+    pixels = _many(work)
+    encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+    try:
+        found = encoder.encode(pixels)()
+    except RuntimeError as error:  # what the compiler's own errors are
+        raise GraphError(
+            f"Expected a backbone that torch.compile can compile here, but got: {error}; install a "
+            "C++ compiler if it misses one, or choose backend='torch'."
+        ) from error
+    _check_gap(COMPILE, largest_gap(found, torch_encoder.encode(pixels)()))
+    return encoder
+
+
+def _check_gap(backend: str, gap: float) -> None:
+    if gap > TOLERANCE:
+        raise GraphError(
+            f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
+            f"differ by {gap:.1e}; choose backend='torch'."
+        )
+
+
+def largest_gap(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of a row over that row's own length.
+
+    Args:
+        found: [B, D].
+        wanted: [B, D].
+    """
+    lengths = wanted.norm(dim=1).clamp_min(1e-12)
+    gap = float(((found - wanted).norm(dim=1) / lengths).max())
+    return gap if gap == gap else float("inf")  # NaN is as far as can be
+
+
+def _obstacle(backend: str, work: Work) -> str | None:
+    """What a graph backend would want that is not so."""
+    if backend in (TORCH, COMPILE):
+        return None
+    parameter = next(work.backbone.parameters())
+    if parameter.device.type != "cpu":
+        return f"a model on the CPU, not on {parameter.device},"
+    if parameter.dtype != torch.float32:
+        return f"a model in float32, not {parameter.dtype},"
+    possible = ("fp32", "bf16") if backend == OPENVINO else ("fp32",)
+    return None if work.precision in possible else f"another precision than {work.precision}"
+
+
+def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
+    """Pictures per second of what agrees with PyTorch, by turns; None if PyTorch is quick."""
+    contestants: dict[str, Encoder] = {
+        TORCH: TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
+    }
+    wanted = contestants[TORCH].encode(pixels)()
+    if _seconds(contestants[TORCH], pixels) * rows / len(pixels) < WORTH_SECONDS:
+        return None
+    for name in installed_backends():
+        try:
+            encoder = _load(name, work, pixels)
+            gap = largest_gap(encoder.encode(pixels)(), wanted)
+        except GraphError as error:
+            logger.warning("Backend %s is not used: %s", name, error)
+            continue
+        if gap <= TOLERANCE:
+            note_agreement(encoder, work.precision, gap)
+            contestants[name] = encoder
+        else:
+            logger.warning("Backend %s is not used: off by %.1e.", name, gap)
+    seconds = {name: float("inf") for name in contestants}
+    for _ in range(_ROUNDS):
+        for name, contestant in contestants.items():
+            seconds[name] = min(seconds[name], _seconds(contestant, pixels))
+    return {name: len(pixels) / value for name, value in seconds.items()}
+
+
+def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
+    shape = (pixels.shape[2], pixels.shape[3])
+    return load_encoder(
+        name, work.backbone, work.config, shape, work.mark, work.precision, work.batch_size
+    )
+
+
+def _seconds(encoder: Encoder, pixels: Tensor) -> float:
+    """How long some pictures take, on as many threads as the encoder wants."""
+    parts = pixels.split(max(1, min(encoder.batch_size, -(-len(pixels) // encoder.streams))))
+    started = time.perf_counter()
+    if encoder.streams == 1:
+        for part in parts:
+            encoder.encode(part)()
+    else:
+        with one_torch_thread(), ThreadPoolExecutor(encoder.streams) as pool:
+            for _ in pool.map(lambda part: encoder.encode(part)(), parts):
+                pass
+    return time.perf_counter() - started
+
+
+def _key_of(work: Work) -> str:
+    versions = {}
+    for package in ("torch", "onnxruntime", "openvino"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    key: dict[str, Any] = {
+        "backbone": work.mark,
+        "poolings": [work.config.pooling, work.config.store_pooling],
+        "processor": work.processor,
+        "precision": work.precision,
+        "machine": [platform.node(), platform.machine(), torch.get_num_threads()],
+        "versions": versions,
+        "encoders": 3,  # of ours: what was measured with older ones is measured again
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _read(place: Path) -> dict[str, float] | None:
+    """What was measured, of the backends that are installed; None if nothing was."""
+    try:
+        measured = json.loads(place.read_text(encoding="utf-8"))["pictures_per_second"]
+        rates = {str(name): float(rate) for name, rate in measured.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or damaged: measured again
+    present = {name: rates[name] for name in (TORCH, *installed_backends()) if name in rates}
+    return present if TORCH in present and min(present.values()) > 0 else None
+
+
+def _remember(place: Path, rates: dict[str, float]) -> None:
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"pictures_per_second": rates}, indent=2) + "\n", "utf-8")
+        temporary.replace(place)
+    except OSError as error:
+        logger.warning("What backends take is not remembered: %s", error)
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""Pictures through an encoder: PyTorch's own, which every other backend is checked against.
+
+Decoding runs ahead in threads, and memory stays bounded.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.backbone import extract
+from ..core.config import KnnConfig
+from ..data.batches import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
+
+TORCH, COMPILE, ONNX, OPENVINO, AUTO = "torch", "compile", "onnx", "openvino", "auto"
+
+
+BACKENDS = (AUTO, TORCH, COMPILE, ONNX, OPENVINO)
+
+
+CPU_BATCH = 4
+"""Pictures per call on a CPU: the activations of more leave the caches of a core."""
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Encoder(Protocol):
+    """What turns pixels into features.
+
+    Attributes:
+        name: of the backend.
+        streams: how many threads should call it at the same time, >= 1; with 1, only the thread
+            that made it.
+        batch_size: the most pictures per call.
+        pinned: whether pixels should come in memory that a GPU can copy from by itself.
+    """
+
+    name: str
+    streams: int
+    batch_size: int
+    pinned: bool
+
+    def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
+        """Starts on [B, 3, H, W] float32; what it returns waits for [B, D] float32 on the CPU."""
+        ...
+
+
+class TorchEncoder:
+    """The backbone as it is, on its device.
+
+    On an NVIDIA GPU copies overlap with computing: pixels arrive on a stream of their own, and
+    features leave before the next batch begins.
+
+    Args:
+        backbone: a vision model, in evaluation mode whenever this is called.
+        config: names the poolings.
+        precision: `fp32`, or `bf16` / `fp16` by autocast.
+        batch_size: pictures per forward pass, >= 1; on a CPU at most 4.
+        compiled: run it through `torch.compile`, which takes its time with the first batch.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        config: KnnConfig,
+        precision: str,
+        batch_size: int,
+        compiled: bool = False,
+    ) -> None:
+        self.backbone, self.config = backbone, config
+        self.name = COMPILE if compiled else TORCH
+        self._extract = torch.compile(extract) if compiled else extract
+        parameter = next(backbone.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.autocast = None if precision == "fp32" else PRECISIONS[precision]
+        has_threads = self.device.type == "cpu" and not compiled
+        self.streams = torch.get_num_threads() if has_threads else 1
+        self.batch_size = min(batch_size, CPU_BATCH) if has_threads else batch_size
+        self.pinned = self.device.type == "cuda"
+        self._arrivals = torch.cuda.Stream(self.device) if self.pinned else None
+
+    def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
+        """See `Encoder`."""
+        context: Any = nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(self.device.type, self.autocast)
+        with torch.inference_mode(), context:
+            moved = self._moved(pixels).to(self.dtype)
+            moved = moved.contiguous(memory_format=torch.channels_last)
+            features, _ = self._extract(self.backbone, moved, self.config)
+            return self._leaving(features.float())
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device; on a GPU while it computes the batch before."""
+        if self._arrivals is None:
+            return pixels.to(self.device)
+        with torch.cuda.stream(self._arrivals):
+            moved = pixels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._arrivals)
+        moved.record_stream(computing)  # else its memory could be given away too early
+        return moved
+
+    def _leaving(self, features: Tensor) -> Callable[[], Tensor]:
+        """On a GPU the copy to the CPU starts here and is waited for one batch later."""
+        if self._arrivals is None:
+            return features.cpu
+        copied = features.to("cpu", non_blocking=True)
+        done = torch.cuda.current_stream(self.device).record_event()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return copied
+
+        return wait
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For threads that are started inside: each is to keep to its own core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def frozen_copy(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be traced: in evaluation mode, on the CPU, without gradients."""
+    copied = copy.deepcopy(backbone).cpu().eval()
+    return copied.requires_grad_(False)
+
+
+MOST_READERS = 16
+"""Threads that decode for one GPU."""
+
+
+Given = TypeVar("Given")
+
+
+Made = TypeVar("Made")
+
+
+class Encoded(NamedTuple):
+    """Some pictures and their features.
+
+    Attributes:
+        features: [B, D] float32; None where no picture could be decoded.
+        rows: the row numbers of the features.
+        bad: the rows that could not be decoded.
+    """
+
+    features: Tensor | None
+    rows: list[int]
+    bad: list[BadRow]
+
+
+def encode_rows(
+    rows: Any, numbers: list[int], processor: Any, encoder: Encoder
+) -> Iterator[Encoded]:
+    """Decodes, processes and encodes some rows, batch by batch, in their order.
+
+    Args:
+        rows: a prepared dataset.
+        numbers: of the rows wanted.
+        processor: an image processor.
+        encoder: made in this thread.
+    """
+    lean = rows.select_columns([IMAGE, SAMPLE_ID])
+    size = encoder.batch_size
+    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def read(wanted: list[int]) -> Batch:
+        batch = read_batch(lean, wanted, processor)
+        if encoder.pinned and batch.pixel_values is not None:
+            batch = batch._replace(pixel_values=batch.pixel_values.pin_memory())
+        return batch
+
+    if encoder.streams > 1:
+        yield from _side_by_side(batches, read, encoder)
+    else:
+        yield from _one_behind(batches, read, encoder)
+
+
+def _side_by_side(
+    batches: list[list[int]], read: Callable[[list[int]], Batch], encoder: Encoder
+) -> Iterator[Encoded]:
+    """Each thread takes a batch all the way: no core waits for another."""
+
+    def work(wanted: list[int]) -> Encoded:
+        batch = read(wanted)
+        features = None
+        if batch.pixel_values is not None:
+            features = encoder.encode(batch.pixel_values)()
+        return Encoded(features, batch.rows, batch.bad)
+
+    with one_torch_thread():
+        yield from in_order(work, batches, encoder.streams)
+
+
+def _one_behind(
+    batches: list[list[int]], read: Callable[[list[int]], Batch], encoder: Encoder
+) -> Iterator[Encoded]:
+    """Threads read ahead; a result is waited for when the next batch is under way."""
+    readers = max(1, min(MOST_READERS, torch.get_num_threads()))
+    pending: tuple[Callable[[], Tensor], Batch] | None = None
+    for batch in in_order(read, batches, readers):
+        started = None if batch.pixel_values is None else encoder.encode(batch.pixel_values)
+        if pending is not None:
+            yield Encoded(pending[0](), pending[1].rows, pending[1].bad)
+            pending = None
+        if started is None:
+            yield Encoded(None, batch.rows, batch.bad)
+        else:
+            pending = started, batch
+    if pending is not None:
+        yield Encoded(pending[0](), pending[1].rows, pending[1].bad)
+
+
+def in_order(work: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[Made]:
+    """Maps in threads; at most twice as many results as threads, plus one, are held.
+
+    Args:
+        work: what to do with an item.
+        items: in their order, which is that of the results.
+        threads: how many, >= 1.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="hf-knn-read")
+    running: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            running.append(pool.submit(work, item))
+            if len(running) > 2 * threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Heads, the blend, and their numbers, from features."""

@@ -1,0 +1,220 @@
+"""Heads from cached features without a training loop: closed form, and the best of many."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.backbone import split_features
+from ..core.head import KnnHead
+from ..core.votes import ClassWeighting
+from ..features.extract import ImageFeatures
+from ..model.modeling import KnnForImageClassification
+from ..model.ridge import center_head, prepare_rows, solve_head
+from ..store.datastore import Datastore
+from .grids import (
+    PAPER_SELF_SUPERVISED,
+    PAPER_SETTINGS,
+    PAPER_SUPERVISED,
+    ProbeConfig,
+    ProbeGrid,
+    ProbeSettings,
+)
+from .own_votes import OwnVotes
+from .ridge import RidgeFit, fit_ridge
+from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_probes, train_probes
+
+logger = logging.getLogger(__name__)
+
+
+PROBE_GRIDS: dict[str, tuple[ProbeGrid, ProbeSettings]] = {
+    "small": (
+        ProbeGrid((0.3, 0.1, 0.03, 0.01), (0.0, 1e-4, 1e-3), (0.0, 0.1)),
+        ProbeSettings(epochs=100, batch_size=512),
+    ),
+    "paper": (PAPER_SUPERVISED, PAPER_SETTINGS),
+    "paper_self_supervised": (PAPER_SELF_SUPERVISED, PAPER_SETTINGS),
+}
+"""Learning rates, weight decays and alphas that `probe_grid` names, and how heads are trained."""
+
+
+class Part(NamedTuple):
+    """Rows to fit on and rows to choose on, with what the datastore of the former says of them."""
+
+    fitted: ImageFeatures
+    held_out: ImageFeatures
+    votes: OwnVotes | None
+
+
+def fit_closed_form(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    class_weighting: str = ClassWeighting.NONE,
+) -> RidgeFit:
+    """Solves a `ridge` head and puts it into the model.
+
+    On the rows as the datastore holds them, so that the head can follow every change of theirs; on
+    `features` if the datastore pools differently.
+
+    Args:
+        model: with a `ridge` head and the datastore of the same rows.
+        features: N rows.
+        class_weighting: see `RidgeState`.
+
+    Returns:
+        The fit, with its leave-one-out table.
+    """
+    config, head = model.config, model.head
+    store = model.datastore
+    assert store is not None
+    rows, labels, mean = store.features, store.labels, store.mean
+    if config.extra_dim:  # the datastore pools differently
+        rows, _ = split_features(features.features, config)
+        labels, mean = features.labels, rows.double().mean(dim=0)
+    center_head(head, mean, config)
+    fit = fit_ridge(
+        prepare_rows(head, rows), labels, config.head_classes, class_weighting=class_weighting
+    )
+    config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
+    config.head_class_weighting = str(class_weighting)
+    head.classifier = solve_head(fit.state, config, head)
+    return fit
+
+
+def sweep(
+    parts: Iterator[Part],
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+    settings: ProbeSettings,
+    progress: bool,
+) -> ProbeChoice:
+    """Trains every configuration on each part and chooses on the pooled rows that were held out.
+
+    Args:
+        parts: folds, or one part with a validation set.
+        model: whose head has the widths.
+        grid: the configurations.
+        settings: what they share.
+        progress: show a progress bar.
+
+    Returns:
+        The configuration that `choose_probe` takes.
+
+    Raises:
+        ValueError: if every configuration diverged.
+    """
+    pooled: list[ProbeScore] = []
+    total = 0
+    for part in parts:
+        heads = _train(part.fitted, part.votes, model, grid, settings, progress)
+        rows, _ = split_features(part.held_out.features, model.config)
+        found = score_probes(heads, rows, part.held_out.labels)
+        count = len(part.held_out)
+        pooled = _pool(pooled, total, found, count)
+        total += count
+    return choose_probe(pooled, total)
+
+
+def fit_probe(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    votes: OwnVotes | None,
+    config: ProbeConfig,
+    settings: ProbeSettings,
+) -> None:
+    """Trains one configuration on all rows and puts it into the model.
+
+    Args:
+        model: with a `linear` or `mlp` head.
+        features: N rows.
+        votes: leave-one-out votes on the rows, for an alpha or a gamma.
+        config: of the head.
+        settings: how it is trained.
+    """
+    copy_head(_train(features, votes, model, [config], settings, False), model.head)
+
+
+def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageClassification:
+    """A copy of a model that shares its backbone and has learned nothing.
+
+    Args:
+        model: stays as it is.
+        seed: of the new head's weights, whatever was drawn before.
+    """
+    fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh.head = KnnHead.from_config(fresh.config)
+        fresh.head.apply(fresh._init_weights)
+    return fresh
+
+
+def copy_head(heads: ProbeHeads, target: KnnHead) -> None:
+    """Puts the only head of a collection into a model's.
+
+    Args:
+        heads: one head.
+        target: of the same widths.
+    """
+    layers = [*target.hidden, target.classifier]
+    with torch.no_grad():
+        target.mean.copy_(heads.mean)
+        target.scale.copy_(heads.scale)
+        for layer, trained in zip(layers, heads.layers, strict=True):
+            layer.weight.copy_(trained.weight[0])
+            layer.bias.copy_(trained.bias[0])
+
+
+def own_votes(
+    store: Callable[[ImageFeatures], Datastore],
+    features: ImageFeatures,
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+) -> OwnVotes | None:
+    """Leave-one-out votes where a configuration asks for them.
+
+    Args:
+        store: builds a datastore from rows.
+        features: N rows.
+        model: with their configuration.
+        grid: the configurations.
+    """
+    configs = grid.configs() if isinstance(grid, ProbeGrid) else grid
+    if not any(config.alpha or config.gamma for config in configs):
+        return None
+    return OwnVotes.of(store(features), features, model.config)
+
+
+def _train(
+    features: ImageFeatures,
+    votes: OwnVotes | None,
+    model: KnnForImageClassification,
+    grid: ProbeGrid | list[ProbeConfig],
+    settings: ProbeSettings,
+    progress: bool,
+) -> ProbeHeads:
+    rows, _ = split_features(features.features, model.config)
+    own: Tensor | None = None if votes is None else votes.at(features.ids)
+    classes = model.config.head_classes
+    return train_probes(rows, features.labels, classes, grid, settings, own, progress=progress)
+
+
+def _pool(
+    pooled: list[ProbeScore], rows: int, found: list[ProbeScore], count: int
+) -> list[ProbeScore]:
+    """Scores over the rows so far and `count` more."""
+    if not pooled:
+        return found
+    share = count / (rows + count)
+    return [
+        ProbeScore(
+            mine.config,
+            (1 - share) * mine.accuracy + share * new.accuracy,
+            (1 - share) * mine.log_likelihood + share * new.log_likelihood,
+            mine.diverged or new.diverged,
+        )
+        for mine, new in zip(pooled, found, strict=True)
+    ]

@@ -1,0 +1,183 @@
+"""Head, neighbours and blend of a model, asked about rows that they have not seen."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.backbone import split_features
+from ..core.search import Neighbors
+from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
+from ..features.extract import ImageFeatures
+from ..model.backbones import evaluating
+from ..model.modeling import KnnForImageClassification
+from .blend import Grid, TuneResult, tune
+from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
+from .temperature import fit_temperature
+
+_ROWS = 1024
+
+
+_VOICES = ("head", "knn", "blend")
+
+
+_OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
+
+
+class HeldOut(NamedTuple):
+    """What was said about rows that nobody had seen.
+
+    Attributes:
+        neighbors: [B, k] at the largest k that shall be tried.
+        head_log_probs: [B, C_head].
+        labels: [B] int64.
+    """
+
+    neighbors: Neighbors
+    head_log_probs: Tensor
+    labels: Tensor
+
+
+def ask_voices(
+    model: KnnForImageClassification, features: ImageFeatures, k: int, device: torch.device
+) -> HeldOut:
+    """Asks the datastore and the head of a model about rows.
+
+    Args:
+        model: with a datastore.
+        features: the rows, which it has not seen.
+        k: the largest k that shall be tried.
+        device: of the head.
+    """
+    head_part, store_part = split_features(features.features, model.config)
+    store = model.datastore
+    assert store is not None
+    with evaluating(model):
+        logits = model.head(head_part.to(device)).float()
+    head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
+    return HeldOut(store.search(store_part, k), head_log_probs, features.labels)
+
+
+def joined(parts: Sequence[HeldOut]) -> HeldOut:
+    """The rows of several folds, with as many neighbours as all of them have."""
+    width = min(part.neighbors.labels.shape[1] for part in parts)
+    fields = zip(*(part.neighbors for part in parts), strict=True)
+    neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
+    heads = torch.cat([part.head_log_probs for part in parts])
+    return HeldOut(neighbors, heads, torch.cat([part.labels for part in parts]))
+
+
+def choose_blend(
+    model: KnnForImageClassification,
+    held_out: HeldOut,
+    grid: Grid,
+    criterion: str | None,
+    calibrate: bool,
+) -> TuneResult:
+    """Chooses k, temperature and λ, and sets them in the configuration of a model.
+
+    Args:
+        model: what was asked.
+        held_out: its answers.
+        grid: what is tried.
+        criterion: see `hf_knn.tune`.
+        calibrate: also scale the temperatures of head and blend.
+    """
+    neighbors, head_log_probs, labels = held_out
+    config = model.config
+    if calibrate:
+        head_log_probs = _calibrate_head(model, head_log_probs, labels)
+    result = tune(
+        neighbors, head_log_probs, labels, config.classes, criterion,
+        metric=config.metric, weighting=config.knn_weighting, grid=grid,
+    )  # fmt: skip
+    config.k, config.knn_temperature = result.k, result.temperature
+    config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
+    config.num_tuned_labels = None
+    votes = knn_log_probs(
+        neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
+        config.classes, result.temperature,
+        metric=config.metric, weighting=config.knn_weighting,
+    )  # fmt: skip
+    blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
+    if calibrate:
+        config.blend_temperature = fit_temperature(floor_log_probs(blend), labels)
+    sure = soften(blend, config.blend_temperature)
+    config.answer_thresholds = thresholds(sure, labels, ERROR_RATES)
+    return result
+
+
+def measure_voices(
+    model: KnnForImageClassification, features: ImageFeatures, device: torch.device
+) -> tuple[dict[str, float], list[list[float]]]:
+    """Measures head, neighbours and blend.
+
+    Args:
+        model: what is asked.
+        features: the rows.
+        device: of the head.
+
+    Returns:
+        The numbers by name, and the reliability of the blend, see `metrics.reliability`.
+    """
+    voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
+    classes = model.config.classes
+    with evaluating(model):
+        for rows in torch.arange(len(features)).split(_ROWS):
+            output = model(features=features.features[rows].to(device))
+            head = functional.log_softmax(output.head_logits.float(), dim=-1)
+            missing = (0, classes - head.shape[1])
+            voices["head"].append(functional.pad(head, missing, value=-torch.inf))
+            voices["blend"].append(output.logits)
+            if output.knn_log_probs is not None:
+                voices["knn"].append(output.knn_log_probs)
+    joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
+    results: dict[str, float] = {}
+    for voice, log_probs in joint.items():
+        scores = measure(floor_log_probs(log_probs), features.labels)
+        results |= {f"{voice}_{name}": value for name, value in scores.items()}
+    if "knn" in joint:
+        results |= complementarity(joint["head"], joint["knn"], joint["blend"], features.labels)
+    results |= {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
+    return results, reliability(joint["blend"], features.labels)
+
+
+def describe_measurement(
+    metrics: dict[str, float],
+    prefix: str,
+    rows: int,
+    dataset: Any,
+    is_tuned_on: bool,
+) -> dict[str, Any]:
+    """What a model card says of a measurement, without the reliability.
+
+    Args:
+        metrics: numbers whose names have the prefix.
+        prefix: as given to `evaluate`.
+        rows: how many were asked about.
+        dataset: the pictures, as given to `evaluate`.
+        is_tuned_on: whether k, temperature and λ were chosen on them.
+    """
+    numbers = {f"eval_{k.removeprefix(f'{prefix}_')}": v for k, v in metrics.items()}
+    voices = {k: v for k, v in numbers.items() if "_per_second" not in k and "runtime" not in k}
+    info = getattr(dataset, "info", None)
+    return {
+        "metrics": voices,
+        "rows": rows,
+        "dataset": getattr(info, "dataset_name", None) or "",
+        "split": str(getattr(dataset, "split", None) or ""),
+        "note": _OWN_NOTE if is_tuned_on else "",
+    }
+
+
+def _calibrate_head(model: KnnForImageClassification, log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Scales the head's temperature; returns its log-probabilities then."""
+    known = labels < log_probs.shape[1]
+    if not known.any():
+        return log_probs
+    temperature = fit_temperature(floor_log_probs(log_probs[known]), labels[known])
+    model.head.soften(temperature)
+    model.config.head_temperature *= temperature
+    return soften(log_probs, temperature)

@@ -1,0 +1,272 @@
+"""What is measured, as `evaluate.Metric` objects that work offline."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import beta
+from sklearn.metrics import recall_score, roc_auc_score
+from torch import Tensor
+
+from ..core.votes import PROBABILITY_FLOOR
+from ..data.loading import PREDICTION_FEATURES
+
+ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+"""For which `KnnTrainer.tune` looks for thresholds."""
+
+
+def thresholds(log_probs: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:
+    """From which confidence on no more than a share of the answers was wrong.
+
+    The smallest threshold such that the answers above it, of the rows given, were wrong at most at
+    the rate, and 90 % sure so: by the upper Clopper-Pearson bound, as in Geifman & El-Yaniv,
+    *Selective Classification for Deep Neural Networks* (2017).
+
+    Args:
+        log_probs: [N, C] of rows that nothing was fitted on.
+        labels: [N] int64.
+        rates: of errors, each in (0, 1).
+
+    Returns:
+        Rate, as text, to threshold in [0, 1]; rates that no threshold reaches are left out.
+    """
+    confidence, answer = log_probs.double().exp().max(1)
+    order = confidence.argsort(descending=True)
+    wrong = (answer != labels)[order].long().cumsum(0)
+    counts = torch.arange(1, len(order) + 1)
+    # answers of one confidence are given together
+    ends = torch.cat([confidence[order].diff() < 0, torch.ones(1, dtype=torch.bool)])
+    places = ends.nonzero().flatten() if len(order) else torch.empty(0, dtype=torch.int64)
+    bounds = upper_bounds(wrong[places].numpy(), counts[places].numpy())
+    found = {}
+    for rate in rates:
+        fine = places[torch.from_numpy(bounds <= rate)]
+        if len(fine):
+            found[f"{rate:g}"] = float(confidence[order[fine[-1]]])
+    return found
+
+
+def upper_bounds(
+    errors: NDArray[np.int64], counts: NDArray[np.int64], sureness: float = 0.9
+) -> NDArray[np.float64]:
+    """The error rates that are exceeded with a chance of 1 - sureness only (Clopper-Pearson).
+
+    Args:
+        errors: [M] of so many answers.
+        counts: [M], > 0.
+        sureness: in (0, 1).
+    """
+    is_all = errors >= counts
+    bounds = beta.ppf(sureness, errors + 1, np.where(is_all, 1, counts - errors))
+    return np.where(is_all, 1.0, bounds)
+
+
+CALIBRATION_BINS = 15
+
+
+ALL = "all"
+
+
+COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
+"""What `complementarity` returns."""
+
+
+Scores = NDArray[np.float64]
+
+
+Labels = NDArray[np.int64]
+
+
+def top_k_accuracy(log_probs: Scores, labels: Labels, k: int) -> float:
+    """Share of pictures whose label is among the k most probable classes.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N].
+        k: from 1; more than C counts as C.
+    """
+    best = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]  # the lower of equal classes first
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
+    """Mean over the classes that occur of their top-1 accuracy."""
+    predicted = log_probs.argmax(axis=1)
+    present = np.unique(labels)
+    return float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0))
+
+
+def negative_log_likelihood(log_probs: Scores, labels: Labels) -> float:
+    """Mean of ``-log p(label)``, each p floored at 1e-12."""
+    own = log_probs[np.arange(len(labels)), labels]
+    return float(np.abs(np.maximum(own, np.log(PROBABILITY_FLOOR)).mean()))  # never -0
+
+
+def expected_calibration_error(
+    log_probs: Scores, labels: Labels, bins: int = CALIBRATION_BINS
+) -> float:
+    """Mean gap between confidence and accuracy over bins of equal mass.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N].
+        bins: how many bins of (nearly) the same number of pictures.
+    """
+    found = calibration_bins(log_probs, labels, bins)
+    return sum(n * abs(confidence - right) for confidence, right, n in found) / len(labels)
+
+
+def calibration_bins(log_probs: Scores, labels: Labels, bins: int) -> list[list[float]]:
+    """Bins of (nearly) the same number of pictures, by how sure the answers are.
+
+    Returns:
+        Mean confidence, accuracy and number of pictures of each bin.
+    """
+    confidence = np.exp(log_probs.max(axis=1))
+    correct = (log_probs.argmax(axis=1) == labels).astype(np.float64)
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
+    return [[float(confidence[p].mean()), float(correct[p].mean()), float(len(p))] for p in parts]
+
+
+def reliability(log_probs: Tensor, labels: Tensor) -> list[list[float]]:
+    """The bins of `expected_calibration_error`, to be drawn.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N] int64.
+
+    Returns:
+        Mean confidence, accuracy and number of pictures of each bin, by confidence.
+    """
+    scores, wanted = log_probs.double().cpu().numpy(), labels.cpu().numpy()
+    return calibration_bins(scores, wanted, CALIBRATION_BINS)
+
+
+def brier_score(log_probs: Scores, labels: Labels) -> float:
+    """Mean over pictures of ``sum_c (p_c - [c = label])^2``, in [0, 2]."""
+    gaps = np.exp(log_probs)
+    gaps[np.arange(len(labels)), labels] -= 1
+    return float((gaps**2).sum(axis=1).mean())
+
+
+def auroc(log_probs: Scores, labels: Labels) -> float:
+    """Area under the ROC curve of class 1 of two; NaN if only one class occurs."""
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    floored = np.maximum(log_probs, np.log(PROBABILITY_FLOOR))
+    return float(roc_auc_score(labels, floored[:, 1] - floored[:, 0]))
+
+
+@dataclass(frozen=True)
+class _Definition:
+    name: str
+    compute: Callable[[Scores, Labels], float]
+    description: str
+
+
+_DEFINITIONS = (
+    _Definition("top1", lambda p, y: top_k_accuracy(p, y, 1), "top-1 accuracy"),
+    _Definition("top5", lambda p, y: top_k_accuracy(p, y, 5), "top-5 accuracy"),
+    _Definition("mean_class", mean_class_accuracy, "mean per-class accuracy"),
+    _Definition("nll", negative_log_likelihood, "negative log-likelihood, p floored at 1e-12"),
+    _Definition("ece", expected_calibration_error, "expected calibration error, equal-mass bins"),
+    _Definition("brier", brier_score, "Brier score over all classes"),
+    _Definition("auroc", auroc, "area under the ROC curve, two classes"),
+)
+
+
+def score_log_probs(log_probs: Scores, labels: Labels) -> dict[str, float]:
+    """All metrics of one voice, from arrays.
+
+    Args:
+        log_probs: [N, C] float64, floored log-probabilities.
+        labels: [N] int64.
+
+    Returns:
+        `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier`, and `auroc` for two classes.
+    """
+    is_binary = log_probs.shape[1] == 2
+    return {
+        definition.name: definition.compute(log_probs, labels)
+        for definition in _DEFINITIONS
+        if is_binary or definition.name != "auroc"
+    }
+
+
+class LogProbMetric(evaluate.Metric):
+    """One number from log-probabilities and labels.
+
+    Args:
+        config_name: which: `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier` or `auroc`; `all`
+            gives all of them, `auroc` for two classes only.
+        kwargs: see `evaluate.Metric`.
+
+    Raises:
+        ValueError: for another name.
+    """
+
+    def __init__(self, config_name: str, **kwargs: Any) -> None:
+        known = {definition.name: definition for definition in _DEFINITIONS}
+        if config_name not in known and config_name != ALL:
+            raise ValueError(
+                f"Expected a metric of {[*sorted(known), ALL]}, but got {config_name!r}."
+            )
+        self.definitions = _DEFINITIONS if config_name == ALL else (known[config_name],)
+        super().__init__(config_name=config_name, keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="; ".join(definition.description for definition in self.definitions),
+            citation="",
+            inputs_description="predictions: log-probabilities [N, C]; references: labels [N]",
+            features=PREDICTION_FEATURES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        log_probs = np.asarray(predictions, dtype=np.float64)
+        labels = np.asarray(references, dtype=np.int64)
+        if len(self.definitions) == 1:
+            return {self.definitions[0].name: self.definitions[0].compute(log_probs, labels)}
+        return score_log_probs(log_probs, labels)
+
+
+def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics of one voice.
+
+    Args:
+        log_probs: [N, C], floored log-probabilities.
+        labels: [N] int64.
+
+    Returns:
+        `top1`, `top5`, `mean_class`, `nll`, `ece`, `brier`, and `auroc` for two classes.
+    """
+    metric = LogProbMetric(ALL)  # one, since each writes the log-probabilities to Arrow
+    results: dict[str, float] = metric.compute(
+        predictions=log_probs.float().cpu().numpy(), references=labels.cpu().numpy()
+    )
+    return results
+
+
+def complementarity(head: Tensor, knn: Tensor, blend: Tensor, labels: Tensor) -> dict[str, float]:
+    """How much the two voices know that the other does not.
+
+    Args:
+        head: [N, C] log-probabilities of the head.
+        knn: [N, C] those of the neighbours.
+        blend: [N, C] those of both.
+        labels: [N] int64.
+
+    Returns:
+        `both_wrong`: share of pictures at which both err. `oracle`: accuracy of an oracle that
+        picks the right voice, 1 - both_wrong. `blend_gain`: top-1 of the blend minus the head's.
+    """
+    head_right, knn_right, blend_right = (
+        voice.argmax(dim=1) == labels.to(voice.device) for voice in (head, knn, blend)
+    )
+    both_wrong = float((~head_right & ~knn_right).double().mean())
+    gain = float(blend_right.double().mean() - head_right.double().mean())
+    return {"both_wrong": both_wrong, "oracle": 1 - both_wrong, "blend_gain": gain}

@@ -1,0 +1,274 @@
+"""Bulk load of a datastore into Milvus: with progress, and to be called again after a kill."""
+
+import dataclasses
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.utils.logging import tqdm
+
+from ..core.manifest import DatastoreError
+from ..core.rows import RowParts
+from ..core.search import RowSpace
+from ..store.datastore import Datastore
+from ..store.index import MIN_RECALL
+from ..store.table import sum_of
+from .collection import (
+    CHANGING,
+    LOADING,
+    RECALL_K,
+    ROW_FIELDS,
+    WHOLE,
+    About,
+    MilvusCollection,
+    MilvusIndex,
+    check_rows,
+    decode_rows,
+    encode_rows,
+    rows_per_call,
+    sample_rows,
+    set_effort,
+)
+from .search import search_collection
+
+logger = logging.getLogger(__name__)
+
+
+BATCH_ROWS = 1000
+
+
+_BLOCK, _ID_PAGE = 16_384, 16_384
+
+
+_HEADROOM = 4.0  # rows that are added later may be so much longer than the longest of now
+
+
+INTERRUPTED = {
+    LOADING: "its load was interrupted; call MilvusDatastore.from_datastore again to finish it",
+    CHANGING: "a change of it was interrupted; MilvusDatastore.connect(…, recover=True) takes the "
+    "rows that are there",
+}
+"""What to do about a collection that is not whole."""
+
+
+def space_of(about: About) -> RowSpace:
+    """How the rows of a collection are compared."""
+    nothing = RowParts([about.mean.new_zeros(0, about.dim)])
+    return RowSpace(
+        about.mean.double().numpy(), about.metric, about.normalization, nothing, about.largest
+    )
+
+
+def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
+    """The record about a collection that shall hold a datastore's rows.
+
+    Args:
+        store: the datastore.
+        index: of a `MilvusIndex`.
+
+    Raises:
+        ValueError: for rows that Milvus cannot hold.
+    """
+    check_rows(store.paths, [store.source.get("split", "")], store.dim, store.dtype)
+    total, largest = 0, 0.0
+    mean = store.mean.double().numpy()
+    for start in range(0, len(store), _BLOCK):
+        rows = store.rows(slice(start, start + _BLOCK))
+        total += sum_of(rows)
+        space = RowSpace(mean, store.metric, store.normalization, rows.features)
+        largest = max(largest, space.largest)
+    return About(
+        state=LOADING,
+        count=len(store),
+        total=total % 2**256,
+        dim=store.dim,
+        dtype=store.dtype,
+        metric=store.metric,
+        normalization=store.normalization,
+        largest=_HEADROOM * (largest or 1.0),
+        next_id=int(store.ids.max()) + 1 if len(store) else 0,
+        has_paths=store.paths is not None,
+        index=index,
+        source=dict(store.source),
+        mean=store.mean,
+    )
+
+
+def load_rows(
+    store: Datastore,
+    collection: MilvusCollection,
+    batch_size: int,
+    progress: bool,
+    index: str = MilvusIndex.FLAT,
+    min_recall: float = MIN_RECALL,
+) -> About:
+    """Brings the rows of a datastore into a collection, or finishes what was begun.
+
+    The record says `loading` until every row was read back, so that half a collection is never
+    opened. Rows are written by id: one that is written twice is there once.
+
+    Args:
+        store: the datastore.
+        collection: where to.
+        batch_size: rows per call.
+        progress: show a progress bar.
+        index: of a `MilvusIndex`.
+        min_recall: that an approximate one has to reach.
+
+    Returns:
+        The record, which now says `whole`.
+
+    Raises:
+        ValueError: for a collection that holds, or shall hold, other rows.
+        DatastoreError: if what was read back is not what was written.
+        DatastoreConnectionError: if the server does not answer; call again.
+    """
+    wanted, known = describe(store, index), collection.read_about()
+    if known is not None and known.state == CHANGING:
+        raise DatastoreError(f"Expected {collection} to be whole, but {INTERRUPTED[CHANGING]}.")
+    if known is not None and known.fingerprint != wanted.fingerprint:
+        raise ValueError(
+            f"Expected {collection} to be free, but it {'' if known.state == WHOLE else 'shall '}"
+            f"hold {known.count} rows, fingerprint {known.fingerprint[:12]}…, where these are "
+            f"{wanted.count}, {wanted.fingerprint[:12]}…; take another name, or drop it."
+        )
+    if known is not None and known.index != index:
+        raise ValueError(
+            f"Expected {collection} to be searched by {index}, but it was made for {known.index}; "
+            "take another name, or drop it."
+        )
+    if known is not None and known.state == WHOLE and collection.has_rows():
+        return known
+    space = space_of(wanted)
+    collection.create(wanted, wanted.dim + space.is_l2)
+    present = _ids_in(collection)
+    missing = np.flatnonzero(~np.isin(store.ids.numpy(), present))
+    if len(store) - len(missing) != len(present):
+        raise DatastoreError(
+            f"Expected {collection} to hold rows of this datastore only, but of {len(present)} "
+            f"rows {len(present) + len(missing) - len(store)} are others; drop it and load again."
+        )
+    if len(present):
+        logger.info("%s holds %d of %d rows already.", collection, len(present), len(store))
+    _write(store, collection, space, missing, batch_size, progress)
+    collection.flush()
+    check_content(collection, wanted)
+    if index != MilvusIndex.FLAT and len(store) > 1:
+        wanted = _with_recall(store, collection, wanted, min_recall)
+    whole = dataclasses.replace(wanted, state=WHOLE)
+    collection.write_about(whole)
+    return whole
+
+
+def count_content(collection: MilvusCollection, about: About) -> tuple[int, int]:
+    """Reads all rows: how many there are, and the sum of their hashes.
+
+    Args:
+        collection: the collection.
+        about: the record about it.
+    """
+    count = total = 0
+    for page in collection.pages(ROW_FIELDS, "", rows_per_call(about.dim, 4096)):
+        total += sum_of(decode_rows(page, about))
+        count += len(page)
+    return count, total % 2**256
+
+
+def check_content(collection: MilvusCollection, about: About) -> None:
+    """Reads all rows and compares them with the record about them.
+
+    Raises:
+        DatastoreError: with both numbers.
+    """
+    count, total = count_content(collection, about)
+    if (count, total) != (about.count, about.total):
+        found = dataclasses.replace(about, count=count, total=total)
+        raise DatastoreError(
+            f"Expected {collection} to hold {about.count} rows, fingerprint "
+            f"{about.fingerprint[:12]}…, but it holds {count}, {found.fingerprint[:12]}…; somebody "
+            "else changed it: drop it and load again."
+        )
+
+
+def open_whole(place: MilvusCollection, recover: bool = False) -> About:
+    """The record of a collection that is whole and ready to be read.
+
+    Args:
+        place: the collection.
+        recover: count the rows anew after an interrupted change, and take what is there.
+
+    Raises:
+        DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
+        DatastoreConnectionError: if the server does not answer.
+    """
+    about = place.read_about()
+    if about is None or not place.has_rows():
+        raise DatastoreError(
+            f"Expected {place} to be a datastore, but there is none; load one with "
+            "MilvusDatastore.from_datastore."
+        )
+    if about.state == LOADING or (about.state == CHANGING and not recover):
+        raise DatastoreError(f"Expected {place} to be whole, but {INTERRUPTED[about.state]}.")
+    place.load()
+    if recover:
+        count, total = count_content(place, about)
+        about = dataclasses.replace(about, state=WHOLE, count=count, total=total)
+        place.write_about(about)
+    found = place.count()
+    if found != about.count:
+        raise DatastoreError(
+            f"Expected {place} to hold {about.count} rows, but it holds {found}; somebody else "
+            "changed it: drop it and load again, or connect with recover=True."
+        )
+    return about
+
+
+def _with_recall(
+    store: Datastore, collection: MilvusCollection, about: About, min_recall: float
+) -> About:
+    """The record with an effort that reaches a recall, and that recall."""
+    chosen = sample_rows(len(store))
+    rows, ids = store.features[chosen], store.ids[chosen]
+    k = min(RECALL_K, len(store) - 1)
+    # by its labels a datastore is searched exactly, whatever its index
+    exact = store.search(rows, k, ids, labels=store.labels.unique()).ids.numpy()
+    space = space_of(about)
+    queries = space.normalize(rows.numpy())
+
+    def ask(effort: int) -> NDArray[np.int64]:
+        tried = dataclasses.replace(about, effort=effort)
+        return search_collection(collection, tried, space, queries, k, ids.numpy()).ids
+
+    effort, recall = set_effort(about.index, len(store), ask, exact, min_recall)
+    return dataclasses.replace(about, effort=effort, recall=recall)
+
+
+def _ids_in(collection: MilvusCollection) -> np.ndarray:
+    pages = [[row["id"] for row in page] for page in collection.pages(["id"], "", _ID_PAGE)]
+    return np.array([row_id for page in pages for row_id in page], np.int64)
+
+
+def _write(
+    store: Datastore,
+    collection: MilvusCollection,
+    space: RowSpace,
+    missing: np.ndarray,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    step = rows_per_call(store.dim, batch_size)
+    done = len(store) - len(missing)
+    is_missing = np.zeros(len(store), bool)
+    is_missing[missing] = True
+    with tqdm(
+        total=len(store), initial=done, unit=" rows", desc="into Milvus", disable=not progress
+    ) as bar:
+        for start in range(0, len(store), step):
+            part = slice(start, start + step)
+            rows, wanted = store.rows(part), is_missing[part]
+            if not wanted.any():
+                continue
+            vectors = space.first_pass_rows(rows.features)
+            encoded = encode_rows(rows, vectors)
+            collection.upsert([row for row, new in zip(encoded, wanted, strict=True) if new])
+            bar.update(int(wanted.sum()))

@@ -1,0 +1,239 @@
+"""Image processors: found beside a model, and always of a kind that a checkpoint can hold."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from ..core.backbone import count_prefix_tokens, hash_tensors, model_class, pool
+from ..core.config import Pooling
+
+# the classes of processors are taken from `transformers` when one is made: they import slowly
+_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def load_processor(name: str, config: PreTrainedConfig | None = None, **options: Any) -> Any:
+    """The image processor that comes with a model, or None if there is none.
+
+    Args:
+        name: a folder or a Hub id.
+        config: of the model; a timm model keeps its settings there.
+        options: `revision`, `token`, `cache_dir`, ….
+    """
+    lookup = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    found = cached_file(
+        name, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **lookup
+    )
+    if found is not None:
+        return transformers.AutoImageProcessor.from_pretrained(name, **options)
+    settings = getattr(config, "pretrained_cfg", None)
+    return _from_timm(settings) if settings else None
+
+
+def portable(processor: Any) -> Any:
+    """A processor that can be saved: timm's own cannot, so its settings move to one that can.
+
+    Args:
+        processor: an image processor or None.
+    """
+    settings = getattr(processor, "data_config", None)
+    return processor if settings is None else _from_timm(settings)
+
+
+def _from_timm(settings: Mapping[str, Any]) -> Any:
+    """Timm's evaluation transform: resize to size / crop_pct, centre crop, normalise."""
+    _, height, width = settings.get("input_size", (3, 224, 224))
+    crop_share = settings.get("crop_pct") or 0.875
+    resized = [math.floor(side / crop_share) for side in (height, width)]
+    size = {"shortest_edge": min(resized)}
+    if settings.get("crop_mode") == "squash" or height != width:
+        size = {"height": resized[0], "width": resized[1]}
+    return transformers.BitImageProcessor(
+        size=size,
+        crop_size={"height": height, "width": width},
+        resample=_RESAMPLING.get(settings.get("interpolation", "bicubic"), 3),
+        image_mean=list(settings.get("mean", (0.485, 0.456, 0.406))),
+        image_std=list(settings.get("std", (0.229, 0.224, 0.225))),
+    )
+
+
+def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
+    """Loads a pretrained vision model.
+
+    Args:
+        name: a Hub id, a local folder, or the name of a timm model (loaded as `timm/<name>`).
+        hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, ….
+
+    Raises:
+        ValueError: for a model without a vision tower.
+        OSError: if it cannot be found.
+    """
+    hub_options.setdefault("use_safetensors", True)  # a pickle is not opened unless asked for
+    lookup = {key: value for key, value in hub_options.items() if key != "use_safetensors"}
+    config = AutoConfig.from_pretrained(name, **lookup)
+    vision_config = getattr(config, "vision_config", None)
+    if vision_config is None:
+        return AutoModel.from_pretrained(name, config=config, **hub_options)
+    if type(vision_config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"Expected {name!r} to have a vision tower that loads alone, "
+            f"but {type(vision_config).__name__} does not; choose another backbone."
+        )
+    return model_class(vision_config).from_pretrained(name, **hub_options)
+
+
+def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a backbone's configuration without the path or repo it came from.
+
+    A masked autoencoder becomes the plain ViT it is without its mask: it would drop three quarters
+    of the patches at random, in `eval()` mode too.
+
+    Args:
+        config: of a vision model.
+
+    Raises:
+        ValueError: for a model that is not a vision model alone.
+    """
+    if getattr(config, "vision_config", None) is not None:
+        raise ValueError(
+            f"Expected a vision backbone, but got {type(config).__name__}, which has other towers "
+            "too; pass its vision tower (`model.vision_model`), or its id or folder."
+        )
+    if config.model_type == "vit_mae":
+        known = set(ViTConfig().to_dict())
+        values = {name: value for name, value in config.to_dict().items() if name in known}
+        config = ViTConfig.from_dict(values | {"model_type": "vit"})
+    config = copy.deepcopy(config)
+    config.name_or_path = ""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+def default_pooling(backbone: PreTrainedModel) -> str:
+    """The pooling that suits a model: `cls` where there is a CLS token, else `mean`."""
+    output, pixel_values = _probe(backbone)
+    hidden = output.last_hidden_state
+    if hidden.ndim == 3 and count_prefix_tokens(backbone, pixel_values, hidden.shape[1]):
+        return str(Pooling.CLS)
+    return str(Pooling.MEAN)
+
+
+def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
+    """Width D of one pooled feature, by running the model once on an empty image.
+
+    Args:
+        backbone: the vision model.
+        pooling: how its output is pooled; None as `default_pooling` says.
+    """
+    output, pixel_values = _probe(backbone)
+    return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module has the mode it had."""
+    with in_eval_mode(model), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, also for threads that are started; then each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
+    """Leaves the last blocks of a backbone, and what comes after them, to be trained.
+
+    The blocks are the list of modules that holds the most weights: the layers of a transformer, the
+    stages of a CNN. Embeddings, stem and earlier blocks are frozen.
+
+    Args:
+        backbone: a vision model.
+        count: how many blocks stay trainable, >= 1.
+
+    Raises:
+        ValueError: for more blocks than there are, or a backbone without blocks.
+    """
+    lists = [
+        module
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    ]
+    blocks = max(lists, key=_count_weights, default=None)
+    if blocks is None or not 1 <= count <= len(blocks):
+        found = 0 if blocks is None else len(blocks)
+        raise ValueError(f"Expected `trainable_blocks` to be in [1, {found}], but got {count}.")
+    first = next(iter(blocks[len(blocks) - count].parameters()))
+    is_frozen = True
+    for parameter in backbone.parameters():  # in the order in which modules were made
+        is_frozen = is_frozen and parameter is not first
+        parameter.requires_grad_(not is_frozen)
+
+
+def _count_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def weight_marks(module: nn.Module) -> str:
+    """Two fingerprints of a module's weights in memory, one of which outlives a cast.
+
+    Rounding to bfloat16 gives the same for float32 weights and their cast to bfloat16, rounding to
+    float16 the same for their cast to float16; training changes both.
+    """
+    state = sorted(module.state_dict().items())
+    kept = [(name, value) for name, value in state if not name.endswith("num_batches_tracked")]
+    marks = [
+        hash_tensors((name, _rounded(value, dtype)) for name, value in kept)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return ":".join(marks)
+
+
+def same_weights(first: str, second: str) -> bool:
+    """Whether two `weight_marks` are of the same weights, up to a cast."""
+    return any(a == b for a, b in zip(first.split(":"), second.split(":"), strict=True))
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _probe(backbone: PreTrainedModel) -> tuple[Any, Tensor]:
+    height, width = _image_size(backbone.config)
+    channels = getattr(backbone.config, "num_channels", 3)
+    parameter = next(backbone.parameters())
+    pixels = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
+    with evaluating(backbone):
+        return backbone(pixel_values=pixels, return_dict=True), pixels
+
+
+def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = getattr(config, "image_size", None)
+    if size is None:  # timm keeps it in its own settings
+        arguments = getattr(config, "model_args", None) or {}
+        size = arguments.get("img_size")
+    if size is None:
+        size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", [3, 224, 224])[1:]
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)

@@ -1,0 +1,304 @@
+"""The model card: a block that is made from what was measured, between what users wrote."""
+
+import html
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+try:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+except ImportError as missing:  # transformers needs it too, so that this is a formality
+    raise ImportError("Expected huggingface_hub to be installed.") from missing
+
+
+logger = logging.getLogger(__name__)
+
+
+MEASURED_NAME = "measured.json"
+"""File of a checkpoint with what was measured, which the card is made from."""
+
+
+VOICE_NAMES = {"head": "head alone", "knn": "neighbours alone", "blend": "blend"}
+
+
+_BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or below -->"
+
+
+_END = "<!-- hf_knn: end -->"
+
+
+_BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+
+
+BLOB_GLOB = "datastore-*.safetensors"
+
+
+_LARGEST_MEASUREMENT = 10**6
+
+
+_BIN_WIDTH = 3  # confidence, accuracy, pictures
+
+
+_THUMBNAILS_NOTE = (
+    " It also holds small copies of training pictures, without metadata, as was asked for; a row "
+    "that is forgotten takes its own along."
+)
+
+
+RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
+
+
+_PICTURES = {
+    RELIABILITY_NAME: "How sure it is, and how often right",
+    NEIGHBORS_NAME: "Pictures, answers, and the training pictures that voted",
+}
+
+
+_LARGEST_PICTURE = 5 * 10**6
+
+
+_COLUMNS = {
+    "top1": "top-1",
+    "mean_class": "mean per class",
+    "nll": "NLL (p floored at 1e-12)",
+    "ece": "ECE",
+}
+
+
+def read_measured(path: Path | None) -> dict[str, Any] | None:
+    """What a checkpoint says was measured; None if it says nothing that can be used.
+
+    Args:
+        path: of `measured.json`; None if there is none.
+    """
+    if path is None or path.stat().st_size > _LARGEST_MEASUREMENT:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {str(k): float(v) for k, v in found["metrics"].items()}
+        known = {"metrics": metrics, "rows": int(found["rows"])}
+        bins = [[float(value) for value in row] for row in found.get("reliability", [])]
+        known["reliability"] = [row for row in bins if len(row) == _BIN_WIDTH]
+        return known | {name: str(found.get(name, "")) for name in ("dataset", "split", "note")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("Expected %s to hold metrics and rows, but: %r.", path.name, error)
+        return None
+
+
+def read_picture(path: Path | None) -> bytes | None:
+    """The picture of neighbours that comes with a checkpoint, which is kept as it is."""
+    if path is None or path.stat().st_size > _LARGEST_PICTURE:
+        return None
+    return path.read_bytes()
+
+
+def write_measured(measured: dict[str, Any], folder: Path) -> None:
+    """Writes `measured.json`.
+
+    Args:
+        measured: `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
+        folder: the checkpoint.
+    """
+    text = json.dumps(measured, indent=2, ensure_ascii=False)
+    (folder / MEASURED_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def draw_reliability(model: Any, folder: Path) -> None:
+    """Draws how often the blend is right when it says how sure it is, if that was measured.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        folder: where `reliability.png` goes; nothing is drawn without matplotlib.
+    """
+    bins = (model.measured or {}).get("reliability")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("Without matplotlib the card has no reliability diagram.")
+        return
+    if not bins:
+        return
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], "--", color="grey", label="perfectly calibrated")
+    axis.plot([row[0] for row in bins], [row[1] for row in bins], "o-", label="blend")
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axis.set_title(f"{len(bins)} bins of equally many pictures")
+    axis.legend()
+    figure.savefig(folder / RELIABILITY_NAME, dpi=100)
+
+
+def is_made_here(card: str) -> bool:
+    """Whether a card has the block that `make_card` writes."""
+    return _BLOCK.search(card) is not None
+
+
+def make_card(
+    model: Any,
+    name: str,
+    existing: str | None = None,
+    folder: Path | None = None,
+    license: str | None = None,  # noqa: A002 - what the Hub calls it
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+        model: a `KnnForImageClassification`.
+        name: of the repository or folder.
+        existing: the card that is there; what users wrote, and metadata that is not ours, survives.
+        folder: where the checkpoint lies, with pictures of the card.
+        license: of the model, such as `apache-2.0`; None keeps what the card says.
+    """
+    drawn = [name for name in _PICTURES if folder is not None and (folder / name).is_file()]
+    block = f"{_BEGIN}\n{_body(model, name, drawn, folder)}\n{_END}"
+    metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
+    if existing is not None:
+        before = ModelCard(existing, ignore_metadata_errors=True)
+        metadata, old = before.data.to_dict(), before.text.strip()
+        if _BLOCK.search(old):
+            text = _BLOCK.sub(lambda _: block, old, count=1) + "\n"
+        elif old:
+            text = f"{old}\n\n{block}\n"
+    data = _metadata(model, name, metadata, license)
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str | None) -> Any:
+    measured = model.measured or {}
+    metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="image-folder",
+            dataset_name=dataset,
+            dataset_split=measured.get("split") or None,
+            metric_type="accuracy",
+            metric_name=f"top-1 ({label})",
+            metric_value=metrics[f"eval_{voice}_top1"],
+        )
+        for voice, label in VOICE_NAMES.items()
+        if f"eval_{voice}_top1" in metrics
+    ]
+    kept = {k: v for k, v in existing.items() if k not in ("model-index", "model_name")}
+    ours: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": [*dict.fromkeys([*(kept.pop("tags", None) or []), "knn", "hf-knn"])],
+    }
+    base = getattr(model.config, "base_model", None)
+    if base:
+        ours["base_model"] = base
+    source = getattr(model.datastore, "source", {})
+    if source.get("revision"):  # known on the Hub
+        known = kept.pop("datasets", None) or []
+        ours["datasets"] = [*dict.fromkeys([*known, source["dataset"]])]
+    if license_name:
+        ours["license"] = license_name
+    if results:
+        ours |= {"eval_results": results, "model_name": name.rpartition("/")[2]}
+        ours["metrics"] = kept.pop("metrics", None) or ["accuracy"]
+    return ModelCardData(**kept | ours)
+
+
+def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
+    config = model.config
+    lines = [
+        "An image classifier that also remembers: a head on a vision backbone, blended with the "
+        "votes of the nearest training pictures.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageClassification, pipeline",
+        "",
+        "# without the package: the code comes with the repository",
+        f'model = AutoModelForImageClassification.from_pretrained("{_text(name)}", '
+        "trust_remote_code=True)",
+        "",
+        "# with it",
+        "import hf_knn",
+        f'pipeline("image-classification", model="{_text(name)}")("picture.jpg")',
+        "```",
+        "",
+        "## Measured",
+        "",
+        *_measured(model),
+        *(line for picture in drawn for line in ("", f"![{_PICTURES[picture]}]({picture})")),
+        "",
+        f"The blend uses k = {config.k}, temperature {config.knn_temperature:g}, "
+        f"λ = {config.knn_weight:g}"
+        + (
+            f", and its own temperature {config.blend_temperature:.3g}."
+            if config.blend_temperature != 1
+            else "."
+        ),
+        "",
+        "## Datastore",
+        "",
+        *_datastore(model, folder),
+        "",
+        "## Limits and privacy",
+        "",
+        "The answer is one of the classes it knows, also for a picture of something else. The "
+        "datastore holds features of the training pictures, which can reveal something about them: "
+        "share it only where you may share that. Removing a row leaves no byte of it in the next "
+        "version, but earlier commits of a repository still hold it until its history is squashed "
+        "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned."
+        + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _measured(model: Any) -> list[str]:
+    measured = model.measured
+    if not measured:
+        return ["Nothing was measured on pictures held out."]
+    metrics = measured["metrics"]
+    present = [voice for voice in VOICE_NAMES if f"eval_{voice}_top1" in metrics]
+    head = f"| voice | {' | '.join(_COLUMNS.values())} |"
+    rows = [
+        f"| {VOICE_NAMES[voice]} | "
+        + " | ".join(f"{metrics.get(f'eval_{voice}_{c}', float('nan')):.4f}" for c in _COLUMNS)
+        + " |"
+        for voice in present
+    ]
+    source = _text(measured.get("dataset") or "a dataset without a name")
+    split = f", split {_text(measured['split'])}" if measured.get("split") else ""
+    lines = [head, "|---|" + "---|" * len(_COLUMNS), *rows, ""]
+    lines.append(f"On {measured['rows']} pictures of {source}{split}.")
+    if measured.get("note"):
+        lines.append(_text(measured["note"]))
+    return lines
+
+
+def _datastore(model: Any, folder: Path | None) -> list[str]:
+    config, store = model.config, model.datastore
+    if store is None:
+        return ["None: this is the head alone."]
+    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in store.source.items() if v)
+    size = sum(path.stat().st_size for path in folder.glob(BLOB_GLOB)) if folder else 0
+    return [
+        f"{len(store):,} rows of {store.dim} values over {config.classes} classes"
+        + (f", {size / 1e6:,.1f} MB" if size else "")
+        + f"; {config.store_pooling} pooling, {config.normalization} "
+        f"normalisation, {config.metric} similarity, index {_text(store.index)}."
+        + (f" Made from {named}." if named else "")
+        + _location(store),
+    ]
+
+
+def _location(store: Any) -> str:
+    if store.location is None:
+        return ""
+    return (
+        f" The rows are not in this repository: they lie in {_text(store.location)}, and opening "
+        "the model asks that server, with `trust_remote_datastore=True` or `datastore_uri=`."
+    )
+
+
+def _text(value: Any) -> str:
+    """A name as text: it can neither end a line nor be markup, a table cell or code."""
+    flat = " ".join(str(value).split())[:200]
+    return html.escape(flat, quote=False).replace("|", "&#124;").replace("`", "'")

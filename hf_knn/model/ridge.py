@@ -1,0 +1,442 @@
+"""A ridge head that follows the rows of the datastore, to what a fit of them would be.
+
+The head is solved on the rows as the datastore holds them (cast once to the storage dtype), about
+the datastore's mean. Rows, mean, regulariser and temperature are all in a checkpoint, so the sums
+of `RidgeState` can be made again at any time and are never stored.
+"""
+
+import math
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import Head, KnnConfig, Normalization
+from ..core.head import KnnHead
+from ..core.votes import ClassWeighting
+
+_LARGEST_FEATURE = 1e100  # squares and their sums stay finite
+
+
+_BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
+
+
+class Moments(NamedTuple):
+    """Weighted sums about the weighted mean, and the weight of a row of each class; float64.
+
+    Attributes:
+        row_weights: [C].
+        mean: [D], relative to the shift.
+        gram: [D, D].
+        cross: [C, D].
+        prior: [C], the weighted mean of the one-hot targets.
+    """
+
+    row_weights: Tensor
+    mean: Tensor
+    gram: Tensor
+    cross: Tensor
+    prior: Tensor
+
+
+class RidgeState:
+    """The sums over the rows that a ridge classifier depends on, kept while rows come and go.
+
+    A change either succeeds or leaves everything as it was. Each change rounds the sums once, so a
+    solution drifts by about ``1e-16 * (largest squared row length ever held) / regularizer``.
+
+    With class weights there is one Gram matrix per class, since weights change with the counts:
+    ``8 C D^2`` bytes.
+
+    Args:
+        dim: D, width of a row.
+        num_labels: C, may grow.
+        class_weighting: `none`, `inverse` (a row of a class of n rows weighs in proportion to 1/n)
+            or `inverse_sqrt`; the mean weight of a row is 1.
+
+    Attributes:
+        shift: [D] what is subtracted from every row so that large means cancel nothing: the mean of
+            the first rows.
+        counts: [C] int64, rows per class.
+        sums: [C, D] sums of the shifted rows of each class.
+        grams: [1, D, D], with class weights [C, D, D]: sums of their outer products.
+        class_weighting: as given.
+    """
+
+    def __init__(
+        self, dim: int, num_labels: int = 0, class_weighting: str = ClassWeighting.NONE
+    ) -> None:
+        self.class_weighting = ClassWeighting(class_weighting)
+        slots = 1 if self.class_weighting is ClassWeighting.NONE else num_labels
+        self.shift = torch.zeros(dim, dtype=torch.float64)
+        self.counts = torch.zeros(num_labels, dtype=torch.int64)
+        self.sums = torch.zeros(num_labels, dim, dtype=torch.float64)
+        self.grams = torch.zeros(slots, dim, dim, dtype=torch.float64)
+
+    @classmethod
+    def from_rows(
+        cls,
+        features: Tensor,
+        labels: Tensor,
+        num_labels: int = 0,
+        class_weighting: str = ClassWeighting.NONE,
+    ) -> Self:
+        """Sums over rows, in blocks.
+
+        Args:
+            features: [N, D], normalised by the caller.
+            labels: [N] int64.
+            num_labels: C; more if a label says so.
+            class_weighting: see the class.
+
+        Raises:
+            ValueError: for shapes that disagree, negative labels, or features that are not finite
+                or above 1e100.
+        """
+        if features.ndim != 2:
+            raise ValueError(
+                f"Expected `features` to be [N, D], but got shape {tuple(features.shape)}."
+            )
+        state = cls(features.shape[1], num_labels, class_weighting)
+        state.add(features, labels)
+        return state
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.sums.shape[1]
+
+    @property
+    def num_labels(self) -> int:
+        """C."""
+        return len(self.counts)
+
+    @property
+    def row_weights(self) -> Tensor:
+        """[C] float64: the weight of one row of each class; mean 1 over the rows."""
+        counts = self.counts.double()
+        if self.class_weighting is ClassWeighting.NONE:
+            return torch.ones_like(counts)
+        power = -1.0 if self.class_weighting is ClassWeighting.INVERSE else -0.5
+        weights = torch.where(counts > 0, counts.clamp_min(1) ** power, 0.0)
+        return weights * counts.sum() / (weights @ counts).clamp_min(1)
+
+    def copy(self) -> Self:
+        """Another state with the same sums, changed independently."""
+        other = type(self)(0, 0, self.class_weighting)
+        other.shift, other.counts = self.shift.clone(), self.counts.clone()
+        other.sums, other.grams = self.sums.clone(), self.grams.clone()
+        return other
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Adds rows; a label from C on makes the classes up to it.
+
+        Args:
+            features: [M, D], normalised as the others.
+            labels: [M] int64, >= 0.
+
+        Raises:
+            ValueError: see `from_rows`.
+        """
+        self.check(features, labels)
+        if len(labels) == 0:
+            return
+        self._grow(int(labels.max()) + 1)
+        if len(self) == 0:
+            sums = [to_float64(block).sum(dim=0) for block in features.split(block_rows(features))]
+            self.shift = torch.stack(sums).sum(dim=0) / len(labels)
+        self.counts += torch.bincount(labels.cpu(), minlength=self.num_labels)
+        self._accumulate(features, labels.cpu(), 1)
+
+    def remove(self, features: Tensor, labels: Tensor) -> None:
+        """Removes rows that were added before; whether they were cannot be checked.
+
+        Args:
+            features: [M, D], the values they were added with.
+            labels: [M] int64, likewise.
+
+        Raises:
+            ValueError: see `from_rows`; also if a class has fewer rows than are removed.
+        """
+        self.check(features, labels)
+        removed = self._count(labels, "remove")
+        self.counts -= removed
+        self._accumulate(features, labels.cpu(), -1)
+        self._clear()
+
+    def relabel(self, features: Tensor, labels: Tensor, new_labels: Tensor) -> None:
+        """Gives rows other labels.
+
+        Args:
+            features: [M, D], the values they were added with.
+            labels: [M] int64, the labels they have.
+            new_labels: [M] int64, the labels they get; may be new classes.
+
+        Raises:
+            ValueError: see `remove`.
+        """
+        self.check(features, labels)
+        self.check(features, new_labels)
+        moved = self._count(labels, "relabel")
+        if len(new_labels) == 0:
+            return
+        self._grow(int(new_labels.max()) + 1)
+        self.counts[: len(moved)] -= moved
+        self.counts += torch.bincount(new_labels.cpu(), minlength=self.num_labels)
+        with_grams = self.class_weighting is not ClassWeighting.NONE  # else their sum is the same
+        self._accumulate(features, labels.cpu(), -1, with_grams=with_grams)
+        self._accumulate(features, new_labels.cpu(), 1, with_grams=with_grams)
+        self._clear()
+
+    def truncate(self, num_labels: int) -> None:
+        """Forgets the last classes, which have no rows.
+
+        Args:
+            num_labels: how many classes stay.
+
+        Raises:
+            ValueError: if one of the others has rows.
+        """
+        if self.counts[num_labels:].any():
+            raise ValueError(
+                f"Expected no rows of classes from {num_labels} on, but there are "
+                f"{int(self.counts[num_labels:].sum())}; remove them first."
+            )
+        self.counts, self.sums = self.counts[:num_labels], self.sums[:num_labels]
+        if self.class_weighting is not ClassWeighting.NONE:
+            self.grams = self.grams[:num_labels]
+
+    def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
+        """The classifier of the rows as they are.
+
+        Args:
+            regularizer: r > 0, in squared units of the rows. Below about ``1e-13`` of the largest
+                eigenvalue of the Gram matrix it counts as the limit 0: the shortest W.
+
+        Returns:
+            weight [C, D] and bias [C] float64: logits are ``x @ weight.T + bias``. A class without
+            rows has weight 0 and bias -inf; if no class has rows, every bias is 0.
+
+        Raises:
+            ValueError: for a regulariser that is not a number > 0.
+        """
+        check_regularizer(regularizer)
+        if len(self) == 0:
+            return torch.zeros_like(self.sums), torch.zeros(self.num_labels, dtype=torch.float64)
+        moments = self.moments()
+        weight = _solve(moments.gram, moments.cross, regularizer)  # [C, D]
+        bias = moments.prior - weight @ (self.shift + moments.mean)
+        return weight, bias.masked_fill(self.counts == 0, -math.inf)
+
+    def moments(self) -> Moments:
+        """What a solution depends on; needs a row."""
+        row_weights = self.row_weights
+        class_weights = row_weights * self.counts  # [C]
+        total = class_weights.sum()
+        mean = row_weights @ self.sums / total
+        if self.class_weighting is ClassWeighting.NONE:
+            gram = self.grams[0].clone()
+        else:
+            gram = torch.einsum("c,cij->ij", row_weights, self.grams)
+        gram.addr_(mean, mean, alpha=-float(total))
+        cross = row_weights[:, None] * (self.sums - self.counts[:, None] * mean)  # [C, D]
+        return Moments(row_weights, mean, gram, cross, class_weights / total)
+
+    def _accumulate(
+        self, features: Tensor, labels: Tensor, sign: int, *, with_grams: bool = True
+    ) -> None:
+        features, buffer = features.detach(), block_buffer(features)
+        gathered = features.new_empty(buffer.shape)
+        for rows in labels.argsort(stable=True).split(len(buffer)):
+            places, here = rows.to(features.device), gathered[: len(rows)]
+            torch.index_select(features, 0, places, out=here)
+            block = shifted(here, self.shift, buffer)  # [B, D]
+            self.sums.index_add_(0, labels[rows], block, alpha=sign)
+            if not with_grams:
+                continue
+            if self.class_weighting is ClassWeighting.NONE:
+                self.grams[0].addmm_(block.T, block, alpha=sign)
+                continue
+            present, counts = labels[rows].unique_consecutive(return_counts=True)
+            for label, part in zip(present.tolist(), block.split(counts.tolist()), strict=True):
+                self.grams[label].addmm_(part.T, part, alpha=sign)
+
+    def _grow(self, num_labels: int) -> None:
+        missing = num_labels - self.num_labels
+        if missing <= 0:
+            return
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
+        if self.class_weighting is not ClassWeighting.NONE:
+            added = self.grams.new_zeros(missing, self.dim, self.dim)
+            self.grams = torch.cat([self.grams, added])
+
+    def _clear(self) -> None:
+        """What no row is left of is zero, not a rounding error."""
+        self.sums[self.counts == 0] = 0
+        if self.class_weighting is not ClassWeighting.NONE:
+            self.grams[self.counts == 0] = 0
+        elif len(self) == 0:
+            self.grams.zero_()
+
+    def _count(self, labels: Tensor, change: str) -> Tensor:
+        """[C] rows per class, which the state must have."""
+        counts = torch.bincount(labels.cpu(), minlength=self.num_labels)
+        held = torch.zeros_like(counts)
+        held[: self.num_labels] = self.counts
+        short = (counts > held).nonzero().flatten().tolist()
+        if short:
+            raise ValueError(
+                f"Expected at least {int(counts[short[0]])} rows of class {short[0]} to {change}, "
+                f"but got {int(held[short[0]])}; {change} only rows that were added."
+            )
+        return counts
+
+    def check(self, features: Tensor, labels: Tensor) -> None:
+        """Raises ValueError for rows that could not be added; see `from_rows`."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(
+                f"Expected `features` to be [N, {self.dim}], but got {tuple(features.shape)}."
+            )
+        if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"Expected `labels` to be int64 [{len(features)}], one per row, but got "
+                f"{labels.dtype} {tuple(labels.shape)}."
+            )
+        if labels.numel() and int(labels.min()) < 0:
+            raise ValueError(f"Expected `labels` to be >= 0, but got {int(labels.min())}.")
+        for block in features.split(block_rows(features)):
+            largest = float(block.detach().abs().max()) if block.numel() else 0.0
+            if not largest <= _LARGEST_FEATURE:  # also NaN
+                raise ValueError(
+                    f"Expected `features` to be finite and at most {_LARGEST_FEATURE:g}, but got "
+                    f"{largest}; leave those rows out or rescale them."
+                )
+
+
+def _solve(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:
+    """[C, D]: ``cross (gram + r I)^-1``."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(regularizer)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if regularizer > rounding(float(gram.trace()), len(gram)) and not failed:
+        return torch.cholesky_solve(cross.T, factor).T
+    values, vectors = torch.linalg.eigh(gram)
+    return (cross @ vectors * inverse(values.clamp_min(0), regularizer)) @ vectors.T
+
+
+def inverse(values: Tensor, regularizer: float) -> Tensor:
+    """``1 / (values + r)``, and 0 where both are rounding errors of the largest value."""
+    raised = values + regularizer
+    is_real = raised > rounding(float(values.max()), len(values)) if len(values) else raised > 0
+    return torch.where(is_real, 1 / raised, 0.0)
+
+
+def rounding(largest: float, width: int) -> float:
+    """Below it an eigenvalue of a Gram matrix of this width may be an error.
+
+    Args:
+        largest: of its eigenvalues.
+        width: K.
+    """
+    return largest * width * torch.finfo(torch.float64).eps
+
+
+def check_regularizer(regularizer: float) -> None:
+    """Raises ValueError for what is not a number > 0."""
+    if not (regularizer > 0 and math.isfinite(regularizer)):
+        raise ValueError(f"Expected `regularizer` to be a number > 0, but got {regularizer}.")
+
+
+def block_rows(features: Tensor) -> int:
+    """How many rows of features are worked on at once."""
+    return max(1, _BLOCK_NUMBERS // max(1, features.shape[1]))
+
+
+def block_buffer(features: Tensor) -> Tensor:
+    """Memory for a block of rows, used again for each: the allocator keeps what many blocks leave.
+
+    Args:
+        features: [N, D].
+    """
+    count = min(block_rows(features), max(1, len(features)))
+    return torch.empty(count, features.shape[1], dtype=torch.float64)
+
+
+def shifted(rows: Tensor, shift: Tensor, buffer: Tensor) -> Tensor:
+    """Rows minus a shift, in the memory of the buffer.
+
+    Args:
+        rows: [B, D].
+        shift: [D] float64.
+        buffer: see `block_buffer`.
+
+    Returns:
+        [B, D] float64, until the buffer is used again.
+    """
+    return buffer[: len(rows)].copy_(rows.detach()).sub_(shift)
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """On the CPU, without gradients."""
+    return values.detach().to("cpu", torch.float64)
+
+
+IMPOSSIBLE = -1e4
+"""Logit of a class without rows: its probability is 0 in float32."""
+
+
+def follows_rows(config: KnnConfig) -> bool:
+    """Whether the head changes exactly with the datastore.
+
+    It does if it is a ridge head on the features that the datastore holds, and its regulariser is
+    known.
+    """
+    has_rows = config.extra_dim == 0 and config.head == Head.RIDGE
+    return has_rows and config.head_regularizer > 0
+
+
+def center_head(head: KnnHead, mean: Tensor, config: KnnConfig) -> None:
+    """Makes a ridge head see features as a datastore of that mean [D] does."""
+    head.scale.fill_(1.0)
+    head.mean.zero_()
+    if config.normalization == Normalization.L2_CENTERED:
+        head.mean.copy_(mean)
+
+
+def prepare_rows(head: KnnHead, features: Tensor) -> Tensor:
+    """[N, D] stored raw rows as a ridge head sees them, float64."""
+    return head.prepared(features.to(head.mean.device, torch.float64)).cpu()
+
+
+def sum_rows(model: Any) -> RidgeState:
+    """The sums over all rows of a model's datastore, as its ridge head sees them, in blocks."""
+    config, store = model.config, model.datastore
+    state = RidgeState(store.dim, config.head_classes, config.head_class_weighting)
+    for rows in store.blocks():
+        features, labels = torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
+        state.add(prepare_rows(model.head, features), labels)
+    return state
+
+
+def solve_head(state: RidgeState, config: KnnConfig, like: KnnHead) -> nn.Linear:
+    """The classifier of the rows in a state.
+
+    Args:
+        state: of C classes.
+        config: with regulariser and temperature.
+        like: the head it is for.
+
+    Returns:
+        A layer [C, D] of the head's dtype and device.
+    """
+    weight, bias = state.solve(config.head_regularizer)
+    old = like.classifier.weight
+    layer = nn.Linear(state.dim, state.num_labels, dtype=old.dtype, device=old.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight / config.head_temperature)
+        layer.bias.copy_((bias / config.head_temperature).clamp(min=IMPOSSIBLE))
+    return layer.requires_grad_(old.requires_grad)

@@ -1,0 +1,1 @@
+"""Rows that change: the datastore, its index, its files, and the Hub."""

@@ -1,0 +1,425 @@
+"""Which index a datastore gets, how it is built, and how often it misses."""
+
+import dataclasses
+import functools
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.manifest import IndexInfo
+from ..core.search import (
+    ROW_BLOCK,
+    FirstPass,
+    Ints,
+    Limits,
+    Rows,
+    RowSpace,
+    Searcher,
+    Singles,
+    TorchFirstPass,
+    float32_rounding,
+    nearest_first,
+    reach,
+)
+from .faiss import (
+    FAISS_HINT,
+    FaissApproximate,
+    FaissFlat,
+    empty_index,
+    has_faiss,
+    read_flat,
+    require_faiss,
+)
+
+_QUERY_BLOCK = 256
+
+
+_GROUP = 32
+
+
+class BFloat16FirstPass:
+    """Matmul in bfloat16, for processors that have it: half the memory of float32.
+
+    A row among the best `count` lies in one of the `count` groups with the best maxima, so only
+    the group maxima are sorted.
+
+    Args:
+        rows: [N, D'] float32.
+    """
+
+    extra = 44
+
+    def __init__(self, rows: Singles) -> None:
+        self.count, self.lost = 0, 0.0
+        self.rows = torch.empty(0, rows.shape[1], dtype=torch.bfloat16)
+        self.rounding = float32_rounding(rows.shape[1])
+        self.add(rows)
+
+    def add(self, rows: Singles) -> None:
+        """See `FirstPass.add`."""
+        if not len(rows):
+            return
+        added = torch.from_numpy(rows)
+        rounded = added.bfloat16()
+        for block, kept in zip(added.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
+            self.lost = max(self.lost, float((block - kept.float()).norm(dim=1).max()))
+        merged = torch.cat([self.rows[: self.count], rounded])
+        self.count, self.rows = len(merged), _padded(merged)
+
+    @torch.autocast("cpu", enabled=False)
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+        """See `FirstPass.candidates`."""
+        exact = torch.from_numpy(queries)
+        rounded = exact.bfloat16()
+        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
+        parts = [self._candidates(block, count) for block in rounded.split(_QUERY_BLOCK)]
+        last, positions = zip(*parts, strict=True)
+        return torch.cat(positions).numpy(), reach(torch.cat(last), lost, self.lost, self.rounding)
+
+    def _candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        scores = torch.empty(len(queries), len(self.rows), dtype=torch.bfloat16)  # [B, N]
+        for start in range(0, len(self.rows), ROW_BLOCK):
+            rows = self.rows[start : start + ROW_BLOCK]
+            scores[:, start : start + ROW_BLOCK] = queries @ rows.T
+        scores[:, self.count :] = -torch.inf
+        groups = scores.view(len(queries), -1, _GROUP).amax(dim=-1).float()  # [B, N / 32]
+        best = groups.topk(min(count, groups.shape[1]), dim=1).indices
+        members = (best.unsqueeze(-1) * _GROUP + torch.arange(_GROUP)).flatten(1)
+        found = scores.gather(1, members).float().topk(count, dim=1)
+        # a float32 of what was bfloat16 is bfloat16 again without loss
+        return found.values[:, -1].bfloat16(), members.gather(1, found.indices)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _padded(rows: Tensor) -> Tensor:
+    missing = -len(rows) % _GROUP
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
+
+
+_EXACT_BLOCK = 262_144
+
+
+def nearest_in_blocks(
+    features: Rows,
+    ids: Ints,
+    space: RowSpace,
+    first_pass: Callable[[Singles], FirstPass],
+    queries: NDArray,
+    k: int,
+    exclude_ids: Ints,
+) -> Ints:
+    """The exact k nearest rows, without a copy of all rows in memory.
+
+    Args:
+        features: [N, D] raw features.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        first_pass: makes an exact one from rows.
+        queries: [B, D] finite raw features.
+        k: from 1 to N - 1.
+        exclude_ids: [B] ids that are no neighbours of the queries.
+
+    Returns:
+        [B, k] positions by (similarity, id).
+    """
+    blocks = -(-len(ids) // _EXACT_BLOCK)
+    similarities, positions = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
+    for part in np.array_split(np.arange(len(ids)), blocks):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        block = Searcher(
+            features[rows], ids[rows], space, first_pass(space.first_pass_rows(features[rows]))
+        )
+        found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
+        similarities = np.concatenate([similarities, found], axis=1)
+        positions = np.concatenate([positions, places + rows.start], axis=1)
+        order = nearest_first(similarities, ids[positions], k)
+        similarities = np.take_along_axis(similarities, order, axis=1)
+        positions = np.take_along_axis(positions, order, axis=1)
+    return positions
+
+
+def recall_of(found: Ints, wanted: Ints) -> float:
+    """Share of the wanted neighbours [B, k] that were found [B, k]."""
+    hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
+    return float(hits.mean(axis=1).mean())
+
+
+logger = logging.getLogger(__name__)
+
+
+AUTO, FLAT = "auto", "flat"
+
+
+LARGEST_EXACT = 100_000
+"""`auto` searches exactly up to this many rows."""
+
+
+MIN_RECALL = 0.99
+
+
+RECALL_K = 20
+
+
+RECALL_SAMPLE = 256
+
+
+_SMALLEST_BFLOAT16 = 20_000
+
+
+_REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
+
+
+CPU = (torch.device("cpu"),)
+
+
+class StoredLists(NamedTuple):
+    """What an inverted-file index is rebuilt from.
+
+    Attributes:
+        centroids: [n, D'] float32.
+        lists: [N] int64, the list of each row.
+    """
+
+    centroids: Singles
+    lists: Ints
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the first pass of a search runs.
+
+    Attributes:
+        devices: at least one; several share the rows.
+        float16: halve the memory of an exact first pass on a device.
+    """
+
+    devices: tuple[torch.device, ...] = CPU
+    float16: bool = False
+
+    @classmethod
+    def of(
+        cls, device: str | torch.device | Sequence[str | torch.device], float16: bool
+    ) -> "Placement":
+        """Checks that the devices are there.
+
+        Args:
+            device: one, or several of one kind.
+            float16: see the class.
+
+        Raises:
+            ValueError: for a device that torch does not know or see, or several kinds.
+        """
+        named = [device] if isinstance(device, str | torch.device) else list(device)
+        devices = []
+        for name in named:
+            try:
+                devices.append(torch.empty(0, device=name).device)
+            except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+                raise ValueError(
+                    f"Expected `device` to be one that is here, but got {name!r}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        if len({found.type for found in devices}) != 1 or devices[0].type == "meta":
+            raise ValueError(f"Expected `device` to be one kind that holds data, but got {device}.")
+        return cls(tuple(devices), float16)
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes from a number or a text like `2GB`, `512MB` or `1.5 GiB`.
+
+    Args:
+        text: the limit.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(text).upper())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"Expected `max_memory` to be like '2GB', but got {text!r}.")
+    return int(float(found[1]) * units[found[2]])
+
+
+def choose_index(
+    requested: str, count: int, width: int, max_memory: int | None, *, fall_back: bool = False
+) -> IndexInfo:
+    """The index for a number of rows.
+
+    Args:
+        requested: `auto`, `flat` or a faiss factory string.
+        count: N.
+        width: D, values per row.
+        max_memory: bytes that the index may take; None for no limit.
+        fall_back: search exactly, with a message, where the rows are too few for the index.
+
+    Raises:
+        ImportError: for a faiss index without faiss.
+        ValueError: for a string that faiss does not understand, or too few rows for it.
+    """
+    if requested == FLAT or (requested == AUTO and (count <= LARGEST_EXACT or not has_faiss())):
+        return IndexInfo(requested, FLAT)
+    if requested != AUTO:
+        require_faiss(f"index={requested!r}")
+        spec = re.sub(r"(?<!\d)0+(?=\d)", "", requested)
+        try:
+            empty_index(spec, width, count, is_l2=False)
+        except ValueError as error:
+            if not fall_back:
+                raise
+            logger.warning("%s They are searched exactly.", error)
+            spec = FLAT
+        return IndexInfo(requested, spec)
+    lists = 2 ** round(np.log2(2 * count**0.5))
+    full = count * (4 * width + 8) + lists * 4 * width
+    codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
+    return IndexInfo(requested, f"IVF{lists},{codec}")
+
+
+def is_rebuildable(spec: str) -> bool:
+    """Whether an index is stored as centroids and lists."""
+    return _REBUILDABLE.fullmatch(spec) is not None
+
+
+def build_searcher(
+    features: Rows,
+    ids: Ints,
+    space: RowSpace,
+    info: IndexInfo,
+    stored: StoredLists | None,
+    min_recall: float,
+    placement: Placement,
+    trusted: BinaryIO | None,
+) -> tuple[Searcher, IndexInfo, StoredLists | None]:
+    """Builds the index, and measures it where it is approximate.
+
+    Args:
+        features: [N, D] stored raw features.
+        ids: [N] int64.
+        space: how rows are compared.
+        info: which index; with parameters if it was measured before.
+        stored: centroids and lists to rebuild from, if there are any.
+        min_recall: nprobe or efSearch is raised until this recall at 20 is measured.
+        placement: where the first pass runs.
+        trusted: an open file with the serialized index, to be read instead of building one; None
+            builds it.
+
+    Returns:
+        The searcher, what was measured, and the lists to store (None for other kinds).
+
+    Raises:
+        DatastoreError: for a serialized index of other rows or another kind.
+    """
+    if info.spec == FLAT or not has_faiss():
+        if info.spec != FLAT:
+            logger.warning(
+                "faiss is not installed: %s is searched exactly instead; %s.", info.spec, FAISS_HINT
+            )
+        if trusted is not None and placement.devices == CPU and not space.is_l2:
+            flat = read_flat(trusted, ids, features.shape[1])
+            return Searcher(features, ids, space, flat), info, stored
+        first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
+        return Searcher(features, ids, space, first_pass), info, stored
+    started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
+    if trusted is not None:
+        index = FaissApproximate.from_file(
+            trusted, info.spec, features.shape[1], len(ids), space.is_l2
+        )
+        done = "read"
+    else:
+        index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
+        done = "built"
+    seconds = time.perf_counter() - started
+    logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
+    index.set_parameters(info.parameters)
+    searcher = Searcher(features, ids, space, index, is_exact=False)
+    # a graph is another one each time that it is built; lists are rebuilt as they were
+    if info.recall is None or is_new:
+        info = _tune(searcher, index, info, min_recall)
+    gpus = [device.index for device in placement.devices if device.type == "cuda"]
+    if gpus and not index.to_gpus(gpus, placement.float16):
+        logger.warning("index %s cannot be searched on a GPU here; the CPU searches it.", info.spec)
+    return searcher, info, stored
+
+
+def _approximate(
+    rows: Singles, info: IndexInfo, stored: StoredLists | None, is_l2: bool
+) -> tuple[FaissApproximate, StoredLists | None]:
+    if stored is not None:
+        index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
+        return index, stored
+    index = FaissApproximate.from_rows(info.spec, rows, is_l2)
+    centroids = index.centroids() if is_rebuildable(info.spec) else None
+    return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
+
+
+def _placed_first_pass(rows: Singles, placement: Placement) -> FirstPass:
+    if placement != Placement():
+        dtype = torch.float16 if placement.float16 else torch.float32
+        return TorchFirstPass(rows, placement.devices, dtype)
+    return _exact_first_pass(len(rows))(rows)
+
+
+def _exact_first_pass(count: int) -> Callable[[Singles], FirstPass]:
+    if count >= _SMALLEST_BFLOAT16 and has_fast_bfloat16():
+        return BFloat16FirstPass
+    if has_faiss():
+        return FaissFlat
+    _say_once_that_faiss_is_missing()
+    return TorchFirstPass
+
+
+@functools.cache
+def _say_once_that_faiss_is_missing() -> None:
+    logger.warning("faiss is not installed, searching with torch; %s.", FAISS_HINT)
+
+
+def _tune(
+    searcher: Searcher, index: FaissApproximate, info: IndexInfo, min_recall: float
+) -> IndexInfo:
+    """Raises nprobe or efSearch until the recall on a sample of rows is reached."""
+    features, ids, space = searcher.features, searcher.ids, searcher.space
+    k = min(RECALL_K, len(ids) - 1)
+    if k < 1:
+        return dataclasses.replace(info, recall=1.0)  # there is nothing to miss
+    sample = np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE]
+    queries, own = features[sample], ids[sample]
+    first_pass = _exact_first_pass(len(ids))
+    wanted = nearest_in_blocks(features, ids, space, first_pass, queries, k, own)
+
+    def measure() -> float:
+        return recall_of(searcher.search(queries, k, own)[1], wanted)
+
+    tunable = index.tunable()
+    recall = measure()
+    if tunable is not None:
+        name, largest = tunable
+        value = max(1, index.parameters.get(name, 1))
+        index.set_parameters({name: value})
+        recall = measure()
+        while recall < min_recall and value < largest:
+            value = min(largest, 2 * value)
+            index.set_parameters({name: value})
+            recall = measure()
+    settings = ", ".join(f"{name} {value}" for name, value in index.parameters.items())
+    logger.info(
+        "index %s: %s (%s), recall@%d %.4f measured on %d rows",
+        info.requested, info.spec, settings or "no parameters", k, recall, len(sample),
+    )  # fmt: skip
+    if recall < min_recall:
+        logger.warning(
+            "index %s reaches recall@%d %.4f, below %.4f; use index='flat' for exact answers.",
+            info.spec, k, recall, min_recall,
+        )  # fmt: skip
+    return dataclasses.replace(info, parameters=dict(index.parameters), recall=recall)

@@ -1,0 +1,209 @@
+"""A `datastore.json` that says where rows lie instead of naming files, and who may be asked."""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from ..core.config import Normalization
+from ..core.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    REFERENCE_FORMAT,
+    SHA256_PATTERN,
+    STORAGE_DTYPES,
+    Binding,
+    DatastoreError,
+    Fields,
+    Manifest,
+    check_format,
+    parse_binding,
+    read_values,
+    signed_json,
+)
+from ..core.votes import Metric
+
+TOKEN_VARIABLE = "MILVUS_TOKEN"
+
+
+_SCHEMES = ("http", "https", "tcp")
+
+
+LOCAL_ENDING = ".db"
+
+
+def check_uri(uri: str) -> str:
+    """Checks the address of a Milvus server.
+
+    Args:
+        uri: `http://host:19530`, `https://…`, with `/database` at the end if it is not the default
+            one; or a path that ends in `.db`, which Milvus Lite serves in this process.
+
+    Returns:
+        The address; a path is made absolute.
+
+    Raises:
+        ValueError: for another scheme, or a password in the address, which would be saved.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in _SCHEMES and parts.hostname:
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "Expected `uri` without user, password or options, since it is saved with the "
+                f"checkpoint; pass `token`, or set {TOKEN_VARIABLE}."
+            )
+        return uri.rstrip("/")
+    if uri.endswith(LOCAL_ENDING) and "://" not in uri:
+        return str(Path(uri).expanduser().absolute())
+    raise ValueError(
+        f"Expected `uri` to be like http://host:19530, or a file of Milvus Lite that ends in "
+        f"{LOCAL_ENDING}, but got {uri!r}."
+    )
+
+
+def token_of(token: str | None) -> str:
+    """The token for a server that the user named: the one given, else that of `MILVUS_TOKEN`."""
+    return os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+
+
+def check_name(collection: str) -> str:
+    """Checks the name of a collection.
+
+    Raises:
+        ValueError: for one that Milvus does not allow.
+    """
+    if not _NAME.fullmatch(collection):
+        raise ValueError(
+            "Expected `collection` to be letters, digits and underscores, not starting with a "
+            f"digit, at most 200, but got {collection!r}."
+        )
+    return collection
+
+
+MILVUS = "milvus"
+
+
+URI_VARIABLE = "HF_KNN_MILVUS_URI"
+
+
+@dataclass(frozen=True)
+class DatastoreReference:
+    """The content of a `datastore.json` without files.
+
+    Attributes:
+        uri: of the Milvus server; it holds no password.
+        collection: name of the rows' collection.
+        num_rows: how many rows it held.
+        fingerprint: of the rows, see `row_fingerprint.combine`.
+        dim: width of a row.
+        dtype: `float16` or `float32`.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        binding: the checkpoint that it belongs to; None if it was saved alone.
+        source: dataset id, revision and split of the rows, as far as known.
+    """
+
+    uri: str
+    collection: str
+    num_rows: int
+    fingerprint: str
+    dim: int
+    dtype: str
+    metric: str
+    normalization: str
+    binding: Binding | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `datastore.json`."""
+        values = {"format": REFERENCE_FORMAT, "format_version": FORMAT_VERSION, "backend": MILVUS}
+        return signed_json(values | asdict(self))
+
+    @classmethod
+    def parse(cls, values: Any) -> "DatastoreReference":
+        """Checks the decoded JSON field by field; nobody is asked.
+
+        Args:
+            values: the decoded JSON.
+
+        Raises:
+            DatastoreError: naming the field, what was wanted and what was found.
+        """
+        fields = Fields(values, "")
+        check_format(fields, REFERENCE_FORMAT)
+        fields.choice("backend", (MILVUS,))
+        binding = fields.get("binding")
+        try:
+            uri = check_uri(fields.text("uri"))
+            collection = check_name(fields.text("collection"))
+        except ValueError as error:
+            raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
+        return cls(
+            uri=uri,
+            collection=collection,
+            num_rows=fields.count("num_rows"),
+            fingerprint=fields.matching("fingerprint", SHA256_PATTERN),
+            dim=fields.count("dim"),
+            dtype=fields.choice("dtype", STORAGE_DTYPES),
+            metric=fields.choice("metric", list(Metric)),
+            normalization=fields.choice("normalization", list(Normalization)),
+            binding=None if binding is None else parse_binding(binding),
+            source=fields.texts("source"),
+        )
+
+
+class RemoteConsent(NamedTuple):
+    """Whether a checkpoint may make us ask the server that it names.
+
+    Attributes:
+        trusted: True for the address in the checkpoint, whatever it is.
+        uri: an address that the user named, which is asked instead; None takes that of
+            `HF_KNN_MILVUS_URI`, if it is set.
+        token: of the server. That of `MILVUS_TOKEN` goes to an address that the user named only.
+    """
+
+    trusted: bool = False
+    uri: str | None = None
+    token: str | None = None
+
+    def place_of(self, reference: DatastoreReference) -> tuple[str, str]:
+        """The address and token to use.
+
+        Args:
+            reference: what the checkpoint says.
+
+        Raises:
+            ValueError: without consent, naming the address.
+        """
+        named = self.uri or os.environ.get(URI_VARIABLE)
+        if named:
+            return check_uri(named), token_of(self.token)
+        if self.trusted:
+            return reference.uri, self.token or ""
+        raise ValueError(
+            f"Expected consent to ask a server, since the rows of this checkpoint lie in the "
+            f"collection {reference.collection} of Milvus at {reference.uri}: pass "
+            f"datastore_uri='…' (or set {URI_VARIABLE}) to name it yourself, or "
+            "trust_remote_datastore=True to take that address; load_datastore=False gives the "
+            "plain classifier."
+        )
+
+
+def read_manifest(path: Path) -> Manifest | DatastoreReference:
+    """Reads and checks a `datastore.json` of either kind.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DatastoreError: naming the field, what was wanted and what was found.
+    """
+    values = read_values(path)
+    if isinstance(values, dict) and values.get("format") == REFERENCE_FORMAT:
+        return DatastoreReference.parse(values)
+    return Manifest.parse(values)

@@ -1,0 +1,217 @@
+"""The arguments of `KnnTrainer`: those of `TrainingArguments` and the k-NN ones."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from ..core.votes import ClassWeighting
+from ..data.augmentation import Augmentation
+from ..fit.blend import Criterion
+from ..fit.grids import LossNormalization
+from ..fit.heads import PROBE_GRIDS
+from ..store.index import AUTO, parse_memory
+
+ARGUMENTS_NAME = "training_args.json"
+"""File of a saved model with the arguments; a pickle is nobody's friend."""
+
+
+@dataclass
+class KnnTrainingArguments(TrainingArguments):
+    """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
+
+    Args:
+        freeze_backbone: train the head alone, on features that are computed once.
+        trainable_blocks: train the last so many blocks of the backbone only, with what comes after
+            them; None trains all.
+        augmentation: `paper` (resize, random crop, flip), `flip` or `none`, when the backbone is
+            trained; pictures to be stored or measured are never augmented.
+        knn_loss_alpha: how much harder the loss looks at what k-NN finds hard, >= 0; 0 is exactly
+            the plain loss.
+        knn_loss_clamp: the largest surprise ``-log p_knn`` that counts, > 0.
+        knn_loss_gamma: exponent of the focal form ``(1 - p_knn) ** gamma``, >= 0; 0 switches it
+            off.
+        knn_loss_normalize: `none` (published) or `mean`: factors divided by their mean over the
+            training rows, so that they do not act as a larger learning rate.
+        class_weights: `none`, `inverse` or `inverse_sqrt` of the class counts, for long tails.
+        probe_grid: train many heads on the cached features at once and keep the best on held-out
+            rows: `small`, `paper` or `paper_self_supervised`; None trains one head with the rates
+            and epochs given here. Needs `freeze_backbone`.
+        knn_refresh: when a backbone that is being trained gets a new datastore: `epoch`, `never`
+            (the one of the start stays until the end), or a number of steps.
+        knn_refresh_tune: choose k and temperature of the loss anew at each refresh.
+        knn_queries: `snapshot` asks about the features of the last refresh, `live` about those of
+            the step.
+        knn_index: `auto`, `flat` or a faiss factory string, see `Datastore.from_features`.
+        knn_max_memory: what the index may take, such as `2GB`; None for no limit.
+        tune_criterion: see `hf_knn.tune`; None chooses by the number of labels.
+        calibrate: also scale the temperatures of head and blend on the rows that `tune` chooses on.
+        tune_folds: folds of the cross-validation when there is no validation set, >= 2.
+        group_by: a column of the dataset; pictures with the same value stay on one side of every
+            fold.
+        on_bad_image: `fail` or `skip` at pictures that cannot be decoded.
+        feature_precision: `fp32`, `bf16` or `fp16` for computing features.
+        feature_backend: `torch`, `onnx`, `openvino` or `auto` for computing features; None takes
+            `$HF_KNN_BACKEND`, else `auto`, see `extract_features`.
+        feature_cache: keep computed features for the next run.
+    """
+
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the head alone, on features computed once."}
+    )
+    trainable_blocks: int | None = field(
+        default=None, metadata={"help": "Train the last so many blocks of the backbone only."}
+    )
+    augmentation: str = field(
+        default="paper", metadata={"help": "'paper' (crop and flip), 'flip' or 'none'."}
+    )
+    knn_loss_alpha: float = field(
+        default=0.0, metadata={"help": "Weight of -log p_knn in the loss; 0 is the plain loss."}
+    )
+    knn_loss_clamp: float = field(
+        default=100.0, metadata={"help": "The largest -log p_knn that counts."}
+    )
+    knn_loss_gamma: float = field(
+        default=0.0, metadata={"help": "Exponent of the focal form (1 - p_knn)^gamma; 0 is off."}
+    )
+    knn_loss_normalize: str = field(
+        default="none", metadata={"help": "'none' (published) or 'mean': factors over their mean."}
+    )
+    class_weights: str = field(
+        default="none", metadata={"help": "'none', 'inverse' or 'inverse_sqrt' of class counts."}
+    )
+    probe_grid: str | None = field(
+        default=None, metadata={"help": "Sweep: 'small', 'paper' or 'paper_self_supervised'."}
+    )
+    knn_refresh: str = field(
+        default="epoch", metadata={"help": "When the datastore is rebuilt: epoch, never, N steps."}
+    )
+    knn_refresh_tune: bool = field(
+        default=False, metadata={"help": "Choose the loss's k and temperature at each refresh."}
+    )
+    knn_queries: str = field(
+        default="snapshot", metadata={"help": "Training queries: 'snapshot' or 'live' features."}
+    )
+    knn_index: str = field(
+        default=AUTO, metadata={"help": "'auto', 'flat' or a faiss factory string."}
+    )
+    knn_max_memory: str | None = field(
+        default=None, metadata={"help": "What the index may take, such as 2GB."}
+    )
+    tune_criterion: str | None = field(
+        default=None, metadata={"help": "What k, temperature and lambda are chosen by."}
+    )
+    calibrate: bool = field(
+        default=False, metadata={"help": "Scale the temperatures of head and blend when tuning."}
+    )
+    tune_folds: int = field(
+        default=5, metadata={"help": "Folds of cross-validation without a validation set."}
+    )
+    group_by: str | None = field(
+        default=None, metadata={"help": "Column of what belongs together: never split over folds."}
+    )
+    on_bad_image: str = field(
+        default="fail", metadata={"help": "'fail' or 'skip' at pictures that cannot be decoded."}
+    )
+    feature_precision: str = field(
+        default="fp32", metadata={"help": "'fp32', 'bf16' or 'fp16' for computing features."}
+    )
+    feature_backend: str | None = field(
+        default=None, metadata={"help": "'torch', 'onnx', 'openvino' or 'auto' for features."}
+    )
+    feature_cache: bool = field(
+        default=True, metadata={"help": "Keep computed features for the next run."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The sample ids must reach the collator."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the k-NN fields.
+
+        Raises:
+            ValueError: naming the field, its range and what was found.
+        """
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        if not (self.knn_loss_alpha >= 0 and math.isfinite(self.knn_loss_alpha)):
+            raise ValueError(
+                f"Expected `knn_loss_alpha` to be >= 0, but got {self.knn_loss_alpha}."
+            )
+        if not self.knn_loss_clamp > 0:
+            raise ValueError(f"Expected `knn_loss_clamp` to be > 0, but got {self.knn_loss_clamp}.")
+        if self.tune_folds < 2:
+            raise ValueError(f"Expected `tune_folds` to be >= 2, but got {self.tune_folds}.")
+        _check("knn_loss_normalize", self.knn_loss_normalize, list(LossNormalization))
+        if self.tune_criterion is not None:
+            _check("tune_criterion", self.tune_criterion, list(Criterion))
+        _check("on_bad_image", self.on_bad_image, ["fail", "skip"])
+        _check("feature_precision", self.feature_precision, ["fp32", "bf16", "fp16"])
+        _check("class_weights", self.class_weights, list(ClassWeighting))
+        _check("augmentation", self.augmentation, list(Augmentation))
+        _check("knn_queries", self.knn_queries, ["snapshot", "live"])
+        if not (self.knn_loss_gamma >= 0 and math.isfinite(self.knn_loss_gamma)):
+            raise ValueError(
+                f"Expected `knn_loss_gamma` to be >= 0, but got {self.knn_loss_gamma}."
+            )
+        self.knn_refresh = str(self.knn_refresh)
+        if self.knn_refresh not in ("epoch", "never") and not self.refresh_steps:
+            raise ValueError(
+                "Expected `knn_refresh` to be 'epoch', 'never' or a number of steps, "
+                f"but got {self.knn_refresh!r}."
+            )
+        blocks = self.trainable_blocks
+        if blocks is not None and (self.freeze_backbone or blocks < 1):
+            raise ValueError(
+                "Expected `trainable_blocks` to be >= 1, without freeze_backbone, "
+                f"but got {blocks}."
+            )
+        if self.probe_grid is not None:
+            _check("probe_grid", self.probe_grid, list(PROBE_GRIDS))
+            if not self.freeze_backbone:
+                raise ValueError(
+                    "Expected `freeze_backbone` to be True with `probe_grid`, which trains heads "
+                    "on features that are computed once."
+                )
+            if self.reweights:
+                raise ValueError(
+                    "Expected `knn_loss_alpha` and `knn_loss_gamma` to be 0 with `probe_grid`, "
+                    "which has alphas of its own."
+                )
+        if self.knn_max_memory is not None:
+            parse_memory(self.knn_max_memory)
+        if self.dataloader_persistent_workers and not self.freeze_backbone:
+            raise ValueError(
+                "Expected `dataloader_persistent_workers` to be False, since workers that outlive "
+                "an epoch would repeat its augmentation; leave it out."
+            )
+
+    def write_json(self, folder: Path) -> None:
+        """Writes the arguments into a folder, without tokens.
+
+        Args:
+            folder: of a checkpoint.
+        """
+        text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
+        (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def refresh_steps(self) -> int | None:
+        """Steps between two refreshes; None if the schedule is another one."""
+        return int(self.knn_refresh) if re.fullmatch(r"[1-9]\d*", self.knn_refresh) else None
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the loss asks the datastore."""
+        return self.knn_loss_alpha > 0 or self.knn_loss_gamma > 0
+
+
+def _check(name: str, value: str, choices: list[str]) -> None:
+    allowed = [str(choice) for choice in choices]
+    if value not in allowed:
+        raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {value!r}.")

@@ -1,0 +1,106 @@
+"""What happens at the beginning and the end of epochs and steps of a fine-tuning run."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..data.augmentation import EpochRows
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the rows which epoch it is, before workers copy them.
+
+    Args:
+        rows: the training rows.
+    """
+
+    def __init__(self, rows: EpochRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer`; a resumed run begins in the middle of an epoch."""
+        self.rows.set_epoch(int(state.epoch or 0))
+
+
+class RefreshCallback(TrainerCallback):
+    """Rebuilds the datastore that the loss asks, on its schedule.
+
+    Args:
+        refresh: rebuilds it from the weights as they are.
+        is_missing: whether there is none yet; a resumed run has the one of its checkpoint.
+    """
+
+    def __init__(self, refresh: Callable[[], None], is_missing: Callable[[], bool]) -> None:
+        self.refresh, self.is_missing = refresh, is_missing
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer`; a resumed run begins in the middle of an epoch."""
+        is_boundary = float(state.epoch or 0).is_integer()
+        if self.is_missing() or (args.knn_refresh == "epoch" and is_boundary):
+            self.refresh()
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by `Trainer` before each update."""
+        steps = args.refresh_steps
+        if steps and state.global_step and state.global_step % steps == 0:
+            self.refresh()
+
+
+class Speaker(Protocol):
+    """Something that prints a line."""
+
+    def print(self, line: str, /) -> None:
+        """Prints it."""
+        ...
+
+
+class EpochReport(TrainerCallback):
+    """Prints one line per measurement: how far the run is, its loss and the three voices.
+
+    Args:
+        speaker: prints it.
+    """
+
+    def __init__(self, speaker: Speaker) -> None:
+        self.speaker = speaker
+        self.loss: float | None = None
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by `Trainer`: keeps the last training loss."""
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by `KnnTrainer.evaluate`."""
+        if not state.is_world_process_zero or metrics is None or not state.epoch:
+            return
+        voices = {"head": "head", "knn": "k-NN", "blend": "blend"}
+        shown = [
+            f"{name} {metrics[f'eval_{voice}_top1']:.1%}"
+            for voice, name in voices.items()
+            if f"eval_{voice}_top1" in metrics
+        ]
+        loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
+        self.speaker.print(
+            f"Epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join([*loss, *shown])}"
+        )

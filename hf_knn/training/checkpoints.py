@@ -1,0 +1,260 @@
+"""Training checkpoints that are whole or invisible, and the newest one that is whole."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..core.files import hash_blocks
+from ..core.manifest import MANIFEST_NAME
+from ..model.modeling import KnnForImageClassification
+from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
+
+SEAL_NAME = "checkpoint_files.json"
+
+
+STAGING = ".checkpoints.staging"
+
+
+_DISCARDED = ".checkpoints.discarded"
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(folder: Path) -> None:
+    """Writes down what a checkpoint consists of.
+
+    Args:
+        folder: with every file of the checkpoint.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): hash_blocks(path)[0]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL_NAME
+    }
+    text = json.dumps(files, indent=2) + "\n"
+    write_durably(folder / SEAL_NAME, lambda path: _write(path, text))
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole.
+
+    Args:
+        folder: of the checkpoint.
+    """
+    path = folder / SEAL_NAME
+    if not path.is_file():
+        return f"it has no {SEAL_NAME}: it was not finished, or not written by KnnTrainer"
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))
+        names = {str(name): str(sha256) for name, sha256 in files.items()}
+    except (ValueError, AttributeError) as error:
+        return f"{SEAL_NAME} is damaged: {error}"
+    for name, sha256 in names.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if hash_blocks(file)[0] != sha256:
+            return f"{name} is damaged or from another save"
+    return None
+
+
+def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole.
+
+    Args:
+        run_folder: the output folder of a training run.
+
+    Returns:
+        The checkpoint, or None, and what was skipped, newest first, with the reason.
+    """
+    skipped = []
+    if (run_folder / STAGING).is_dir():
+        unfinished = [path.name for path in (run_folder / STAGING).iterdir()]
+        skipped += [f"{name}: its writer was interrupted" for name in sorted(unfinished)]
+    for path in reversed(list_checkpoints(run_folder)):
+        problem = problem_of(path)
+        if problem is None:
+            return path, skipped
+        skipped.append(f"{path.name}: {problem}")
+    return None, skipped
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first.
+
+    Args:
+        run_folder: the output folder of a training run; need not exist.
+    """
+    entries = run_folder.iterdir() if run_folder.is_dir() else iter(())
+    numbered = [(int(found[1]), path) for path in entries if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if path.is_dir()]
+
+
+def start_staging(run_folder: Path) -> Path:
+    """An empty hidden folder for the next checkpoint; clears what a kill left.
+
+    Args:
+        run_folder: the output folder of a training run.
+    """
+    for name in (STAGING, _DISCARDED):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    staging = run_folder / STAGING
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(run_folder: Path, name: str) -> Path:
+    """Seals a staged checkpoint and puts it in its place.
+
+    Args:
+        run_folder: the output folder of a training run.
+        name: `checkpoint-<step>`, in the staging folder.
+
+    Returns:
+        Where it is now.
+    """
+    staged, final = run_folder / STAGING / name, run_folder / name
+    seal(staged)
+    fsync_tree(staged)
+    if not (final.exists() and exchange(staged, final)):
+        discard(run_folder, final)
+        os.rename(staged, final)
+    fsync_path(run_folder)
+    shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+    return final
+
+
+def discard(run_folder: Path, checkpoint: Path) -> None:
+    """Deletes a checkpoint, which is invisible before its first file goes.
+
+    Args:
+        run_folder: the output folder of a training run.
+        checkpoint: below it; need not exist.
+    """
+    if not checkpoint.exists():
+        return
+    grave = run_folder / _DISCARDED
+    grave.mkdir(exist_ok=True)
+    target = grave / checkpoint.name
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(checkpoint, target)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints, never the newest or the best.
+
+    Args:
+        run_folder: the output folder of a training run.
+        limit: how many may stay; None for all.
+        best: the best checkpoint, if it is known.
+    """
+    if limit is None or limit < 1:
+        return
+    checkpoints = list_checkpoints(run_folder)
+    protected = {checkpoints[-1].name} if checkpoints else set()
+    if best is not None:
+        protected.add(Path(best).name)
+    others = [path for path in checkpoints if path.name not in protected]
+    surplus = len(checkpoints) - max(limit, len(protected))
+    for path in others[: max(0, surplus)]:
+        discard(run_folder, path)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+logger = logging.getLogger(__name__)
+
+
+class SealedTrainer(Trainer):
+    """Builds each training checkpoint in a hidden folder and puts it in place in one step.
+
+    Args:
+        args: see `transformers.Trainer`.
+        kwargs: see `transformers.Trainer`.
+    """
+
+    model: KnnForImageClassification
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._staging = False
+        super().__init__(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; while one is built, a hidden folder below it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves a training checkpoint, which appears whole or not at all."""
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        known = f"checkpoint-{best}" if best else None
+        if self.args.should_save:
+            start_staging(run_folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if known is not None and (known == name or (run_folder / known).exists()):
+            self.state.best_model_checkpoint = str(run_folder / known)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(run_folder / STAGING / name / TRAINER_STATE_NAME))
+            final = publish(run_folder, name)
+            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
+                self.model.datastore.home = final  # the next one links what did not change
+            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_checkpoint(run_folder / name)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: `_save_checkpoint` pushes once the checkpoint is whole."""
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Pushes a checkpoint that is whole; for a subclass that can."""
+        raise NotImplementedError
+
+    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to resume from, after a look at all its files.
+
+        Args:
+            wanted: its folder, or True for the newest one in `output_dir` that is whole.
+
+        Raises:
+            ValueError: if it is not whole, or none is.
+        """
+        if not wanted:
+            return None
+        if wanted is True:
+            found, skipped = newest_whole(Path(str(self.args.output_dir)))
+            for reason in skipped:
+                logger.warning("Skipped a checkpoint that is not whole, %s.", reason)
+            if found is None:
+                raise ValueError(
+                    f"Expected a whole checkpoint in {self.args.output_dir} to resume from, but "
+                    f"got {len(skipped)} that are not whole; start without resuming."
+                )
+            logger.warning("Resuming from %s.", found)
+            return str(found)
+        problem = problem_of(Path(wanted))
+        if problem is not None:
+            raise ValueError(
+                f"Expected {wanted} to be a whole checkpoint, but {problem}; pass "
+                "resume_from_checkpoint=True for the newest one that is."
+            )
+        return str(wanted)

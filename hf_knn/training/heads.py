@@ -1,0 +1,89 @@
+"""Heads that a trainer fits at once: a closed form, or the best of a grid on rows held out."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional
+
+from ..core.backbone import split_features
+from ..core.config import Head
+from ..features.extract import ImageFeatures
+from ..fit.grids import ProbeGrid, ProbeSettings
+from ..fit.heads import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
+from ..fit.sweep import ProbeChoice
+from ..model.modeling import KnnForImageClassification
+from .arguments import KnnTrainingArguments
+from .rows import store_of
+
+PartsOf = Callable[[ImageFeatures, ProbeGrid], Iterator[Part]]
+"""From all rows and a grid to what is fitted and chosen on."""
+
+
+def fit_at_once(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    args: KnnTrainingArguments,
+    parts_of: PartsOf,
+    choice: ProbeChoice | None,
+) -> tuple[dict[str, float], ProbeChoice | None]:
+    """Fits a head and puts it into the model.
+
+    Args:
+        model: with a datastore of the rows.
+        features: the rows.
+        args: of the training.
+        parts_of: folds, or one part with a validation set.
+        choice: which head of the grid is best, if that is known already.
+
+    Returns:
+        Numbers to log, with the cross-entropy on the rows as `loss`; and the choice, if there was
+        one to make.
+    """
+    if model.config.head == Head.RIDGE:
+        fit = fit_closed_form(model, features, args.class_weights)
+        facts = {"regularizer": fit.regularizer, "temperature": fit.temperature}
+    else:
+        choice, facts = _fit_best_probe(model, features, args, parts_of, choice)
+    model.eval()
+    head_part, _ = split_features(features.features, model.config)
+    with torch.inference_mode():
+        logits = model.head(head_part.to(args.device)).float().cpu()
+    return facts | {"loss": float(functional.cross_entropy(logits, features.labels))}, choice
+
+
+def _fit_best_probe(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    args: KnnTrainingArguments,
+    parts_of: PartsOf,
+    choice: ProbeChoice | None,
+) -> tuple[ProbeChoice, dict[str, float]]:
+    grid, settings = _grid_of(model, args)
+    if choice is None:
+        parts = parts_of(features, grid)
+        choice = sweep(parts, model, grid, settings, not args.disable_tqdm)
+    config = choice.score.config
+    votes = own_votes(lambda rows: store_of(rows, model.config, args), features, model, [config])
+    fit_probe(model, features, votes, config, settings)
+    return choice, {
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "alpha": config.alpha,
+        "held_out_accuracy": choice.score.accuracy,
+    }
+
+
+def _grid_of(
+    model: KnnForImageClassification, args: KnnTrainingArguments
+) -> tuple[ProbeGrid, ProbeSettings]:
+    """What is tried, and how heads are trained: the named grid with the trainer's own settings."""
+    assert args.probe_grid is not None
+    grid, settings = PROBE_GRIDS[args.probe_grid]
+    sizes = model.config.head_hidden_sizes
+    return grid, dataclasses.replace(
+        settings, seed=args.seed, class_weighting=args.class_weights,
+        label_smoothing=args.label_smoothing_factor, hidden_layers=len(sizes),
+        hidden_width=sizes[0] if sizes else None, knn_loss_clamp=args.knn_loss_clamp,
+        knn_loss_normalize=args.knn_loss_normalize,
+    )  # fmt: skip
