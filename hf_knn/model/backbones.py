@@ -192,6 +192,14 @@ def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
         parameter.requires_grad_(not is_frozen)
 
 
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
+        if is_norm and not part.weight.requires_grad:
+            part.eval()
+
+
 def _count_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

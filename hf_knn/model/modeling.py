@@ -7,21 +7,14 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
-from ..core.backbone import build_backbone, extract, freeze_statistics, split_features
+from ..core import model as core
 from ..core.config import KnnConfig
-from ..core.head import KnnHead
 from ..core.manifest import DatastoreError
-from ..core.model import KnnImageClassifierOutput
 from ..core.rows import Values
-from ..core.search import Neighbors
-from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..store.backend import SearchBackend
 from ..store.hub import CARD_NAME, PushTarget
 from ..store.remote import RemoteConsent
@@ -29,6 +22,7 @@ from ..store.table import StoredRows
 from .backbones import (
     default_pooling,
     detached_config,
+    freeze_statistics,
     load_backbone,
     load_processor,
     measure_width,
@@ -261,7 +255,7 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class KnnForImageClassification(Remembering, PreTrainedModel):
+class KnnForImageClassification(Remembering, core.KnnForImageClassification):
     """An image classifier that also remembers.
 
     A backbone makes features, a head classifies them, a datastore of training features votes by its
@@ -280,28 +274,14 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         origin: repository and commit that it was opened from or pushed to, or None.
     """
 
-    config_class = KnnConfig
-    config: KnnConfig
-    base_model_prefix = "backbone"
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
+    datastore: SearchBackend | None  # type: ignore[assignment]
 
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
-        poolings = (config.pooling, config.store_pooling)
-        self.backbone = build_backbone(config.backbone, poolings)
-        # a class attribute of transformers, which here depends on the backbone
-        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.head = KnnHead.from_config(config)
-        self.datastore: SearchBackend | None = None
-        self.image_processor: Any = None
         self.measured: dict[str, Any] | None = None
         self.neighbor_picture: bytes | None = None
         self.origin: tuple[str, str] | None = None
         self.start_remembering()
-        self.post_init()
 
     @classmethod
     def from_backbone(
@@ -407,10 +387,9 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
                 if load_datastore:
                     attempt.verify(allow_stale)
                 loaded = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, **kwargs
+                    pretrained_model_name_or_path, *model_args, load_datastore=False, **kwargs
                 )
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
-                model.image_processor = reader.read_processor()
                 model.measured = reader.read_measured()
                 model.changes = reader.read_changes()
                 model.neighbor_picture = reader.read_neighbor_picture()
@@ -457,7 +436,8 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
             return
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
-        write_checkpoint(self, Path(save_directory), super().save_pretrained, kwargs)
+        save_weights = super(core.KnnForImageClassification, self).save_pretrained
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
@@ -514,66 +494,6 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
             self.origin = (target.repo_id, commit.oid)
         return commit
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        return_neighbors: bool = False,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | list[int] | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> KnnImageClassifierOutput | tuple[Any, ...]:
-        """Classifies images, or features computed before.
-
-        In `train()` mode nothing is searched and `logits` is the head alone.
-
-        Args:
-            pixel_values: [B, 3, H, W].
-            labels: [B] int64; the loss is the head's cross-entropy, over the classes it has.
-            features: [B, D] instead of `pixel_values`, as in `pooler_output`.
-            sample_ids: [B] int64; the stored row with that id is no neighbour of that image
-                (-1 = none).
-            return_neighbors: also return the neighbours.
-            output_hidden_states: also return the backbone's hidden states, all or some.
-            output_attentions: also return the backbone's attentions, all or some.
-            return_dict: False returns a tuple.
-            kwargs: ignored values that generic callers pass (`num_items_in_batch`, …).
-
-        Raises:
-            ValueError: unless exactly one of `pixel_values` and `features` is given.
-        """
-        if (pixel_values is None) == (features is None):
-            raise ValueError("Expected exactly one of `pixel_values` and `features`.")
-        body = BaseModelOutput()
-        if pixel_values is not None:
-            given = {"output_hidden_states": output_hidden_states}
-            given["output_attentions"] = output_attentions
-            wanted = {
-                name: getattr(self.config, name) if value is None else value
-                for name, value in given.items()
-            }
-            asked = {name: value for name, value in wanted.items() if value}
-            features, body = extract(self.backbone, pixel_values, self.config, **asked)
-        assert features is not None
-        head_part, store_part = split_features(features, self.config)
-        neighbors = None if self.training else self._find_neighbors(store_part, sample_ids)
-        log_probs, head_logits, votes = self.weigh(head_part, neighbors)
-        output = KnnImageClassifierOutput(
-            loss=None if labels is None else self._head_loss(head_logits, labels),
-            logits=log_probs,
-            head_logits=head_logits,
-            knn_log_probs=votes,
-            neighbors=neighbors if return_neighbors else None,
-            pooler_output=features,
-            hidden_states=body.get("hidden_states"),
-            attentions=body.get("attentions"),
-        )
-        use_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if use_dict else output.to_tuple()
-
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; batch norms that are frozen keep their statistics in any case.
 
@@ -583,63 +503,6 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         super().train(mode)
         freeze_statistics(self.backbone)
         return self
-
-    def weigh(
-        self, features: Tensor, neighbors: Neighbors | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the head says, what the neighbours vote, and the blend of both.
-
-        Args:
-            features: [B, D] the part of the features that the head sees.
-            neighbors: [B, k'] the rows that vote; None asks the head alone.
-
-        Returns:
-            `logits`, `head_logits` and `knn_log_probs` of `KnnImageClassifierOutput`.
-        """
-        config = self.config
-        head_logits = self.head(features.to(self.head.mean.dtype))  # [B, C_head]
-        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
-        votes = None if neighbors is None else self._count_votes(neighbors)
-        if votes is not None:
-            log_probs = blend_log_probs(log_probs, votes, config.knn_weight, config.blended_classes)
-            log_probs = soften(log_probs, config.blend_temperature)
-        else:
-            missing = max(0, config.classes - log_probs.shape[1])
-            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
-        return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
-
-    def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
-        if self.datastore is None or len(self.datastore) == 0:
-            return None
-        return self.datastore.search(features.float(), self.config.k, sample_ids)
-
-    def _count_votes(self, neighbors: Neighbors) -> Tensor:
-        assert self.datastore is not None
-        return knn_log_probs(
-            neighbors.similarities,
-            neighbors.labels,
-            self.config.classes,
-            self.config.knn_temperature,
-            metric=self.datastore.metric,
-            weighting=self.config.knn_weighting,
-        )
-
-    def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
-        if len(labels) and int(labels.max()) >= self.config.classes:
-            raise ValueError(
-                f"Expected `labels` below {self.config.classes}, the number of classes, "
-                f"but got {int(labels.max())}."
-            )
-        known = labels < head_logits.shape[1]  # a class taught later has no logit to train
-        if known.all():
-            return functional.cross_entropy(head_logits.float(), labels)
-        kept = functional.cross_entropy(head_logits[known].float(), labels[known], reduction="sum")
-        return kept / known.sum().clamp_min(1)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, KnnHead):
-            module.reset()
 
 
 def _is_damage(error: Exception) -> bool:
