@@ -30,6 +30,7 @@ from .backbones import (
 )
 from .card import draw_reliability, make_card
 from .checkpoint import CheckpointReader, write_checkpoint
+from .code import legacy_code
 from .explain import Calibration, Explanation, explain
 from .receipts import Receipt
 from .teaching import (
@@ -487,9 +488,12 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
             folder = Path(scratch) / "model"
             self.save_pretrained(folder, **kwargs)
             draw_reliability(self, folder)
-            card = make_card(self, target.repo_id, target.read_card(), folder, license)
+            card = make_card(self, target.repo_id, target.read_text(CARD_NAME), folder, license)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
-            commit = target.push(folder, commit_message or "Upload model", commit_description)
+            commit = target.push(
+                folder, commit_message or "Upload model", commit_description,
+                replaced=sorted(legacy_code(target.read_text)),
+            )  # fmt: skip
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
