@@ -15,7 +15,7 @@ from ..core import model as core
 from ..core.config import KnnConfig
 from ..core.manifest import DatastoreError
 from ..core.rows import Values
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore, SearchBackend
 from ..store.hub import CARD_NAME, PushTarget
 from ..store.remote import RemoteConsent
 from ..store.table import StoredRows
@@ -264,7 +264,7 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
     model is its head alone.
 
     Attributes:
-        datastore: a `Datastore` or another `SearchBackend`, or None; a plain attribute that no
+        datastore: a `Datastore` or another `RowStore`, or None; a plain attribute that no
             device move, cast or distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
         measured: what was measured on pictures held out, which the model card is made from:
@@ -275,7 +275,7 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
         origin: repository and commit that it was opened from or pushed to, or None.
     """
 
-    datastore: SearchBackend | None  # type: ignore[assignment]
+    datastore: RowStore | None  # type: ignore[assignment]
 
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)

@@ -21,7 +21,7 @@ from ..core.rows import Values, as_whole_numbers
 from ..core.votes import Metric, Weighting
 from ..data.decode import BadImageError, decode_image
 from ..milvus.datastore import MilvusDatastore
-from ..store.backend import SearchBackend, check_alike
+from ..store.backend import SearchBackend, as_row_store, check_alike
 from ..store.datastore import Datastore
 from ..store.table import StoredRows, combine, sum_of
 from .receipts import Change, Receipt, Scope
@@ -404,13 +404,13 @@ def merge(model: Any, other: SearchBackend, class_names: Sequence[str] | None = 
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store = rows_of(model)
-    check_alike(store, other)
-    numbers = other.labels.tolist()
+    store, rows = rows_of(model), as_row_store(other)
+    check_alike(store, rows)
+    numbers = rows.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
-    taken = torch.isin(other.ids, store.ids).any()
-    ids = None if taken else other.ids
-    return _add(model, Change.MERGE, other.features, labels, ids, other.paths)
+    taken = torch.isin(rows.ids, store.ids).any()
+    ids = None if taken else rows.ids
+    return _add(model, Change.MERGE, rows.features, labels, ids, rows.paths)
 
 
 def forget(

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7fcd8f2ec2a851f5a1462231827f2ba3b5690043f25179128bc18c91f6656ccf.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1d3e796a70659ca5f0a98f31ea75b6de7193349ae004bc80a09d11d741a1895a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
