@@ -27,9 +27,8 @@ Parameters = dict[tuple[str, str], Parameter]
 
 
 def training(name: str) -> Callable[[Path], object]:
-    return lambda folder: KnnTrainingArguments(
-        str(folder), report_to="none", freeze_backbone=True, **{name: NOT_OFFERED}
-    )
+    given: dict[str, Any] = {"report_to": "none", "freeze_backbone": True, name: NOT_OFFERED}
+    return lambda folder: KnnTrainingArguments(str(folder), **given)
 
 
 REFUSED: dict[str, Callable[[Path], object]] = {
