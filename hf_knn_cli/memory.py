@@ -1,11 +1,12 @@
-"""Commands of `hf-knn` about what a checkpoint remembers; declarations only."""
+"""Commands of `hf-knn` about what a checkpoint remembers."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_knn_cli_choices import BackendOption
+from .choices import BackendOption
+from .forwarding import Command, hand_over
 
 app = typer.Typer()
 
@@ -13,7 +14,6 @@ Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint folder; it will be changed, as a whole or not at all.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
-Ids = Annotated[list[int] | None, typer.Option("--ids", help="Id of a row; repeat it.")]
 
 
 @app.command()
@@ -44,13 +44,24 @@ def teach(
 
 
 @app.command()
+@hand_over
 def forget(
     checkpoint: Checkpoint,
-    ids: Ids = None,
-    path: Annotated[
-        list[str] | None,
-        typer.Option("--path", help="Path of a picture as the datastore knows it; repeat it."),
-    ] = None,
+    ids: Annotated[
+        list[int],
+        typer.Option(
+            "--ids", default_factory=list, show_default=False, help="Id of a row; repeat it."
+        ),
+    ],
+    paths: Annotated[
+        list[str],
+        typer.Option(
+            "--path",
+            default_factory=list,
+            show_default=False,
+            help="Path of a picture as the datastore knows it; repeat it.",
+        ),
+    ],
     label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
     recenter: Annotated[
         bool,
@@ -60,86 +71,88 @@ def forget(
         Path | None, typer.Option(help="Keep the rows in this folder, for `hf-knn merge`.")
     ] = None,
     json_output: AsJson = False,
-) -> None:
+) -> Command:
     """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import forget_rows
 
-    run(forget_rows, checkpoint, ids or [], path or [], label, recenter, backup, json_output)
+    return forget_rows
 
 
 @app.command()
+@hand_over
 def relabel(
     checkpoint: Checkpoint,
     label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
     ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
     json_output: AsJson = False,
-) -> None:
+) -> Command:
     """Give stored pictures another label."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import relabel_rows
 
-    run(relabel_rows, checkpoint, ids, label, json_output)
+    return relabel_rows
 
 
 @app.command()
-def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> None:
+@hand_over
+def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> Command:
     """Take the last change back: one that was interrupted, if there is one, and then no other."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import undo_change
 
-    run(undo_change, checkpoint, json_output)
+    return undo_change
 
 
 @app.command()
+@hand_over
 def merge(
     checkpoint: Checkpoint,
     other: Annotated[
         str, typer.Argument(help="A checkpoint or datastore of the same backbone; stays as it is.")
     ],
     json_output: AsJson = False,
-) -> None:
+) -> Command:
     """Add the rows of another checkpoint."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import merge_stores
 
-    run(merge_stores, checkpoint, other, json_output)
+    return merge_stores
 
 
 @app.command()
+@hand_over
 def diff(
     first: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
     second: Annotated[str, typer.Argument(help="Another one.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Command:
     """Say what differs between two checkpoints: rows, classes, settings, numbers."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import show_difference
 
-    run(show_difference, first, second, json_output)
+    return show_difference
 
 
 @app.command()
+@hand_over
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
     ] = Path("knn-inspect"),
-    pictures: Annotated[
+    root: Annotated[
         Path | None,
-        typer.Option(help="Folder that the stored paths are relative to: shows the pictures."),
+        typer.Option(
+            "--pictures", help="Folder that the stored paths are relative to: shows the pictures."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+) -> Command:
     """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
     from hf_knn.commands.checks import inspect_checkpoint
-    from hf_knn.commands.console import run
 
-    run(inspect_checkpoint, checkpoint, output, pictures, seed, json_output)
+    return inspect_checkpoint
 
 
 @app.command()
+@hand_over
 def milvus(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
     uri: Annotated[
@@ -154,9 +167,8 @@ def milvus(
         str,
         typer.Option(help="flat (exact), ivf_flat, hnsw or autoindex; their recall is measured."),
     ] = "flat",
-) -> None:
+) -> Command:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.memory import move_to_milvus
 
-    run(move_to_milvus, checkpoint, uri, collection, token, batch_size, index)
+    return move_to_milvus

@@ -1,11 +1,11 @@
-"""The command of `hf-knn` that shows a checkpoint to people; declarations only."""
+"""The command of `hf-knn` that shows a checkpoint to people."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_knn_cli_choices import Backend
+from .choices import Backend
 
 app = typer.Typer()
 
@@ -42,7 +42,7 @@ def demo(
     from hf_knn.commands.demo import push_space, show_demo
 
     if push is None:
-        run(show_demo, checkpoint, port, pictures, None if backend is None else backend.value)
+        run(show_demo, checkpoint, port, pictures, backend)
     elif backend is not None:
         raise typer.BadParameter(
             "not with --push: set the variable HF_KNN_BACKEND in the Space's settings, and add its "

@@ -1,11 +1,12 @@
-"""Commands of `hf-knn` around training: for a checkpoint, and for pictures; declarations only."""
+"""Commands of `hf-knn` that use a checkpoint, check pictures, and tidy up what is kept."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_knn_cli_choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage, text_of
+from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage
+from .forwarding import Command, hand_over
 
 WHY = "Reasons"
 """A group of options in `--help`."""
@@ -14,6 +15,7 @@ app = typer.Typer()
 
 
 @app.command()
+@hand_over
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
     pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
@@ -22,18 +24,18 @@ def evaluate(
     ] = None,
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
-    ] = OnBadImage.SKIP,
+    ] = "skip",
     backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+) -> Command:
     """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.use import evaluate_pictures
 
-    run(evaluate_pictures, checkpoint, pictures, split, str(on_bad_image), json_output)
+    return evaluate_pictures
 
 
 @app.command()
+@hand_over
 def tune(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder; it will be changed.")],
     pictures: Annotated[
@@ -50,20 +52,16 @@ def tune(
     ] = False,
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
-    ] = OnBadImage.SKIP,
+    ] = "skip",
     plot: Annotated[
         Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
     ] = None,
     backend: BackendOption = None,
-) -> None:
+) -> Command:
     """Choose k, temperature and the blend anew, on pictures of your own."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.use import tune_checkpoint
 
-    run(
-        tune_checkpoint, checkpoint, pictures, split, text_of(criterion), calibrate,
-        str(on_bad_image), plot,
-    )  # fmt: skip
+    return tune_checkpoint
 
 
 @app.command()
@@ -114,6 +112,7 @@ def predict(
 
 
 @app.command()
+@hand_over
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     repo_id: Annotated[str, typer.Argument(help="org/name; made if it is not there.")],
@@ -137,30 +136,32 @@ def push(
         str | None,
         typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
     ] = None,
-) -> None:
+) -> Command:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.use import push_checkpoint
 
-    run(push_checkpoint, checkpoint, repo_id, private, revision, create_pr, parent_commit, message,
-        token, model_license)  # fmt: skip
+    return push_checkpoint
 
 
 @app.command()
+@hand_over
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    onnx: Annotated[
-        Path, typer.Option(help="Folder for the graph, its settings and a script that uses them.")
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--onnx", help="Folder for the graph, its settings and a script that uses them."
+        ),
     ],
-) -> None:
+) -> Command:
     """Export to one ONNX graph: backbone, head, neighbours and blend."""
-    from hf_knn.commands.console import run
     from hf_knn.commands.use import export_checkpoint
 
-    run(export_checkpoint, checkpoint, onnx)
+    return export_checkpoint
 
 
 @app.command()
+@hand_over
 def doctor(
     pictures: Annotated[
         str, typer.Argument(help="Pictures as for `train`; without labels less is looked for.")
@@ -183,17 +184,28 @@ def doctor(
     seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
     backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+) -> Command:
     """Check pictures before training: broken, doubled, mislabelled, strange, too few.
 
     Nothing is changed. The exit code is 0 whatever was found; --json has the counts.
     """
     from hf_knn.checkup.doctor import DoctorOptions
     from hf_knn.commands.checks import diagnose_pictures
-    from hf_knn.commands.console import run
 
-    options = DoctorOptions(
-        pictures=pictures, output=output, backbone=backbone, batch_size=batch_size, limit=limit,
-        group_by=group_by, seed=seed, json_output=json_output,
-    )  # fmt: skip
-    run(diagnose_pictures, options)
+    return lambda **options: diagnose_pictures(DoctorOptions(**options))
+
+
+@app.command()
+@hand_over
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is listed.")] = False,
+    older_than: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only what was not used for so many days.", show_default=False),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> Command:
+    """List what is kept to be fast: features, graphs and choices of backends; clear it."""
+    from hf_knn.commands.cache import show_cache
+
+    return show_cache
