@@ -230,7 +230,7 @@ def _change(
         if was_interrupted and after_settling is not None:
             receipt = after_settling(model)
         else:
-            with whole_or_not(store, folder):
+            with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
                 receipt = change(model)
                 model.save_pretrained(checkpoint)
     if json_output:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,8 +35,6 @@ from .collection import About, MilvusCollection
 from .server import DatastoreConnectionError, DatastoreRefusalError, MilvusServer, check_exists
 
 _FORMAT = "hf_knn.pending_change.1"
-
-
 _TENSORS = ("ids", "labels", "features", "added", "texts")
 
 
@@ -144,18 +142,30 @@ def _take_back_at(
         ) from error
 
 
+class Journaled(Protocol):
+    """A `MilvusDatastore`, as far as it matters here.
+
+    Attributes:
+        collection: of the rows.
+        journal: where it writes how its changes are taken back; None for nowhere.
+    """
+
+    collection: MilvusCollection
+    journal: Path | None
+
+
 @contextmanager
-def whole_or_not(store: Any, folder: Path) -> Iterator[None]:
+def whole_or_not(store: Journaled | None, folder: Path) -> Iterator[None]:
     """Takes a change of a datastore back unless the checkpoint was saved with it.
 
     Args:
-        store: the datastore of the checkpoint; one whose rows lie beside it needs nothing.
+        store: the datastore of the checkpoint; None if its rows are not in Milvus.
         folder: of the checkpoint; the caller holds its lock.
 
     Raises:
         DatastoreConnectionError: if the server went away in the middle, saying what to run then.
     """
-    if store is None or store.location is None:
+    if store is None:
         yield
         return
     store.journal = folder / PENDING_NAME
@@ -168,7 +178,7 @@ def whole_or_not(store: Any, folder: Path) -> Iterator[None]:
         store.journal = None
 
 
-def _take_back_now(store: Any, folder: Path, error: BaseException) -> None:
+def _take_back_now(store: Journaled, folder: Path, error: BaseException) -> None:
     path = folder / PENDING_NAME
     if not path.is_file():
         return  # nothing was changed yet, or all is saved

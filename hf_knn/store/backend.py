@@ -233,7 +233,8 @@ def as_row_store(store: SearchBackend) -> RowStore:
     Raises:
         ValueError: for one that only answers, naming what it lacks.
     """
-    missing = [name for name in _ROW_METHODS if not hasattr(type(store), name)]
+    known = set(dir(store))  # which names all and reads none
+    missing = [name for name in _ROW_METHODS if name not in known]
     if missing:
         raise ValueError(
             "Expected a datastore whose rows can be listed and changed, but "

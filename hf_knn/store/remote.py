@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from ..core.config import Normalization
 from ..core.manifest import (
+    BLOB_PATTERN,
+    FAISS_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     REFERENCE_FORMAT,
@@ -31,6 +33,7 @@ from ..core.manifest import (
 )
 from ..core.votes import Metric
 from .backend import RowStore
+from .folders import exclusive_lock, write_durably
 
 MILVUS = "milvus"
 TOKEN_VARIABLE, URI_VARIABLE = "MILVUS_TOKEN", "HF_KNN_MILVUS_URI"
@@ -222,6 +225,47 @@ def read_manifest(path: Path) -> Manifest | DatastoreReference:
     if isinstance(values, dict) and values.get("format") == REFERENCE_FORMAT:
         return DatastoreReference.parse(values)
     return Manifest.parse(values)
+
+
+def read_reference(folder: Path) -> DatastoreReference:
+    """What the `datastore.json` of a folder refers to.
+
+    Args:
+        folder: of a checkpoint, or of a datastore that was saved alone.
+
+    Raises:
+        DatastoreError: for a damaged one, or a folder that holds the rows itself.
+    """
+    found = read_manifest(folder / MANIFEST_NAME)
+    if not isinstance(found, DatastoreReference):
+        raise DatastoreError(
+            f"Expected {folder} to refer to Milvus, but it holds the rows itself; open it with "
+            "Datastore.load."
+        )
+    return found
+
+
+def write_reference(folder: Path, reference: DatastoreReference) -> None:
+    """Makes a folder refer to rows elsewhere; those that it held go.
+
+    Args:
+        folder: where to; made if needed.
+        reference: to the rows.
+
+    Raises:
+        OSError: if it could not be written; the version that was there is intact.
+    """
+    text = reference.to_json().encode()
+    with exclusive_lock(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / MANIFEST_NAME, lambda path: _write(path, text))
+        for entry in folder.iterdir():
+            if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
+                entry.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 class RemoteBackend(Protocol):

@@ -17,7 +17,6 @@ from support.tiny import LABELS, tiny_model
 
 from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.milvus.datastore import MilvusReading
 from hf_knn.milvus.pending import read_pending, write_pending
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
 from hf_knn.store.remote import PENDING_NAME
@@ -59,7 +58,7 @@ def test_every_change_is_that_of_embedded_rows(head, uri, name, tmp_path, monkey
     model = trained(head, tmp_path)
     model.datastore.source["split"] = "train"
     other, merged = elsewhere(model, uri, name), model.datastore.subset(model.datastore.ids[:9])
-    monkeypatch.setattr(MilvusReading, "features", property(lambda _: pytest.fail("all rows")))
+    monkeypatch.setattr(MilvusDatastore, "features", property(lambda _: pytest.fail("all rows")))
     paths = list("abcdefghijkl")
     more, ids = cloud(12).features + 0.3, list(range(5000, 5012))
     first = model.datastore.ids[:20].tolist()
