@@ -18,11 +18,7 @@ from .metrics import ERROR_RATES, complementarity, measure, reliability, thresho
 from .temperature import fit_temperature
 
 _ROWS = 1024
-
-
 _VOICES = ("head", "knn", "blend")
-
-
 _OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 

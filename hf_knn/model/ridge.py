@@ -16,8 +16,6 @@ from ..core.head import KnnHead
 from ..core.votes import ClassWeighting
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
-
-
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
 
 

@@ -222,56 +222,33 @@ def recenter_rows(model: Any, follower: Follower, mean: Tensor | None = None) ->
 
 
 logger = logging.getLogger(__name__)
-
-
 _STALE_NOTE = "Measured before later changes of the datastore."
-
-
 _ASKED_ROWS, _NAMED = 1024, 20
-
 
 _FLAT_TEMPERATURE = 0.5
 """Above it, of squared distances of unit vectors, near and far rows weigh nearly the same."""
 
-
 _HEAD_NOTE = "the {} head keeps what it learned; train it again for it to follow"
-
-
 _HISTORY_NOTE = (
     "commits that were pushed before still hold the rows; HfApi().super_squash_history(repo_id) "
     "squashes them after the next push"
 )
 
-
 _TAUGHT_NOTE = "the neighbours speak in full for new classes until `tune` chooses the blend again"
-
-
 _UNANSWERED_NOTE = (
     "{} of {} pictures are still answered as another class; teach more of theirs, or tune on "
     "pictures of all classes (`hf-knn tune`)"
 )
 
-
 _FLAT_NOTE = ", or set `knn_temperature` from {:g} to 0.14: that flat a vote ignores distances"
-
-
 _CHOICE_NOTE = "k, temperatures, λ and regulariser stay as they were chosen"
-
-
 _NAME_NOTE = "classes without rows keep their names: {}"
-
-
 _PICTURE_NOTE = "the picture of neighbours for the model card was removed: it may have shown them"
-
-
 _MEAN_NOTE = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
-
-
 _ELSEWHERE_NOTE = (
     "the rows lie in {}, changed there for all; a checkpoint that refers to them opens when this "
     "model was saved over it"
 )
-
 
 _COMPACTION_NOTE = "their bytes stay in the files of the server until it compacts them"
 

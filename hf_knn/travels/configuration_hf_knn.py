@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1d3e796a70659ca5f0a98f31ea75b6de7193349ae004bc80a09d11d741a1895a.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 40adfa21e426ef5898fb87eba1723660aacc09d39c21b92354e8afc57d050cd6.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -674,7 +674,7 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("criterion", ["accuracy", "mean_class", "log_likelihood"])
 def test_the_criterion_is_passed_on(criterion: str, tmp_path: Path) -> None:
     held_out = cloud(45, seed=4)
-    options = {"train_dataset": cloud(45), "eval_dataset": held_out}
+    options: dict[str, Any] = {"train_dataset": cloud(45), "eval_dataset": held_out}
     trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path, tune_criterion=criterion), **options)
     trainer.train()
     assert trainer.tune().criterion == criterion
@@ -1196,7 +1196,8 @@ def test_the_precision_of_features_is_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["train_dataset", "eval_dataset"])
 @pytest.mark.parametrize("kind", ["pictures", "features"])
 def test_labels_the_model_does_not_have(place: str, kind: str, tmp_path: Path) -> None:
-    data = dataset_of([0, 1, 4]) if kind == "pictures" else random_features([0, 1, 4])
+    is_pictures = kind == "pictures"
+    data: Any = dataset_of([0, 1, 4]) if is_pictures else random_features([0, 1, 4])
     message = r"labels below 3, .*but got 4|model's 3 classes, but got \['eel'\]"
     with pytest.raises(ValueError, match=message):
         KnnTrainer(small_model(CLASSES), probe(tmp_path), **{place: data})
@@ -1288,7 +1289,7 @@ def test_predict_answers_pictures_with_the_blend(alpha: float, tmp_path: Path) -
     )
     trainer.train()
     asked = pictures(30, seed=1)  # with ids that no training row has
-    found = trainer.predict(asked)
+    found: Any = trainer.predict(asked)
     rows = extract_features(trainer.model, asked, use_cache=False)
     with torch.no_grad():
         out = trainer.model(features=rows.features)
