@@ -1,6 +1,7 @@
 """A datastore whose rows lie in Milvus: the same rows, ids and answers as an embedded one."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -578,20 +579,43 @@ class MilvusDatastore(MilvusReading):
         self._take(change.after)
         self._reversal = change.reversal
 
-    def restore(self, earlier: Self) -> None:
-        """Takes the last change back; one that a journal speaks of is left to whoever keeps that.
+    @contextmanager
+    def changed(self) -> Iterator[Self]:
+        """This datastore, to be changed within a `with`; if that fails, the change is taken back.
 
-        Args:
-            earlier: `copy.copy` of this datastore, from before that change.
+        One that a journal speaks of is left to whoever keeps that.
+
+        Yields:
+            This datastore: its rows are in one place for all.
 
         Raises:
-            DatastoreError: if somebody else changed the collection since.
-            DatastoreConnectionError: if the server does not answer.
+            DatastoreError: if it is to be taken back, and somebody else changed the collection.
+            DatastoreConnectionError: if the server does not answer then.
         """
-        if self.journal is None and self._reversal is not None:
-            take_back(self.collection, self._reversal)
-            self._take(earlier._about)
-            self._reversal = None
+        before = self._about
+        try:
+            yield self
+        except BaseException:
+            if self._about is not before and self.journal is None and self._reversal is not None:
+                take_back(self.collection, self._reversal)
+                self._take(before)
+                self._reversal = None
+            raise
+
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """Refused: every row would be written again.
+
+        Args:
+            mean: [D], or None for that of the rows.
+
+        Raises:
+            ValueError: saying what to do instead.
+        """
+        raise ValueError(
+            f"Expected the mean to stay for rows in {self.location}, of which every one would be "
+            "written again; bring them home (model.datastore.to_datastore()) and load a new "
+            "collection."
+        )
 
     def reference(self, binding: Binding | None = None) -> DatastoreReference:
         """What a checkpoint keeps instead of the rows.

@@ -1,8 +1,9 @@
 """What a datastore is to those who use one, wherever its rows lie."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +180,61 @@ class SearchBackend(Protocol):
     ) -> Any:
         """Writes what a checkpoint must hold to find the rows again."""
         ...
+
+
+@runtime_checkable
+class RowStore(SearchBackend, Protocol):
+    """A datastore whose rows are read and changed, wherever they lie."""
+
+    def changed(self) -> AbstractContextManager["RowStore"]:
+        """The rows to be changed within a `with`; what fails in it takes the change back.
+
+        Rows in memory are those of another datastore, and this one keeps its own; rows that lie in
+        one place for all are changed there.
+        """
+        ...
+
+    def add(
+        self,
+        features: Tensor | NDArray,
+        labels: Values,
+        ids: Values | None = None,
+        paths: Sequence[str] | None = None,
+        *,
+        split: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """Adds rows, all or none, and returns their ids."""
+        ...
+
+    def subset(self, ids: Values) -> SearchBackend:
+        """An embedded datastore of some of the rows, with the same mean."""
+        ...
+
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """Sets the mean that `l2_centered` subtracts; None takes that of the rows."""
+        ...
+
+
+def as_row_store(store: SearchBackend | None) -> RowStore:
+    """A datastore whose rows can be read and changed.
+
+    Args:
+        store: the datastore of a model.
+
+    Raises:
+        ValueError: for none, or one that can only be searched.
+    """
+    if store is None:
+        raise ValueError(
+            "Expected a model with a datastore to change, but it has none; train it first."
+        )
+    # asked of the class: an instance would read all rows to say that it has `features`
+    if not hasattr(type(store), "changed"):
+        raise ValueError(
+            f"Expected a datastore whose rows can be changed, but got {type(store).__name__}, "
+            "which is only searched; give the model a `Datastore`."
+        )
+    return cast(RowStore, store)
 
 
 def check_alike(one: Any, other: Any) -> None:

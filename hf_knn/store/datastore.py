@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -240,9 +241,12 @@ class DatastoreRows:
             ValueError: for an id that it does not have.
         """
         rows, table = self._positions(ids), self._table
+        paths = [""] * len(rows)
+        if table.paths is not None:
+            paths = [table.paths[row] for row in rows.tolist()]
         return StoredRows(
             table.ids[rows].numpy(), table.labels[rows].numpy(), table.features[rows.numpy()],
-            self.paths_of(ids), [self.source.get("split", "")] * len(rows),
+            paths, [self.source.get("split", "")] * len(rows),
         )  # fmt: skip
 
     def ids_labelled(self, label: int) -> Tensor:
@@ -514,6 +518,8 @@ class DatastoreChanges(DatastoreSearch):
         labels: Values,
         ids: Values | None = None,
         paths: Sequence[str] | None = None,
+        *,
+        split: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Adds rows, all or none. The mean does not move; `recenter` moves it.
 
@@ -523,13 +529,18 @@ class DatastoreChanges(DatastoreSearch):
             ids: [M] unique whole numbers that the datastore does not have; None continues after the
                 largest id.
             paths: [M] where each row's picture lies.
+            split: of these rows, one for all or M; a datastore holds rows of one.
 
         Returns:
             [M] the ids of the new rows.
 
         Raises:
-            ValueError: for bad features, labels or ids, or an id that exists; nothing is changed.
+            ValueError: for bad features, labels or ids, an id that exists, or rows of another
+                split; nothing is changed.
         """
+        for name in {split} if isinstance(split, str) else set(split or ()):
+            if name != self.source.get("split", ""):
+                check_split(name, self.source)
         added = as_features(features, "features", self.dim)
         first = int(self.ids.max()) + 1 if len(self) else 0
         if ids is None and first + len(added) > torch.iinfo(torch.int64).max:
@@ -637,13 +648,24 @@ class DatastoreChanges(DatastoreSearch):
         self.mean, self._table, self._trusted = new, self._table.with_new_mean(), None
         self._drop_index()
 
-    def restore(self, earlier: Self) -> None:
-        """Takes everything back since a copy was made; free, since rows are never written in place.
+    @contextmanager
+    def changed(self) -> Iterator[Self]:
+        """Another datastore of the same rows, to be changed within a `with`.
 
-        Args:
-            earlier: `copy.copy` of this datastore.
+        This one keeps its rows, but not its index: that follows the change, and is built again here
+        if somebody searches these rows once more.
+
+        Yields:
+            The other one; it shares what it does not change.
         """
-        self.__dict__.update(earlier.__dict__)
+        other = copy.copy(self)
+        other._searcher, self._searcher = self._searcher, None
+        try:
+            yield other
+        except BaseException:
+            if other._table.ids is self._table.ids and other.mean is self.mean:
+                self._searcher = other._searcher  # it was not changed yet
+            raise
 
     def _mean_of_rows(self) -> Tensor:
         if not len(self):

@@ -18,8 +18,8 @@ from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
 from hf_knn.data.decode import BadImageError
 from hf_knn.features.extract import ImageFeatures
 from hf_knn.model import teaching as following
+from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
-from hf_knn.model.teaching import check_class_name
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
@@ -105,7 +105,7 @@ def test_a_ridge_head_equals_a_refit_after_every_change(
     assert_is_refit(model)
     model.forget(model.datastore.ids[:20], recenter=True)
     assert_is_refit(model)
-    state = model.follower.ridge
+    state = model.memory.tally.ridge
     weight, _ = state.solve(model.config.head_regularizer)
     wanted, _ = refitted(model)
     assert (weight / model.config.head_temperature - wanted).abs().max() < 1e-8
