@@ -61,8 +61,6 @@ __version__ = "0.1.0"
 AutoConfig.register(KnnConfig.model_type, KnnConfig)
 AutoModel.register(KnnConfig, KnnForImageClassification)
 AutoModelForImageClassification.register(KnnConfig, KnnForImageClassification)
-KnnConfig.register_for_auto_class()
-KnnForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 
 def __getattr__(name: str) -> Any:

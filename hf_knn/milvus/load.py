@@ -9,9 +9,9 @@ from transformers.utils.logging import tqdm
 
 from ..core.manifest import DatastoreError
 from ..core.rows import RowParts
-from ..core.search import RowSpace
 from ..store.datastore import Datastore
 from ..store.index import MIN_RECALL
+from ..store.searcher import IndexSpace
 from ..store.table import sum_of
 from .collection import (
     CHANGING,
@@ -51,10 +51,10 @@ INTERRUPTED = {
 """What to do about a collection that is not whole."""
 
 
-def space_of(about: About) -> RowSpace:
+def space_of(about: About) -> IndexSpace:
     """How the rows of a collection are compared."""
     nothing = RowParts([about.mean.new_zeros(0, about.dim)])
-    return RowSpace(
+    return IndexSpace(
         about.mean.double().numpy(), about.metric, about.normalization, nothing, about.largest
     )
 
@@ -75,7 +75,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
     for start in range(0, len(store), _BLOCK):
         rows = store.rows(slice(start, start + _BLOCK))
         total += sum_of(rows)
-        space = RowSpace(mean, store.metric, store.normalization, rows.features)
+        space = IndexSpace(mean, store.metric, store.normalization, rows.features)
         largest = max(largest, space.largest)
     return About(
         state=LOADING,
@@ -251,7 +251,7 @@ def _ids_in(collection: MilvusCollection) -> np.ndarray:
 def _write(
     store: Datastore,
     collection: MilvusCollection,
-    space: RowSpace,
+    space: IndexSpace,
     missing: np.ndarray,
     batch_size: int,
     progress: bool,

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,43 @@ def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
             f"but {type(vision_config).__name__} does not; choose another backbone."
         )
     return model_class(vision_config).from_pretrained(name, **hub_options)
+
+
+def open_backbone(
+    name: str, processor: Any = None, **hub_options: Any
+) -> tuple[PreTrainedModel, Any, str | None]:
+    """A pretrained vision model and what comes with it.
+
+    Args:
+        name: a Hub id, a local folder, or the name of a timm model.
+        processor: an image processor; None loads the one that comes with it.
+        hub_options: `revision`, `token`, `cache_dir`, `trust_remote_code`, ….
+
+    Returns:
+        The model, an image processor (or None), and the model's id if it lies on the Hub.
+    """
+    is_here = Path(name).exists()
+    if "/" not in name and not is_here:
+        name = f"timm/{name}"
+    model = load_backbone(name, **hub_options)
+    if processor is None:
+        processor = load_processor(name, model.config, **hub_options)
+    return model, processor, None if is_here else name
+
+
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Copies the weights of a backbone, all but those of a pooler that the target does not have.
+
+    Raises:
+        ValueError: naming weights that are missing or too many.
+    """
+    report = target.load_state_dict(source.state_dict(), strict=False)
+    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
+    if report.missing_keys or unexpected:
+        raise ValueError(
+            f"Expected the backbone's weights to fit {type(target).__name__}, but "
+            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
+        )
 
 
 def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -190,6 +228,14 @@ def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
     for parameter in backbone.parameters():  # in the order in which modules were made
         is_frozen = is_frozen and parameter is not first
         parameter.requires_grad_(not is_frozen)
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
+        if is_norm and not part.weight.requires_grad:
+            part.eval()
 
 
 def _count_weights(module: nn.Module) -> int:

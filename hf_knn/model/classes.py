@@ -4,8 +4,10 @@ A number never means another class while rows have it: a new class gets the next
 rows keeps its own.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +114,34 @@ class Classes:
         """
         tuned = None if self.tuned == count else self.tuned
         return replace(self, names=self.names[:count], tuned=tuned)
+
+
+def label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
+    """What a configuration says of class names.
+
+    Args:
+        labels: the names, or how many classes there are.
+
+    Returns:
+        `id2label` and `label2id`.
+
+    Raises:
+        ValueError: for doubled or empty names, or none.
+    """
+    if isinstance(labels, str):
+        raise ValueError(f"Expected `labels` to be a list of names, but got the text {labels!r}.")
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    if not names:
+        raise ValueError("Expected `labels` to name at least one class, but got none.")
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
+    if doubled:
+        raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def check_class_name(name: str) -> str:

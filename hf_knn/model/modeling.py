@@ -1,47 +1,37 @@
 """The package's model: what travels, and in addition it learns, forgets and gives reasons."""
 
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
-from ..core.backbone import build_backbone, extract, freeze_statistics, split_features
+from ..core import model as core
 from ..core.config import KnnConfig
-from ..core.head import KnnHead
-from ..core.manifest import DatastoreError
-from ..core.model import KnnImageClassifierOutput
 from ..core.rows import Values
-from ..core.search import Neighbors
-from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..store.backend import SearchBackend
-from ..store.hub import CARD_NAME, PushTarget
+from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
+    copy_weights,
     default_pooling,
     detached_config,
-    load_backbone,
-    load_processor,
+    freeze_statistics,
     measure_width,
+    open_backbone,
     portable,
 )
-from .card import draw_reliability, make_card
-from .checkpoint import CheckpointReader, write_checkpoint
-from .classes import Classes, Label
+from .checkpoint import CheckpointReader, is_damage, write_checkpoint
+from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
 from .notes import of_unanswered
 from .pictures import features_of, small_pictures, thumbnails_of
+from .publish import publish
 from .receipts import Receipt
 from .thumbnails import Thumbnails
 
@@ -51,7 +41,7 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class KnnForImageClassification(PreTrainedModel):
+class KnnForImageClassification(core.KnnForImageClassification):
     """An image classifier that also remembers.
 
     A backbone makes features, a head classifies them, a datastore of training features votes by its
@@ -68,26 +58,10 @@ class KnnForImageClassification(PreTrainedModel):
         calibration: how near stored rows lie to one another, for p-values, if that was counted.
     """
 
-    config_class = KnnConfig
-    config: KnnConfig
-    base_model_prefix = "backbone"
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
-
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
-        poolings = (config.pooling, config.store_pooling)
-        self.backbone = build_backbone(config.backbone, poolings)
-        # a class attribute of transformers, which here depends on the backbone
-        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.head = KnnHead.from_config(config)
-        self._memory = Memory(self.head, Classes.of(config))
         self.calibration: Calibration | None = None
-        self.image_processor: Any = None
         self.origin: tuple[str, str] | None = None
-        self.post_init()
 
     @property
     def memory(self) -> Memory:
@@ -105,7 +79,7 @@ class KnnForImageClassification(PreTrainedModel):
         memory.classes.write(self.config)
         self._memory = memory
 
-    @property
+    @property  # type: ignore[override]
     def datastore(self) -> SearchBackend | None:
         """A `Datastore` or another `SearchBackend`, or None.
 
@@ -130,10 +104,6 @@ class KnnForImageClassification(PreTrainedModel):
     def thumbnails(self) -> Thumbnails | None:
         """Small pictures of stored rows, saved with the model, or None; see `keep_thumbnails`."""
         return self._memory.thumbnails
-
-    @thumbnails.setter
-    def thumbnails(self, thumbnails: Thumbnails | None) -> None:
-        self._memory = replace(self._memory, thumbnails=thumbnails)
 
     @property
     def measured(self) -> dict[str, Any] | None:
@@ -188,34 +158,27 @@ class KnnForImageClassification(PreTrainedModel):
         Raises:
             ValueError: for doubled or empty class names, or a bad configuration value.
         """
-        options = hub_options or {}
-        source = backbone
-        if not isinstance(backbone, PreTrainedModel):
-            name = str(backbone)
-            if "/" not in name and not Path(name).exists():
-                name = f"timm/{name}"
-            source = load_backbone(name, **options)
-            if image_processor is None:
-                image_processor = load_processor(name, source.config, **options)
-            if not Path(name).exists():
-                config_values["base_model"] = name
+        if isinstance(backbone, PreTrainedModel):
+            source = backbone
+        else:
+            options = hub_options or {}
+            source, image_processor, name = open_backbone(str(backbone), image_processor, **options)
+            config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        assert isinstance(source, PreTrainedModel)
-        backbone_config = detached_config(source.config)
         pooling = pooling or default_pooling(source)
         knn_pooling = config_values.get("knn_pooling")
         config = KnnConfig(
-            backbone_config=backbone_config,
+            backbone_config=detached_config(source.config),
             feature_dim=measure_width(source, pooling),
             knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
             pooling=pooling,
-            **_label_maps(labels),
+            **label_maps(labels),
             **config_values,
         )
         model = cls(config)
         nn.Module.to(model, dtype=source.dtype)
-        _copy_weights(source, model.backbone)
+        copy_weights(source, model.backbone)
         model.image_processor = portable(image_processor)
         return model.eval()
 
@@ -266,22 +229,20 @@ class KnnForImageClassification(PreTrainedModel):
                 if load_datastore:
                     attempt.verify(allow_stale)
                 loaded = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, **kwargs
+                    pretrained_model_name_or_path, *model_args, load_datastore=False, **kwargs
                 )
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
-                model.image_processor = reader.read_processor()
-                model.measured = reader.read_measured()
-                model.changes = reader.read_changes()
-                model.neighbor_picture = reader.read_neighbor_picture()
+                model.memory = reader.read_memory(model.memory)
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
-                    model.thumbnails = attempt.read_thumbnails()
-                    model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
+                    rows = attempt.read_datastore(model, trust_faiss_index, consent)
+                    small = attempt.read_thumbnails()
+                    model.memory = replace(model.memory, rows=rows, thumbnails=small)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue
-                if _is_damage(error) and reader.download_again():
+                if is_damage(error) and reader.download_again():
                     kwargs["force_download"] = True
                     continue
                 raise
@@ -316,7 +277,8 @@ class KnnForImageClassification(PreTrainedModel):
             return
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
-        write_checkpoint(self, Path(save_directory), super().save_pretrained, kwargs)
+        save_weights = super(core.KnnForImageClassification, self).save_pretrained
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
@@ -362,13 +324,8 @@ class KnnForImageClassification(PreTrainedModel):
         if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            self.save_pretrained(folder, **kwargs)
-            draw_reliability(self, folder)
-            card = make_card(self, target.repo_id, target.read_card(), folder, license)
-            (folder / CARD_NAME).write_text(card, encoding="utf-8")
-            commit = target.push(folder, commit_message or "Upload model", commit_description)
+        message = commit_message or "Upload model"
+        commit = publish(self, target, message, commit_description, license, kwargs)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
@@ -549,66 +506,6 @@ class KnnForImageClassification(PreTrainedModel):
         found = explain(self, features, sample_ids, level=level, max_error=max_error)
         return found[0] if is_one else found
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        return_neighbors: bool = False,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | list[int] | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> KnnImageClassifierOutput | tuple[Any, ...]:
-        """Classifies images, or features computed before.
-
-        In `train()` mode nothing is searched and `logits` is the head alone.
-
-        Args:
-            pixel_values: [B, 3, H, W].
-            labels: [B] int64; the loss is the head's cross-entropy, over the classes it has.
-            features: [B, D] instead of `pixel_values`, as in `pooler_output`.
-            sample_ids: [B] int64; the stored row with that id is no neighbour of that image
-                (-1 = none).
-            return_neighbors: also return the neighbours.
-            output_hidden_states: also return the backbone's hidden states, all or some.
-            output_attentions: also return the backbone's attentions, all or some.
-            return_dict: False returns a tuple.
-            kwargs: ignored values that generic callers pass (`num_items_in_batch`, …).
-
-        Raises:
-            ValueError: unless exactly one of `pixel_values` and `features` is given.
-        """
-        if (pixel_values is None) == (features is None):
-            raise ValueError("Expected exactly one of `pixel_values` and `features`.")
-        body = BaseModelOutput()
-        if pixel_values is not None:
-            given = {"output_hidden_states": output_hidden_states}
-            given["output_attentions"] = output_attentions
-            wanted = {
-                name: getattr(self.config, name) if value is None else value
-                for name, value in given.items()
-            }
-            asked = {name: value for name, value in wanted.items() if value}
-            features, body = extract(self.backbone, pixel_values, self.config, **asked)
-        assert features is not None
-        head_part, store_part = split_features(features, self.config)
-        neighbors = None if self.training else self._find_neighbors(store_part, sample_ids)
-        log_probs, head_logits, votes = self.weigh(head_part, neighbors)
-        output = KnnImageClassifierOutput(
-            loss=None if labels is None else self._head_loss(head_logits, labels),
-            logits=log_probs,
-            head_logits=head_logits,
-            knn_log_probs=votes,
-            neighbors=neighbors if return_neighbors else None,
-            pooler_output=features,
-            hidden_states=body.get("hidden_states"),
-            attentions=body.get("attentions"),
-        )
-        use_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if use_dict else output.to_tuple()
-
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; batch norms that are frozen keep their statistics in any case.
 
@@ -618,94 +515,3 @@ class KnnForImageClassification(PreTrainedModel):
         super().train(mode)
         freeze_statistics(self.backbone)
         return self
-
-    def weigh(
-        self, features: Tensor, neighbors: Neighbors | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the head says, what the neighbours vote, and the blend of both.
-
-        Args:
-            features: [B, D] the part of the features that the head sees.
-            neighbors: [B, k'] the rows that vote; None asks the head alone.
-
-        Returns:
-            `logits`, `head_logits` and `knn_log_probs` of `KnnImageClassifierOutput`.
-        """
-        config = self.config
-        head_logits = self.head(features.to(self.head.mean.dtype))  # [B, C_head]
-        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
-        votes = None if neighbors is None else self._count_votes(neighbors)
-        if votes is not None:
-            log_probs = blend_log_probs(log_probs, votes, config.knn_weight, config.blended_classes)
-            log_probs = soften(log_probs, config.blend_temperature)
-        else:
-            missing = max(0, config.classes - log_probs.shape[1])
-            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
-        return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
-
-    def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
-        if self.datastore is None or len(self.datastore) == 0:
-            return None
-        return self.datastore.search(features.float(), self.config.k, sample_ids)
-
-    def _count_votes(self, neighbors: Neighbors) -> Tensor:
-        assert self.datastore is not None
-        return knn_log_probs(
-            neighbors.similarities,
-            neighbors.labels,
-            self.config.classes,
-            self.config.knn_temperature,
-            metric=self.datastore.metric,
-            weighting=self.config.knn_weighting,
-        )
-
-    def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
-        if len(labels) and int(labels.max()) >= self.config.classes:
-            raise ValueError(
-                f"Expected `labels` below {self.config.classes}, the number of classes, "
-                f"but got {int(labels.max())}."
-            )
-        known = labels < head_logits.shape[1]  # a class taught later has no logit to train
-        if known.all():
-            return functional.cross_entropy(head_logits.float(), labels)
-        kept = functional.cross_entropy(head_logits[known].float(), labels[known], reduction="sum")
-        return kept / known.sum().clamp_min(1)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, KnnHead):
-            module.reset()
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether a file was not what it should be, rather than refused for what it says."""
-    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
-        error.__context__, JSONDecodeError | UnicodeDecodeError
-    )
-
-
-def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
-    if isinstance(labels, str):
-        raise ValueError(f"Expected `labels` to be a list of names, but got the text {labels!r}.")
-    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-    if not names:
-        raise ValueError("Expected `labels` to name at least one class, but got none.")
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
-    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
-    if doubled:
-        raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    report = target.load_state_dict(source.state_dict(), strict=False)
-    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
-    if report.missing_keys or unexpected:
-        raise ValueError(
-            f"Expected the backbone's weights to fit {type(target).__name__}, but "
-            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
-        )

@@ -35,7 +35,7 @@ from ..core.rows import (
     refuse_non_finite,
     shown,
 )
-from ..core.search import Ints, Neighbors, RowSpace, Searcher, Singles, check_request
+from ..core.search import Ints, Neighbors, Singles, check_request
 from ..core.votes import Metric
 from .backend import check_alike, check_split
 from .disk import (
@@ -61,6 +61,7 @@ from .index import (
     is_rebuildable,
     parse_memory,
 )
+from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, check_paths, sum_of, to_storage
 
 _BLOCK_ROWS = 8192
@@ -114,7 +115,7 @@ class DatastoreRows:
         self._table = RowTable.of(features, labels, ids, check_paths(paths, len(features)))
         self._index = self._choose_index(index)
         self._centroids: Singles | None = None
-        self._searcher: Searcher | None = None
+        self._searcher: GrowingSearcher | None = None
         self._placement = Placement()
         self._unverified: OpenedFiles | None = None
         self._trusted: BinaryIO | None = None
@@ -465,7 +466,7 @@ class DatastoreSearch(DatastoreRows):
         self._searcher = None
         return self
 
-    def build_index(self) -> Searcher:
+    def build_index(self) -> GrowingSearcher:
         """Builds the index now instead of at the first search.
 
         Returns:
@@ -479,7 +480,7 @@ class DatastoreSearch(DatastoreRows):
         if self._searcher is None:
             table = self._table
             mean = self.mean.double().numpy()
-            space = RowSpace(mean, self.metric, self.normalization, table.features)
+            space = IndexSpace(mean, self.metric, self.normalization, table.features)
             self._searcher, self._index, lists = build_searcher(
                 table.features, table.ids.numpy(), space, self._index, self._stored_lists(),
                 self.min_recall, self._placement, self._trusted,

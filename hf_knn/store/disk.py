@@ -7,7 +7,7 @@ inverted-file index, its centroids.
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -107,12 +107,6 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
     handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
     files = [open_blob(record, resolve) for record in manifest.blobs]
     features = join_features(files, manifest)
-    shape = (manifest.num_rows, manifest.dim)
-    if features.shape != shape or str(features.dtype) != f"torch.{manifest.dtype}":
-        raise DatastoreError(
-            f"Expected features of {shape} {manifest.dtype} as the manifest says, "
-            f"but the blobs hold {features.shape} {features.dtype}."
-        )
     shared = {"mean": take_vector(files[0], "mean", torch.float32, manifest.blobs[0])}
     lists = None
     if "centroids" in files[0]:
@@ -129,7 +123,7 @@ def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
     )
 
     def read_paths() -> list[str] | None:
-        return decode_paths(files, manifest) if "path_ends" in files[0] else None
+        return decode_paths(files, manifest)
 
     def verify() -> None:
         # copies of a datastore share this: what was found whole once is not read again
@@ -160,7 +154,7 @@ def _write(
     temporary = scratch / "rows"
     save_file(tensors, temporary)
     found = FileRecord.of(temporary)
-    record = found.renamed(f"datastore-{found.sha256[:12]}.safetensors")
+    record = replace(found, name=f"datastore-{found.sha256[:12]}.safetensors")
     if _reuse(record, folder, places):
         temporary.unlink()
     else:
@@ -260,7 +254,7 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
             normalization=contents.normalization,
             index=contents.index,
             blobs=blobs,
-            faiss_index=None if index is None else FileRecord.of(index).renamed(FAISS_NAME),
+            faiss_index=None if index is None else replace(FileRecord.of(index), name=FAISS_NAME),
             binding=contents.binding,
             source=contents.source,
         )

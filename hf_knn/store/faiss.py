@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core.manifest import DatastoreError
-from ..core.search import Ints, Limits, Singles, float32_rounding
+from ..core.search import Floats, Ints, Singles, float32_rounding
 
 
-def limits(last_scores: Singles, rounding: float) -> Limits:
+def limits(last_scores: Singles, rounding: float) -> Floats:
     """What rows left out can score at most, from the last score that was not left out."""
     return last_scores.astype(np.float64) + rounding
 
@@ -92,10 +92,10 @@ class FaissFlat:
         self.rounding = float32_rounding(rows.shape[1])
 
     def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
+        """See `GrowingFirstPass.add`."""
         self.index.add(rows)
 
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         scores, positions = self.index.search(queries, count)
         return positions, limits(scores[:, -1], self.rounding)
@@ -208,7 +208,7 @@ class FaissApproximate:
         _write(path, self.index)
 
     def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`.
+        """See `GrowingFirstPass.add`.
 
         Raises:
             NotImplementedError: for a kind that takes no rows in once it was built.
@@ -223,7 +223,7 @@ class FaissApproximate:
             for start in range(0, len(rows) if index is not None else 0, _ADD_ROWS):
                 index.add(rows[start : start + _ADD_ROWS])
 
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         if self.on_gpus is not None and count > _LARGEST_ON_GPU:
             raise ValueError(

@@ -11,24 +11,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ..core.manifest import IndexInfo
-from ..core.search import (
-    ROW_BLOCK,
-    FirstPass,
-    Ints,
-    Limits,
-    Rows,
-    RowSpace,
-    Searcher,
-    Singles,
-    TorchFirstPass,
-    float32_rounding,
-    nearest_first,
-    reach,
-)
+from ..core.search import Ints, Rows, Singles
 from .faiss import (
     FAISS_HINT,
     FaissApproximate,
@@ -38,123 +23,8 @@ from .faiss import (
     read_flat,
     require_faiss,
 )
-
-_QUERY_BLOCK = 256
-
-
-_GROUP = 32
-
-
-class BFloat16FirstPass:
-    """Matmul in bfloat16, for processors that have it: half the memory of float32.
-
-    A row among the best `count` lies in one of the `count` groups with the best maxima, so only
-    the group maxima are sorted.
-
-    Args:
-        rows: [N, D'] float32.
-    """
-
-    extra = 44
-
-    def __init__(self, rows: Singles) -> None:
-        self.count, self.lost = 0, 0.0
-        self.rows = torch.empty(0, rows.shape[1], dtype=torch.bfloat16)
-        self.rounding = float32_rounding(rows.shape[1])
-        self.add(rows)
-
-    def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
-        if not len(rows):
-            return
-        added = torch.from_numpy(rows)
-        rounded = added.bfloat16()
-        for block, kept in zip(added.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
-            self.lost = max(self.lost, float((block - kept.float()).norm(dim=1).max()))
-        merged = torch.cat([self.rows[: self.count], rounded])
-        self.count, self.rows = len(merged), _padded(merged)
-
-    @torch.autocast("cpu", enabled=False)
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
-        """See `FirstPass.candidates`."""
-        exact = torch.from_numpy(queries)
-        rounded = exact.bfloat16()
-        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
-        parts = [self._candidates(block, count) for block in rounded.split(_QUERY_BLOCK)]
-        last, positions = zip(*parts, strict=True)
-        return torch.cat(positions).numpy(), reach(torch.cat(last), lost, self.lost, self.rounding)
-
-    def _candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores = torch.empty(len(queries), len(self.rows), dtype=torch.bfloat16)  # [B, N]
-        for start in range(0, len(self.rows), ROW_BLOCK):
-            rows = self.rows[start : start + ROW_BLOCK]
-            scores[:, start : start + ROW_BLOCK] = queries @ rows.T
-        scores[:, self.count :] = -torch.inf
-        groups = scores.view(len(queries), -1, _GROUP).amax(dim=-1).float()  # [B, N / 32]
-        best = groups.topk(min(count, groups.shape[1]), dim=1).indices
-        members = (best.unsqueeze(-1) * _GROUP + torch.arange(_GROUP)).flatten(1)
-        found = scores.gather(1, members).float().topk(count, dim=1)
-        # a float32 of what was bfloat16 is bfloat16 again without loss
-        return found.values[:, -1].bfloat16(), members.gather(1, found.indices)
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _padded(rows: Tensor) -> Tensor:
-    missing = -len(rows) % _GROUP
-    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-
-
-_EXACT_BLOCK = 262_144
-
-
-def nearest_in_blocks(
-    features: Rows,
-    ids: Ints,
-    space: RowSpace,
-    first_pass: Callable[[Singles], FirstPass],
-    queries: NDArray,
-    k: int,
-    exclude_ids: Ints,
-) -> Ints:
-    """The exact k nearest rows, without a copy of all rows in memory.
-
-    Args:
-        features: [N, D] raw features.
-        ids: [N] int64, unique.
-        space: how rows are compared.
-        first_pass: makes an exact one from rows.
-        queries: [B, D] finite raw features.
-        k: from 1 to N - 1.
-        exclude_ids: [B] ids that are no neighbours of the queries.
-
-    Returns:
-        [B, k] positions by (similarity, id).
-    """
-    blocks = -(-len(ids) // _EXACT_BLOCK)
-    similarities, positions = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
-    for part in np.array_split(np.arange(len(ids)), blocks):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        block = Searcher(
-            features[rows], ids[rows], space, first_pass(space.first_pass_rows(features[rows]))
-        )
-        found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
-        similarities = np.concatenate([similarities, found], axis=1)
-        positions = np.concatenate([positions, places + rows.start], axis=1)
-        order = nearest_first(similarities, ids[positions], k)
-        similarities = np.take_along_axis(similarities, order, axis=1)
-        positions = np.take_along_axis(positions, order, axis=1)
-    return positions
-
-
-def recall_of(found: Ints, wanted: Ints) -> float:
-    """Share of the wanted neighbours [B, k] that were found [B, k]."""
-    hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
-    return float(hits.mean(axis=1).mean())
-
+from .first_pass import BFloat16FirstPass, GrowingFirstPass, PlacedFirstPass, has_fast_bfloat16
+from .searcher import GrowingSearcher, IndexSpace, nearest_in_blocks, recall_of
 
 logger = logging.getLogger(__name__)
 
@@ -295,13 +165,13 @@ def is_rebuildable(spec: str) -> bool:
 def build_searcher(
     features: Rows,
     ids: Ints,
-    space: RowSpace,
+    space: IndexSpace,
     info: IndexInfo,
     stored: StoredLists | None,
     min_recall: float,
     placement: Placement,
     trusted: BinaryIO | None,
-) -> tuple[Searcher, IndexInfo, StoredLists | None]:
+) -> tuple[GrowingSearcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
     Args:
@@ -328,9 +198,9 @@ def build_searcher(
             )
         if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, features.shape[1])
-            return Searcher(features, ids, space, flat), info, stored
+            return GrowingSearcher(features, ids, space, flat), info, stored
         first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
-        return Searcher(features, ids, space, first_pass), info, stored
+        return GrowingSearcher(features, ids, space, first_pass), info, stored
     started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
     if trusted is not None:
         index = FaissApproximate.from_file(
@@ -343,7 +213,7 @@ def build_searcher(
     seconds = time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
-    searcher = Searcher(features, ids, space, index, is_exact=False)
+    searcher = GrowingSearcher(features, ids, space, index, is_exact=False)
     # a graph is another one each time that it is built; lists are rebuilt as they were
     if info.recall is None or is_new:
         info = _tune(searcher, index, info, min_recall)
@@ -364,20 +234,20 @@ def _approximate(
     return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
 
 
-def _placed_first_pass(rows: Singles, placement: Placement) -> FirstPass:
+def _placed_first_pass(rows: Singles, placement: Placement) -> GrowingFirstPass:
     if placement != Placement():
         dtype = torch.float16 if placement.float16 else torch.float32
-        return TorchFirstPass(rows, placement.devices, dtype)
+        return PlacedFirstPass(rows, placement.devices, dtype)
     return _exact_first_pass(len(rows))(rows)
 
 
-def _exact_first_pass(count: int) -> Callable[[Singles], FirstPass]:
+def _exact_first_pass(count: int) -> Callable[[Singles], GrowingFirstPass]:
     if count >= _SMALLEST_BFLOAT16 and has_fast_bfloat16():
         return BFloat16FirstPass
     if has_faiss():
         return FaissFlat
     _say_once_that_faiss_is_missing()
-    return TorchFirstPass
+    return PlacedFirstPass
 
 
 @functools.cache
@@ -386,7 +256,7 @@ def _say_once_that_faiss_is_missing() -> None:
 
 
 def _tune(
-    searcher: Searcher, index: FaissApproximate, info: IndexInfo, min_recall: float
+    searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
     """Raises nprobe or efSearch until the recall on a sample of rows is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space

@@ -571,7 +571,7 @@ def test_a_number_with_zeros_in_front_can_be_loaded(tmp_path: Path) -> None:
 
 CRASH_SCRIPT = """
 import torch
-from hf_knn.datastore import Datastore
+from hf_knn.store.datastore import Datastore
 try:
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     Datastore.from_features(rows, [0] * 300, index={index!r}).search(rows, 1)
