@@ -166,10 +166,11 @@ class KnnForImageClassification(core.KnnForImageClassification):
             config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
+        backbone_config = detached_config(source.config)  # refuses some, before they are tried
         pooling = pooling or default_pooling(source)
         knn_pooling = config_values.get("knn_pooling")
         config = KnnConfig(
-            backbone_config=detached_config(source.config),
+            backbone_config=backbone_config,
             feature_dim=measure_width(source, pooling),
             knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
             pooling=pooling,

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..store.hub import CARD_NAME, PushTarget
+from ..store.hub import CARD_NAME, OpenTarget
 from .card import draw_reliability, make_card
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def publish(
     model: "KnnForImageClassification",
-    target: PushTarget,
+    target: OpenTarget,
     message: str,
     description: str | None,
     license_name: str | None,
