@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).parent
-_NOT_SOURCES = ("__init__", "flatten")
+_NOT_SOURCES = ("__init__", "flatten", "lazy")
 TARGET = SOURCES.parent / "travels"
 HEADER = """# {title}
 #

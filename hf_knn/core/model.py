@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -137,7 +138,7 @@ class KnnForImageClassification(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
-            model.image_processor = AutoImageProcessor.from_pretrained(
+            model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options
             )
         if load_datastore:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from ..core.backbone import count_prefix_tokens, hash_tensors, model_class, pool
-from ..core.config import Pooling
+from ..core.config import KnnConfig, Pooling
 
 # the classes of processors are taken from `transformers` when one is made: they import slowly
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -180,6 +180,29 @@ def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
     """
     output, pixel_values = _probe(backbone)
     return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
+
+
+def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:
+    """The configuration of a new model on a backbone.
+
+    Args:
+        backbone: what will make features.
+        pooling: how its output becomes one; None chooses.
+        values: further `KnnConfig` values.
+
+    Raises:
+        ValueError: for a backbone that cannot be one, or a bad value.
+    """
+    config = detached_config(backbone.config)  # refuses some, before they are tried
+    pooling = pooling or default_pooling(backbone)
+    other = values.get("knn_pooling")
+    return KnnConfig(
+        backbone_config=config,
+        feature_dim=measure_width(backbone, pooling),
+        knn_feature_dim=None if other is None else measure_width(backbone, other),
+        pooling=pooling,
+        **values,
+    )
 
 
 @contextmanager

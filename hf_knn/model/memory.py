@@ -83,6 +83,12 @@ class Memory:
             return self
         return replace(self, tally=Tally.of(store, self.head, config))
 
+    def remarked(self, note: str) -> "Memory":
+        """With one more note in the last receipt."""
+        last = self.receipts[-1]
+        noted = replace(last, notes=[*last.notes, note])
+        return replace(self, receipts=(*self.receipts[:-1], noted))
+
     def started_with(self, rows: SearchBackend | None) -> "Memory":
         """With other rows, of which nothing was changed yet, and no pictures are kept.
 

@@ -17,11 +17,9 @@ from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
+    config_for,
     copy_weights,
-    default_pooling,
-    detached_config,
     freeze_statistics,
-    measure_width,
     open_backbone,
     portable,
 )
@@ -66,10 +64,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
     @property
     def memory(self) -> Memory:
         """What the model remembers now, as one value; a change of it is one assignment."""
-        kept: Memory | None = self.__dict__.get("_memory")
         classes = Classes.of(self.config)
-        if kept is None:  # while the model is made
-            return Memory(self.head, classes)
+        kept = self.__dict__.get("_memory") or Memory(self.head, classes)  # while it is made
         return replace(kept, head=self.head, classes=classes)
 
     @memory.setter
@@ -128,9 +124,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     def _counted(self) -> Memory:
         """What is remembered, with sums over the rows, which later changes go on with."""
-        found = self.memory.counted(self.config)
-        self._memory = found
-        return found
+        self._memory = self.memory.counted(self.config)
+        return self._memory
 
     @classmethod
     def from_backbone(
@@ -166,18 +161,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        backbone_config = detached_config(source.config)  # refuses some, before they are tried
-        pooling = pooling or default_pooling(source)
-        knn_pooling = config_values.get("knn_pooling")
-        config = KnnConfig(
-            backbone_config=backbone_config,
-            feature_dim=measure_width(source, pooling),
-            knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
-            pooling=pooling,
-            **label_maps(labels),
-            **config_values,
-        )
-        model = cls(config)
+        model = cls(config_for(source, pooling, **label_maps(labels), **config_values))
         nn.Module.to(model, dtype=source.dtype)
         copy_weights(source, model.backbone)
         model.image_processor = portable(image_processor)
@@ -403,12 +387,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
         keeps = self.thumbnails is not None and images is not None
         small = small_pictures(images) if keeps else []
         self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
-        receipt = self._memory.receipts[-1]
-        remark = of_unanswered(self, found, receipt.labels)
+        remark = of_unanswered(self, found, self._memory.receipts[-1].labels)
         if remark:
-            receipt = replace(receipt, notes=[*receipt.notes, remark])
-            self.changes = [*self.changes[:-1], receipt]
-        return receipt
+            self._memory = self._memory.remarked(remark)
+        return self._memory.receipts[-1]
 
     def forget(
         self,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..store.hub import CARD_NAME, OpenTarget
 from .card import draw_reliability, make_card
+from .code import legacy_code
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -36,6 +37,7 @@ def publish(
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, **options)
         draw_reliability(model, folder)
-        card = make_card(model, target.repo_id, target.read_card(), folder, license_name)
+        card = make_card(model, target.repo_id, target.read_text(CARD_NAME), folder, license_name)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        return target.push(folder, message, description)
+        replaced = sorted(legacy_code(target.read_text))
+        return target.push(folder, message, description, replaced=replaced)

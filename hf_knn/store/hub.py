@@ -32,7 +32,7 @@ KEPT_TO_ONESELF = (
 """What is never pushed: pickles, hidden files, training checkpoints."""
 
 
-REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
+_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
 """Remote files that a push deletes unless it brings them: those of an older version."""
 
 
@@ -98,13 +98,13 @@ class OpenTarget:
         where = {"revision": self.head, "repo_type": self.target.repo_type}
         return bool(self.api.file_exists(self.repo_id, name, **where))
 
-    def read_card(self) -> str | None:
-        """The card that is there; None if there is none."""
-        if not self.holds(CARD_NAME):
+    def read_text(self, name: str) -> str | None:
+        """A file that is there, as text; None if there is none."""
+        if not self.holds(name):
             return None
         where = {"revision": self.head, "repo_type": self.target.repo_type}
-        path = self.api.hf_hub_download(self.repo_id, CARD_NAME, **where)
-        return Path(path).read_text(encoding="utf-8")
+        path = self.api.hf_hub_download(self.repo_id, name, **where)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def push(
         self,
@@ -112,7 +112,7 @@ class OpenTarget:
         message: str,
         description: str | None = None,
         extra: Sequence[str] = (),
-        replaced: Sequence[str] = REPLACED,
+        replaced: Sequence[str] = (),
     ) -> Any:
         """Commits a folder; what the remote has already is not sent again.
 
@@ -121,7 +121,7 @@ class OpenTarget:
             message: of the commit.
             description: of the commit.
             extra: patterns of `KEPT_TO_ONESELF` that are pushed all the same.
-            replaced: patterns of remote files that go unless this push brings them.
+            replaced: patterns of further remote files that go unless this push brings them.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -144,7 +144,7 @@ class OpenTarget:
                 create_pr=self.target.create_pr,
                 parent_commit=expected,
                 ignore_patterns=[name for name in KEPT_TO_ONESELF if name not in extra],
-                delete_patterns=list(replaced),
+                delete_patterns=[*_REPLACED, *replaced],
             )
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code == _CONFLICT:

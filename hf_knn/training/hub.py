@@ -14,7 +14,8 @@ from transformers.utils import PushInProgress
 
 from ..model.card import draw_reliability, make_card
 from ..model.checkpoint import is_checkpoint_file
-from ..store.hub import CARD_NAME, REPLACED, PushTarget
+from ..model.code import legacy_code
+from ..store.hub import CARD_NAME, PushTarget
 from .arguments import ARGUMENTS_NAME
 from .checkpoints import SealedTrainer
 
@@ -144,14 +145,16 @@ class HubTrainer(SealedTrainer):
         try:
             opened = target.open()
             draw_reliability(self.model, staging)
-            card = make_card(self.model, opened.repo_id, opened.read_card(), staging)
+            card = make_card(self.model, opened.repo_id, opened.read_text(CARD_NAME), staging)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
             has_state = any(path.is_dir() for path in staging.iterdir())
+            replaced = legacy_code(opened.read_text)
+            replaced |= {f"{LAST_CHECKPOINT}/*"} if has_state else set()
             return opened.push(
                 staging,
                 message,
                 extra=_RESUME_STATE if has_state else (),
-                replaced=(*REPLACED, f"{LAST_CHECKPOINT}/*") if has_state else REPLACED,
+                replaced=sorted(replaced),
             )
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 953b95e29d9ed75c28ce69354c2130cd1a7eaad0bfe3eaabb427701506ccdbd1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7fcd8f2ec2a851f5a1462231827f2ba3b5690043f25179128bc18c91f6656ccf.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

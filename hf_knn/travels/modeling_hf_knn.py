@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 953b95e29d9ed75c28ce69354c2130cd1a7eaad0bfe3eaabb427701506ccdbd1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7fcd8f2ec2a851f5a1462231827f2ba3b5690043f25179128bc18c91f6656ccf.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -21,13 +21,14 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
+import transformers
 import transformers.initialization as init
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, AutoModel, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.hub import resolve_revision
@@ -1733,7 +1734,7 @@ class KnnForImageClassification(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
-            model.image_processor = AutoImageProcessor.from_pretrained(
+            model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options
             )
         if load_datastore:

@@ -8,20 +8,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from overlay import Overlay, request_digest
 from PIL import Image
-from settings import Settings, checked
 from torch import Tensor
-from uploads import (
-    SpaceError,
-    Upload,
-    check_files,
-    check_label,
-    read_upload,
-    shrink,
-    thumbnail,
-)
-from visitors import Visitors, check_token, new_token
 
 from hf_knn import (
     BadImageError,
@@ -30,6 +18,19 @@ from hf_knn import (
     KnnForImageClassification,
     PictureEncoder,
 )
+
+from .overlay import Overlay, request_digest
+from .settings import Settings, checked
+from .uploads import (
+    SpaceError,
+    Upload,
+    check_files,
+    check_label,
+    read_upload,
+    shrink,
+    thumbnail,
+)
+from .visitors import Visitors, check_token, new_token
 
 MAX_KEY = 200
 _KEPT_FEATURES = 1024

@@ -11,9 +11,10 @@ from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
-from uploads import MAX_BYTES, MAX_PIXELS, thumbnail
 
 from hf_knn import BadImageError, decode_image, load_splits
+
+from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
 
 MAX_DATASET_BYTES = 4 * 2**30
 """A larger dataset is not downloaded for its thumbnails."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from journal import Journal, JournalError
-from overlay import Overlay, fingerprint
-from uploads import SpaceError
-
 from hf_knn import Datastore, KnnForImageClassification
+
+from .journal import Journal, JournalError
+from .overlay import Overlay, fingerprint
+from .uploads import SpaceError
 
 MAX_IN_MEMORY = 256
 """Visitors whose models are held; those who wait longest make room if a journal keeps them."""

@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from uploads import SpaceError
-
 from hf_knn import KnnConfig
+
+from .uploads import SpaceError
 
 WEIGHTINGS = ("softmax", "uniform", "inverse_distance", "rank")
 MAX_K = 100

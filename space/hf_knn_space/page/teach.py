@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
-from exports import write_checkpoint, write_dataset
-from shared import HEAVY, SELECT_JS, Page, as_message, clicked
-from uploads import MAX_FILES, SpaceError, check_files, check_label
-from views import examples_page, labels_page, said_page
 
 from hf_knn import BadImageError
+
+from ..exports import write_checkpoint, write_dataset
+from ..uploads import MAX_FILES, SpaceError, check_files, check_label
+from .contents import Page
+from .events import HEAVY, as_message, clicked
+from .scripts import SELECT_JS
+from .teach_views import examples_page, labels_page, said_page
 
 _SUGGEST_JS = """
 document.querySelector('#knn-label input')?.setAttribute('list', 'knn-labels');

@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from service import Near
 
-from hf_knn import Datastore, inspect_datastore, map_svg, place_features
+from hf_knn import Datastore, KnnForImageClassification, inspect_datastore, map_svg, place_features
+
+from .service import Near
 
 MAX_ROWS = 5_000
 """Rows that are looked through; of more, so many are drawn at random."""
@@ -55,22 +55,26 @@ class Explorer:
         seed: of folds, samples and the map.
     """
 
-    def __init__(self, model: Any, seed: int = 0) -> None:
-        self._store = model.datastore
+    def __init__(self, model: KnnForImageClassification, seed: int = 0) -> None:
+        store = model.datastore
+        self._store = store if isinstance(store, Datastore) else None  # rows of its own
         self._names: list[str] = model.config.class_names
         self._seed = seed
         self._lock = threading.Lock()
+        self._found: Exploration | None = None
 
     def look(self) -> Exploration | None:
         """Everything; None if the model holds no rows of its own."""
-        if not isinstance(self._store, Datastore) or not len(self._store):
+        if not self._store:
             return None
         with self._lock:  # two visitors wait for one look
+            if self._found is None:
+                self._found = self._look_through(self._store)
             return self._found
 
     def classes(self) -> list[tuple[str, int]]:
         """The classes that have rows and how many, the largest first."""
-        if not isinstance(self._store, Datastore):
+        if self._store is None:
             return []
         counts = np.bincount(self._store.labels.numpy(), minlength=len(self._names))
         order = np.argsort(-counts, kind="stable")
@@ -82,14 +86,13 @@ class Explorer:
         Args:
             name: of the class; an unknown one has no rows.
         """
-        if not isinstance(self._store, Datastore) or name not in self._names:
+        if self._store is None or name not in self._names:
             return []
-        chosen = (self._store.labels == self._names.index(name)).nonzero().flatten()
-        return [self._row(row) for row in chosen[:MAX_TILES].tolist()]
+        store, label = self._store, self._names.index(name)
+        chosen = (store.labels == label).nonzero().flatten()
+        return [self._stored(store, row) for row in chosen[:MAX_TILES].tolist()]
 
-    @cached_property
-    def _found(self) -> Exploration:
-        store = self._store
+    def _look_through(self, store: Datastore) -> Exploration:
         if len(store) > MAX_ROWS:
             chosen = np.random.default_rng(self._seed).choice(len(store), MAX_ROWS, replace=False)
             store = store.subset(store.ids[np.sort(chosen)])
@@ -114,9 +117,6 @@ class Explorer:
         rings = np.array([row in marked for row in rows.tolist()], bool)
         labels = checkup.pictures.labels[rows]
         return map_svg(places, labels, self._names, rings, ids[rows])
-
-    def _row(self, row: int) -> Near:
-        return self._stored(self._store, row)
 
     def _stored(self, store: Datastore, row: int) -> Near:
         return Near(int(store.ids[row]), self._names[int(store.labels[row])], None, None)

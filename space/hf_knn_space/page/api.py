@@ -1,15 +1,16 @@
-"""The named endpoints; README.md of this folder says how to call them."""
+"""The named endpoints; the README of the Space says how to call them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
-from settings import Settings
-from shared import HEAVY, Page, as_message
-from uploads import SpaceError
-from views import disagrees
 
-from hf_knn import Explanation
+from ..explanations import as_json
+from ..files import space_file
+from ..settings import Settings
+from ..uploads import MAX_FILES, SpaceError
+from .contents import Page
+from .events import HEAVY, as_message
 
 
 def add_api(page: Page) -> None:
@@ -41,6 +42,12 @@ def add_api(page: Page) -> None:
     for handler, inputs in endpoints:
         button = gr.Button(visible=False)
         button.click(handler, inputs, result, api_name=handler.__name__, **HEAVY)
+
+
+def api_text() -> str:
+    """How to call them: the part of the README on the API."""
+    _, _, body = space_file("README.md").read_text(encoding="utf-8").partition("## API\n")
+    return body.partition("\n## ")[0].replace("MAX_FILES", str(MAX_FILES))
 
 
 class _Handlers:
@@ -90,30 +97,3 @@ class _Handlers:
         if not isinstance(ids, list) or not all(type(row_id) is int for row_id in ids):
             raise SpaceError("Expected `ids` to be a list of whole numbers, as /teach returned.")
         return self._service.forget(ids, visitor or "")
-
-
-def as_json(found: Explanation) -> dict[str, Any]:
-    """An explanation in types that JSON has.
-
-    Args:
-        found: of one picture.
-    """
-    flip = None if found.flip is None else found.flip._asdict()
-    return {
-        "answer": found.answer,
-        "probabilities": found.probabilities,
-        "head": found.head,
-        "knn": found.knn,
-        "neighbors": [
-            {
-                "id": row.row_id, "label": row.label, "similarity": row.similarity,
-                "share": row.share,
-            }
-            for row in found.neighbors
-        ],
-        "margin": found.margin,
-        "flip": flip,
-        "typicality": found.typicality,
-        "is_typical": found.is_typical,
-        "disagree": disagrees(found),
-    }  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 import gradio as gr
 from markdown_it import MarkdownIt
 
-_HERE = Path(__file__).parent
+from ..files import CLONED_BENCHMARK
+
 _PAGES = ("report.html", "report.md")  # the second is what a clone holds
 _STYLE = """<style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; background: #fff; margin: 1.2rem; }
@@ -22,15 +23,22 @@ _FIGURE = re.compile(r'src="(figures/[\w.-]+\.png)"')
 _WAITING = '<div class="knn-empty"><p>Opening the report.</p></div>'
 
 
-def find_report() -> Path | None:
-    """The page of `HF_KNN_RESULTS`, of `results` beside this file, or of the clone's own results.
+def find_report(beside: Path | None = None) -> Path | None:
+    """The page of `HF_KNN_RESULTS`, of `results` beside app.py, or of the clone's own results.
+
+    Args:
+        beside: the folder of app.py; None for none.
 
     Raises:
         FileNotFoundError: if `HF_KNN_RESULTS` names a folder without a report.
     """
     named = os.environ.get("HF_KNN_RESULTS")
-    folders = [_HERE / "results", _HERE.parent / "benchmark" / "results"]
-    places = [folder / page for folder in ([Path(named)] if named else folders) for page in _PAGES]
+    folders = [CLONED_BENCHMARK / "results"]
+    if named:
+        folders = [Path(named)]
+    elif beside is not None:
+        folders.insert(0, beside / "results")
+    places = [folder / page for folder in folders for page in _PAGES]
     found = next((place for place in places if place.is_file()), None)
     if named and found is None:
         raise FileNotFoundError(

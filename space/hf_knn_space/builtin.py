@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from uploads import SpaceError
 
 from hf_knn import KnnForImageClassification, KnnTrainer, KnnTrainingArguments, extract_features
 
-_BENCHMARK = Path(__file__).parents[1] / "benchmark"
+from .files import CLONED_BENCHMARK
+from .uploads import SpaceError
+
 _REVISION = 2  # raise it when the model would come out different
 _SAMPLES = 6
 
@@ -44,11 +45,11 @@ def open_builtin(
     Raises:
         SpaceError: outside a clone of the repository, where a model must be named.
     """
-    if not _BENCHMARK.is_dir():
+    if not CLONED_BENCHMARK.is_dir():
         raise SpaceError(
             "Expected a model, but got none; set HF_KNN_MODEL to a checkpoint or a Hub id."
         )
-    sys.path.append(str(_BENCHMARK))
+    sys.path.append(str(CLONED_BENCHMARK))
     from cache import build_once, cache_root
     from offline_backbones import build_backbone  # a clone alone has them
     from offline_tasks import load_pictures, split_indices

@@ -14,7 +14,8 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uploads import MAX_BYTES, MAX_FILES
+
+from .uploads import MAX_BYTES, MAX_FILES
 
 MAX_DISK = 4 * 2**30
 """Bytes that uploads and downloads of all visitors may take at a time."""

@@ -6,15 +6,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from journal import Example, Journal, Taught
 from torch import Tensor
-from uploads import SpaceError
 
 from hf_knn import KnnForImageClassification
+
+from .journal import Example, Journal, Taught
+from .uploads import SpaceError
 
 MAX_EXAMPLES = 200
 """Pictures that a visitor can teach."""
@@ -229,11 +229,11 @@ def _with_label(row: Example, label: str) -> Example:
     return Example(row.row_id, label, row.features, row.thumbnail)
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: KnnForImageClassification) -> str:
     """Of everything that decides what a taught picture means: weights and published rows.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: the published one.
     """
     total = hashlib.sha256(repr(model.config.class_names).encode())
     tensors = dict(model.state_dict())

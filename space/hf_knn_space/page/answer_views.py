@@ -1,37 +1,23 @@
-"""Answers as HTML. Every text of a visitor or a model goes through `text`."""
+"""Answers as HTML."""
 
-import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-
-from journal import Example
-from service import Look, Near
-from uploads import as_uri
+from collections.abc import Iterable, Mapping, Sequence
 
 from hf_knn import Explanation
+
+from ..explanations import disagrees, first
+from ..service import Look, Near
+from ..uploads import as_uri
+from .markup import FindPicture, name_of, picture_or_number, text, tile
 
 _BARS = 6
 _TILES = 10
 _MOST_TILES = 100
 _FLIP_TILES = 12
-_TEMPLATE_MARKS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
-
-FindPicture = Callable[[int], bytes | None]
-"""From the id of a row to its small picture."""
 
 EMPTY = (
     '<div class="knn-empty"><p>Choose a picture to see the answer, and the pictures it was '
     "answered by.</p></div>"
 )
-
-
-def text(value: object) -> str:
-    """A text that is shown as it is: no markup, and nothing that a template would fill in."""
-    return html.escape(str(value)).translate(_TEMPLATE_MARKS)
-
-
-def name_of(label: str) -> str:
-    """A class in a sentence, whichever way its script runs."""
-    return f"<bdi>{text(label)}</bdi>"
 
 
 def answer_page(
@@ -71,6 +57,16 @@ def answer_page(
     )
 
 
+def rows_of(found: Explanation) -> list[int]:
+    """Ids of the stored rows whose pictures the page of an answer shows.
+
+    Args:
+        found: the answer that is shown.
+    """
+    voters = [row.row_id for row in found.neighbors[:_MOST_TILES]]
+    return voters + ([] if found.flip is None else found.flip.row_ids[:_FLIP_TILES])
+
+
 def bars(probabilities: Mapping[str, float], kind: str) -> str:
     """The likeliest classes, as bars with their numbers.
 
@@ -87,52 +83,6 @@ def bars(probabilities: Mapping[str, float], kind: str) -> str:
     return f'<ul class="knn-bars knn-{kind}">{rows}</ul>'
 
 
-def detail_page(own: Near, others: Iterable[Near], picture_of: FindPicture) -> str:
-    """One stored picture, large, and its neighbours, over the page."""
-    tiles = "".join(tile(near, picture_of(near.row_id)) for near in others)
-    large = _picture(own.row_id, picture_of(own.row_id))
-    return (
-        '<dialog class="knn-detail" aria-labelledby="knn-detail"><form method="dialog"><button '
-        f'aria-label="Close">✕</button></form><div class="knn-answer">{large}<div><p class="'
-        f'knn-hint">Stored picture {own.row_id}</p><h3 id="knn-detail">{name_of(own.label)}</h3>'
-        '<p class="knn-hint">Below: what is stored nearest to it, with the similarity.</p></div>'
-        f'</div><div class="knn-tiles">{tiles}</div></dialog>'
-    )
-
-
-def examples_page(examples: Iterable[Example], selected: set[int]) -> str:
-    """What a visitor taught, as buttons that are pressed or not."""
-    tiles = "".join(
-        f'<button type="button" class="knn-tile" data-row="{row.row_id}" aria-pressed="'
-        f'{str(row.row_id in selected).lower()}"><img src="{as_uri(row.thumbnail)}" alt="">'
-        f"<b>{name_of(row.label)}</b><span>no. {row.row_id}</span></button>"
-        for row in examples
-    )
-    if not tiles:
-        return (
-            '<div class="knn-empty"><p>Nothing yet. What you teach is seen by you alone, and the '
-            "next answer knows it.</p></div>"
-        )
-    return f'<div class="knn-tiles">{tiles}</div>'
-
-
-def labels_page(names: Iterable[str]) -> str:
-    """Labels for the browser to suggest."""
-    options = "".join(f'<option value="{text(name)}"></option>' for name in names)
-    return f'<datalist id="knn-labels">{options}</datalist>'
-
-
-def said_page(message: str, is_error: bool = False) -> str:
-    """One sentence on what was done, or could not be.
-
-    Args:
-        message: empty for nothing yet.
-        is_error: whether it could not be.
-    """
-    kind = 'class="knn-notice" role="alert"' if is_error else 'role="status"'
-    return f"<p {kind}>{text(message)}</p>" if message else '<p role="status"></p>'
-
-
 def samples_page(samples: Iterable[bytes]) -> str:
     """Pictures to begin with, as buttons."""
     tiles = "".join(
@@ -142,32 +92,6 @@ def samples_page(samples: Iterable[bytes]) -> str:
     )
     hint = '<p class="knn-hint">Or begin with one of these:</p>'
     return f'{hint if tiles else ""}<div class="knn-tiles">{tiles}</div>'
-
-
-def tile(near: Near, picture: bytes | None, remark: str = "") -> str:
-    """A stored row as a button.
-
-    Args:
-        near: the row.
-        picture: its small picture; None shows its id.
-        remark: below it; empty shows share and similarity, where there are any.
-    """
-    share = "" if near.share is None else f"{_percent(near.share)} · "
-    similarity = "" if near.similarity is None else f"{near.similarity:.2f}"
-    spoken = "" if near.share is None else f", {_percent(near.share)} of the vote"
-    spoken += "" if near.similarity is None else f", similarity {similarity}"
-    spoken += f", {text(remark)}" if remark else ""
-    return (
-        f'<button type="button" class="knn-tile" data-row="{near.row_id}" aria-label="'
-        f'{text(near.label)}{spoken}, picture {near.row_id}">'
-        f"{_picture(near.row_id, picture)}<b>{name_of(near.label)}</b>"
-        f"<span>{text(remark) or share + similarity}</span></button>"
-    )
-
-
-def disagrees(found: Explanation) -> bool:
-    """Whether head and neighbours alone would answer differently."""
-    return bool(found.knn) and first(found.head)[0] != first(found.knn)[0]
 
 
 def _strip(looks: Sequence[Look], chosen: int, answers: Sequence[Explanation]) -> str:
@@ -217,16 +141,6 @@ def _gallery(found: Explanation, picture_of: FindPicture) -> str:
     return f'<div class="knn-tiles" id="knn-voters">{heaviest}</div>{more if rest else ""}'
 
 
-def _percent(share: float) -> str:
-    return "&lt;1%" if 0 < share < 0.005 else f"{share:.0%}"
-
-
-def _picture(row_id: int, picture: bytes | None) -> str:
-    if picture is not None:
-        return f'<img src="{as_uri(picture)}" alt="">'
-    return f'<span class="knn-plain" aria-hidden="true">{row_id}</span>'
-
-
 def _flip(found: Explanation) -> str:
     if found.flip is None:
         return "Nothing among the stored pictures near it: the answer would stay."
@@ -241,7 +155,7 @@ def _flip_tiles(found: Explanation, picture_of: FindPicture) -> str:
     ids = [] if found.flip is None else found.flip.row_ids
     tiles = "".join(
         f'<button type="button" class="knn-tile knn-small" data-row="{row_id}" aria-label="'
-        f'Picture {row_id}">{_picture(row_id, picture_of(row_id))}</button>'
+        f'Picture {row_id}">{picture_or_number(row_id, picture_of(row_id))}</button>'
         for row_id in ids[:_FLIP_TILES]
     )
     more = f'<p class="knn-hint">and {len(ids) - _FLIP_TILES} more</p>'
@@ -253,12 +167,3 @@ def _voices(found: Explanation) -> str:
     if found.knn:
         parts.append(f"<section><h3>The neighbours alone</h3>{bars(found.knn, 'knn')}</section>")
     return "".join(parts)
-
-
-def first(probabilities: Mapping[str, float]) -> tuple[str, float | str]:
-    """The likeliest class and its probability; empty texts where there is none.
-
-    Args:
-        probabilities: most likely first.
-    """
-    return next(iter(probabilities.items()), ("", ""))

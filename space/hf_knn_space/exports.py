@@ -8,13 +8,13 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from guard import shelf
-from journal import Example
-from service import Look
-from uploads import SpaceError
-from views import first
-
 from hf_knn import Datastore, Explanation, KnnForImageClassification
+
+from .explanations import first
+from .guard import shelf
+from .journal import Example
+from .service import Look
+from .uploads import SpaceError
 
 
 def write_text(name: str, content: str) -> str:

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
-from exports import as_csv, write_text
-from service import Look
-from settings import MAX_K, WEIGHTINGS, Settings
-from shared import ANNOUNCE_JS, DIALOG_JS, HEAVY, SELECT_JS, Page, as_message, clicked
-from uploads import SpaceError, check_files, read_upload, thumbnail
-from views import EMPTY, answer_page, samples_page, text
+
+from ..exports import as_csv, write_text
+from ..service import Look
+from ..settings import MAX_K, WEIGHTINGS, Settings
+from ..uploads import SpaceError, check_files, read_upload, thumbnail
+from .answer_views import EMPTY, answer_page, rows_of, samples_page
+from .contents import Page
+from .events import HEAVY, as_message, clicked
+from .markup import text
+from .scripts import ANNOUNCE_JS, DIALOG_JS, SELECT_JS
 
 
 class Shown(NamedTuple):
@@ -142,7 +146,7 @@ class _Handlers:
             f"k = {settings.k}, temperature {settings.temperature:g}, λ = "
             f"{settings.knn_weight:g}, {text(str(settings.weighting).replace('_', ' '))}."
         )
-        picture_of = self._page.picture_of(token)
+        picture_of = self._page.picture_of(token, rows_of(answers[shown.chosen]))
         page = answer_page(shown.looks, shown.chosen, answers, said, picture_of)
         if len(answers) < 2:
             return [page, gr.DownloadButton(visible=False)]

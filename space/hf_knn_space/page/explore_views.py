@@ -1,10 +1,10 @@
 """What is stored, as HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from explorer import MAX_TILES, Exploration
-from service import Near
-from views import FindPicture, text, tile
+from ..explorer import MAX_TILES, Exploration
+from ..service import Near
+from .markup import FindPicture, name_of, picture_or_number, text, tile
 
 NOTHING = '<div class="knn-empty"><p>This model holds no stored pictures of its own.</p></div>'
 
@@ -48,6 +48,16 @@ def class_page(name: str, rows: Sequence[Near], count: int, picture_of: FindPict
     )
 
 
+def rows_of(found: Exploration) -> list[int]:
+    """Ids of the stored rows whose pictures the findings show.
+
+    Args:
+        found: what was found.
+    """
+    doubted = [one.row.row_id for one in found.doubts]
+    return doubted + [row.row_id for group in found.copies for row in group]
+
+
 def findings_page(found: Exploration, picture_of: FindPicture) -> str:
     """Likely label errors, and copies."""
     doubts = "".join(
@@ -66,6 +76,19 @@ def findings_page(found: Exploration, picture_of: FindPicture) -> str:
         f"<section><h3>The same picture twice</h3>{_groups(copies) or none}</section>"
         f'<p class="knn-hint">At most {MAX_TILES} of each are shown. Both come from the stored '
         "features alone: a suggestion to look, not a verdict.</p>"
+    )
+
+
+def detail_page(own: Near, others: Iterable[Near], picture_of: FindPicture) -> str:
+    """One stored picture, large, and its neighbours, over the page."""
+    tiles = "".join(tile(near, picture_of(near.row_id)) for near in others)
+    large = picture_or_number(own.row_id, picture_of(own.row_id))
+    return (
+        '<dialog class="knn-detail" aria-labelledby="knn-detail"><form method="dialog"><button '
+        f'aria-label="Close">✕</button></form><div class="knn-answer">{large}<div><p class="'
+        f'knn-hint">Stored picture {own.row_id}</p><h3 id="knn-detail">{name_of(own.label)}</h3>'
+        '<p class="knn-hint">Below: what is stored nearest to it, with the similarity.</p></div>'
+        f'</div><div class="knn-tiles">{tiles}</div></dialog>'
     )
 
 

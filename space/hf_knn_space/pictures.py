@@ -5,9 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from uploads import MAX_BYTES, MAX_PIXELS, thumbnail
-
 from hf_knn import BadImageError, decode_image
+
+from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
 
 
 class Pictures(Protocol):

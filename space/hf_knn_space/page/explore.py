@@ -3,13 +3,17 @@
 from typing import Any
 
 import gradio as gr
-from explore_views import NOTHING, class_page, findings_page, map_page
-from shared import DIALOG_JS, HEAVY, SELECT_JS, Page, as_message, clicked
+
+from .contents import Page
+from .events import HEAVY, as_message, clicked
+from .explore_views import NOTHING, class_page, findings_page, map_page, rows_of
+from .scripts import DIALOG_JS, SELECT_JS
 
 _WAITING = (
     '<div class="knn-empty"><p>Looking through the stored pictures; the first time takes a while.'
     "</p></div>"
 )
+_NO_CLASS = class_page("", [], 0, lambda row_id: None)
 
 
 def add_explore_tab(page: Page, tab: gr.Tab, token: gr.BrowserState) -> None:
@@ -29,10 +33,7 @@ def add_explore_tab(page: Page, tab: gr.Tab, token: gr.BrowserState) -> None:
             chosen = gr.Dropdown(
                 names, value=None, label="Class", filterable=True, elem_id="knn-class"
             )
-            listed = gr.HTML(
-                class_page("", [], 0, lambda row_id: None), js_on_load=SELECT_JS,
-                elem_id="knn-rows",
-            )  # fmt: skip
+            listed = gr.HTML(_NO_CLASS, js_on_load=SELECT_JS, elem_id="knn-rows")
     found = gr.HTML("", js_on_load=SELECT_JS, elem_id="knn-findings")
     handlers = _Handlers(page)
     options: dict[str, Any] = {"api_visibility": "private", **HEAVY}
@@ -55,7 +56,8 @@ class _Handlers:
         if found is None:
             return [NOTHING, ""]
         total = len(self._page.service.model.datastore)
-        return [map_page(found, total), findings_page(found, self._page.picture_of(""))]
+        picture_of = self._page.picture_of("", rows_of(found))
+        return [map_page(found, total), findings_page(found, picture_of)]
 
     @as_message
     def browse(self, chosen: str | None) -> str:
@@ -63,8 +65,9 @@ class _Handlers:
         for name, count in self._page.explorer.classes():
             if chosen == f"{name} ({count})":
                 rows = self._page.explorer.rows_of(name)
-                return class_page(name, rows, count, self._page.picture_of(""))
-        return class_page("", [], 0, self._page.picture_of(""))
+                picture_of = self._page.picture_of("", [row.row_id for row in rows])
+                return class_page(name, rows, count, picture_of)
+        return _NO_CLASS
 
     @as_message
     def near(self, event: gr.EventData, token: str) -> Any:
