@@ -156,15 +156,14 @@ def _add(
     splits: Sequence[str] | None = None,
     mean: Tensor | None = None,
 ) -> Memory:
-    numbers, new = memory.classes.numbers_of(labels, len(features))
+    classes, numbers = memory.classes.with_labels(labels, len(features))
     with as_row_store(memory.rows).changed() as store:
         added = store.add(features, numbers, ids, paths, split=splits)
         come = store.rows_of(added)  # as they were cast
         moves = mean is not None and not torch.equal(mean, store.mean)
         if moves:
             store.recenter(mean)
-        classes = memory.classes.joined(new) if new else memory.classes
-        done = _Done(action, added, classes, classes.names_of(numbers), new=new)
+        done = _Done(action, added, classes, classes.names_of(numbers))
         return _after(memory, config, store, done, come=come, is_recentered=moves)
 
 
@@ -207,14 +206,14 @@ def _relabel(
     dropped: Sequence[str] = (),
 ) -> Memory:
     before = as_row_store(memory.rows)
-    numbers, new = memory.classes.numbers_of(labels, len(ids))
+    named, numbers = memory.classes.with_labels(labels, len(ids))
     old = before.rows_of(ids)
     come = old._replace(labels=numbers.numpy())
     old_names = memory.classes.names_of(torch.from_numpy(old.labels))
     with before.changed() as store:
         store.relabel(ids, numbers)
-        classes = _without_unused(memory.classes.joined(new), store, dropped)
-        done = _Done(action, ids, classes, classes.names_of(numbers), old_names, new)
+        classes = _without_unused(named, store, dropped)
+        done = _Done(action, ids, classes, classes.names_of(numbers), old_names)
         return _after(memory, config, store, done, gone=old, come=come)
 
 
@@ -235,7 +234,6 @@ class _Done(NamedTuple):
     classes: Classes
     labels: list[str]
     old_labels: Sequence[str] = ()
-    new: Sequence[str] = ()
     said: Sequence[str] = ()
 
 
@@ -262,7 +260,8 @@ def _after(
             tally.ridge.truncate(len(classes.names))
         head.classifier = solve_head(tally.ridge, config, head)
         classes = replace(classes, in_head=len(tally.ridge.counts))
-    receipt = _receipt(done, before, tally, config, store.location)
+    new = list(classes.names[len(memory.classes.names) :])
+    receipt = _receipt(done, new, before, tally, config, store.location)
     measured = memory.measured
     if measured is not None and notes.STALE not in measured.get("note", ""):
         measured = measured | {"note": f"{measured.get('note', '')} {notes.STALE}".strip()}
@@ -273,9 +272,14 @@ def _after(
 
 
 def _receipt(
-    done: _Done, before: Tally, after: Tally, config: KnnConfig, location: str | None
+    done: _Done,
+    new: list[str],
+    before: Tally,
+    after: Tally,
+    config: KnnConfig,
+    location: str | None,
 ) -> Receipt:
-    remarks = [*done.said, *([notes.TAUGHT] if done.new else [])]
+    remarks = [*done.said, *([notes.TAUGHT] if new else [])]
     if after.ridge is None:
         remarks.insert(0, notes.HEAD.format(config.head))
     if location is not None:
@@ -291,6 +295,6 @@ def _receipt(
         scope=str(Scope.STORE if after.ridge is None else Scope.STORE_AND_HEAD),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         old_labels=list(done.old_labels),
-        new_classes=list(done.new),
+        new_classes=new,
         notes=remarks,
     )
