@@ -13,7 +13,7 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
     raise ImportError("Expected huggingface_hub to be installed.") from missing
 
 
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -301,7 +301,7 @@ def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[
     ]
 
 
-def _location(store: SearchBackend) -> str:
+def _location(store: RowStore) -> str:
     if store.location is None:
         return ""
     return (

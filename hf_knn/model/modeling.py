@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..core import model as core
 from ..core.config import KnnConfig
 from ..core.rows import Values
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
@@ -78,12 +78,12 @@ class KnnForImageClassification(core.KnnForImageClassification):
         self._memory = memory
 
     @property  # type: ignore[override]
-    def datastore(self) -> SearchBackend | None:
-        """A `Datastore` or another `SearchBackend`, or None; no device move or cast touches it."""
+    def datastore(self) -> RowStore | None:
+        """A `Datastore` or another `RowStore`, or None; no device move or cast touches it."""
         return self._memory.rows
 
     @datastore.setter
-    def datastore(self, store: SearchBackend | None) -> None:
+    def datastore(self, store: RowStore | None) -> None:
         self._memory = replace(self.memory, rows=store, tally=None)
 
     @property

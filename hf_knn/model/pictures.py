@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.backbone import extract
 from ..data.decode import BadImageError, decode_image
-from ..store.backend import SearchBackend, as_row_store
+from ..store.backend import RowStore
 from .thumbnails import Thumbnails, small_webp
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def small_pictures(images: Any) -> list[bytes]:
     return [small_webp(_decoded(image, place)) for place, image in enumerate(images)]
 
 
-def thumbnails_of(store: SearchBackend | None, images: Mapping[int, Any]) -> Thumbnails:
+def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnails:
     """Small pictures of stored rows; see `KnnForImageClassification.keep_thumbnails`."""
-    ids = [] if store is None else as_row_store(store).ids.tolist()
+    ids = [] if store is None else store.ids.tolist()
     unknown = sorted(set(images) - set(ids))
     if unknown:
         raise ValueError(

@@ -77,7 +77,7 @@ def merge(
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store, more = as_row_store(memory.rows), as_row_store(other)
+    store, more = _rows_of(memory), as_row_store(other)
     check_alike(store, more)
     numbers = more.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
@@ -95,7 +95,7 @@ def forget(
     recenter: bool = False,
 ) -> Memory:
     """Removes rows; see `KnnForImageClassification.forget`."""
-    store = as_row_store(memory.rows)
+    store = _rows_of(memory)
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
     if recenter and store.location is not None:
@@ -135,11 +135,16 @@ def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
             "Expected rows to bring back, but no byte of them was saved; teach them again, "
             "or merge a backup."
         )
-    (ids, _, features, paths, splits), mean, thumbnails, picture = memory.gone
-    after = _add(
-        memory, config, Change.UNDO, torch.from_numpy(features), last.labels, ids,
-        paths if any(paths) else None, splits, mean,
-    )  # fmt: skip
+    rows, mean, thumbnails, picture = memory.gone
+    classes, numbers = memory.classes.with_labels(last.labels, len(rows.ids))
+    with _rows_of(memory).changed() as store:
+        ids = store.put_back(rows._replace(labels=numbers.numpy()))
+        moves = not torch.equal(mean, store.mean)
+        if moves:
+            store.recenter(mean)
+        done = _Done(Change.UNDO, ids, classes, last.labels)
+        come = store.rows_of(ids)
+        after = _after(memory, config, store, done, come=come, is_recentered=moves)
     if thumbnails is not None and after.thumbnails is not None:
         after = replace(after, thumbnails=after.thumbnails.joined(thumbnails))
     return replace(after, picture=picture)
@@ -153,18 +158,13 @@ def _add(
     labels: Sequence[Label],
     ids: Values | None,
     paths: Sequence[str] | None,
-    splits: Sequence[str] | None = None,
-    mean: Tensor | None = None,
 ) -> Memory:
     classes, numbers = memory.classes.with_labels(labels, len(features))
-    with as_row_store(memory.rows).changed() as store:
-        added = store.add(features, numbers, ids, paths, split=splits)
-        come = store.rows_of(added)  # as they were cast
-        moves = mean is not None and not torch.equal(mean, store.mean)
-        if moves:
-            store.recenter(mean)
+    with _rows_of(memory).changed() as store:
+        added = store.add(features, numbers, ids, paths)
         done = _Done(action, added, classes, classes.names_of(numbers))
-        return _after(memory, config, store, done, come=come, is_recentered=moves)
+        come = store.rows_of(added)  # as they were cast
+        return _after(memory, config, store, done, come=come)
 
 
 def _remove(
@@ -175,7 +175,7 @@ def _remove(
     recenter: bool = False,
     dropped: Sequence[str] = (),
 ) -> Memory:
-    before = as_row_store(memory.rows)
+    before = _rows_of(memory)
     gone, mean = before.rows_of(ids), before.mean
     labels, said = torch.from_numpy(gone.labels), []
     with before.changed() as store:
@@ -205,7 +205,7 @@ def _relabel(
     labels: Sequence[Label],
     dropped: Sequence[str] = (),
 ) -> Memory:
-    before = as_row_store(memory.rows)
+    before = _rows_of(memory)
     named, numbers = memory.classes.with_labels(labels, len(ids))
     old = before.rows_of(ids)
     come = old._replace(labels=numbers.numpy())
@@ -215,6 +215,11 @@ def _relabel(
         classes = _without_unused(named, store, dropped)
         done = _Done(action, ids, classes, classes.names_of(numbers), old_names)
         return _after(memory, config, store, done, gone=old, come=come)
+
+
+def _rows_of(memory: Memory) -> RowStore:
+    assert memory.rows is not None  # they were counted
+    return memory.rows
 
 
 def _without_unused(classes: Classes, store: RowStore, names: Sequence[str]) -> Classes:

@@ -24,7 +24,13 @@ from .faiss import (
     require_faiss,
 )
 from .first_pass import BFloat16FirstPass, GrowingFirstPass, PlacedFirstPass, has_fast_bfloat16
-from .searcher import GrowingSearcher, IndexSpace, nearest_in_blocks, recall_of
+from .searcher import (
+    ApproximateSearcher,
+    GrowingSearcher,
+    IndexSpace,
+    nearest_in_blocks,
+    recall_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +219,7 @@ def build_searcher(
     seconds = time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
-    searcher = GrowingSearcher(features, ids, space, index, is_exact=False)
+    searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
     if info.recall is None or is_new:
         info = _tune(searcher, index, info, min_recall)

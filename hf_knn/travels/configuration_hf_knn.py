@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6985cc268407966c939313417bd6ea4e5e7a4a9cf8cb47288b29c22944ac1be9.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 b77011ad5125364ccddcaa72e389fecb2a1dfe2937aefe0c96d42fde61b74ead.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6985cc268407966c939313417bd6ea4e5e7a4a9cf8cb47288b29c22944ac1be9.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 b77011ad5125364ccddcaa72e389fecb2a1dfe2937aefe0c96d42fde61b74ead.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1149,11 +1149,6 @@ class Searcher:
     def __init__(self, features: Rows, ids: Ints, space: RowSpace, first_pass: FirstPass) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
 
-    @property
-    def proposable(self) -> int:
-        """How many rows the first pass chooses from."""
-        return len(self.ids)
-
     def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
         """Candidates for normalised queries."""
         scaled, length = self.space.first_pass_queries(queries)
@@ -1170,7 +1165,7 @@ class Searcher:
         while len(pending):
             certain = []
             # beyond a third, gathering candidates costs more than comparing with every row
-            every_row = 3 * count >= self.proposable
+            every_row = 3 * count >= len(self.ids)
             width = len(self.ids) if every_row else count
             apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
             step = max(1, _RESCORE_BYTES // (8 * width * apart))

@@ -38,7 +38,8 @@ from twins import Twins, near_duplicates
 from typer.testing import CliRunner
 from voices import PLAIN
 
-from hf_knn import Neighbors, default_grid, knn_log_probs, tune
+from hf_knn import Neighbors, knn_log_probs, tune
+from hf_knn.fit import default_grid
 
 ROOT = Path(__file__).parents[2]
 FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_heads", "robustness"]

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_knn import Datastore, ShardedDatastore
+from hf_knn import Datastore
+from hf_knn.store import ShardedDatastore
 from hf_knn.store import sharded as distributed_search
 
 DIM = 5
@@ -23,7 +24,7 @@ class Rows(NamedTuple):
     labels: Tensor
     ids: Tensor
     cut: int
-    options: dict[str, str]
+    options: dict[str, Any]
 
 
 class Case(NamedTuple):

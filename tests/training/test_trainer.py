@@ -85,7 +85,7 @@ def pictures(count: int = 24, seed: int = 0, **options: Any) -> Any:
 
 def store_of(trainer: KnnTrainer) -> Datastore:
     store = trainer.model.datastore
-    assert store is not None
+    assert isinstance(store, Datastore)
     return store
 
 
