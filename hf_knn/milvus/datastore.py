@@ -1,6 +1,7 @@
 """A datastore whose rows lie in Milvus: the same rows, ids and answers as an embedded one."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -411,16 +412,22 @@ class MilvusDatastore:
             "collection."
         )
 
-    def restore(self, earlier: Self) -> None:
-        """Takes the last change back, unless a journal speaks of it, whose keeper does that.
+    @contextmanager
+    def changed(self) -> Iterator[Self]:
+        """This datastore, to be changed; a failure takes its change back, unless a journal has it.
 
-        Args:
-            earlier: `copy.copy` of this datastore, from before that change.
+        Rows lie in one place for all. A DatastoreError says that somebody else changed them since,
+        a DatastoreConnectionError that the server does not answer.
         """
-        if self.journal is None and self._reversal is not None:
-            changes.take_back(self.collection, self._reversal)
-            self._take(earlier._about)
-            self._reversal = None
+        before = self._about
+        try:
+            yield self
+        except BaseException:
+            if self._about is not before and self.journal is None and self._reversal is not None:
+                changes.take_back(self.collection, self._reversal)
+                self._take(before)
+                self._reversal = None
+            raise
 
     def reference(self, binding: Binding | None = None) -> DatastoreReference:
         """What a checkpoint, whose binding is given, keeps instead of the rows."""

@@ -5,13 +5,18 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 except ImportError as missing:  # transformers needs it too, so that this is a formality
     raise ImportError("Expected huggingface_hub to be installed.") from missing
 
+
+from ..store.backend import RowStore
+
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +88,11 @@ def write_measured(measured: dict[str, Any], folder: Path) -> None:
     (folder / MEASURED_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def draw_reliability(model: Any, folder: Path) -> None:
+def draw_reliability(model: "KnnForImageClassification", folder: Path) -> None:
     """Draws how often the blend is right when it says how sure it is, if that was measured.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: what it is about.
         folder: where `reliability.png` goes; nothing is drawn without matplotlib.
     """
     bins = (model.measured or {}).get("reliability")
@@ -114,7 +119,7 @@ def is_made_here(card: str) -> bool:
 
 
 def make_card(
-    model: Any,
+    model: "KnnForImageClassification",
     name: str,
     existing: str | None = None,
     folder: Path | None = None,
@@ -123,7 +128,7 @@ def make_card(
     """The text of `README.md`.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: what it is about.
         name: of the repository or folder.
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
         folder: where the checkpoint lies, with pictures of the card.
@@ -143,7 +148,12 @@ def make_card(
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str | None) -> Any:
+def _metadata(
+    model: "KnnForImageClassification",
+    name: str,
+    existing: dict[str, Any],
+    license_name: str | None,
+) -> Any:
     measured = model.measured or {}
     metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
     results = [
@@ -168,7 +178,7 @@ def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str
     base = getattr(model.config, "base_model", None)
     if base:
         ours["base_model"] = base
-    source = getattr(model.datastore, "source", {})
+    source = {} if model.datastore is None else model.datastore.source
     if source.get("revision"):  # known on the Hub
         known = kept.pop("datasets", None) or []
         ours["datasets"] = [*dict.fromkeys([*known, source["dataset"]])]
@@ -180,7 +190,9 @@ def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str
     return ModelCardData(**kept | ours)
 
 
-def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
+def _body(
+    model: "KnnForImageClassification", name: str, drawn: list[str], folder: Path | None
+) -> str:
     config = model.config
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
@@ -229,7 +241,7 @@ def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _measured(model: Any) -> list[str]:
+def _measured(model: "KnnForImageClassification") -> list[str]:
     measured = model.measured
     if not measured:
         return ["Nothing was measured on pictures held out."]
@@ -251,7 +263,7 @@ def _measured(model: Any) -> list[str]:
     return lines
 
 
-def _datastore(model: Any, folder: Path | None) -> list[str]:
+def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[str]:
     config, store = model.config, model.datastore
     if store is None:
         return ["None: this is the head alone."]
@@ -267,7 +279,7 @@ def _datastore(model: Any, folder: Path | None) -> list[str]:
     ]
 
 
-def _location(store: Any) -> str:
+def _location(store: RowStore) -> str:
     if store.location is None:
         return ""
     return (

@@ -5,6 +5,8 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,8 @@ from .card import (
     write_measured,
 )
 from .code import AUTO_MAP, CODE_NAMES, legacy_code, reader_of, write_code
-from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
+from .memory import Memory
+from .receipts import CHANGES_NAME, read_changes, write_changes
 from .thumbnails import Thumbnails
 
 if TYPE_CHECKING:
@@ -80,6 +83,13 @@ def is_checkpoint_file(name: str) -> bool:
         or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME)
         or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
+    )
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a file was not what it should be, rather than refused for what it says."""
+    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
+        error.__context__, JSONDecodeError | UnicodeDecodeError
     )
 
 
@@ -225,17 +235,18 @@ class CheckpointReader(HubFiles):
             "times meanwhile; try again when nobody writes it."
         )
 
-    def read_measured(self) -> dict[str, Any] | None:
-        """What the checkpoint says was measured, or None."""
-        return read_measured(self.resolve(MEASURED_NAME))
+    def read_memory(self, memory: Memory) -> Memory:
+        """With what the checkpoint says beside its rows: receipts, measurements, and a picture.
 
-    def read_changes(self) -> list[Receipt]:
-        """What was taught and forgotten since the training, as far as the checkpoint says."""
-        return read_changes(self.resolve(CHANGES_NAME))
-
-    def read_neighbor_picture(self) -> bytes | None:
-        """The picture of neighbours that comes with the checkpoint, or None."""
-        return read_picture(self.resolve(NEIGHBORS_NAME))
+        Args:
+            memory: of the model that was loaded from it.
+        """
+        return replace(
+            memory,
+            receipts=tuple(read_changes(self.resolve(CHANGES_NAME))),
+            measured=read_measured(self.resolve(MEASURED_NAME)),
+            picture=read_picture(self.resolve(NEIGHBORS_NAME)),
+        )
 
 
 class CheckpointAttempt:

@@ -1,9 +1,7 @@
 """The package's model: what travels, and in addition it learns, forgets and gives reasons."""
 
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from json import JSONDecodeError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,242 +11,27 @@ from transformers import PreTrainedModel
 
 from ..core import model as core
 from ..core.config import KnnConfig
-from ..core.manifest import DatastoreError
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
-from ..store.hub import CARD_NAME, PushTarget
+from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
-from ..store.table import StoredRows
+from . import teaching
 from .backbones import (
-    default_pooling,
-    detached_config,
+    config_for,
+    copy_weights,
     freeze_statistics,
-    load_backbone,
-    load_processor,
-    measure_width,
+    open_backbone,
     portable,
 )
-from .card import draw_reliability, make_card
-from .checkpoint import CheckpointReader, write_checkpoint
-from .code import legacy_code
+from .checkpoint import CheckpointReader, is_damage, write_checkpoint
+from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
+from .memory import Memory
+from .notes import of_unanswered
+from .pictures import features_of, small_pictures, thumbnails_of
+from .publish import publish
 from .receipts import Receipt
-from .teaching import (
-    Follower,
-    Label,
-    features_of,
-    fingerprint_rows,
-    forget,
-    merge,
-    relabel,
-    small_pictures,
-    teach,
-    thumbnails_of,
-    undo,
-)
 from .thumbnails import Thumbnails
-
-
-class Remembering:
-    """The part of `KnnForImageClassification` that changes and explains what it remembers.
-
-    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
-    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
-    and checkpoint as one.
-
-    Attributes:
-        changes: receipts of what was taught and forgotten since the training, oldest first.
-        forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
-        follower: what is kept in step with the datastore while rows come and go.
-        calibration: how near stored rows lie to one another, for p-values.
-        thumbnails: small pictures of stored rows, saved with the model, or None; see
-            `keep_thumbnails`.
-        forgotten_mean: [D], what centred rows when they were there; never saved.
-        forgotten_thumbnails: those of `forgotten`; never saved.
-        forgotten_picture: the picture of neighbours that there was before them; never saved.
-    """
-
-    changes: list[Receipt]
-    forgotten: StoredRows | None
-    forgotten_mean: Tensor | None
-    follower: Follower | None
-    calibration: Calibration | None
-    thumbnails: Thumbnails | None
-    forgotten_thumbnails: Thumbnails | None
-    forgotten_picture: bytes | None
-
-    def start_remembering(self) -> None:
-        """Nothing was changed yet; called when a model, or its datastore from training, is made."""
-        self.changes = []
-        self.forgotten = self.forgotten_mean = self.follower = self.calibration = None
-        self.thumbnails = self.forgotten_thumbnails = self.forgotten_picture = None
-
-    def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
-        """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
-
-        They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
-        checkpoint. `forget` removes those of its rows.
-
-        Args:
-            images: row id to picture (path, file content, PIL image); they join those that are
-                kept. None removes all.
-
-        Raises:
-            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
-                changed.
-        """
-        if images is None:
-            self.thumbnails = None
-            return
-        made = thumbnails_of(self, images)
-        self.thumbnails = made if self.thumbnails is None else self.thumbnails.joined(made)
-
-    def fingerprint_rows(self) -> str:
-        """A hash of all stored rows and their mean, whatever their order.
-
-        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
-        first change of each is as fast as later ones.
-
-        Returns:
-            64 hexadecimal digits, as in a receipt.
-
-        Raises:
-            ValueError: without a datastore.
-        """
-        return fingerprint_rows(self)
-
-    def teach(
-        self,
-        images: Any = None,
-        labels: Sequence[Label] = (),
-        *,
-        features: Tensor | None = None,
-        ids: Values | None = None,
-        paths: Sequence[str] | None = None,
-    ) -> Receipt:
-        """Adds labelled pictures to the datastore; no training, all or none.
-
-        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
-        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
-        that keeps thumbnails keeps those of taught pictures too.
-
-        Args:
-            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
-                [M, 3, H, W].
-            labels: M names or numbers of classes; a name that is new makes a class.
-            features: [M, D] instead of images, as in `pooler_output`.
-            ids: [M] ids that the datastore does not have; None continues after the largest.
-            paths: where each picture lies, relative to its dataset.
-
-        Returns:
-            The receipt, also kept in `changes`.
-
-        Raises:
-            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
-        """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        found = features_of(self, images) if features is None else features
-        keeps = self.thumbnails is not None and images is not None
-        small = small_pictures(images) if keeps else []
-        receipt = teach(self, found, labels, ids, paths)
-        if small and self.thumbnails is not None:
-            added = Thumbnails(dict(zip(receipt.ids, small, strict=True)))
-            self.thumbnails = self.thumbnails.joined(added)
-        return receipt
-
-    def forget(
-        self,
-        ids: Values | None = None,
-        *,
-        label: Label | None = None,
-        recenter: bool = False,
-    ) -> Receipt:
-        """Removes rows from the datastore, all or none; the next save holds no byte of them.
-
-        A ridge head is what it would be had it never seen them; other heads keep what they learned.
-
-        Args:
-            ids: of the rows.
-            label: instead of ids: every row of that class, which stays as a name without rows.
-            recenter: also make the mean anew that centres rows, which changes all similarities a
-                little.
-
-        Returns:
-            The receipt, which says what was not reached.
-
-        Raises:
-            ValueError: for ids or a class that are not there; nothing is changed.
-        """
-        return forget(self, ids, label=label, recenter=recenter)
-
-    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
-        """Gives rows other labels, all or none; a ridge head follows.
-
-        Args:
-            ids: [M] of the rows.
-            labels: M names or numbers of classes; a name that is new makes a class.
-
-        Raises:
-            ValueError: for ids that are not there, or bad labels; nothing is changed.
-        """
-        return relabel(self, ids, labels)
-
-    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
-        """Adds the rows of another datastore of the same backbone, all or none.
-
-        Args:
-            other: the rows; ids that exist here are numbered anew.
-            class_names: what its label numbers mean; None is what they mean here.
-
-        Raises:
-            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
-        """
-        return merge(self, other, class_names)
-
-    def undo(self) -> Receipt:
-        """Takes the last change back, also one from before the model was saved.
-
-        Raises:
-            ValueError: if there is none, or if its rows were forgotten for good: by a save.
-        """
-        return undo(self)
-
-    def explain(
-        self,
-        images: Any = None,
-        *,
-        features: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        level: float = 0.05,
-        max_error: float | None = None,
-    ) -> Explanation | list[Explanation]:
-        """Says why an answer is what it is, and what would change it.
-
-        Args:
-            images: one picture (path, file content, PIL image, array), several in a list, or pixel
-                values [B, 3, H, W].
-            features: [B, D] instead of images, as in `pooler_output`.
-            sample_ids: [B] int64, rows that are no neighbours, -1 for none.
-            level: pictures with a p-value below it are unlike anything seen.
-            max_error: an error rate of `config.answer_thresholds`: `answers` is False below the
-                confidence that it asks for. None always answers.
-
-        Returns:
-            One explanation for one picture, else a list.
-
-        Raises:
-            ValueError: for a picture that cannot be read, or an error rate without a threshold.
-        """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        is_one = images is not None and not isinstance(images, list | tuple | Tensor)
-        if features is None:
-            features = features_of(self, [images] if is_one else images)
-        found = explain(self, features, sample_ids, level=level, max_error=max_error)
-        return found[0] if is_one else found
-
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
@@ -256,33 +39,92 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class KnnForImageClassification(Remembering, core.KnnForImageClassification):
+class KnnForImageClassification(core.KnnForImageClassification):
     """An image classifier that also remembers.
 
     A backbone makes features, a head classifies them, a datastore of training features votes by its
     nearest neighbours, and `logits` is the blend of both. With no datastore, or an empty one, the
     model is its head alone.
 
+    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
+    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
+    and checkpoint as one.
+
     Attributes:
-        datastore: a `Datastore` or another `RowStore`, or None; a plain attribute that no
-            device move, cast or distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
-        measured: what was measured on pictures held out, which the model card is made from:
-            `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known; or None.
-        neighbor_picture: a PNG for the model card, if one was asked for; it shows training
-            pictures.
-        changes: receipts of what was taught and forgotten since the training, oldest first.
         origin: repository and commit that it was opened from or pushed to, or None.
+        calibration: how near stored rows lie to one another, for p-values, if that was counted.
     """
 
-    datastore: RowStore | None  # type: ignore[assignment]
+    __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
-        self.measured: dict[str, Any] | None = None
-        self.neighbor_picture: bytes | None = None
+        self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
-        self.start_remembering()
+
+    @property
+    def memory(self) -> Memory:
+        """What the model remembers now, as one value; a change of it is one assignment."""
+        classes = Classes.of(self.config)
+        kept = self.__dict__.get("_memory") or Memory(self.head, classes)  # while it is made
+        return replace(kept, head=self.head, classes=classes)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if memory.head is not self.head:
+            self.head = memory.head
+        memory.classes.write(self.config)
+        self._memory = memory
+
+    @property  # type: ignore[override]
+    def datastore(self) -> RowStore | None:
+        """A `Datastore` or another `RowStore`, or None; no device move or cast touches it."""
+        return self._memory.rows
+
+    @datastore.setter
+    def datastore(self, store: RowStore | None) -> None:
+        self._memory = replace(self.memory, rows=store, tally=None)
+
+    @property
+    def changes(self) -> list[Receipt]:
+        """Receipts of what was taught and forgotten since the training, oldest first; a copy."""
+        return list(self._memory.receipts)
+
+    @changes.setter
+    def changes(self, receipts: Sequence[Receipt]) -> None:
+        self._memory = replace(self._memory, receipts=tuple(receipts))
+
+    @property
+    def thumbnails(self) -> Thumbnails | None:
+        """Small pictures of stored rows, saved with the model, or None; see `keep_thumbnails`."""
+        return self._memory.thumbnails
+
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """What was measured on pictures held out, which the model card is made from, or None.
+
+        It has `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
+        """
+        return self._memory.measured
+
+    @measured.setter
+    def measured(self, measured: dict[str, Any] | None) -> None:
+        self._memory = replace(self._memory, measured=measured)
+
+    @property
+    def neighbor_picture(self) -> bytes | None:
+        """A PNG for the model card, if one was asked for; it shows training pictures."""
+        return self._memory.picture
+
+    @neighbor_picture.setter
+    def neighbor_picture(self, picture: bytes | None) -> None:
+        self._memory = replace(self._memory, picture=picture)
+
+    def _counted(self) -> Memory:
+        """What is remembered, with sums over the rows, with which later changes go on."""
+        self._memory = self.memory.counted(self.config)
+        return self._memory
 
     @classmethod
     def from_backbone(
@@ -310,34 +152,17 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
         Raises:
             ValueError: for doubled or empty class names, or a bad configuration value.
         """
-        options = hub_options or {}
-        source = backbone
-        if not isinstance(backbone, PreTrainedModel):
-            name = str(backbone)
-            if "/" not in name and not Path(name).exists():
-                name = f"timm/{name}"
-            source = load_backbone(name, **options)
-            if image_processor is None:
-                image_processor = load_processor(name, source.config, **options)
-            if not Path(name).exists():
-                config_values["base_model"] = name
+        if isinstance(backbone, PreTrainedModel):
+            source = backbone
+        else:
+            options = hub_options or {}
+            source, image_processor, name = open_backbone(str(backbone), image_processor, **options)
+            config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        assert isinstance(source, PreTrainedModel)
-        backbone_config = detached_config(source.config)
-        pooling = pooling or default_pooling(source)
-        knn_pooling = config_values.get("knn_pooling")
-        config = KnnConfig(
-            backbone_config=backbone_config,
-            feature_dim=measure_width(source, pooling),
-            knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
-            pooling=pooling,
-            **_label_maps(labels),
-            **config_values,
-        )
-        model = cls(config)
+        model = cls(config_for(source, pooling, **label_maps(labels), **config_values))
         nn.Module.to(model, dtype=source.dtype)
-        _copy_weights(source, model.backbone)
+        copy_weights(source, model.backbone)
         model.image_processor = portable(image_processor)
         return model.eval()
 
@@ -391,18 +216,17 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
                     pretrained_model_name_or_path, *model_args, load_datastore=False, **kwargs
                 )
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
-                model.measured = reader.read_measured()
-                model.changes = reader.read_changes()
-                model.neighbor_picture = reader.read_neighbor_picture()
+                model.memory = reader.read_memory(model.memory)
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
-                    model.thumbnails = attempt.read_thumbnails()
-                    model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
+                    rows = attempt.read_datastore(model, trust_faiss_index, consent)
+                    small = attempt.read_thumbnails()
+                    model.memory = replace(model.memory, rows=rows, thumbnails=small)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue
-                if _is_damage(error) and reader.download_again():
+                if is_damage(error) and reader.download_again():
                     kwargs["force_download"] = True
                     continue
                 raise
@@ -484,19 +308,185 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
         if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            self.save_pretrained(folder, **kwargs)
-            draw_reliability(self, folder)
-            card = make_card(self, target.repo_id, target.read_text(CARD_NAME), folder, license)
-            (folder / CARD_NAME).write_text(card, encoding="utf-8")
-            commit = target.push(
-                folder, commit_message or "Upload model", commit_description,
-                replaced=sorted(legacy_code(target.read_text)),
-            )  # fmt: skip
+        message = commit_message or "Upload model"
+        commit = publish(self, target, message, commit_description, license, kwargs)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
+
+    def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
+        """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
+
+        They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
+        checkpoint. `forget` removes those of its rows.
+
+        Args:
+            images: row id to picture (path, file content, PIL image); they join those that are
+                kept. None removes all.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
+                changed.
+        """
+        kept = None
+        if images is not None:
+            made = thumbnails_of(self.datastore, images)
+            kept = made if self.thumbnails is None else self.thumbnails.joined(made)
+        self._memory = replace(self._memory, thumbnails=kept)
+
+    def fingerprint_rows(self) -> str:
+        """A hash of all stored rows and their mean, whatever their order.
+
+        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
+        first change of each is as fast as later ones.
+
+        Returns:
+            64 hexadecimal digits, as in a receipt.
+
+        Raises:
+            ValueError: without a datastore.
+        """
+        tally = self._counted().tally
+        assert tally is not None
+        return tally.fingerprint
+
+    def teach(
+        self,
+        images: Any = None,
+        labels: Sequence[Label] = (),
+        *,
+        features: Tensor | None = None,
+        ids: Values | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> Receipt:
+        """Adds labelled pictures to the datastore; no training, all or none.
+
+        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
+        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
+        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
+        that keeps thumbnails keeps those of taught pictures too.
+
+        Args:
+            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
+                [M, 3, H, W].
+            labels: M names or numbers of classes; a name that is new makes a class.
+            features: [M, D] instead of images, as in `pooler_output`.
+            ids: [M] ids that the datastore does not have; None continues after the largest.
+            paths: where each picture lies, relative to its dataset.
+
+        Returns:
+            The receipt, also kept in `changes`.
+
+        Raises:
+            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        found = features_of(self, images) if features is None else features
+        keeps = self.thumbnails is not None and images is not None
+        small = small_pictures(images) if keeps else []
+        self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
+        remark = of_unanswered(self, found, self._memory.receipts[-1].labels)
+        if remark:
+            self._memory = self._memory.remarked(remark)
+        return self._memory.receipts[-1]
+
+    def forget(
+        self,
+        ids: Values | None = None,
+        *,
+        label: Label | None = None,
+        recenter: bool = False,
+    ) -> Receipt:
+        """Removes rows from the datastore, all or none; the next save holds no byte of them.
+
+        A ridge head is what it would be had it never seen them; other heads keep what they learned.
+
+        Args:
+            ids: of the rows.
+            label: instead of ids: every row of that class, which stays as a name without rows.
+            recenter: also make the mean anew that centres rows, which changes all similarities a
+                little.
+
+        Returns:
+            The receipt, which says what was not reached.
+
+        Raises:
+            ValueError: for ids or a class that are not there; nothing is changed.
+        """
+        self.memory = teaching.forget(
+            self._counted(), self.config, ids, label=label, recenter=recenter
+        )
+        return self._memory.receipts[-1]
+
+    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
+        """Gives rows other labels, all or none; a ridge head follows.
+
+        Args:
+            ids: [M] of the rows.
+            labels: M names or numbers of classes; a name that is new makes a class.
+
+        Raises:
+            ValueError: for ids that are not there, or bad labels; nothing is changed.
+        """
+        self.memory = teaching.relabel(self._counted(), self.config, ids, labels)
+        return self._memory.receipts[-1]
+
+    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
+        """Adds the rows of another datastore of the same backbone, all or none.
+
+        Args:
+            other: the rows; ids that exist here are numbered anew.
+            class_names: what its label numbers mean; None is what they mean here.
+
+        Raises:
+            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
+        """
+        self.memory = teaching.merge(self._counted(), self.config, other, class_names)
+        return self._memory.receipts[-1]
+
+    def undo(self) -> Receipt:
+        """Takes the last change back, also one from before the model was saved.
+
+        Raises:
+            ValueError: if there is none, or if its rows were forgotten for good: by a save.
+        """
+        self.memory = teaching.undo(self._counted(), self.config)
+        return self._memory.receipts[-1]
+
+    def explain(
+        self,
+        images: Any = None,
+        *,
+        features: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        level: float = 0.05,
+        max_error: float | None = None,
+    ) -> Explanation | list[Explanation]:
+        """Says why an answer is what it is, and what would change it.
+
+        Args:
+            images: one picture (path, file content, PIL image, array), several in a list, or pixel
+                values [B, 3, H, W].
+            features: [B, D] instead of images, as in `pooler_output`.
+            sample_ids: [B] int64, rows that are no neighbours, -1 for none.
+            level: pictures with a p-value below it are unlike anything seen.
+            max_error: an error rate of `config.answer_thresholds`: `answers` is False below the
+                confidence that it asks for. None always answers.
+
+        Returns:
+            One explanation for one picture, else a list.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or an error rate without a threshold.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        is_one = images is not None and not isinstance(images, list | tuple | Tensor)
+        if features is None:
+            features = features_of(self, [images] if is_one else images)
+        found = explain(self, features, sample_ids, level=level, max_error=max_error)
+        return found[0] if is_one else found
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; batch norms that are frozen keep their statistics in any case.
@@ -507,37 +497,3 @@ class KnnForImageClassification(Remembering, core.KnnForImageClassification):
         super().train(mode)
         freeze_statistics(self.backbone)
         return self
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether a file was not what it should be, rather than refused for what it says."""
-    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
-        error.__context__, JSONDecodeError | UnicodeDecodeError
-    )
-
-
-def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
-    if isinstance(labels, str):
-        raise ValueError(f"Expected `labels` to be a list of names, but got the text {labels!r}.")
-    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-    if not names:
-        raise ValueError("Expected `labels` to name at least one class, but got none.")
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
-    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
-    if doubled:
-        raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    report = target.load_state_dict(source.state_dict(), strict=False)
-    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
-    if report.missing_keys or unexpected:
-        raise ValueError(
-            f"Expected the backbone's weights to fit {type(target).__name__}, but "
-            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
-        )

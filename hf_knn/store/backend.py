@@ -1,8 +1,9 @@
 """What a datastore is to those who use one, wherever its rows lie."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,8 +205,12 @@ class RowStore(SearchBackend, Protocol):
         """Sets the mean that centres rows, where that needs no row to be written again."""
         ...
 
-    def restore(self, earlier: Self) -> None:
-        """Takes the change back that was made since `earlier` was copied from this datastore."""
+    def changed(self) -> AbstractContextManager["RowStore"]:
+        """The rows to be changed within a `with`; what fails in it takes the change back.
+
+        Rows in this process are those of another datastore, and this one keeps its own; rows that
+        lie in one place for all are changed there.
+        """
         ...
 
     def path_of(self, row_id: int) -> str:

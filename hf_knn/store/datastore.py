@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -35,10 +36,9 @@ class Datastore:
     stored rows and queries alike when they are compared. The constructor takes checked parts: build
     with `from_features` or `load`.
 
-    Where a method takes `ids`, they are [M] unique ids that the datastore has, in any integer
-    dtype; a ValueError names those that it does not have. A change is made whole or, with an
-    error, not at all. Rows of files are hashed before they are read the first time; then a
-    DatastoreError names the file that is damaged.
+    Where a method takes `ids`, they are [M] unique ids that it has, of any integer dtype; else a
+    ValueError names them. A change is made whole or, with an error, not at all. Rows of files are
+    hashed before they are first read; then a DatastoreError names the file that is damaged.
 
     Args:
         features: [N, D] float16 or float32, CPU.
@@ -81,7 +81,7 @@ class Datastore:
         self._table: RowTable = changes.new_table(features, labels, ids, mean, paths)
         self._index = RowIndex.chosen(index, self._table, max_memory, min_recall)
         self._unverified: OpenedFiles | None = None
-        # the rows of some classes, kept ready as long as key and marks are these
+        # rows of the classes asked for last, kept ready as long as key and marks are these
         self._filtered: tuple[tuple[object, ...], tuple[object, ...], Datastore] | None = None
 
     @classmethod
@@ -93,9 +93,9 @@ class Datastore:
     ) -> Self:  # fmt: skip
         """Builds a datastore; fixes the mean that centring uses. Options are those of the class.
 
-        Features are [N, D] of any float dtype and device, and are stored as float16, or as float32
-        where float16 would lose too much (a message says so). Labels, and ids if there are any,
-        are [N] whole numbers >= 0. A ValueError says where they are not, with the row numbers.
+        Features [N, D] of any float dtype and device are stored as float16, or as float32 where
+        that would lose too much (a message says so). Labels, and ids if there are any, are [N]
+        whole numbers >= 0. A ValueError says where they are not, with the row numbers.
         """
         rows = changes.checked_rows(features, labels, ids)
         store = cls(
@@ -241,14 +241,13 @@ class Datastore:
             k: how many, >= 1; fewer rows give fewer neighbours.
             exclude_ids: [B] int64; the row with that id is not a neighbour of that query (-1 =
                 none): leave-one-out by id, whatever else lies at the same place.
-            labels: only rows of these classes are neighbours, searched exactly; None for all. The
-                rows of the classes asked for last are kept ready.
+            labels: only rows of these classes are neighbours, searched exactly; None for all.
             split: the rows' split, if it must be a certain one; a datastore holds one.
 
         Returns:
-            Neighbors [B, min(k, N)], or [B, min(k, N - 1)] with `exclude_ids`, on the device of the
-            queries, ordered by similarity (compared in float64), then id; N counts the rows of
-            `labels`. Exact for `flat`; other indexes may miss some, see `index.recall`.
+            Neighbors [B, min(k, N)], or [B, min(k, N - 1)] with `exclude_ids`, where the queries
+            are, by similarity (compared in float64), then id; N counts the rows of `labels`. Exact
+            for `flat`; other indexes may miss some, see `index.recall`.
 
         Raises:
             ValueError: for NaN or infinite queries (with the row numbers), another width, k < 1,
@@ -288,11 +287,10 @@ class Datastore:
     ) -> Self:
         """Chooses where searches run: `cpu`, `cuda`, `cuda:1`, `mps`, …, or several of one kind.
 
-        Rows, answers and their order stay the same: candidates are compared on the CPU in float64
-        in any case. On a device an exact search is a blocked matrix product of torch, on several
-        they share the rows; an inverted file goes to faiss-gpu where that is installed. `float16`
-        keeps half of the memory there, by more candidates. A device that is not here is a
-        ValueError.
+        Answers stay the same: candidates are compared on the CPU in float64 in any case. An exact
+        search is a blocked matrix product of torch, and several devices share the rows; an inverted
+        file goes to faiss-gpu where that is installed. `float16` keeps half of the memory there, by
+        more candidates. A device that is not here is a ValueError.
         """
         self._index = self._index.on(Placement.of(device, float16))
         return self
@@ -341,11 +339,7 @@ class Datastore:
         return self.add(rows.features, rows.labels, rows.ids, paths)
 
     def merge(self, other: "Datastore", *, renumber: bool = False) -> Tensor:
-        """Adds all rows of another datastore, with new ids if asked; returns their ids.
-
-        A ValueError says where the other is not of the same backbone, width, metric and
-        normalisation, or which ids both have. The mean does not move.
-        """
+        """Adds all rows of another one; a ValueError names what is not alike, or ids of both."""
         check_alike(self, other)
         return self.add(other.features, other.labels, None if renumber else other.ids, other.paths)
 
@@ -365,9 +359,17 @@ class Datastore:
         self.mean = changes.mean_for(self._rows(), mean)
         self._index, self._table = self._index.forgotten(self._table.with_new_mean())
 
-    def restore(self, earlier: Self) -> None:
-        """Takes back what happened since `earlier` was copied from it; free, as rows are shared."""
-        self.__dict__.update(earlier.__dict__)
+    @contextmanager
+    def changed(self) -> Iterator[Self]:
+        """Another one of the same rows, to be changed: an index that stands moves there."""
+        other, index = copy.copy(self), self._index
+        other._index, self._index = index, index.unbuilt()
+        try:
+            yield other
+        except BaseException:
+            if other._index is index:  # it was not changed yet
+                self._index = index
+            raise
 
     def save(
         self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
@@ -410,9 +412,8 @@ class Datastore:
             folder: written by `save`.
             verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
                 first search.
-            trust_faiss_index: read `datastore.faiss` instead of building the index again, which
-                saves the time that a graph needs. Native code parses that file: say so only for
-                files of your own.
+            trust_faiss_index: read `datastore.faiss`, which saves the time that a graph needs.
+                Native code parses that file: say so only for files of your own.
 
         Raises:
             FileNotFoundError: if there is no datastore in the folder.
@@ -468,10 +469,9 @@ class Datastore:
     ) -> Any:  # fmt: skip
         """Pushes the datastore in one commit; files that did not change are not sent again.
 
-        It goes to a repository of its own, which is made if it is not there: one that holds a model
-        is a ValueError, since a model's datastore goes with `model.push_to_hub`, whose options
-        these are. Returns a `huggingface_hub.CommitInfo`; raises a PushConflictError if the branch
-        moved on meanwhile, and then nothing was overwritten.
+        It goes to a repository of its own, made if it is not there: one with a model is a
+        ValueError, since that goes with `model.push_to_hub`, whose options these are. Returns a
+        `huggingface_hub.CommitInfo`; a PushConflictError says that the branch moved on meanwhile.
         """
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit)
         return push_alone(target, self.save, commit_message)

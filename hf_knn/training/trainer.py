@@ -178,13 +178,14 @@ class KnnTrainer(Trainer):
         if features is None or not self.args.freeze_backbone:
             features = self._features_of(self.train_dataset)
             self.train_features = features
-        self.model.start_remembering()  # receipts and pictures are those of the rows before
-        self.model.datastore = store_of(features, self.model.config, self.args)
-        self.model.datastore.digest = made_by(self.model)
+        store = store_of(features, self.model.config, self.args)
+        store.digest = made_by(self.model)
         if features.backend:
-            self.model.datastore.source["backend"] = features.backend
+            store.source["backend"] = features.backend
+        # receipts and pictures are those of the rows before
+        self.model.memory = self.model.memory.started_with(store)
         self._datastore_step = self.state.global_step
-        return self.model.datastore
+        return store
 
     def tune(
         self,

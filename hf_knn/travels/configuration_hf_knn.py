@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 40adfa21e426ef5898fb87eba1723660aacc09d39c21b92354e8afc57d050cd6.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

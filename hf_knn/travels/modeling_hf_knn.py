@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 40adfa21e426ef5898fb87eba1723660aacc09d39c21b92354e8afc57d050cd6.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -362,19 +362,11 @@ class RowParts:
         filled = [part.contiguous() for part in parts if len(part)]
         self.parts = filled or [parts[0]]
         self._ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self._ends[-1]), self.parts[0].shape[1])
+        self.dtype = self.parts[0].dtype
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, D)."""
-        return len(self), self.parts[0].shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every part."""
-        return self.parts[0].dtype
+        return self.shape[0]
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """Rows by slice (without a copy inside one part) or by positions, in their order."""
