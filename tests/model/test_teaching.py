@@ -21,7 +21,7 @@ from hf_knn.features.extract import ImageFeatures
 from hf_knn.model import teaching as following
 from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
-from hf_knn.store import datastore
+from hf_knn.store import row_index
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
@@ -281,13 +281,13 @@ def test_the_index_moves_along_with_a_change(monkeypatch: Any) -> None:
     model: Any = tiny_model("vit", k=3)
     earlier, built = copy.copy(model.datastore), []  # its copy has no index yet
     model.datastore = earlier
-    build = datastore.build_searcher
+    build = row_index.build_searcher
 
     def counting(*args: Any) -> Any:
         built.append(len(args[0]))
         return build(*args)
 
-    monkeypatch.setattr(datastore, "build_searcher", counting)
+    monkeypatch.setattr(row_index, "build_searcher", counting)
     wanted = answers(model, earlier.features[:4].float()).neighbors
     for label in ("fox", LABELS[0], "owl"):
         model.teach(pixels(1), [label])
@@ -311,7 +311,7 @@ def test_a_datastore_that_is_only_searched_is_not_taught() -> None:
 
     model: Any = small_model(CLASSES)
     model.datastore = Searched()
-    with pytest.raises(ValueError, match="only searched"):
+    with pytest.raises(ValueError, match="only answers"):
         model.teach(features=torch.zeros(1, 16), labels=["a"])
 
 
