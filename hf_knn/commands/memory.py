@@ -28,14 +28,10 @@ from ..store.remote import DatastoreReference, read_manifest
 from .console import console, say_what_was_skipped
 
 _SHOWN = 20
-
-
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
-
 
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
-
 
 _CACHE_NOTE = (
     "Note: features that were computed on this machine are cached apart from the checkpoint; "

@@ -15,16 +15,9 @@ except ImportError as error:  # pragma: no cover
 
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-
 MAX_BYTES = 64 * 2**20
-
-
 MAX_PIXELS = 64 * 10**6
-
-
 _EDGE = 16 * 2**10
-
 
 _FOREIGN = {
     b"%pdf-": "a PDF", b"<script": "a web page", b"<html": "a web page", b"<?php": "a program",

@@ -17,11 +17,7 @@ from .decode import BadImageError
 from .loading import picture_of
 
 logger = logging.getLogger(__name__)
-
-
 KEY_BYTES = 16
-
-
 _NOTHING = b"no picture"
 
 
@@ -97,7 +93,6 @@ def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
 
 SIDE = 48
 """Side of the tiny copies that pictures are compared by, in pixels."""
-
 
 _BATCH = 64
 

@@ -32,16 +32,9 @@ PREDICTION_FEATURES = Features(
 )
 """What the metrics read: a row of log-probabilities and a label per picture."""
 
-
 _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
-
-
 _HUB_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
-
-
 _GENERIC_NAME = re.compile(r"LABEL_\d+")
-
-
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 

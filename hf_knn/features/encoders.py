@@ -19,14 +19,10 @@ from ..core.config import KnnConfig
 from ..data.batches import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
 
 TORCH, COMPILE, ONNX, OPENVINO, AUTO = "torch", "compile", "onnx", "openvino", "auto"
-
-
 BACKENDS = (AUTO, TORCH, COMPILE, ONNX, OPENVINO)
-
 
 CPU_BATCH = 4
 """Pictures per call on a CPU: the activations of more leave the caches of a core."""
-
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -142,10 +138,7 @@ def frozen_copy(backbone: PreTrainedModel) -> PreTrainedModel:
 MOST_READERS = 16
 """Threads that decode for one GPU."""
 
-
 Given = TypeVar("Given")
-
-
 Made = TypeVar("Made")
 
 

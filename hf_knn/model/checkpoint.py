@@ -65,20 +65,14 @@ if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
-
-
 _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 
-
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
-
 _READ_ATTEMPTS = 3
-
-
 _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, mapped datastore
 
 

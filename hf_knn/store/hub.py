@@ -22,22 +22,17 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
 
 logger = logging.getLogger(__name__)
 
-
 CARD_NAME = "README.md"
-
 
 _CONFLICT = 412
 
-
 _BRANCHES_OF_OTHERS = "refs/"
-
 
 KEPT_TO_ONESELF = (
     ".*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "checkpoint-*", "**/checkpoint-*",
     "*/optimizer*", "runs/*",
 )  # fmt: skip
 """What is never pushed: pickles, hidden files, training checkpoints."""
-
 
 _REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
 """Remote files that a push deletes unless it brings them: those of an older version."""

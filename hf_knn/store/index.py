@@ -34,28 +34,20 @@ from .searcher import (
 
 logger = logging.getLogger(__name__)
 
-
 AUTO, FLAT = "auto", "flat"
-
 
 LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
-
 MIN_RECALL = 0.99
-
 
 RECALL_K = 20
 
-
 RECALL_SAMPLE = 256
-
 
 _SMALLEST_BFLOAT16 = 20_000
 
-
 _REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
-
 
 CPU = (torch.device("cpu"),)
 

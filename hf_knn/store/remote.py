@@ -35,13 +35,22 @@ from ..core.votes import Metric
 from .backend import RowStore
 from .folders import exclusive_lock, write_durably
 
-TOKEN_VARIABLE = "MILVUS_TOKEN"
+MILVUS = "milvus"
+TOKEN_VARIABLE, URI_VARIABLE = "MILVUS_TOKEN", "HF_KNN_MILVUS_URI"
+LOCAL_ENDING = ".db"
 
+ENTRY_POINTS = "hf_knn.datastores"
+"""Group of the entry points that bring back ends: name -> class with a classmethod `open`."""
+
+PENDING_NAME = "pending-change.safetensors"
+"""File of a checkpoint that says how an interrupted change of its remote rows is taken back."""
 
 _SCHEMES = ("http", "https", "tcp")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_OURS = {MILVUS: "hf_knn.milvus.datastore:MilvusDatastore"}
+"""Known without installed metadata too, as in a pushed Space, which holds the sources alone."""
 
-
-LOCAL_ENDING = ".db"
+_HOW_TO_INSTALL = "install the extra that brings others, as pip install hf-knn[milvus] does"
 
 
 def check_uri(uri: str) -> str:
@@ -78,9 +87,6 @@ def token_of(token: str | None) -> str:
     return os.environ.get(TOKEN_VARIABLE, "") if token is None else token
 
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-
-
 def check_name(collection: str) -> str:
     """Checks the name of a collection.
 
@@ -95,23 +101,6 @@ def check_name(collection: str) -> str:
     return collection
 
 
-MILVUS = "milvus"
-
-
-ENTRY_POINTS = "hf_knn.datastores"
-"""Group of the entry points that bring back ends: name -> class with a classmethod `open`."""
-
-
-_OURS = {MILVUS: "hf_knn.milvus.datastore:MilvusDatastore"}
-"""Known without installed metadata too, as in a pushed Space, which holds the sources alone."""
-
-
-_HOW_TO_INSTALL = "install the extra that brings others, as pip install hf-knn[milvus] does"
-
-
-URI_VARIABLE = "HF_KNN_MILVUS_URI"
-
-
 @dataclass(frozen=True)
 class DatastoreReference:
     """The content of a `datastore.json` without files.
@@ -120,7 +109,7 @@ class DatastoreReference:
         uri: of the Milvus server; it holds no password.
         collection: name of the rows' collection.
         num_rows: how many rows it held.
-        fingerprint: of the rows, see `row_fingerprint.combine`.
+        fingerprint: of the rows, see `table.combine`.
         dim: width of a row.
         dtype: `float16` or `float32`.
         metric: `cosine` or `l2`.
@@ -317,10 +306,6 @@ def _registry() -> dict[str, str]:
 
 def _named(known: dict[str, str]) -> str:
     return " or ".join(repr(name) for name in sorted(known))
-
-
-PENDING_NAME = "pending-change.safetensors"
-"""File of a checkpoint that says how an interrupted change of its remote rows is taken back."""
 
 
 def is_pending(folder: Path) -> bool:
