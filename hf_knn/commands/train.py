@@ -15,9 +15,9 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from ..data.loading import groups_of, labels_of, load_splits, picture_of, source_of
+from ..data.batches import RowPictures, picture_of
+from ..data.loading import groups_of, labels_of, load_splits, source_of
 from ..data.splits import few_rows, few_shots, split_rows
-from ..data.stored import RowPictures
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import draw_neighbors
