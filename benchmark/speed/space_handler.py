@@ -33,8 +33,7 @@ def main(
 ) -> None:
     """Time the handler beside the forward pass on the same pictures, alternately."""
     sys.path += [str(SPACE), str(Path(__file__).parents[1])]  # the page is no part of the package
-    from offline_tasks import load_pictures
-
+    from catalog.offline_tasks import load_pictures
     from hf_knn_space.builtin import open_builtin
     from hf_knn_space.explanations import as_json
     from hf_knn_space.page.answer_views import answer_page, rows_of

@@ -22,8 +22,6 @@ from ..store.datastore import Datastore
 from .console import console
 
 _PICTURES = "pictures.zip"
-
-
 _SIDE = 192
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
 

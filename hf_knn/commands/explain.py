@@ -22,8 +22,6 @@ from ..model.thumbnails import Thumbnails
 from .console import console
 
 _TILES = 24
-
-
 _CHANGED = (
     "The threshold for this error rate was found before the model was taught or made to forget; "
     "`hf-knn tune` finds it anew."

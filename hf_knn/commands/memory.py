@@ -21,21 +21,17 @@ from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
-from ..store.backend import RowStore, as_row_store
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.folders import exclusive_lock
 from ..store.remote import DatastoreReference, read_manifest
 from .console import console, say_what_was_skipped
 
 _SHOWN = 20
-
-
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
-
 
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
-
 
 _CACHE_NOTE = (
     "Note: features that were computed on this machine are cached apart from the checkpoint; "
@@ -200,8 +196,8 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
 
 def _nothing_else(model: KnnForImageClassification) -> Receipt:
     """What `undo` did where it found an interrupted change, which no receipt speaks of."""
-    store = as_row_store(model.datastore)
-    state = model.fingerprint_rows()
+    state, store = model.fingerprint_rows(), model.datastore
+    assert store is not None  # it has just been counted
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return Receipt(
         Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
@@ -228,7 +224,7 @@ def _change(
         if was_interrupted and after_settling is not None:
             receipt = after_settling(model)
         else:
-            with whole_or_not(store, folder):
+            with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
                 receipt = change(model)
                 model.save_pretrained(checkpoint)
     if json_output:
@@ -265,7 +261,7 @@ def _under_one_label(pictures: Path, label: str) -> Any:
 def _store(model: KnnForImageClassification, place: Path) -> RowStore:
     if model.datastore is None:
         raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
-    return as_row_store(model.datastore)
+    return model.datastore
 
 
 def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:

@@ -15,7 +15,6 @@ _CODE_KEYS = frozenset(
 )
 """Keys of a nested configuration that can name code or another repo; they are dropped."""
 
-
 _MODEL_KEYS = (
     "backbone", "backbone_config", "backbone_kwargs", "use_pretrained_backbone",
     "vision_config", "text_config",

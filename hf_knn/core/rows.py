@@ -139,25 +139,22 @@ class RowParts:
 
     Args:
         parts: tensors [n, D] of one dtype, at least one.
+
+    Attributes:
+        parts: those that have rows, or one without.
+        shape: (N, D).
+        dtype: of every part.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         filled = [part.contiguous() for part in parts if len(part)]
         self.parts = filled or [parts[0]]
         self._ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self._ends[-1]), self.parts[0].shape[1])
+        self.dtype = self.parts[0].dtype
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, D)."""
-        return len(self), self.parts[0].shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every part."""
-        return self.parts[0].dtype
+        return self.shape[0]
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """Rows by slice (without a copy inside one part) or by positions, in their order."""

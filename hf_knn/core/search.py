@@ -312,11 +312,6 @@ class Searcher:
     def __init__(self, features: Rows, ids: Ints, space: RowSpace, first_pass: FirstPass) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
 
-    @property
-    def proposable(self) -> int:
-        """How many rows the first pass chooses from."""
-        return len(self.ids)
-
     def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
         """Candidates for normalised queries.
 
@@ -351,7 +346,7 @@ class Searcher:
         while len(pending):
             certain = []
             # beyond a third, gathering candidates costs more than comparing with every row
-            every_row = 3 * count >= self.proposable
+            every_row = 3 * count >= len(self.ids)
             width = len(self.ids) if every_row else count
             apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
             step = max(1, _RESCORE_BYTES // (8 * width * apart))

@@ -193,6 +193,23 @@ class RowPictures(Mapping[int, Image.Image]):
         return len(self._places)
 
 
+class ReadyBatch:
+    """Rows that were fetched at once: `KnnCollator` takes them whole, others row by row.
+
+    Args:
+        columns: by name, [B, ...] each.
+    """
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: column[row] for name, column in self.columns.items()}
+
+
 class KnnCollator:
     """Makes batches of rows of pictures, or of rows of features.
 
@@ -207,12 +224,14 @@ class KnnCollator:
     ) -> None:
         self.processor, self.on_bad_image, self.augment = processor, on_bad_image, augment
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]] | ReadyBatch) -> dict[str, Tensor]:
         """Rows to `features` or `pixel_values`, `labels`, `sample_ids` and maybe `knn_log_probs`.
 
         Raises:
             ValueError: at a picture that cannot be decoded, or a batch without any.
         """
+        if isinstance(rows, ReadyBatch):
+            return rows.columns
         if "features" in rows[0]:
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         pixel_values, good, bad = process_rows(rows, self.processor, self.augment)

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
-from ..data.batches import BadRow, pixel_batches, pixels_of, read_batch
+from ..data.batches import BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
 from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
@@ -73,12 +73,21 @@ class ImageFeatures:
         return len(self.features)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        item = {"features": self.features[row], "labels": self.labels[row]}
+        return {name: column[row] for name, column in self._columns().items()}
+
+    def __getitems__(self, rows: Sequence[int]) -> ReadyBatch:
+        """All rows of a batch at once, which a `DataLoader` asks for where it can."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return ReadyBatch({name: column[index] for name, column in self._columns().items()})
+
+    def _columns(self) -> dict[str, Tensor]:
+        """What a row tells, for all rows."""
+        columns = {"features": self.features, "labels": self.labels}
         if self.gives_ids:
-            item["sample_ids"] = self.ids[row]
+            columns["sample_ids"] = self.ids
         if self.knn_log_probs is not None:
-            item["knn_log_probs"] = self.knn_log_probs[row]
-        return item
+            columns["knn_log_probs"] = self.knn_log_probs
+        return columns
 
     def select(self, rows: Sequence[int] | NDArray | Tensor) -> Self:
         """Some of the rows, in the order given."""

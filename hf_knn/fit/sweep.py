@@ -89,8 +89,6 @@ def backward(
 
 
 ADAMW_BETAS = (0.9, 0.999)
-
-
 ADAMW_EPSILON = 1e-8
 
 
@@ -185,11 +183,7 @@ def _per_head(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 _ROW_BLOCK = 2048
-
-
 _LARGEST_CHUNK = 2**27  # numbers held while some of the heads train: half a GB
-
-
 _LARGEST_BLOCK = 2**24  # numbers in the logits of a block of rows
 
 

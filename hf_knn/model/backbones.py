@@ -225,6 +225,17 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def keeping_trainable(module: nn.Module) -> Iterator[None]:
+    """Afterwards each parameter is trained or frozen as it was before."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, was_trained in before:
+            parameter.requires_grad_(was_trained)
+
+
 def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
     """Leaves the last blocks of a backbone, and what comes after them, to be trained.
 

@@ -13,57 +13,35 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
     raise ImportError("Expected huggingface_hub to be installed.") from missing
 
 
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
 
-
 MEASURED_NAME = "measured.json"
 """File of a checkpoint with what was measured, which the card is made from."""
 
-
 VOICE_NAMES = {"head": "head alone", "knn": "neighbours alone", "blend": "blend"}
-
-
 _BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or below -->"
-
-
 _END = "<!-- hf_knn: end -->"
-
-
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-
-
 BLOB_GLOB = "datastore-*.safetensors"
-
-
 _LARGEST_MEASUREMENT = 10**6
-
-
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
-
-
 _THUMBNAILS_NOTE = (
     " It also holds small copies of training pictures, without metadata, as was asked for; a row "
     "that is forgotten takes its own along."
 )
 
-
 RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
-
-
 _PICTURES = {
     RELIABILITY_NAME: "How sure it is, and how often right",
     NEIGHBORS_NAME: "Pictures, answers, and the training pictures that voted",
 }
 
-
 _LARGEST_PICTURE = 5 * 10**6
-
-
 _COLUMNS = {
     "top1": "top-1",
     "mean_class": "mean per class",
@@ -301,7 +279,7 @@ def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[
     ]
 
 
-def _location(store: SearchBackend) -> str:
+def _location(store: RowStore) -> str:
     if store.location is None:
         return ""
     return (

@@ -32,13 +32,19 @@ from ..core.reading import (
     hash_settings,
     refuse_missing,
 )
-from ..milvus.datastore import MilvusDatastore
-from ..milvus.pending import PENDING_NAME, explain_pending, is_pending
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder
 from ..store.hub import CARD_NAME
-from ..store.remote import DatastoreReference, RemoteConsent, read_manifest
+from ..store.remote import (
+    PENDING_NAME,
+    DatastoreReference,
+    RemoteConsent,
+    explain_pending,
+    is_pending,
+    open_remote,
+    read_manifest,
+)
 from .backbones import same_weights, weight_marks
 from .card import (
     MEASURED_NAME,
@@ -59,20 +65,14 @@ if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
-
-
 _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 
-
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
-
 _READ_ATTEMPTS = 3
-
-
 _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, mapped datastore
 
 
@@ -157,9 +157,9 @@ def _write_card(model: "KnnForImageClassification", folder: Path, staging: Path)
     (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
 
 
-def _refuse_pending(store: SearchBackend | None, folder: Path) -> None:
+def _refuse_pending(store: RowStore | None, folder: Path) -> None:
     """Keeps what takes another's change back, which the new version would not have."""
-    own = store.journal if isinstance(store, MilvusDatastore) else None
+    own = None if store is None else store.journal
     if is_pending(folder) and own != folder.resolve() / PENDING_NAME:
         raise DatastoreError(
             f"Expected {folder} to be whole, to be saved over. {explain_pending(folder)}"
@@ -191,7 +191,7 @@ def _is_same_maker(first: str, second: str) -> bool:
     return rest == other_rest and same_weights(weights, other_weights)
 
 
-def check_store(store: SearchBackend, config: KnnConfig) -> None:
+def check_store(store: RowStore, config: KnnConfig) -> None:
     """Refuses a datastore that a model cannot use; see `check_fits`."""
     check_fits(
         config, store.dim, store.metric, store.normalization, store.label_beyond(config.classes)
@@ -290,7 +290,7 @@ class CheckpointAttempt:
 
     def read_datastore(
         self, model: "KnnForImageClassification", trust_faiss_index: bool, consent: RemoteConsent
-    ) -> SearchBackend | None:
+    ) -> RowStore | None:
         """Reads the datastore that belongs to a model; checks every byte of a downloaded one.
 
         Args:
@@ -309,7 +309,7 @@ class CheckpointAttempt:
         if self.manifest is None:
             refuse_missing(self.reader.name, model.config)
             return None
-        store: SearchBackend
+        store: RowStore
         if isinstance(self.manifest, DatastoreReference):
             store = self._open_elsewhere(self.manifest, consent)
         else:
@@ -331,14 +331,9 @@ class CheckpointAttempt:
             )  # fmt: skip
         return store
 
-    def _open_elsewhere(
-        self, reference: DatastoreReference, consent: RemoteConsent
-    ) -> MilvusDatastore:
+    def _open_elsewhere(self, reference: DatastoreReference, consent: RemoteConsent) -> RowStore:
         try:
-            return MilvusDatastore.open(
-                reference, trust_remote_datastore=consent.trusted, uri=consent.uri,
-                token=consent.token,
-            )  # fmt: skip
+            return open_remote(reference, consent)
         except DatastoreError as error:
             folder = Path(self.reader.name)
             if not self.reader.is_folder or not is_pending(folder):

@@ -65,15 +65,17 @@ class Classes:
             f"got {label!r}; its classes are {list(self.names[:_SHOWN])}."
         )
 
-    def numbers_of(self, labels: Sequence[Label] | Tensor, count: int) -> tuple[Tensor, list[str]]:
-        """The numbers of classes, of which new ones get the next numbers.
+    def with_labels(self, labels: Sequence[Label] | Tensor, count: int) -> tuple["Classes", Tensor]:
+        """The classes that labels name, of which new ones get the next numbers.
+
+        For new ones the neighbours speak in full until the blend is tuned again.
 
         Args:
             labels: names or numbers.
             count: how many there must be.
 
         Returns:
-            [count] int64, and the names of those that are new.
+            All classes, and the numbers [count] int64 of the labels.
 
         Raises:
             ValueError: for another number of labels, or a label that cannot be one.
@@ -87,7 +89,11 @@ class Classes:
             if isinstance(label, str) and label not in known:
                 known[check_class_name(label)] = len(known)
             numbers.append(known[label] if isinstance(label, str) else self.number_of(label))
-        return torch.tensor(numbers, dtype=torch.int64), list(known)[len(self.names) :]
+        tuned = self.tuned
+        if len(known) > len(self.names) and tuned is None:
+            tuned = len(self.names)
+        classes = Classes(tuple(known), self.in_head, tuned)
+        return classes, torch.tensor(numbers, dtype=torch.int64)
 
     def names_of(self, numbers: Tensor) -> list[str]:
         """The names of classes.
@@ -96,15 +102,6 @@ class Classes:
             numbers: [M] int64.
         """
         return [self.names[number] for number in numbers.tolist()]
-
-    def joined(self, names: Sequence[str]) -> "Classes":
-        """With new ones, for which the neighbours speak in full until the blend is tuned again.
-
-        Args:
-            names: of the new ones, in order.
-        """
-        tuned = len(self.names) if names and self.tuned is None else self.tuned
-        return replace(self, names=(*self.names, *names), tuned=tuned)
 
     def first(self, count: int) -> "Classes":
         """Without the last ones.

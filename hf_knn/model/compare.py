@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..store.backend import as_row_store
 from .backbones import weight_marks
 from .modeling import KnnForImageClassification
 
@@ -86,7 +85,7 @@ def _compare_rows(
 def _ids_of(model: KnnForImageClassification) -> torch.Tensor:
     if model.datastore is None:
         return torch.empty(0, dtype=torch.int64)
-    return as_row_store(model.datastore).ids
+    return model.datastore.ids
 
 
 def _compare_common(
@@ -94,7 +93,9 @@ def _compare_common(
 ) -> dict[str, Any]:
     """Rows that both have, block by block."""
     relabelled, changed = [], []
-    one, two = as_row_store(first.datastore), as_row_store(second.datastore)
+    one, two = first.datastore, second.datastore
+    assert one is not None
+    assert two is not None
     mine, theirs = first.config.class_names, second.config.class_names
     for block in ids.split(_BLOCK_ROWS):
         old, new = one.rows_of(block), two.rows_of(block)

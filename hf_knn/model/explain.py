@@ -146,9 +146,8 @@ def explain(
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be in (0, 1), but got {level}.")
     config, threshold = model.config, _threshold(model.config, max_error)
-    store = None
-    if model.datastore is not None and len(model.datastore):
-        store = as_row_store(model.datastore)
+    store = model.datastore
+    store = as_row_store(store) if store is not None and len(store) else None
     with torch.inference_mode():
         head_part, store_part = split_features(features.to(model.device), config)
         near = wide = None

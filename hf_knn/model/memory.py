@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.config import KnnConfig
 from ..core.head import KnnHead
-from ..store.backend import SearchBackend, as_row_store
+from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows
 from .classes import Classes
 from .receipts import Receipt
@@ -53,7 +53,7 @@ class Memory:
 
     head: KnnHead
     classes: Classes
-    rows: SearchBackend | None = None
+    rows: RowStore | None = None
     receipts: tuple[Receipt, ...] = ()
     thumbnails: Thumbnails | None = None
     measured: dict[str, Any] | None = None
@@ -78,6 +78,10 @@ class Memory:
         Raises:
             ValueError: without rows, or for a datastore that can only be searched.
         """
+        if self.rows is None:
+            raise ValueError(
+                "Expected a model with a datastore to change, but it has none; train it first."
+            )
         store = as_row_store(self.rows)
         if self.tally is not None and self.tally.is_of(store, config):
             return self
@@ -89,7 +93,7 @@ class Memory:
         noted = replace(last, notes=[*last.notes, note])
         return replace(self, receipts=(*self.receipts[:-1], noted))
 
-    def started_with(self, rows: SearchBackend | None) -> "Memory":
+    def started_with(self, rows: RowStore | None) -> "Memory":
         """With other rows, of which nothing was changed yet, and no pictures are kept.
 
         Args:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..core import model as core
 from ..core.config import KnnConfig
 from ..core.rows import Values
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
@@ -56,6 +56,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         calibration: how near stored rows lie to one another, for p-values, if that was counted.
     """
 
+    __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
+
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
         self.calibration: Calibration | None = None
@@ -76,15 +78,12 @@ class KnnForImageClassification(core.KnnForImageClassification):
         self._memory = memory
 
     @property  # type: ignore[override]
-    def datastore(self) -> SearchBackend | None:
-        """A `Datastore` or another `SearchBackend`, or None.
-
-        No device move, cast or distributed wrapper touches it.
-        """
+    def datastore(self) -> RowStore | None:
+        """A `Datastore` or another `RowStore`, or None; no device move or cast touches it."""
         return self._memory.rows
 
     @datastore.setter
-    def datastore(self, store: SearchBackend | None) -> None:
+    def datastore(self, store: RowStore | None) -> None:
         self._memory = replace(self.memory, rows=store, tally=None)
 
     @property
@@ -123,7 +122,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         self._memory = replace(self._memory, picture=picture)
 
     def _counted(self) -> Memory:
-        """What is remembered, with sums over the rows, which later changes go on with."""
+        """What is remembered, with sums over the rows, with which later changes go on."""
         self._memory = self.memory.counted(self.config)
         return self._memory
 

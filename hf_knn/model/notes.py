@@ -89,7 +89,9 @@ def of_unanswered(
     """
     config, asked = model.config, labels[:_ASKED_ROWS]
     blended = config.blended_classes
-    if blended == config.classes:  # there are none for which the neighbours speak in full
+    if blended == len(
+        config.id2label or ()
+    ):  # there are none for which the neighbours speak in full
         return ""
     names, store = config.class_names, model.datastore
     if store is None or set(names[blended:]).isdisjoint(asked):

@@ -11,7 +11,7 @@ from ..core.backbone import extract
 from ..core.config import KnnConfig
 from ..data.batches import pixel_batches
 from ..data.decode import read_picture
-from ..store.backend import SearchBackend, as_row_store
+from ..store.backend import RowStore
 from .backbones import evaluating
 from .thumbnails import Thumbnails, small_webp
 
@@ -71,9 +71,9 @@ def small_pictures(images: Any) -> list[bytes]:
     return [small_webp(read_picture(image, number)) for number, image in enumerate(images)]
 
 
-def thumbnails_of(store: SearchBackend | None, images: Mapping[int, Any]) -> Thumbnails:
+def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnails:
     """Small pictures of stored rows; see `KnnForImageClassification.keep_thumbnails`."""
-    ids = [] if store is None else as_row_store(store).ids.tolist()
+    ids = [] if store is None else store.ids.tolist()
     unknown = sorted(set(images) - set(ids))
     if unknown:
         raise ValueError(

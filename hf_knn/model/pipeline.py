@@ -4,7 +4,6 @@ from typing import Any, cast
 
 from transformers import ImageClassificationPipeline
 
-from ..store.backend import as_row_store
 from .modeling import KnnForImageClassification
 
 _FIELDS = ("labels", "similarities", "ids")
@@ -51,7 +50,8 @@ class KnnImageClassificationPipeline(ImageClassificationPipeline):
         if "labels" not in model_outputs:
             return {"scores": scores, "neighbors": []}
         model = cast(KnnForImageClassification, self.model)
-        names, store = model.config.class_names, as_row_store(model.datastore)
+        names, store = model.config.class_names, model.datastore
+        assert store is not None  # it has just answered
         labels, similarities, ids = (model_outputs[n][0, :neighbors].tolist() for n in _FIELDS)
         columns = zip(labels, similarities, ids, store.paths_of(ids), strict=True)
         found = [

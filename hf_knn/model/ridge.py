@@ -17,8 +17,6 @@ from ..core.votes import ClassWeighting
 from ..store.backend import RowStore
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
-
-
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
 
 

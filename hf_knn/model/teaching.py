@@ -77,7 +77,7 @@ def merge(
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
     """
-    store, more = as_row_store(memory.rows), as_row_store(other)
+    store, more = _rows_of(memory), as_row_store(other)
     check_alike(store, more)
     numbers = more.labels.tolist()
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
@@ -95,7 +95,7 @@ def forget(
     recenter: bool = False,
 ) -> Memory:
     """Removes rows; see `KnnForImageClassification.forget`."""
-    store = as_row_store(memory.rows)
+    store = _rows_of(memory)
     if (ids is None) == (label is None):
         raise ValueError("Expected exactly one of `ids` and `label`.")
     if recenter and store.location is not None:
@@ -135,11 +135,16 @@ def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
             "Expected rows to bring back, but no byte of them was saved; teach them again, "
             "or merge a backup."
         )
-    (ids, _, features, paths, splits), mean, thumbnails, picture = memory.gone
-    after = _add(
-        memory, config, Change.UNDO, torch.from_numpy(features), last.labels, ids,
-        paths if any(paths) else None, splits, mean,
-    )  # fmt: skip
+    rows, mean, thumbnails, picture = memory.gone
+    classes, numbers = memory.classes.with_labels(last.labels, len(rows.ids))
+    with _rows_of(memory).changed() as store:
+        ids = store.put_back(rows._replace(labels=numbers.numpy()))
+        moves = not torch.equal(mean, store.mean)
+        if moves:
+            store.recenter(mean)
+        done = _Done(Change.UNDO, ids, classes, last.labels)
+        come = store.rows_of(ids)
+        after = _after(memory, config, store, done, come=come, is_recentered=moves)
     if thumbnails is not None and after.thumbnails is not None:
         after = replace(after, thumbnails=after.thumbnails.joined(thumbnails))
     return replace(after, picture=picture)
@@ -153,19 +158,13 @@ def _add(
     labels: Sequence[Label],
     ids: Values | None,
     paths: Sequence[str] | None,
-    splits: Sequence[str] | None = None,
-    mean: Tensor | None = None,
 ) -> Memory:
-    numbers, new = memory.classes.numbers_of(labels, len(features))
-    with as_row_store(memory.rows).changed() as store:
-        added = store.add(features, numbers, ids, paths, split=splits)
+    classes, numbers = memory.classes.with_labels(labels, len(features))
+    with _rows_of(memory).changed() as store:
+        added = store.add(features, numbers, ids, paths)
+        done = _Done(action, added, classes, classes.names_of(numbers))
         come = store.rows_of(added)  # as they were cast
-        moves = mean is not None and not torch.equal(mean, store.mean)
-        if moves:
-            store.recenter(mean)
-        classes = memory.classes.joined(new) if new else memory.classes
-        done = _Done(action, added, classes, classes.names_of(numbers), new=new)
-        return _after(memory, config, store, done, come=come, is_recentered=moves)
+        return _after(memory, config, store, done, come=come)
 
 
 def _remove(
@@ -176,7 +175,7 @@ def _remove(
     recenter: bool = False,
     dropped: Sequence[str] = (),
 ) -> Memory:
-    before = as_row_store(memory.rows)
+    before = _rows_of(memory)
     gone, mean = before.rows_of(ids), before.mean
     labels, said = torch.from_numpy(gone.labels), []
     with before.changed() as store:
@@ -206,16 +205,21 @@ def _relabel(
     labels: Sequence[Label],
     dropped: Sequence[str] = (),
 ) -> Memory:
-    before = as_row_store(memory.rows)
-    numbers, new = memory.classes.numbers_of(labels, len(ids))
+    before = _rows_of(memory)
+    named, numbers = memory.classes.with_labels(labels, len(ids))
     old = before.rows_of(ids)
     come = old._replace(labels=numbers.numpy())
     old_names = memory.classes.names_of(torch.from_numpy(old.labels))
     with before.changed() as store:
         store.relabel(ids, numbers)
-        classes = _without_unused(memory.classes.joined(new), store, dropped)
-        done = _Done(action, ids, classes, classes.names_of(numbers), old_names, new)
+        classes = _without_unused(named, store, dropped)
+        done = _Done(action, ids, classes, classes.names_of(numbers), old_names)
         return _after(memory, config, store, done, gone=old, come=come)
+
+
+def _rows_of(memory: Memory) -> RowStore:
+    assert memory.rows is not None  # they were counted
+    return memory.rows
 
 
 def _without_unused(classes: Classes, store: RowStore, names: Sequence[str]) -> Classes:
@@ -235,7 +239,6 @@ class _Done(NamedTuple):
     classes: Classes
     labels: list[str]
     old_labels: Sequence[str] = ()
-    new: Sequence[str] = ()
     said: Sequence[str] = ()
 
 
@@ -262,7 +265,8 @@ def _after(
             tally.ridge.truncate(len(classes.names))
         head.classifier = solve_head(tally.ridge, config, head)
         classes = replace(classes, in_head=len(tally.ridge.counts))
-    receipt = _receipt(done, before, tally, config, store.location)
+    new = list(classes.names[len(memory.classes.names) :])
+    receipt = _receipt(done, new, before, tally, config, store.location)
     measured = memory.measured
     if measured is not None and notes.STALE not in measured.get("note", ""):
         measured = measured | {"note": f"{measured.get('note', '')} {notes.STALE}".strip()}
@@ -273,9 +277,14 @@ def _after(
 
 
 def _receipt(
-    done: _Done, before: Tally, after: Tally, config: KnnConfig, location: str | None
+    done: _Done,
+    new: list[str],
+    before: Tally,
+    after: Tally,
+    config: KnnConfig,
+    location: str | None,
 ) -> Receipt:
-    remarks = [*done.said, *([notes.TAUGHT] if done.new else [])]
+    remarks = [*done.said, *([notes.TAUGHT] if new else [])]
     if after.ridge is None:
         remarks.insert(0, notes.HEAD.format(config.head))
     if location is not None:
@@ -291,6 +300,6 @@ def _receipt(
         scope=str(Scope.STORE if after.ridge is None else Scope.STORE_AND_HEAD),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         old_labels=list(done.old_labels),
-        new_classes=list(done.new),
+        new_classes=new,
         notes=remarks,
     )

@@ -21,23 +21,17 @@ def limits(last_scores: Singles, rounding: float) -> Floats:
 
 FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
 
-
 _TRAINING_ROWS_PER_LIST = 64
-
 
 _KMEANS_ROUNDS = 10
 
-
 _ADD_ROWS = 131_072
-
 
 _CANDIDATES_IN_REACH = 4
 """The lists that are searched hold this many times the candidates wanted, on average."""
 
-
 _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
-
 
 _LARGEST_NUMBER = 4096
 """Numbers in a factory string other than the lists of an IVF: links, sub-vectors, widths."""

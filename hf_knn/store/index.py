@@ -24,32 +24,30 @@ from .faiss import (
     require_faiss,
 )
 from .first_pass import BFloat16FirstPass, GrowingFirstPass, PlacedFirstPass, has_fast_bfloat16
-from .searcher import GrowingSearcher, IndexSpace, nearest_in_blocks, recall_of
+from .searcher import (
+    ApproximateSearcher,
+    GrowingSearcher,
+    IndexSpace,
+    nearest_in_blocks,
+    recall_of,
+)
 
 logger = logging.getLogger(__name__)
 
-
 AUTO, FLAT = "auto", "flat"
-
 
 LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
-
 MIN_RECALL = 0.99
-
 
 RECALL_K = 20
 
-
 RECALL_SAMPLE = 256
-
 
 _SMALLEST_BFLOAT16 = 20_000
 
-
 _REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
-
 
 CPU = (torch.device("cpu"),)
 
@@ -213,7 +211,7 @@ def build_searcher(
     seconds = time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
-    searcher = GrowingSearcher(features, ids, space, index, is_exact=False)
+    searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
     if info.recall is None or is_new:
         info = _tune(searcher, index, info, min_recall)

@@ -56,6 +56,24 @@ class IndexSpace(RowSpace):
         return shrunk.astype(np.float32)
 
 
+class MovedRows:
+    """A first pass of whose rows some have gone: what it proposes, where the rows lie now.
+
+    Args:
+        first_pass: over the rows that there were.
+        places: [M] where each of them lies; -1 for one that has gone.
+    """
+
+    def __init__(self, first_pass: FirstPass, places: Ints) -> None:
+        self.first_pass, self.places, self.extra = first_pass, places, first_pass.extra
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """See `FirstPass.candidates`."""
+        proposed, limit = self.first_pass.candidates(queries, count)
+        is_row = (proposed >= 0) & (proposed < len(self.places))
+        return np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1), limit
+
+
 class GrowingSearcher(Searcher):
     """Nearest neighbours of queries among the rows of a datastore that changes.
 
@@ -63,46 +81,23 @@ class GrowingSearcher(Searcher):
         features: [N, D] stored raw features, float16 or float32.
         ids: [N] int64, unique.
         space: how rows are compared.
-        first_pass: over the rows that `space` makes of them.
-        is_exact: False for an index that may miss rows.
+        index: an exact first pass over the rows that `space` makes of them.
     """
 
     space: IndexSpace
-    first_pass: GrowingFirstPass
 
     def __init__(
-        self,
-        features: Rows,
-        ids: Ints,
-        space: IndexSpace,
-        first_pass: GrowingFirstPass,
-        is_exact: bool = True,
+        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
     ) -> None:
-        super().__init__(features, ids, space, first_pass)
-        self.is_exact = is_exact
-        self.measured = len(ids)
-        # where each row of the first pass lies in the store; -1 once it was removed
+        super().__init__(features, ids, space, index)
+        self.index = index
+        # where each row of the index lies in the store; -1 once it was removed
         self.places = np.arange(len(ids))
 
     @property
     def has_removed_rows(self) -> bool:
-        """Whether the first pass still holds rows that the store does not."""
+        """Whether the index still holds rows that the store does not."""
         return len(self.places) > len(self.ids)
-
-    @property
-    def proposable(self) -> int:
-        """How many rows the first pass chooses from."""
-        return len(self.places)
-
-    def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
-        """See `Searcher.propose`; rows that were removed are no candidates."""
-        if self.is_exact:
-            proposed, limit, length = super().propose(queries, count)
-        else:
-            length = np.ones(len(queries))
-            proposed, limit = self.first_pass.candidates(self.space.index_queries(queries), count)
-        is_row = (proposed >= 0) & (proposed < len(self.places))
-        return np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1), limit, length
 
     def add(self, features: Rows, ids: Ints) -> bool:
         """Follows the store after rows were appended; False if it must be built again.
@@ -112,19 +107,16 @@ class GrowingSearcher(Searcher):
             ids: [N + M].
         """
         added = features[len(self.ids) : len(ids)]
-        if not self.space.holds(added):
+        if not self.space.holds(added) or not self.take_in(added):
             return False
-        if self.is_exact:
-            self.first_pass.add(self.space.first_pass_rows(added))
-        elif len(ids) > (1 + _MOST_ADDED) * self.measured:
-            return False  # its lists and its stated recall are those of other rows
-        else:
-            try:
-                self.first_pass.add(self.space.index_rows(added))
-            except NotImplementedError:
-                return False
-        self.places = np.concatenate([self.places, np.arange(len(self.ids), len(ids))])
-        self.features, self.ids = features, ids
+        self._moved_to(
+            np.concatenate([self.places, np.arange(len(self.ids), len(ids))]), features, ids
+        )
+        return True
+
+    def take_in(self, added: NDArray) -> bool:
+        """Appends raw features [M, D] to the index; False if it cannot take them in."""
+        self.index.add(self.space.first_pass_rows(added))
         return True
 
     def remove(self, features: Rows, ids: Ints, kept: NDArray[np.bool_]) -> bool:
@@ -136,9 +128,46 @@ class GrowingSearcher(Searcher):
             kept: [N] which of the old rows are still there.
         """
         moved = np.where(kept, np.cumsum(kept) - 1, -1)
-        self.places = np.where(self.places >= 0, moved[self.places], -1)
-        self.features, self.ids = features, ids
+        self._moved_to(np.where(self.places >= 0, moved[self.places], -1), features, ids)
         return len(ids) >= (1 - _MOST_REMOVED) * len(self.places)
+
+    def _moved_to(self, places: Ints, features: Rows, ids: Ints) -> None:
+        self.places, self.features, self.ids = places, features, ids
+        if self.has_removed_rows:
+            self.first_pass = MovedRows(self.index, places)
+
+
+class ApproximateSearcher(GrowingSearcher):
+    """One whose index knows distances itself, and may miss rows.
+
+    Args:
+        features: [N, D] stored raw features, float16 or float32.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        index: over the rows that `space.index_rows` makes of them.
+    """
+
+    def __init__(
+        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
+    ) -> None:
+        super().__init__(features, ids, space, index)
+        self.measured = len(ids)
+
+    def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
+        """See `Searcher.propose`."""
+        found, limit = self.first_pass.candidates(self.space.index_queries(queries), count)
+        is_row = (found >= 0) & (found < len(self.ids))  # an index that was read may say anything
+        return np.where(is_row, found, -1), limit, np.ones(len(queries))
+
+    def take_in(self, added: NDArray) -> bool:
+        """See `GrowingSearcher.take_in`."""
+        if len(self.ids) + len(added) > (1 + _MOST_ADDED) * self.measured:
+            return False  # its lists and its stated recall are those of other rows
+        try:
+            self.index.add(self.space.index_rows(added))
+        except NotImplementedError:
+            return False
+        return True
 
 
 def nearest_in_blocks(

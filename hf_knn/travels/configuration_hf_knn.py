@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7fcd8f2ec2a851f5a1462231827f2ba3b5690043f25179128bc18c91f6656ccf.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7fcd8f2ec2a851f5a1462231827f2ba3b5690043f25179128bc18c91f6656ccf.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -362,19 +362,11 @@ class RowParts:
         filled = [part.contiguous() for part in parts if len(part)]
         self.parts = filled or [parts[0]]
         self._ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self._ends[-1]), self.parts[0].shape[1])
+        self.dtype = self.parts[0].dtype
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, D)."""
-        return len(self), self.parts[0].shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every part."""
-        return self.parts[0].dtype
+        return self.shape[0]
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """Rows by slice (without a copy inside one part) or by positions, in their order."""
@@ -1157,11 +1149,6 @@ class Searcher:
     def __init__(self, features: Rows, ids: Ints, space: RowSpace, first_pass: FirstPass) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
 
-    @property
-    def proposable(self) -> int:
-        """How many rows the first pass chooses from."""
-        return len(self.ids)
-
     def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
         """Candidates for normalised queries."""
         scaled, length = self.space.first_pass_queries(queries)
@@ -1178,7 +1165,7 @@ class Searcher:
         while len(pending):
             certain = []
             # beyond a third, gathering candidates costs more than comparing with every row
-            every_row = 3 * count >= self.proposable
+            every_row = 3 * count >= len(self.ids)
             width = len(self.ids) if every_row else count
             apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
             step = max(1, _RESCORE_BYTES // (8 * width * apart))

@@ -38,8 +38,8 @@ def open_builtin(
     """Opens the built-in model, making it first: about a minute on two cores, once.
 
     Args:
-        task: see benchmark/tasks.py.
-        backbone: see benchmark/backbones.py.
+        task: see benchmark/catalog/tasks.py.
+        backbone: see benchmark/catalog/backbones.py.
         limit: pictures, None for all.
 
     Raises:
@@ -50,9 +50,10 @@ def open_builtin(
             "Expected a model, but got none; set HF_KNN_MODEL to a checkpoint or a Hub id."
         )
     sys.path.append(str(CLONED_BENCHMARK))
-    from cache import build_once, cache_root
-    from offline_backbones import build_backbone  # a clone alone has them
-    from offline_tasks import load_pictures, split_indices
+    from catalog.cache import build_once, cache_root
+    from catalog.offline_backbones import build_backbone  # a clone alone has them
+    from catalog.offline_tasks import load_pictures
+    from catalog.splits import split_indices
 
     rows = load_pictures(task, limit=limit)
     train, validation, test = split_indices(rows["label"][:], 0, (0.8, 0.15, 0.05))

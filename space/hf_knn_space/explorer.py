@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_knn import Datastore, KnnForImageClassification, inspect_datastore, map_svg, place_features
+from hf_knn import Datastore, KnnForImageClassification
+from hf_knn.checkup import inspect_datastore, map_svg, place_features
 
 from .service import Near
 

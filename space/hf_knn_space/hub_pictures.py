@@ -12,7 +12,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from hf_knn import BadImageError, decode_image, load_splits
+from hf_knn import BadImageError, load_splits
+from hf_knn.data import decode_image
 
 from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
 

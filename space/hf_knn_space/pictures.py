@@ -5,7 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from hf_knn import BadImageError, decode_image
+from hf_knn import BadImageError
+from hf_knn.data import decode_image
 
 from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from hf_knn import decode_image
+from hf_knn.data import decode_image
 
 MAX_BYTES = 10 * 2**20
 """Of one file; the server refuses more while it is being sent."""

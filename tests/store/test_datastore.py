@@ -287,7 +287,7 @@ def test_an_index_that_follows_changes_stays_exact(
     followed = 0
     for change in changes:
         change()
-        followed += store._searcher is searcher
+        followed += store._index.searcher is searcher
         exclude_ids = np.array([*range(4), *[-1] * 4, *range(300, 304)])
         for k in (1, 9):
             hits = store.search(queries, k, exclude_ids)
