@@ -23,8 +23,7 @@ from . import changes, disk
 from .backend import check_alike, check_split
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
-from .index import AUTO, FLAT, MIN_RECALL, Placement
-from .row_index import RowIndex
+from .index import AUTO, FLAT, MIN_RECALL, Placement, RowIndex
 from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, sum_of
 

@@ -21,7 +21,7 @@ from hf_knn.features.extract import ImageFeatures
 from hf_knn.model import teaching as following
 from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
-from hf_knn.store import row_index
+from hf_knn.store import index as row_index
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
