@@ -362,7 +362,7 @@ class Datastore:
     def changed(self) -> Iterator[Self]:
         """Another one of the same rows, to be changed: an index that stands moves there."""
         other, index = copy.copy(self), self._index
-        other._index, self._index = index, index.unbuilt()
+        other._index, self._index = index, other._index
         try:
             yield other
         except BaseException:
