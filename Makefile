@@ -10,7 +10,7 @@ help: ## Show this list
 
 setup: $(INSTALLED) ## Make .venv with everything (CPU; for a GPU see README)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,export,milvus,dev]'
 	touch $@
@@ -19,7 +19,7 @@ quickstart: setup ## The main job on real pictures, without network: table, pict
 	$(BIN)/python benchmark/run.py
 
 demo: setup ## A page to upload pictures, see why, and teach; opens at http://127.0.0.1:7860
-	$(BIN)/python space/app.py
+	$(BIN)/python -m hf_knn_space
 
 test: lint ## Lint and all fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -30,10 +30,11 @@ test-slow: setup ## Tests that take minutes
 faults: setup ## Kills, mutated files and long property runs
 	$(BIN)/python -m pytest -m faults --timeout 7200 -n auto --dist loadfile
 
-lint: setup ## ruff (lint and format) and mypy
+lint: setup ## ruff (lint and format), mypy and the import contracts
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
 
 bench: setup ## Speed against named peers, as ratios: benchmark/speed/SPEED.md, 15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,onnx,openvino]'

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 from accelerate import PartialState
-from cache import unknown_name
-from experiments import TaskResult, run_from_scratch, run_frozen
-from offline_tasks import load_pictures
-from plots import draw_task
-from results import results_table, seconds_table, write_results
 from rich.console import Console
+
+from catalog.cache import unknown_name
+from catalog.offline_tasks import load_pictures
+from study.experiments import TaskResult, run_from_scratch, run_frozen
+from study.plots import draw_task
+from study.results import results_table, seconds_table, write_results
 
 DEFAULT_TASKS = ["openmoji", "digits"]
 FROZEN = {"openmoji": "efficientnet-lite0", "openmoji-categories": "efficientnet-lite0"}

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from report_baseline import baseline_report
-from report_build import build_report
-from report_cells import load_results
-from report_markdown import write_markdown
-from report_page import write_html
-from report_pictures import local_pictures
-from report_push import push_results
-from report_table import write_table
-from report_trackio import log_to_trackio
 from rich.console import Console
+
+from reporting.baseline import baseline_report
+from reporting.build import build_report
+from reporting.cells import load_results
+from reporting.markdown import write_markdown
+from reporting.page import write_html
+from reporting.parquet import write_table
+from reporting.pictures import local_pictures
+from reporting.push import push_results
+from reporting.trackio import log_to_trackio
 
 app = typer.Typer(add_completion=False)
 

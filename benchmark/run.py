@@ -14,19 +14,20 @@ from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
-from cells import Cell, is_finished
-from estimates import check_disk, estimate, seconds_of
-from experiments import hide_progress_bars
-from protocols import PROTOCOLS
-from quickstart import EPOCHS as HEAD_EPOCHS
-from quickstart import SCRATCH_EPOCHS, SCRATCH_SEEDS, SEEDS, run_quickstart
-from ranks import start
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from runner import EPOCHS, Options, Progress, Run
-from suites import QUICK, SUITES, make_cells
-from tasks import Source, find_task
+
+from catalog.tasks import Source, find_task
+from quickstart import EPOCHS as HEAD_EPOCHS
+from quickstart import SCRATCH_EPOCHS, SCRATCH_SEEDS, SEEDS, run_quickstart
+from study.cells import Cell, is_finished
+from study.estimates import check_disk, estimate, seconds_of
+from study.experiments import hide_progress_bars
+from study.protocols import PROTOCOLS
+from study.ranks import start
+from study.runner import EPOCHS, Options, Progress, Run
+from study.suites import QUICK, SUITES, make_cells
 
 app = typer.Typer(add_completion=False)
 

@@ -9,15 +9,16 @@ from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 import typer
-from backbones import BACKBONES, Backbone, find_backbone
 from datasets import load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
-from hub_loading import resolve_revision
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.table import Table
-from tasks import TASKS, Source, Task, find_task
+
+from catalog.backbones import BACKBONES, Backbone, find_backbone
+from catalog.hub_loading import resolve_revision
+from catalog.tasks import TASKS, Source, Task, find_task
 
 
 class Verdict(NamedTuple):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmark"))  # the offline pictures
 
-from offline_backbones import build_backbone
-from offline_tasks import load_pictures
-
+from catalog.offline_backbones import build_backbone
+from catalog.offline_tasks import load_pictures
 from hf_knn import KnnForImageClassification, KnnTrainer, KnnTrainingArguments
 
 

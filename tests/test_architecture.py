@@ -1,342 +1,189 @@
-"""Imports go one way. The table below is the architecture; a new module must be added to it."""
+"""What `lint-imports` cannot say: public names, weight of imports, sizes, types.
+
+Layers, circles and what travels are contracts of import-linter in pyproject.toml (`make lint`).
+"""
 
 import ast
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
-from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
 
 import pytest
 
 import hf_knn
-from hf_knn.model.checkpoint import OWN_CODE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
+SUB_PACKAGES = ("data", "store", "fit", "checkup")
+"""Public ones, with names of their own."""
 
-LAYERS = [
-    {"configuration_knn", "functional", "heads", "storage", "manifest", "rows", "row_table"}
-    | {"images", "ridge_state", "ridge_head", "receipts", "confidence", "flips"}
-    | {"blobs", "processors", "first_pass", "faiss_index", "search", "indexing", "persistence"}
-    | {"search_backend", "row_fingerprint", "datastore_reference", "thumbnails"}
-    | {"milvus_client", "milvus_rows", "milvus_collection", "milvus_search", "milvus_index"},
-    {"hub_files", "publishing", "model_card"},
-    {"datastore_rows", "datastore_search", "datastore_changes", "datastore_opening"}
-    | {
-        "datastore_files",
-        "datastore",
-        "backbone",
-        "milvus_load",
-        "milvus_changes",
-        "milvus_store",
-        "milvus_reading",
-        "pending_change",
-    },
-    {"checkpoint", "class_names"},
-    {"following", "teaching", "explaining", "remembering"},
-    {"modeling_knn"},
-    {"pipeline_knn", "augmentation", "data", "collator", "features", "folds", "metrics"}
-    | {"row_pictures"}
-    | {"reading", "picture_keys", "feature_cache", "feature_table", "encoders"}
-    | {"encoder_graphs", "encoding", "backend_choice", "serving"}
-    | {"temperature", "ridge", "probe_settings", "probe_layers", "probe_factors"}
-    | {
-        "abstaining",
-        "distributed_search",
-        "probe_optimizers",
-        "probe",
-        "tuning",
-        "votes",
-        "fitting",
-        "measuring",
-        "plots",
-    }
-    | {"pages", "page_style", "findings", "prints", "alignment", "duplicates", "voices"}
-    | {"label_errors", "outliers", "balance", "learning_curve", "checkup", "drawings"}
-    | {"feature_map", "inspection"},
-    {"training_args", "loss", "resume", "sealed_trainer", "hub_trainer", "trainer", "callbacks"}
-    | {"training_rows", "fitting_at_once"},
-    {"export", "differences", "console", "checkup_report", "doctor", "doctor_command"}
-    | {
-        "inspect_command",
-        "training_command",
-        "teach_command",
-        "explain_command",
-        "milvus_command",
-        "demo_command",
-        "cache_command",
-        "cli",
-    },
-]
-"""Modules of a layer import from their own layer and the ones above it in this list."""
+ONLY_IN = {
+    "faiss": ("store/faiss.py",),
+    "datasets": ("data/loading.py",),
+    "hf_knn_cli": ("commands/train.py",),  # whose options are declared there
+}
+"""What one module alone imports."""
 
-INIT_IMPORTS = {"configuration_knn", "modeling_knn"}
-ONLY_IN = {"faiss": "faiss_index", "datasets": "data"}
-"""Libraries that one module alone imports."""
-
-ENTRY_POINTS = ("configuration_knn", "modeling_knn")
-"""What a checkpoint's auto_map names; with what they import, they are the Hub closure."""
+MOST_FILES, MEDIAN_LINES, MOST_LINES = 90, 190, 500
 
 
-class Import(NamedTuple):
-    """One import statement: `from ..module import names` has level 2."""
-
-    level: int
-    module: str
-    names: tuple[str, ...]
+def sources(package: Path = PACKAGE) -> dict[str, str]:
+    """The text of each module, without what is generated from `core`."""
+    paths = [path for path in sorted(package.rglob("*.py")) if "travels" not in path.parts]
+    return {path.relative_to(package).as_posix(): path.read_text("utf-8") for path in paths}
 
 
-def imports_of(path: Path) -> list[Import]:
-    """All imports of a file, also those inside functions, `try` and `if`."""
-    return parse_imports(path.read_text(encoding="utf-8"))
-
-
-@cache
-def parse_imports(text: str) -> list[Import]:
-    found = []
+def imports_of(text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every absolute import, also those inside functions: module, and names taken from it."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [Import(0, alias.name, ()) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = tuple(alias.name for alias in node.names)
-            found.append(Import(node.level, node.module or "", names))
-    return found
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or "", tuple(alias.name for alias in node.names)
 
 
-def arrows_of(path: Path) -> set[str]:
-    """The modules of the package that a module imports."""
-    return {found.module for found in imports_of(path) if found.level == 1 and found.module}
+# ---- public names -------------------------------------------------------------------------------
 
 
-def closure_of(package: Path) -> set[str]:
-    """The modules that travel with a checkpoint."""
-    closure: set[str] = set()
-    pending = set(ENTRY_POINTS)
-    while pending:
-        name = pending.pop()
-        closure.add(name)
-        pending |= arrows_of(package / f"{name}.py") - closure
-    return closure
+def test_public_names_are_what_design_promises() -> None:
+    promised = {"KnnConfig", "KnnForImageClassification", "KnnImageClassifierOutput", "Datastore"}
+    promised |= {"Neighbors", "KnnTrainer", "KnnTrainingArguments", "extract_features", "tune"}
+    promised |= {"load_splits", "knn_log_probs", "blend_log_probs", "knn_loss_weights"}
+    more = {"BadImageError", "Explanation", "KnnImageClassificationPipeline", "MilvusDatastore"}
+    more |= {"PictureEncoder", "SearchBackend", "datastore_as_dataset"}
+    assert set(hf_knn.__all__) == promised | more
+    assert len(hf_knn.__all__) == 20
+    assert dir(hf_knn) == sorted(hf_knn.__all__)
 
 
-def package_violations(package: Path) -> list[str]:
-    """What breaks the architecture in a folder of modules, one line each."""
-    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    paths = {path.stem: path for path in sorted(package.glob("*.py"))}
-    found = [f"{path.name}: a sub-package" for path in package.iterdir() if is_package(path)]
-    for name, path in paths.items():
-        if name != "__init__" and name not in layer_of:
-            found.append(
-                f"{name}: not in LAYERS of tests/test_architecture.py; add it to its layer"
-            )
-        found += bad_statements(name, path)
-        for target in sorted(arrows_of(path)):
-            if target not in paths:
-                found.append(f"{name} -> {target}: there is no such module")
-            elif name == "__init__":
-                if target not in INIT_IMPORTS:
-                    found.append(f"{name} -> {target}: only {sorted(INIT_IMPORTS)} at import time")
-            elif layer_of.get(target, 0) > layer_of.get(name, len(LAYERS)):
-                found.append(f"{name} -> {target}: against the layers")
-    try:
-        TopologicalSorter({name: arrows_of(path) for name, path in paths.items()}).prepare()
-    except CycleError as error:
-        found.append(f"a cycle: {' -> '.join(error.args[1])}")
-    return found
+@pytest.mark.parametrize("name", [f"hf_knn.{name}" for name in SUB_PACKAGES] + ["hf_knn"])
+def test_every_public_name_is_there_and_nothing_else(name: str) -> None:
+    package = import_module(name)
+    for public in package.__all__:
+        assert getattr(package, public) is not None, public
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
 
 
-def bad_statements(name: str, path: Path) -> Iterator[str]:
-    """Imports whose form or library is wrong for this module."""
-    for level, module, names in imports_of(path):
-        top = module.partition(".")[0]
-        if level > 1 or (level == 1 and (not module or "." in module)):
-            yield f"{name}: `from {'.' * level}{module} import …`, wanted `from .name import X`"
-        if level == 1 and "*" in names:
-            yield f"{name}: `from .{module} import *`"
-        if level == 0 and top == PACKAGE.name:
-            yield f"{name}: absolute import of {module}, wanted `from .name import X`"
-        if level == 0 and ONLY_IN.get(top, name) != name:
-            yield f"{name}: imports {top}, which only {ONLY_IN[top]} may"
+@pytest.mark.parametrize("name", sorted(hf_knn._MOVED))
+def test_names_of_version_one_still_work_with_a_word(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"hf_knn\.{hf_knn._MOVED[name]}\.{name}"):
+        found = getattr(hf_knn, name)
+    assert found is getattr(import_module(f"hf_knn.{hf_knn._MOVED[name]}"), name)
 
 
-def is_package(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("*.py"))
-
-
-def user_violations(folder: Path, public: list[str]) -> list[str]:
-    """Where scripts outside the package use anything but its public names."""
+def private_imports(text: str) -> list[str]:
+    """What a script outside the package takes that is not public."""
     found = []
-    for path in sorted(folder.rglob("*.py")):
-        for level, module, names in imports_of(path):
-            if level or module.partition(".")[0] != PACKAGE.name:
-                continue
-            wanted = names if module == PACKAGE.name and names else (module,)
-            private = [name for name in wanted if name not in public]
-            if private:
-                found.append(f"{path.name}: {private}, wanted `from hf_knn import X`, X public")
+    for module, names in imports_of(text):
+        if module.partition(".")[0] != "hf_knn":
+            continue
+        is_public = module in ("hf_knn", *(f"hf_knn.{name}" for name in SUB_PACKAGES))
+        allowed = import_module(module).__all__ if is_public and names else []
+        found += [f"{module}.{name}" for name in names or ("*",) if name not in allowed]
     return found
-
-
-def test_the_package_keeps_its_layers():
-    assert package_violations(PACKAGE) == []
 
 
 @pytest.mark.parametrize("folder", ["benchmark", "space", "examples"])
-def test_scripts_use_public_names_only(folder):
-    assert user_violations(ROOT / folder, hf_knn.__all__) == []
-
-
-def test_the_closure_is_below_the_rest():
-    """What travels with a checkpoint is what lies at or below the model, and all of it."""
-    assert closure_of(PACKAGE) == set().union(*LAYERS[:6])
-    assert sorted(OWN_CODE) == sorted(f"{name}.py" for name in closure_of(PACKAGE))
-
-
-def test_public_names_are_said_once():
-    """`__all__` names what design.md promises, each of a module in the table."""
-    promised = {"KnnConfig", "KnnForImageClassification", "KnnImageClassifierOutput"}
-    promised |= {"Datastore", "Neighbors", "KnnTrainer", "KnnTrainingArguments"}
-    promised |= {"MilvusDatastore", "SearchBackend", "ShardedDatastore"}
-    promised |= {"extract_features", "tune"}
-    promised |= {"knn_log_probs", "blend_log_probs", "knn_loss_weights"}
-    # what the examples and benchmarks of heads on features need beyond it
-    promised |= {"ProbeConfig", "ProbeGrid", "ProbeSettings", "FactorControl", "fit_ridge"}
-    promised |= {"ProbeScore", "train_probes", "score_probes", "choose_probe"}
-    promised |= {
-        "default_grid",
-        "KnnImageClassificationPipeline",
-        "datastore_as_dataset",
-        "draw_neighbors",
-    }
-    # what the Space needs beyond it
-    promised |= {"BadImageError", "Explanation", "decode_image", "PictureEncoder"}
-    promised |= {"inspect_datastore", "map_svg", "place_features", "load_splits"}
-    promised |= {"few_shots", "few_rows", "stratified_folds", "out_of_fold", "score_labels"}
-    promised |= {"find_pairs", "print_of", "score_log_probs"}
-    # what the page of a benchmark shares with those of doctor and explain
-    promised |= {"PAGE_STYLE", "thumbnail"}
-    assert len(hf_knn.__all__) == len(promised)
-    assert set(hf_knn.__all__) == promised
-    modules = set().union(*LAYERS)
-    assert set(hf_knn._LAZY.values()) <= modules
-
-
-# ---- the checks can fail ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def planted(tmp_path: Path) -> Path:
-    shutil.copytree(PACKAGE, tmp_path / "hf_knn", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "hf_knn"
-
-
-def test_the_copy_is_clean_before_anything_is_planted(planted):
-    assert package_violations(planted) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        ("functional", "from .datastore import Datastore", "functional -> datastore: against"),
-        ("datastore", "from .modeling_knn import KnnHead", "datastore -> modeling_knn: against"),
-        ("backbone", "from .checkpoint import AUTO_MAP", "backbone -> checkpoint: against"),
-        ("modeling_knn", "from .data import prepare", "modeling_knn -> data: against"),
-        ("data", "from .trainer import KnnTrainer", "data -> trainer: against"),
-        ("trainer", "from .cli import main", "trainer -> cli: against"),
-        ("rows", "def late():\n    from .cli import main", "rows -> cli: against"),
-        ("rows", "if TYPE_CHECKING:\n    from .cli import main", "rows -> cli: against"),
-        ("storage", "from .manifest import Manifest", "a cycle: "),
-        ("rows", "import faiss", "rows: imports faiss"),
-        ("images", "from datasets.features import Image", "images: imports datasets"),
-        ("checkpoint", "from . import rows", "checkpoint: `from . import …`"),
-        ("checkpoint", "from ..hf_knn import rows", "checkpoint: `from ..hf_knn import …`"),
-        ("checkpoint", "from hf_knn.rows import shown", "checkpoint: absolute import of hf_knn"),
-        ("checkpoint", "import hf_knn", "checkpoint: absolute import of hf_knn"),
-        ("checkpoint", "from .rows import *", "checkpoint: `from .rows import *`"),
-        ("checkpoint", "from .nowhere import X", "checkpoint -> nowhere: there is no such"),
-        ("__init__", "from .datastore import Datastore", "__init__ -> datastore: only"),
-        ("brand_new", "x = 1", "brand_new: not in LAYERS"),
-    ],
-)
-def test_a_planted_import_is_reported(name, line, message, planted):
-    path = planted / f"{name}.py"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    path.write_text(f"{old}\n{line}\n", encoding="utf-8")
-    assert [text for text in package_violations(planted) if text.startswith(message)]
-
-
-def test_a_module_that_is_not_in_the_table_says_what_to_do(planted):
-    (planted / "brand_new.py").write_text("")
-    (message,) = package_violations(planted)
-    assert "add it to its layer" in message
-    assert "tests/test_architecture.py" in message
-
-
-def test_a_sub_package_is_reported(planted):
-    (planted / "deep").mkdir()
-    (planted / "deep" / "module.py").write_text("")
-    assert package_violations(planted) == ["deep: a sub-package"]
+def test_scripts_use_public_names_only(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    assert {p.name: found for p in paths if (found := private_imports(p.read_text("utf-8")))} == {}
 
 
 @pytest.mark.parametrize(
     ("line", "is_public"),
     [
         ("from hf_knn import Datastore, tune", True),
-        ("from hf_knn import Datastore as D", True),
+        ("from hf_knn.fit import fit_ridge", True),
         ("from datasets import load_dataset", True),
-        ("from hf_knn import functional", False),
-        ("from hf_knn.functional import knn_log_probs", False),
-        ("from hf_knn.datastore import Datastore", False),
+        ("from hf_knn import fit_ridge", False),
+        ("from hf_knn.fit import ridge", False),
+        ("from hf_knn.core.votes import knn_log_probs", False),
         ("import hf_knn", False),
-        ("import hf_knn.functional as f", False),
-        ("def f():\n    from hf_knn import has_faiss", False),
+        ("def f():\n    from hf_knn.store.faiss import has_faiss", False),
     ],
 )
-def test_a_private_name_in_a_script_is_reported(line, is_public, tmp_path):
-    (tmp_path / "speed").mkdir()
-    (tmp_path / "speed" / "script.py").write_text(line)
-    found = user_violations(tmp_path, hf_knn.__all__)
-    assert (found == []) == is_public
+def test_a_private_name_in_a_script_would_be_seen(line: str, is_public: bool) -> None:
+    assert (private_imports(line) == []) == is_public
 
 
-# ---- the console script -------------------------------------------------------------------------
+# ---- one place for each library -----------------------------------------------------------------
 
 
-def imported_by(module: str, folder: Path) -> set[str]:
-    """What importing a module of a folder imports, seen from a fresh interpreter."""
-    code = f"import {module}, sys; print(*sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    return set(result.stdout.split())
-
-
-@pytest.mark.skipif(not (ROOT / "hf_knn_cli.py").exists(), reason="hf_knn_cli.py is not there yet")
-def test_the_console_script_is_light():
-    loaded = imported_by("hf_knn_cli", ROOT)
-    assert {"hf_knn_cli", "typer"} <= loaded
-    assert loaded & {"torch", "transformers", "hf_knn", "datasets", "faiss", "numpy"} == set()
-
-
-def test_importing_the_package_takes_little_beyond_transformers():
-    """What is needed later is imported later: seconds cannot be asserted, but modules can."""
-    loaded = imported_by("hf_knn", ROOT)
-    assert {"hf_knn.model.modeling", "torch", "transformers"} <= loaded
-    late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer"}
-    late |= {"onnxruntime", "openvino", "pymilvus", "transformers.trainer"}
-    late |= {
-        "transformers.image_processing_utils",
-        "hf_knn.training.trainer",
-        "hf_knn.features.extract",
+def test_one_module_imports_each_heavy_library() -> None:
+    found: dict[str, set[str]] = {}
+    for name, text in sources().items():
+        for module, _ in imports_of(text):
+            found.setdefault(module.partition(".")[0], set()).add(name)
+    assert {library: sorted(found[library]) for library in ONLY_IN} == {
+        library: list(places) for library, places in ONLY_IN.items()
     }
+
+
+def imported_by(module: str) -> set[str]:
+    """What importing a module imports, seen from a fresh interpreter."""
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_takes_little_beyond_transformers() -> None:
+    """What is needed later is imported later: seconds cannot be asserted, but modules can."""
+    loaded = imported_by("hf_knn, hf_knn.fit, hf_knn.data, hf_knn.checkup, hf_knn.store")
+    assert {"hf_knn.model.modeling", "torch", "transformers"} <= loaded
+    late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer", "sklearn"}
+    late |= {"onnxruntime", "openvino", "pymilvus", "transformers.trainer"}
+    late |= {"transformers.image_processing_utils", "hf_knn.training.trainer"}
+    late |= {"hf_knn.features.extract", "hf_knn.milvus.datastore"}
     assert loaded & late == set()
 
 
-def test_a_heavy_console_script_would_be_noticed(tmp_path):
-    (tmp_path / "heavy.py").write_text("import typer\nimport numpy\n")
-    assert "numpy" in imported_by("heavy", tmp_path)
+# ---- sizes and types ----------------------------------------------------------------------------
+
+
+def test_nothing_but_sub_packages_lies_at_the_top() -> None:
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert files == {"__init__.py", "py.typed"}
+
+
+def test_one_idea_a_file() -> None:
+    lines = {name: len(text.splitlines()) for name, text in sources().items()}
+    modules = {name: n for name, n in lines.items() if not name.endswith("__init__.py")}
+    assert len(modules) <= MOST_FILES
+    assert median(modules.values()) <= MEDIAN_LINES
+    assert {name: n for name, n in modules.items() if n > MOST_LINES} == {}
+
+
+def untyped(text: str) -> list[str]:
+    """Parameters called model or store, in any form, that are `Any` or nothing at all."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            found += [
+                f"{node.name}: {parameter.arg}"
+                for parameter in parameters
+                if parameter.arg in ("model", "store", "datastore")
+                and (parameter.annotation is None or "Any" in ast.unparse(parameter.annotation))
+            ]
+    return found
+
+
+@pytest.mark.parametrize("folder", ["hf_knn", "hf_knn_cli", "space", "benchmark"])
+def test_models_and_stores_have_types(folder: str) -> None:
+    texts = sources(ROOT / folder)
+    assert texts
+    assert {name: found for name, text in texts.items() if (found := untyped(text))} == {}
+
+
+def test_an_untyped_model_would_be_seen() -> None:
+    assert untyped("def f(model: Any): ...") == ["f: model"]
+    assert untyped("def f(x, *, store=None): ...") == ["f: store"]
+    assert untyped("def f(model: Model, other: Any): ...") == []

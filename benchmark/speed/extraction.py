@@ -27,17 +27,19 @@ from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    BaseImageProcessor,
     BitImageProcessor,
+    PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperModel,
     pipeline,
 )
 
-from hf_knn import decode_image, extract_features
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
 
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from backbones import build_backbone
+from catalog.backbones import build_backbone
+from hf_knn import extract_features
+from hf_knn.data import decode_image
 
 EAGER, TORCH = "torch eager", "hf_knn, torch"
 PIPELINE, PLAIN = "transformers pipeline", "plain timm"
@@ -47,7 +49,7 @@ _NEEDED = {"onnx": "onnxruntime", "openvino": "openvino"}
 _BATCH, _BLOCK = 32, 4
 
 
-def load_model(name: str) -> tuple[Any, Any]:
+def load_model(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A backbone of transformers that wraps one of timm, and its image processor."""
     if name == "efficientnet-lite0":
         folder = build_backbone(name)
@@ -80,7 +82,7 @@ def plain_timm(model: nn.Module, files: list[Path]) -> Tensor:
     return torch.cat(found)
 
 
-def torch_eager(model: nn.Module, processor: Any, files: list[Path]) -> Tensor:
+def torch_eager(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path]) -> Tensor:
     """The same decoder, processor and pooling as ours, batch by batch, as one writes it first."""
     found = []
     with torch.inference_mode():
@@ -131,7 +133,7 @@ def open_graph(backend: str, graph: Path) -> Callable[[Any], object]:
 
 
 def limits(
-    files: list[Path], processor: Any, graph: Path, rates: dict[str, float]
+    files: list[Path], processor: BaseImageProcessor, graph: Path, rates: dict[str, float]
 ) -> dict[str, Any]:
     """Pictures per second of each step alone, and what they leave together on the same cores.
 
@@ -197,6 +199,7 @@ def main(
     some = files[:part]
     backbone, processor = load_model(model)
     plain = backbone.timm_model
+    assert isinstance(plain, nn.Module)
     backends = [name for name in OURS.values() if find_spec(_NEEDED[name]) is not None]
     peer_pipe = pipeline("image-feature-extraction", model=backbone, image_processor=processor)
     features: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from hf_knn import ProbeGrid, ProbeSettings, choose_probe, score_probes, train_probes
+from hf_knn.fit import ProbeGrid, ProbeSettings, choose_probe, score_probes, train_probes
 
 PEER, BATCHED, ONE_BY_ONE = "32 x LogisticRegression", "32 heads at once", "32 heads, one by one"
 GRID = ProbeGrid(

@@ -9,10 +9,10 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1]))  # the tasks lie beside this folder
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
 
-from cache import build_once, cache_root, versioned
-from offline_tasks import read_emoji
+from catalog.cache import build_once, cache_root, versioned
+from catalog.openmoji import read_emoji
 
 WIDTH, HEIGHT = 500, 375
 REVISION = 1

@@ -19,17 +19,11 @@ from harness import report, timings_of
 from jpegs import jpeg_folder
 from torch import nn
 
-from hf_knn import (
-    KnnForImageClassification,
-    KnnTrainer,
-    KnnTrainingArguments,
-    decode_image,
-    extract_features,
-)
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
 
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from backbones import build_backbone
+from catalog.backbones import build_backbone
+from hf_knn import KnnForImageClassification, KnnTrainer, KnnTrainingArguments, extract_features
+from hf_knn.data import decode_image
 
 PEER = "a linear probe that encodes in each epoch"
 _BATCH, _HELD_OUT = 32, 0.2

@@ -22,18 +22,17 @@ from jpegs import jpeg_folder
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
+
+from catalog.offline_backbones import build_backbone
 from hf_knn import (
     Datastore,
     KnnForImageClassification,
     KnnTrainer,
     KnnTrainingArguments,
-    decode_image,
     extract_features,
 )
-
-sys.path.append(str(Path(__file__).parents[1]))  # the backbones lie beside this folder
-
-from offline_backbones import build_backbone
+from hf_knn.data import decode_image
 
 ALL, _BATCH = "all", 4
 
@@ -56,7 +55,7 @@ def profiled(work: Callable[[], object], count: int) -> dict[str, float]:
     return found
 
 
-def encode(model: Any, files: list[Path]) -> None:
+def encode(model: KnnForImageClassification, files: list[Path]) -> None:
     """What one thread of an extraction does with its share of the pictures."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # the tasks lie beside this folder
+sys.path.append(str(Path(__file__).parents[1]))  # benchmark/, where the catalog lies
 
-from offline_backbones import build_backbone
-from offline_tasks import load_pictures
-
+from catalog.offline_backbones import build_backbone
+from catalog.offline_tasks import load_pictures
 from hf_knn import KnnForImageClassification, extract_features
 
 DIM, CLUSTERS, SIGMA = 384, 1000, 1.2

@@ -33,16 +33,16 @@ def main(
 ) -> None:
     """Time the handler beside the forward pass on the same pictures, alternately."""
     sys.path += [str(SPACE), str(Path(__file__).parents[1])]  # the page is no part of the package
-    from api import as_json
-    from builtin import open_builtin
-    from offline_tasks import load_pictures
-    from service import Service
-    from settings import Settings
-    from shared import Page
-    from thumbnails import NoPictures
-    from uploads import read_upload
-    from views import answer_page
-    from visitors import Visitors
+    from catalog.offline_tasks import load_pictures
+    from hf_knn_space.builtin import open_builtin
+    from hf_knn_space.explanations import as_json
+    from hf_knn_space.page.answer_views import answer_page, rows_of
+    from hf_knn_space.page.contents import Page
+    from hf_knn_space.pictures import NoPictures
+    from hf_knn_space.service import Service
+    from hf_knn_space.settings import Settings
+    from hf_knn_space.uploads import read_upload
+    from hf_knn_space.visitors import Visitors
 
     model = open_builtin().model
     store = model.datastore
@@ -80,7 +80,7 @@ def main(
             timed(PIXELS, partial(pixels_of, upload.image))
             look = service.look(path)  # known by now: the backbone does not run again
             found = timed(EXPLAIN, partial(service.explain, look, Settings(), ""))
-            find = page.picture_of("")
+            find = page.picture_of("", rows_of(found))
             timed(PAGE, partial(answer_page, [look], 0, [found], "", find))
     kept = {name: values[_WARM_UP:] for name, values in seconds.items()}
     title = f"/classify inside the server, {len(store)} stored pictures"

@@ -12,7 +12,8 @@ from harness import compare, memory, report
 from torch import Tensor
 from torch.nn import functional
 
-from hf_knn import Neighbors, default_grid, knn_log_probs, tune
+from hf_knn import Neighbors, knn_log_probs, tune
+from hf_knn.fit import default_grid
 
 PEER = "dense torch"
 DIM, PER_CLASS, K = 64, 50, 512

@@ -173,7 +173,7 @@ def _features(source: Source, options: DoctorOptions, usable: NDArray[np.int64])
     if not len(usable):
         raise ValueError(
             f"Expected at least one picture that can be used, but none of "
-            f"{len(source.pictures)} can; see hf_knn.images for what is accepted."
+            f"{len(source.pictures)} can; see hf_knn.data.decode for what is accepted."
         )
     names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)

@@ -18,25 +18,12 @@ from .findings import Finding, Ints, Kind, Pictures
 MARGIN = 0.08
 """How much of each border is left out, as a share of the side: there a crop has no match."""
 
-
 _BLURS = (5, 3)  # widths in pixels, coarse to fine
-
-
 _GREY_BLUR, _COLOUR_BLUR, _COLOUR_WEIGHT = 5, 9, 1.5
-
-
 _STEPS = 5
-
-
 _LARGEST_STEP, _WIDEST = 0.1, 0.25  # of half the side
-
-
 _BLOCK = 4
-
-
 _DAMPING = 1e-3
-
-
 _FLATTEST = 0.02
 
 
@@ -136,33 +123,21 @@ def _sample(pictures: Tensor, frames: Tensor) -> Tensor:
 
 
 LARGEST_DIFFERENCE = 0.13
-"""Above it two pictures are look-alikes, not copies; see `benchmark/planted_duplicates.py`."""
-
+"""Above it pictures are look-alikes, not copies; see `benchmark/claims/planted_duplicates.py`."""
 
 NEIGHBORS = 5
 """How many neighbours of each picture are compared with it, for each of the two kinds."""
 
-
 _ROUGH_SIDE = 24
-
 
 _LARGEST_ROUGH = 2.5 * LARGEST_DIFFERENCE
 """Pairs that differ more at half the size are not compared at full size: of planted copies none
 differed by more than 1.6 times the limit there, and four of five candidates do."""
 
-
 _COARSE = 16
-
-
 _LEAST_CORRELATION = 0.8
-
-
 _LARGEST_STRETCH = 1.2  # of one aspect ratio by another
-
-
 _BATCH = 1024
-
-
 _KEPT_FIRST = {"test": 0, "validation": 1}
 
 

@@ -35,10 +35,8 @@ from .learning_curve import FRACTIONS, LearningCurve, measure_curve
 
 FOLDS = 5
 
-
 SAME_FEATURES = 0.9995
 """Cosine above which two stored rows are taken for one picture, where there are no pixels."""
-
 
 Watch = Callable[[str, int], Callable[[int], object]]
 """From the name of a phase and how many steps it has to what is called when some are done."""

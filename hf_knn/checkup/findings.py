@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-
 COLUMNS = (
     "kind", "split", "row", "sample_id", "path", "label", "suggested_label", "score", "detail",
     "other",
 )  # fmt: skip
 """Of the csv."""
 
-
 STORED = "datastore"
 """The split of rows that a datastore holds."""
-
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

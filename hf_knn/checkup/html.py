@@ -70,17 +70,11 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0;
 @media print { nav { display: none; } .tiles li, .group { break-inside: avoid; } }
 """
 
-
 THUMBNAIL_SIZE = 112
 """Side of a tile's picture, in pixels."""
 
-
 _QUALITY = 82
-
-
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
 _MARKS = {"good": "✓", "bad": "✗", "neutral": ""}
 
 

@@ -15,14 +15,10 @@ from .findings import Finding, Ints, Kind, Pictures
 NEIGHBOR = 5
 """The distance to this neighbour is what counts; a lone pair of strangers is still far."""
 
-
 LARGEST_DEVIATION = 4.0
 """In robust standard deviations of log distance; a normal tail beyond it holds 3 in 100,000."""
 
-
 _FEWEST_OF_A_CLASS = 20
-
-
 _SMALLEST_SPREAD = 0.02  # of log distance: where all distances are equal none is far
 
 
@@ -97,7 +93,6 @@ def _robust(values: NDArray[np.float64], among: NDArray[np.float64]) -> NDArray[
 
 FEWEST = 5
 """Fewer pictures of a class for training are named."""
-
 
 LARGEST_RATIO = 20.0
 """A class with fewer than one picture for so many of the largest class is named."""

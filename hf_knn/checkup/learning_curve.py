@@ -22,17 +22,11 @@ from ..fit.out_of_fold import WEIGHT, HeadCell, Voices, ask, choose_cell
 FRACTIONS = (0.125, 0.25, 0.5)
 """Parts of the fitted rows that are tried beside all of them."""
 
-
 LEAST_FIT = 0.85
 """R^2 of log error over log size below which nothing is said."""
 
-
 _FEWEST_SIZES = 3
-
-
 _FEWEST_PER_CLASS = 2.0
-
-
 Floats = NDArray[np.float64]
 
 

@@ -14,13 +14,10 @@ from .svg import curve_svg
 MOST_SHOWN = 48
 """Pictures, or groups of them, shown of each kind; the csv has all."""
 
-
 MOST_IN_A_GROUP = 8
-
 
 Show = Callable[[int], Image.Image | None]
 """From the number of a picture to the picture; None where it cannot be shown."""
-
 
 TITLES = {
     Kind.BROKEN: "Broken files",
@@ -34,7 +31,6 @@ TITLES = {
     Kind.OUTLIER: "Outliers",
     Kind.IMBALANCE: "Small classes",
 }
-
 
 ADVICE = {
     Kind.BROKEN: "Repair or delete them. Training leaves them out.",
@@ -57,7 +53,6 @@ ADVICE = {
     Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
     Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
 }
-
 
 _DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
 

@@ -15,11 +15,7 @@ from .html import plain
 from .learning_curve import LearningCurve
 
 MOST_ROWS = 5_000
-
-
 _PRINCIPAL = 50
-
-
 _PERPLEXITY = 30.0
 
 
@@ -54,21 +50,14 @@ def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDAr
 MOST_COLOURS = 12
 """Classes with a colour of their own on a map; the largest ones."""
 
-
 _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e9d", "#8c6d31",
     "#b22222", "#2f4f4f", "#7fbf3f", "#5b5bd6",
 )  # fmt: skip
 
-
 _GREY, _INK, _LINE = "#c3c9cf", "#1c2126", "#d5dbe1"
-
-
 _LONGEST_NAME = 26
-
-
 Floats = NDArray[np.float64]
-
 
 Spot = Callable[[float, float], tuple[float, float]]
 """From a size and an accuracy to a place in a drawing."""

@@ -21,8 +21,8 @@ from ..checkup.findings import write_csv
 from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
 from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
+from ..data.batches import picture_of
 from ..data.decode import BadImageError, decode_image
-from ..data.loading import picture_of
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .console import console

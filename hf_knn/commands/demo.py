@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,16 +21,9 @@ from ..features.backends import check_backend
 from ..store.datastore import Datastore
 from .console import console
 
-_PACKAGE = Path(__file__).parent
-
-
 _PICTURES = "pictures.zip"
-
-
 _SIDE = 192
-
-
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 
 def show_demo(
@@ -50,7 +44,8 @@ def show_demo(
     """
     if find_spec("gradio") is None:
         raise ImportError("hf-knn demo needs gradio; run `pip install 'hf-knn[space]'`.")
-    command = [sys.executable, str(space_folder() / "app.py")]
+    # -P: what lies in the folder one happens to be in is not imported
+    command = [sys.executable, "-P", "-m", "hf_knn_space"]
     command += [] if checkpoint is None else [checkpoint]
     command += [] if port is None else ["--port", str(port)]
     command += [] if pictures is None else ["--pictures", str(pictures)]
@@ -108,8 +103,10 @@ def build_space(folder: Path, checkpoint: str) -> None:
     Raises:
         ValueError: for a folder that is no checkpoint with a datastore, or a text that is no id.
     """
-    shutil.copytree(space_folder(), folder, ignore=_LEFT_OUT)
-    shutil.copytree(_PACKAGE, folder / "hf_knn", ignore=_LEFT_OUT)
+    from hf_knn_space.files import begin_space  # it stands on this package, not below it
+
+    begin_space(folder)
+    shutil.copytree(str(files("hf_knn")), folder / "hf_knn", ignore=_LEFT_OUT)
     if Path(checkpoint).is_dir():
         missing = [n for n in ("config.json", MANIFEST_NAME) if not Path(checkpoint, n).is_file()]
         if missing:
@@ -154,12 +151,3 @@ def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
                 file.writestr(f"{path}.webp", buffer.getvalue())
                 count += 1
     return count
-
-
-def space_folder() -> Path:
-    """Where the files of the page lie: beside the package in a clone, and once installed."""
-    for name in ("space", "hf_knn_space"):
-        folder = _PACKAGE.parent / name
-        if (folder / "app.py").is_file():
-            return folder
-    raise FileNotFoundError("Expected the page's files beside the package; install hf-knn again.")

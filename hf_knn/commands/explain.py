@@ -15,15 +15,13 @@ from rich.table import Table
 from ..checkup.examine import open_picture
 from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..checkup.html import Table as PageTable
-from ..data.decode import BadImageError, decode_image
+from ..data.decode import read_picture
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.thumbnails import Thumbnails
 from .console import console
 
 _TILES = 24
-
-
 _CHANGED = (
     "The threshold for this error rate was found before the model was taught or made to forget; "
     "`hf-knn tune` finds it anew."
@@ -67,7 +65,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
     model = KnnForImageClassification.from_pretrained(checkpoint)
-    decoded = [_decode(path) for path in images]
+    decoded = [read_picture(path, number) for number, path in enumerate(images)]
     found = model.explain(decoded, max_error=options.max_error)
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
@@ -124,13 +122,6 @@ def _as_dict(explanation: Explanation) -> dict[str, Any]:
         "neighbors": [voter._asdict() for voter in explanation.neighbors],
         "flip": None if flip is None else flip._asdict(),
     }
-
-
-def _decode(path: Path) -> Image.Image:
-    try:
-        return decode_image(path)
-    except BadImageError as error:
-        raise ValueError(f"Expected {path} to be a picture, but: {error}.") from error
 
 
 def _print(path: Path, explanation: Explanation, options: ExplainOptions) -> None:

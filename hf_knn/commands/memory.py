@@ -13,29 +13,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
+from ..data.batches import RowPictures
 from ..data.loading import from_files, load_splits
-from ..data.stored import RowPictures
 from ..features.extract import extract_features, progress_bars
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
-from ..model.teaching import rows_of
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.folders import exclusive_lock
 from ..store.remote import DatastoreReference, read_manifest
 from .console import console, say_what_was_skipped
 
 _SHOWN = 20
-
-
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
-
 
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
-
 
 _CACHE_NOTE = (
     "Note: features that were computed on this machine are cached apart from the checkpoint; "
@@ -172,9 +168,7 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
             _check_maker(store, checkpoint, other)
             return model.merge(store, _classes_of(Path(other)))
         second = KnnForImageClassification.from_pretrained(other)
-        rows = _store(second, Path(other))
-        rows = rows if isinstance(rows, Datastore) else rows.to_datastore()
-        return model.merge(rows, second.config.class_names)
+        return model.merge(_store(second, Path(other)), second.config.class_names)
 
     _change(checkpoint, change, json_output)
 
@@ -202,8 +196,8 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
 
 def _nothing_else(model: KnnForImageClassification) -> Receipt:
     """What `undo` did where it found an interrupted change, which no receipt speaks of."""
-    store = rows_of(model)
-    state = model.fingerprint_rows()
+    state, store = model.fingerprint_rows(), model.datastore
+    assert store is not None  # it has just been counted
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return Receipt(
         Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
@@ -230,7 +224,7 @@ def _change(
         if was_interrupted and after_settling is not None:
             receipt = after_settling(model)
         else:
-            with whole_or_not(store, folder):
+            with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
                 receipt = change(model)
                 model.save_pretrained(checkpoint)
     if json_output:
@@ -264,13 +258,13 @@ def _under_one_label(pictures: Path, label: str) -> Any:
     return from_files(files, label)
 
 
-def _store(model: KnnForImageClassification, place: Path) -> Datastore | MilvusDatastore:
+def _store(model: KnnForImageClassification, place: Path) -> RowStore:
     if model.datastore is None:
         raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
-    return rows_of(model)
+    return model.datastore
 
 
-def _ids_of_paths(store: Datastore | MilvusDatastore, paths: list[str]) -> list[int]:
+def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
     known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
     missing = [path for path in paths if path not in known]
     if missing:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,17 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from ..data.loading import groups_of, labels_of, load_splits, picture_of, source_of
+from hf_knn_cli.train_options import (
+    FINE_TUNING_EPOCHS,
+    FINE_TUNING_LEARNING_RATE,
+    HEAD_EPOCHS,
+    HEAD_LEARNING_RATE,
+    TrainOptions,
+)
+
+from ..data.batches import RowPictures, picture_of
+from ..data.loading import groups_of, labels_of, load_splits, source_of
 from ..data.splits import few_rows, few_shots, split_rows
-from ..data.stored import RowPictures
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import draw_neighbors
@@ -32,66 +40,19 @@ from .console import console, metrics_table, say_what_was_skipped
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
 
-
 VALIDATION_SHARE = 0.1
-
-
 _PICTURES_SHOWN = 6
-
-
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
 
+_HEAD_BATCH = 256
 
-_HEAD_EPOCHS, _HEAD_LEARNING_RATE, _HEAD_BATCH = 60, 1e-3, 256
-
-
-_FINE_TUNING_EPOCHS, _FINE_TUNING_LEARNING_RATE = 10, 5e-5
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """The options of `hf-knn train`; see `hf-knn train --help`."""
-
-    pictures: str
-    output: Path
-    backbone: str
-    epochs: int | None
-    learning_rate: float | None
-    alpha: float
-    head: str
-    hidden: list[int]
-    sweep: str | None
-    class_weights: str
-    label_smoothing: float
-    fine_tune: bool
-    blocks: int | None
-    augmentation: str
-    refresh: str
-    queries: str
-    accumulate: int
-    bf16: bool
-    gradient_checkpointing: bool
-    patience: int | None
-    workers: int
-    resume: bool
-    index: str
-    max_memory: str | None
-    criterion: str | None
-    calibrate: bool
-    test_share: float
-    shots: int | None
-    fraction: float | None
-    group_by: str | None
-    pooling: str | None
-    knn_pooling: str | None
-    batch_size: int
-    precision: str
-    on_bad_image: str
-    show_neighbors: bool
-    thumbnails: bool
-    report_to: list[str]
-    seed: int
+_RATES = ("epochs", "learning_rate")
+_FINE_TUNING_ALONE = (
+    "blocks", "resume", "patience", "bf16", "gradient_checkpointing", "accumulate", "workers",
+    "augmentation", "refresh", "queries",
+)  # fmt: skip
+"""Options that do nothing for a backbone that is not trained."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +203,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     if options.fine_tune:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(EpochReport(console))
+        trainer.add_callback(EpochReport(console.print))
     if options.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(options.patience))
     return trainer
@@ -377,51 +338,33 @@ def _check(options: TrainOptions) -> None:
     """
     if options.shots is not None and options.fraction is not None:
         raise ValueError("Expected one of --shots and --fraction, but got both.")
-    rates = {
-        "--epochs": options.epochs is not None,
-        "--learning-rate": options.learning_rate is not None,
-    }
     if options.head == "ridge":
-        smoothing = {"--label-smoothing": options.label_smoothing > 0}
-        _refuse(rates | smoothing, "no ridge head, which is solved in closed form,")
+        idle = (*_RATES, "label_smoothing")
+        _refuse(options, idle, "no ridge head, which is solved in closed form,")
     if options.sweep is not None:
-        _refuse(rates, "no --sweep, which tries rates of its own,")
-    if options.fine_tune:
-        if options.sweep is not None or options.head == "ridge":
-            raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
-        if not options.alpha:
-            asking = {
-                "--refresh": options.refresh != "epoch",
-                "--queries": options.queries != "snapshot",
-            }
-            _refuse(asking, "--alpha above 0, which asks the datastore,")
+        _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
+    if not options.fine_tune:
+        _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
-    given = {
-        "--blocks": options.blocks is not None,
-        "--resume": options.resume,
-        "--patience": options.patience is not None,
-        "--bf16": options.bf16,
-        "--gradient-checkpointing": options.gradient_checkpointing,
-        "--accumulate": options.accumulate != 1,
-        "--workers": options.workers != 0,
-        "--augmentation": options.augmentation != "paper",
-        "--refresh": options.refresh != "epoch",
-        "--queries": options.queries != "snapshot",
-    }
-    _refuse(given, "--fine-tune")
+    if options.sweep is not None or options.head == "ridge":
+        raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+    if not options.alpha:
+        _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
 
 
-def _refuse(given: dict[str, bool], wanted: str) -> None:
-    """Refuses options that would be ignored."""
-    idle = [name for name, was_given in given.items() if was_given]
-    if idle:
-        raise ValueError(f"Expected {wanted} with {', '.join(idle)}; change one of them.")
+def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
+    """Refuses options that would be ignored: those that are not at their defaults."""
+    defaults = {field.name: field.default for field in fields(options)}
+    given = [name for name in idle if getattr(options, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"Expected {wanted} with {names}; change one of them.")
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or _HEAD_EPOCHS,
-        "learning_rate": options.learning_rate or _HEAD_LEARNING_RATE,
+        "num_train_epochs": options.epochs or HEAD_EPOCHS,
+        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
         "per_device_train_batch_size": _HEAD_BATCH,
         "probe_grid": options.sweep,
         "save_strategy": "no",
@@ -430,8 +373,8 @@ def _frozen(options: TrainOptions) -> dict[str, Any]:
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or _FINE_TUNING_EPOCHS,
-        "learning_rate": options.learning_rate or _FINE_TUNING_LEARNING_RATE,
+        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
+        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
         "warmup_steps": 0.1,
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,

@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PrinterCallback
 
-from ..data.decode import BadImageError, decode_image
 from ..data.loading import load_splits, prepare
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.metrics import COMPLEMENTARITY
 from ..fit.plots import draw_tuning
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
 from ..model.modeling import KnnForImageClassification
+from ..model.pictures import features_of
 from ..store.folders import exclusive_lock
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
@@ -230,15 +230,9 @@ def _silent(folder: str) -> KnnTrainingArguments:
 def _answer(
     model: KnnForImageClassification, path: Path, top: int, neighbors: int
 ) -> dict[str, Any]:
-    if model.image_processor is None:
-        raise ValueError("Expected a checkpoint with an image processor, but it has none.")
-    try:
-        image = decode_image(path)
-    except BadImageError as error:
-        raise ValueError(f"Expected {path} to be a picture, but: {error}.") from error
-    pixels = model.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    features = features_of(model, [path]).to(model.device)
     with torch.inference_mode():
-        output = model(pixel_values=pixels.to(model.device, model.dtype), return_neighbors=True)
+        output = model(features=features, return_neighbors=True)
     names = model.config.class_names
     probabilities = output.logits[0].exp()
     head = output.head_logits[0].float().softmax(-1)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -142,14 +142,6 @@ def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: 
             return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
 
 
-def freeze_statistics(module: nn.Module) -> None:
-    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
-    for part in module.modules():
-        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
-        if is_norm and not part.weight.requires_grad:
-            part.eval()
-
-
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """The hex sha256 over names, dtypes, shapes and bytes, in the order given."""
     total = hashlib.sha256()
@@ -161,6 +153,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that a configuration belongs to."""
     return MODEL_MAPPING[type(config)]
 
 

@@ -1,5 +1,6 @@
 """The configuration of a k-NN image classifier."""
 
+from collections.abc import Callable
 from dataclasses import field
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -14,12 +15,21 @@ _CODE_KEYS = frozenset(
 )
 """Keys of a nested configuration that can name code or another repo; they are dropped."""
 
-
 _MODEL_KEYS = (
     "backbone", "backbone_config", "backbone_kwargs", "use_pretrained_backbone",
     "vision_config", "text_config",
 )  # fmt: skip
 """Keys of a nested configuration that bring another model along; they are refused."""
+
+_POSITIVE = ("> 0", lambda value: 0 < value < float("inf"))
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "knn_temperature": _POSITIVE,
+    "blend_temperature": _POSITIVE,
+    "head_temperature": _POSITIVE,
+    "head_regularizer": (">= 0", lambda value: 0 <= value < float("inf")),
+    "knn_weight": ("in [0, 1]", lambda value: 0 <= value <= 1),
+}
+"""Ranges of numbers, in words and as a check."""
 
 
 class Pooling(Choice):
@@ -150,20 +160,12 @@ class KnnConfig(PreTrainedConfig):
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise ValueError(f"Expected `k` to be a whole number >= 1, but got {self.k!r}.")
         _check_choice("head_class_weighting", self.head_class_weighting, ClassWeighting)
-        temperatures = ("knn_temperature", "blend_temperature", "head_temperature")
-        for name in (*temperatures, "knn_weight", "head_regularizer"):
+        for name, (wanted, is_right) in _NUMBERS.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"Expected `{name}` to be a number, but got {value!r}.")
-        for name in temperatures:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"Expected `{name}` to be > 0, but got {getattr(self, name)}.")
-        if not 0 <= self.head_regularizer < float("inf"):
-            raise ValueError(
-                f"Expected `head_regularizer` to be >= 0, but got {self.head_regularizer}."
-            )
-        if not 0 <= self.knn_weight <= 1:
-            raise ValueError(f"Expected `knn_weight` to be in [0, 1], but got {self.knn_weight}.")
+            if not is_right(value):
+                raise ValueError(f"Expected `{name}` to be {wanted}, but got {value}.")
         for name, width in (("feature_dim", self.feature_dim), ("knn_feature_dim", self.extra_dim)):
             if not isinstance(width, int) or width < 0:
                 raise ValueError(f"Expected `{name}` to be >= 0, but got {width!r}.")

@@ -1,4 +1,4 @@
-"""The manifest of a datastore: what a checkpoint promises about its files, and the check of it.
+"""The manifest of a datastore: what a checkpoint promises about its files, and the check.
 
 `datastore.json` is the commit point of a save: files that it does not name are litter, files that
 it names are exactly what it says, or the datastore is refused.
@@ -6,46 +6,80 @@ it names are exactly what it says, or the datastore is refused.
 
 import hashlib
 import json
+import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import Normalization, Pooling, check_metric
-from .files import HASH_BLOCK, hash_blocks, hash_open_blocks
 from .votes import Metric
 
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The hex sha256 of the file and of each block.
+    """
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+
+def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
+    """Hashes the blocks of an open file, as many at once as there are processors.
+
+    Args:
+        file: open for reading; its position does not matter and stays.
+        count: how many blocks; what lies beyond belongs to the last one.
+
+    Returns:
+        The hex sha256 of each block.
+    """
+    descriptor = file.fileno()
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
+
 FORMAT = "hf_knn.datastore"
-
-
 FORMAT_VERSION = 1
-
-
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
-
 STORAGE_DTYPES = ("float16", "float32")
-
-
 MANIFEST_NAME = "datastore.json"
-
-
 FAISS_NAME = "datastore.faiss"
-
-
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
-
-
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
-
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-
-
 _LARGEST_COUNT = 2**48
-
-
 _LARGEST_MANIFEST = 64 * 2**20
 
 
@@ -71,10 +105,6 @@ class FileRecord:
         """Measures a file."""
         sha256, blocks = hash_blocks(path)
         return cls(path.name, path.stat().st_size, sha256, blocks)
-
-    def renamed(self, name: str) -> "FileRecord":
-        """The same file under another name."""
-        return replace(self, name=name)
 
     def verify_size(self, path: Path | None) -> Path:
         """Compares a file's size with its record, without reading it.
@@ -241,7 +271,9 @@ class Manifest:
         if fields.text("format") == REFERENCE_FORMAT:
             raise DatastoreError(
                 f"Expected {MANIFEST_NAME} to name files with rows, but it refers to a vector "
-                "database; open the checkpoint as a model, or the rows with MilvusDatastore.open."
+                "database, which only the package can ask: `pip install 'hf-knn[milvus]'`, `import "
+                "hf_knn` and open the checkpoint as a model, or pass load_datastore=False for the "
+                "plain classifier."
             )
         check_format(fields, FORMAT)
         if fields.count("block_size") != HASH_BLOCK:
@@ -260,13 +292,8 @@ class Manifest:
             metric=metric,
             normalization=normalization,
             index=_parse_index(fields.get("index")),
-            blobs=[
-                _parse_file(blob, f"blobs[{i}]", BLOB_PATTERN)
-                for i, blob in enumerate(fields.items("blobs"))
-            ],
-            faiss_index=None
-            if faiss_index is None
-            else _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME))),
+            blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
+            faiss_index=None if faiss_index is None else _parse_faiss(faiss_index),
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
@@ -368,44 +395,47 @@ class Fields:
 
     def count(self, name: str) -> int:
         """A whole number >= 0."""
-        value = self.get(name)
-        if type(value) is not int or not 0 <= value <= _LARGEST_COUNT:
-            raise self.wrong(name, f"a whole number in [0, {_LARGEST_COUNT}]")
+        value: int = self._checked(
+            name, f"a whole number in [0, {_LARGEST_COUNT}]",
+            lambda value: type(value) is int and 0 <= value <= _LARGEST_COUNT,
+        )  # fmt: skip
         return value
 
     def text(self, name: str) -> str:
         """A string."""
-        value = self.get(name)
-        if not isinstance(value, str):
-            raise self.wrong(name, "a string")
+        value: str = self._checked(name, "a string", lambda value: isinstance(value, str))
         return value
 
     def matching(self, name: str, pattern: re.Pattern[str]) -> str:
         """A string that a pattern matches whole."""
-        value = self.text(name)
-        if not pattern.fullmatch(value):
-            raise self.wrong(name, f"a name like {pattern.pattern}")
+        self.text(name)
+        value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
         return value
 
-    def choice(self, name: str, choices: Any) -> str:
+    def choice(self, name: str, choices: Iterable[str]) -> str:
         """One of some strings."""
-        value = self.text(name)
-        if value not in list(choices):
-            raise self.wrong(name, f"one of {[str(choice) for choice in choices]}")
+        allowed = [str(choice) for choice in choices]
+        value: str = self._checked(name, f"one of {allowed}", allowed.__contains__)
         return value
 
     def items(self, name: str) -> list[Any]:
         """A list."""
-        value = self.get(name)
-        if not isinstance(value, list):
-            raise self.wrong(name, "a list")
+        value: list[Any] = self._checked(name, "a list", lambda value: isinstance(value, list))
         return value
 
     def texts(self, name: str) -> dict[str, str]:
         """An object of strings."""
+        value: dict[str, str] = self._checked(
+            name, "an object of strings",
+            lambda value: isinstance(value, dict)
+            and all(isinstance(text, str) for text in value.values()),
+        )  # fmt: skip
+        return value
+
+    def _checked(self, name: str, wanted: str, is_right: Callable[[Any], object]) -> Any:
         value = self.get(name)
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise self.wrong(name, "an object of strings")
+        if not is_right(value):
+            raise self.wrong(name, wanted)
         return value
 
 
@@ -421,6 +451,16 @@ def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecor
     if len(blocks) == 1 and blocks != [sha256]:
         raise fields.wrong("blocks", "the hash of the file, which is one block")
     return FileRecord(fields.matching("name", pattern), size, sha256, blocks)
+
+
+def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[FileRecord]:
+    places = [f"{fields.prefix}{name}[{i}]" for i in range(len(fields.items(name)))]
+    pairs = zip(fields.items(name), places, strict=True)
+    return [_parse_file(values, place, pattern) for values, place in pairs]
+
+
+def _parse_faiss(values: Any) -> FileRecord:
+    return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
 
 
 def _parse_index(values: Any) -> IndexInfo:
@@ -450,8 +490,5 @@ def parse_binding(values: Any) -> Binding:
         processor=fields.text("processor"),
         pooling=fields.choice("pooling", list(Pooling)),
         dtype=fields.text("dtype"),
-        files=[
-            _parse_file(file, f"binding.files[{i}]", _PLAIN_NAME)
-            for i, file in enumerate(fields.items("files"))
-        ],
+        files=_parse_files(fields, "files", _PLAIN_NAME),
     )

@@ -1,62 +1,262 @@
-"""A checkpoint is read as one version, and its datastore must belong to its weights."""
+"""A checkpoint and its datastore: read together, and the one must belong to the other."""
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    cached_file,
+)
+from transformers.utils.hub import resolve_revision
 
 from .backbone import hash_tensors
-from .manifest import DatastoreError
+from .config import KnnConfig
+from .frozen import FrozenDatastore, Resolve
+from .manifest import (
+    MANIFEST_NAME,
+    Binding,
+    DatastoreError,
+    FileRecord,
+    Manifest,
+    StaleDatastoreError,
+)
+
+logger = logging.getLogger(__name__)
 
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Of `from_pretrained`, which hold for every file."""
 
 # where the processor runs does not change its pixels by intent
 _PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
-
-
 _BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
 
 
-def is_weights_file(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+class HubFiles:
+    """Finds files by name, all of one version.
+
+    Args:
+        name: a folder or a Hub id.
+        options: the options of `from_pretrained` (`revision`, `token`, `cache_dir`, …).
+
+    Attributes:
+        revision: the commit all files come from (Hub only).
+    """
+
+    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+        self.name = str(name)
+        self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+        places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}
+        self.revision = resolve_revision(self.name, options.get("revision"), **places)
+
+    def resolve(self, name: str) -> Path | None:
+        """Finds a file by name; None if there is none.
+
+        Raises:
+            OSError: if there is no such repository or revision, or the download failed.
+        """
+        try:
+            found = cached_file(
+                self.name, name, revision=self.revision,
+                _raise_exceptions_for_missing_entries=False, **self.options,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # the HTTP client's own, of whichever client there is
+            raise OSError(
+                f"Could not get {name} of {self.name}: {error}; nothing was loaded, try again."
+            ) from error
+        return None if found is None else Path(found)
+
+
+def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> FrozenDatastore | None:
+    """The datastore of a checkpoint, with every byte checked.
+
+    Args:
+        files: of the checkpoint.
+        config: of the model.
+        allow_stale: warn of features that other weights made, instead of refusing them.
+
+    Raises:
+        DatastoreError: for damaged, missing or disagreeing files, naming them.
+        StaleDatastoreError: for features that other weights, settings or another pooling made.
+    """
+    path = files.resolve(MANIFEST_NAME)
+    if path is None:
+        refuse_missing(files.name, config)
+        return None
+    manifest = Manifest.read(path)
+    problem = find_problem(files.resolve, manifest.binding)
+    if problem is not None and not allow_stale:
+        raise problem
+    if problem is not None:
+        logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
+    store = FrozenDatastore(manifest, files.resolve)
+    largest = int(store.labels.max()) if len(store) else -1
+    check_fits(config, store.dim, store.metric, store.normalization, largest)
+    return store
+
+
+def refuse_missing(name: str, config: KnnConfig) -> None:
+    """Refuses a checkpoint without the datastore that its configuration speaks of.
+
+    Args:
+        name: of the checkpoint.
+        config: of its model.
+
+    Raises:
+        DatastoreError: if there should be one.
+    """
+    if config.has_datastore:
+        raise DatastoreError(
+            f"Expected {name} to hold {MANIFEST_NAME}, as its {CONFIG_NAME} says, but it is "
+            "missing; pass load_datastore=False for the plain classifier."
+        )
+
+
+def check_fits(
+    config: KnnConfig, dim: int, metric: str, normalization: str, largest: int | None
+) -> None:
+    """Refuses a datastore that a model cannot use.
+
+    Args:
+        config: of the model.
+        dim: width of the datastore's rows.
+        metric: of the datastore.
+        normalization: of the datastore.
+        largest: its largest label; None if it was not looked for.
+
+    Raises:
+        ValueError: naming what disagrees and both values.
+    """
+    wanted = (config.extra_dim or config.feature_dim, config.metric, config.normalization)
+    found = (dim, metric, normalization)
+    for name, mine, theirs in zip(("width", "metric", "normalization"), wanted, found, strict=True):
+        if theirs != mine:
+            raise ValueError(
+                f"Expected a datastore of {name} {mine}, as the model has, but got {theirs}."
+            )
+    if largest is not None and largest >= config.classes:
+        raise ValueError(
+            f"Expected labels below {config.classes} in the datastore, the number of classes of "
+            f"the model, but got {largest}."
+        )
+
+
+def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | None:
+    """What of a checkpoint is not what its datastore was saved with; None if all is.
+
+    Args:
+        resolve: finds the files of the checkpoint.
+        binding: of its datastore; None for one that was saved alone.
+    """
+    if binding is None:
+        return None
+    damaged: list[DatastoreError] = []
+    found: dict[str, Path] = {}
+    for record in binding.files:
+        path = resolve(record.name)
+        if path is not None:
+            found[record.name] = path
+        try:
+            record.verify(path)
+        except DatastoreError as error:
+            damaged.append(error)
+    names = [record.name for record in binding.files if _is_weights(record.name)]
+    if any(name not in found for name in names):
+        return damaged[0]
+    processor = resolve(IMAGE_PROCESSOR_NAME)
+    try:
+        pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
+        now = fingerprint_files([found[name] for name in names], processor, pooling)
+    except DatastoreError as error:
+        return damaged[0] if damaged else error
+    except SafetensorError:
+        return damaged[0] if damaged else None  # not a readable file: which one, the hashes say
+    if now[0] == binding.fingerprint:
+        return damaged[0] if damaged else None
+    parts = ("weights", "processor settings", "pooling")
+    was = (binding.weights, binding.processor, binding.pooling)
+    changed = [p for p, a, b in zip(parts, now[1:], was, strict=True) if a != b]
+    changed += [record.name for record in binding.files if record.name in str(damaged)]
+    return StaleDatastoreError(
+        f"Expected a datastore made by the backbone beside it, fingerprint {now[0][:12]}…, but "
+        f"{MANIFEST_NAME} names {binding.fingerprint[:12]}… (other {', '.join(changed)}); "
+        f"build it again, or pass allow_stale=True to use it anyway."
+    )
+
+
+def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) -> Binding:
+    """Ties a datastore to the files of the checkpoint that lie in a folder.
+
+    Args:
+        folder: with weights, configuration and processor.
+        pooling: of the datastore's features.
+        dtype: of the backbone.
+        weight_sum: what to name as the weights that made the features; None takes those here.
+    """
+    weights = sorted(folder.glob("model*.safetensors"))
+    found = fingerprint_files(weights, folder / IMAGE_PROCESSOR_NAME, pooling)
+    fingerprint, here, processor_sum, _ = found
+    if weight_sum is not None:
+        fingerprint = _combine(weight_sum, processor_sum, pooling)
+    names = [CONFIG_NAME, *(path.name for path in weights)]
+    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    names += [name for name in others if (folder / name).is_file()]
+    files = [FileRecord.of(folder / name) for name in names]
+    return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
 
 
 def fingerprint_files(
     weights: list[Path], processor: Path | None, pooling: str
 ) -> tuple[str, str, str, str]:
-    """The fingerprint of what makes features, and its three parts."""
+    """The fingerprint of what makes features, and its three parts.
+
+    Args:
+        weights: the files with the backbone's tensors.
+        processor: the file with the processor's settings, if there is one.
+        pooling: of the features.
+    """
     weight_sum = _hash_stored_backbone(weights)
     processor_sum = ""
     if processor is not None and processor.is_file():
         processor_sum = hash_settings(_read_object(processor))
-    return combine_hashes(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
+    return _combine(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
 
 
 def hash_settings(settings: dict[str, Any]) -> str:
+    """The sha256 of a processor's settings, wherever it runs."""
     kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_PLACES}
-    kept["image_processor_type"] = _BACKEND_SUFFIX.sub(
-        "", str(kept.get("image_processor_type", ""))
-    )
+    kind = str(kept.get("image_processor_type", ""))
+    kept["image_processor_type"] = _BACKEND_SUFFIX.sub("", kind)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def stored_pooling(config: Path | None, fallback: str) -> str:
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+
+
+def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""
-    if config is None:
-        return fallback
-    values = _read_object(config)
+    values = {} if config is None else _read_object(config)
     return str(values.get("knn_pooling") or values.get("pooling") or fallback)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise DatastoreError(
@@ -66,7 +266,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def combine_hashes(*parts: str) -> str:
+def _combine(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -77,7 +277,7 @@ def _hash_stored_backbone(paths: list[Path]) -> str:
         with safe_open(path, "pt") as file:
             place |= {name: path for name in file.keys() if name.startswith("backbone.")}  # noqa: SIM118
 
-    def tensors() -> Any:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(place):
             with safe_open(place[name], "pt") as file:
                 yield name, file.get_tensor(name)

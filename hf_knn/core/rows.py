@@ -1,15 +1,11 @@
-"""Checks and casts of what goes into a datastore: features, labels, ids."""
+"""Rows in one or more arrays, and the checks of what goes into them: features, labels, ids."""
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
-
 
 Values = Tensor | NDArray | Sequence[int]
 
@@ -135,41 +131,30 @@ def shown(numbers: Tensor) -> str:
     return f"[{listed}{', …' if len(numbers) > 10 else ''}]"
 
 
-SMALL_SHARD_BYTES = 16 * 10**6
-"""Added rows go into the last row file while it is smaller than this, else into a new one."""
-
-
 class RowParts:
     """[N, D] features in one or more arrays, such as the mapped files of a large datastore.
 
-    Indexed like one array, so that nobody has to join what would not fit into memory.
+    Indexed like one array, so that nobody has to join what would not fit into memory. A value: a
+    change makes another one.
 
     Args:
         parts: tensors [n, D] of one dtype, at least one.
+
+    Attributes:
+        parts: those that have rows, or one without.
+        shape: (N, D).
+        dtype: of every part.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         filled = [part.contiguous() for part in parts if len(part)]
         self.parts = filled or [parts[0]]
         self._ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self._ends[-1]), self.parts[0].shape[1])
+        self.dtype = self.parts[0].dtype
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, D)."""
-        return len(self), self.parts[0].shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every part."""
-        return self.parts[0].dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.shape[1] * self.parts[0].element_size()
+        return self.shape[0]
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """Rows by slice (without a copy inside one part) or by positions, in their order."""
@@ -190,23 +175,6 @@ class RowParts:
     def joined(self) -> Tensor:
         """[N, D] all rows as one tensor; a copy if there are several parts."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-
-    def to(self, dtype: torch.dtype) -> "RowParts":
-        """The same rows in another dtype."""
-        return RowParts([part.to(dtype) for part in self.parts])
-
-    def append(self, rows: Tensor) -> "RowParts":
-        """With more rows at the end; only a small last part is copied."""
-        last = self.parts[-1]
-        if len(last) * self.row_bytes < SMALL_SHARD_BYTES:
-            return RowParts([*self.parts[:-1], torch.cat([last, rows])])
-        return RowParts([*self.parts, rows])
-
-    def keep(self, kept: Tensor) -> "RowParts":
-        """Without the rows whose `kept` [N] is False; parts that lose none are shared."""
-        masks = kept.split([len(part) for part in self.parts])
-        pairs = zip(self.parts, masks, strict=True)
-        return RowParts([part if bool(mask.all()) else part[mask] for part, mask in pairs])
 
     def _between(self, start: int, stop: int) -> NDArray:
         pieces, begin = [], 0

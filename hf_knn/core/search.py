@@ -20,139 +20,23 @@ from .rows import RowParts, Values, as_features, as_whole_numbers
 from .votes import Metric
 
 Ints = NDArray[np.int64]
-
-
 Singles = NDArray[np.float32]
+Floats = NDArray[np.float64]
+Rows = NDArray | RowParts
 
-
-Limits = NDArray[np.float64]
-
+ROW_BLOCK = 65_536
+"""So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-
-
-_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""How far a score may be off, as a part of it, by being stored in a dtype."""
-
-
-_FLOAT16_SUMS = 2.0**-8
-"""What a device may lose by adding up parts of a float16 product in float16."""
-
-
 _SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
 """What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
 
-
-ROW_BLOCK = 65_536
-
-
-class FirstPass(Protocol):
-    """A search by inner product over rows that all have length at most 1.
-
-    Attributes:
-        extra: how many candidates beyond k are usually enough.
-    """
-
-    extra: int
-
-    def add(self, rows: Singles) -> None:
-        """Appends rows [M, D'] float32."""
-        ...
-
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
-        """The best rows per query.
-
-        Args:
-            queries: [B, D'] float32 of length 1.
-            count: how many, at most the number of rows.
-
-        Returns:
-            Row positions [B, count] int64 (-1 where an approximate pass found fewer), and [B]
-            float64: no row that was left out has an exact inner product above that; -inf where
-            nothing is promised.
-        """
-        ...
-
-
-def float32_rounding(width: int) -> float:
-    """How far an inner product of float32 vectors of length 1 may be off, whatever the order."""
-    return 4 * (width + 4) * _FLOAT32_ROUNDING
-
-
-def reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: float) -> Limits:
-    """What rows left out can score at most, where both sides were rounded to a shorter dtype.
-
-    Args:
-        scores: [B] the last score that was not left out, in the dtype of the product.
-        lost_queries: [B] float64, length of what each query lost; it had length 1.
-        lost_rows: the largest length of what a row lost; a row has length at most 1.
-        rounding: of the float32 sums.
-    """
-    exact = scores.double()
-    own = exact.abs() * _ROUNDING[scores.dtype]
-    limit: Limits = (exact + lost_queries + lost_rows * (1 + lost_queries) + own + rounding).numpy()
-    return limit
-
-
-class TorchFirstPass:
-    """Blocked matmul and top-k in plain torch; needs no faiss.
-
-    Args:
-        rows: [N, D'] float32.
-        devices: where the blocks of rows lie, in turn: several devices share the work.
-        dtype: of the rows there, `float32` or `float16`; half of the memory, and more candidates.
-    """
-
-    def __init__(
-        self,
-        rows: Singles,
-        devices: Sequence[torch.device] = (torch.device("cpu"),),
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.devices, self.dtype = devices, dtype
-        self.extra = 12 if dtype == torch.float32 else 44
-        self.rounding = float32_rounding(rows.shape[1])
-        self.rounding += _FLOAT16_SUMS if dtype == torch.float16 else 0.0
-        self.blocks: list[Tensor] = []
-        self.lost = 0.0
-        self.add(rows)
-
-    def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
-        added = torch.from_numpy(rows)
-        if self.blocks and len(self.blocks[-1]) < ROW_BLOCK:
-            last = self.blocks[-1]
-            fitting = added[: ROW_BLOCK - len(last)]
-            self.blocks[-1] = torch.cat([last, self._rounded(fitting).to(last.device)])
-            added = added[len(fitting) :]
-        for block in added.split(ROW_BLOCK) if len(added) else ():
-            device = self.devices[len(self.blocks) % len(self.devices)]
-            self.blocks.append(self._rounded(block).to(device))
-
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
-        """See `FirstPass.candidates`."""
-        exact = torch.from_numpy(queries)
-        rounded = exact.to(self.dtype)
-        scores, positions, start = [], [], 0
-        for block in self.blocks:  # nothing waits for a device before all of them are at work
-            with torch.autocast(block.device.type, enabled=False):
-                products = rounded.to(block.device) @ block.T  # [B, block]
-            best = products.topk(min(count, len(block)), dim=1)
-            scores.append(best.values)
-            positions.append(best.indices + start)
-            start += len(block)
-        merged = torch.cat([values.cpu() for values in scores], dim=1).topk(count, dim=1)
-        found = torch.cat([rows.cpu() for rows in positions], dim=1).gather(1, merged.indices)
-        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
-        rounding = self.rounding + _SHORTCUTS[torch.get_float32_matmul_precision()]
-        return found.numpy(), reach(merged.values[:, -1], lost, self.lost, rounding)
-
-    def _rounded(self, rows: Tensor) -> Tensor:
-        rounded = rows.to(self.dtype)
-        for block, kept in zip(rows.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
-            lost = (block - kept.float()).norm(dim=1)
-            self.lost = max(self.lost, float(lost.max()) if len(lost) else 0.0)
-        return rounded
+_RESCORE_BYTES = 128 * 2**20
+_COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
+_FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
+_PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
+_SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
+_EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
 
 
 class Neighbors(NamedTuple):
@@ -231,37 +115,81 @@ def check_request(
     return Request(wanted, int(k), excluded)
 
 
-Floats = NDArray[np.float64]
+class FirstPass(Protocol):
+    """A search by inner product over rows that all have length at most 1.
+
+    Attributes:
+        extra: how many candidates beyond k are usually enough.
+    """
+
+    extra: int
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """The best rows per query.
+
+        Args:
+            queries: [B, D'] float32 of length 1.
+            count: how many, at most the number of rows.
+
+        Returns:
+            Row positions [B, count] int64 (-1 where an approximate pass found fewer), and [B]
+            float64: no row that was left out has an exact inner product above that; -inf where
+            nothing is promised.
+        """
+        ...
 
 
-Rows = NDArray | RowParts
+class TorchFirstPass:
+    """Blocked matmul and top-k in plain torch; needs no faiss.
+
+    Args:
+        rows: [N, D'] float32 of length at most 1.
+    """
+
+    extra = 12
+
+    def __init__(self, rows: Singles) -> None:
+        self.blocks = list(torch.from_numpy(rows).split(ROW_BLOCK))
+        self.rounding = float32_rounding(rows.shape[1])
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """See `FirstPass.candidates`."""
+        scores, positions = best_of_blocks(self.blocks, torch.from_numpy(queries), count)
+        return positions.numpy(), scores[:, -1].double().numpy() + self.rounding + shortcut()
 
 
-_RESCORE_BYTES = 128 * 2**20
+def best_of_blocks(blocks: Sequence[Tensor], queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows with the largest inner products.
+
+    Args:
+        blocks: tensors [n, D'] of one dtype, on any devices.
+        queries: [B, D'] of that dtype, on the CPU.
+        count: how many.
+
+    Returns:
+        Products [B, count] of the dtype of the blocks, best first, and int64 positions.
+    """
+    scores, positions, start = [], [], 0
+    for block in blocks:  # nothing waits for a device before all of them are at work
+        with torch.autocast(block.device.type, enabled=False):
+            products = queries.to(block.device) @ block.T  # [B, n]
+        best = products.topk(min(count, len(block)), dim=1)
+        scores.append(best.values)
+        positions.append(best.indices + start)
+        start += len(block)
+    merged = torch.cat([values.cpu() for values in scores], dim=1).topk(count, dim=1)
+    found = torch.cat([rows.cpu() for rows in positions], dim=1).gather(1, merged.indices)
+    return merged.values, found
 
 
-_COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
+def float32_rounding(width: int) -> float:
+    """How far an inner product of float32 vectors of length 1 may be off, whatever the order."""
+    return 4 * (width + 4) * _FLOAT32_ROUNDING
 
 
-_FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
-
-
-_PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
-
-
-_MOST_REMOVED = 0.3
-
-
-_SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
-
-
-_EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
-
-
-_MOST_ADDED = 0.1
-
-
-_FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
+def shortcut() -> float:
+    """How much further off torch's settings let it be."""
+    return _SHORTCUTS[torch.get_float32_matmul_precision()]
 
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
@@ -318,17 +246,13 @@ class RowSpace:
         self.is_l2 = Metric(metric) is Metric.L2
         self.largest = 1.0
         if self.is_l2:
-            self.largest = largest or self._largest_length(features) or 1.0
+            self.largest = largest or self.largest_length(features) or 1.0
         # a row of length 1 is sqrt(1 + 1/4) long once it is extended
         self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
 
     def normalize(self, features: NDArray) -> Floats:
         """[N, D] raw features to the float64 vectors that are compared."""
         return normalize_rows(features, self.mean, self.normalization)
-
-    def holds(self, features: Rows) -> bool:
-        """Whether rows fit the scale that was fixed by others."""
-        return not self.is_l2 or self._largest_length(features) <= self.largest
 
     def first_pass_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
@@ -341,28 +265,6 @@ class RowSpace:
             if self.is_l2:
                 rows[part, dim] = -0.5 * np.einsum("nd,nd->n", block, block)
         return rows
-
-    def index_rows(self, features: Rows) -> Singles:
-        """[N, D] raw features to the [N, D] float32 rows of an approximate index."""
-        rows = np.empty(features.shape, np.float32)
-        for start in range(0, len(features), ROW_BLOCK):
-            part = slice(start, start + ROW_BLOCK)
-            rows[part] = self.normalize(features[part]) / self.scale
-        return rows
-
-    def index_queries(self, queries: Floats) -> Singles:
-        """[B, D] normalised queries as an approximate index takes them.
-
-        One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
-        hardly changes, and float32 can still tell their distances apart.
-        """
-        scaled = queries / self.scale
-        # the largest value first: its square may not fit
-        highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
-        unit = scaled / np.where(highest > 0, highest, 1.0)
-        length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
-        shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
-        return shrunk.astype(np.float32)
 
     def first_pass_queries(self, queries: Floats) -> tuple[Singles, Floats]:
         """[B, D] normalised queries to [B, D'] of length 1, and the length each had."""
@@ -388,7 +290,8 @@ class RowSpace:
             return -np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
         return np.matmul(rows[:, None, :], query[:, None])[:, 0, 0]
 
-    def _largest_length(self, features: Rows) -> float:
+    def largest_length(self, features: Rows) -> float:
+        """Of the rows, once they are normalised."""
         largest = 0.0
         for start in range(0, len(features), ROW_BLOCK):
             rows = self.normalize(features[start : start + ROW_BLOCK])
@@ -397,70 +300,32 @@ class RowSpace:
 
 
 class Searcher:
-    """Nearest neighbours of queries among the rows of a datastore.
+    """Nearest neighbours of queries among rows.
 
     Args:
         features: [N, D] stored raw features, float16 or float32.
         ids: [N] int64, unique.
         space: how rows are compared.
         first_pass: over the rows that `space` makes of them.
-        is_exact: False for an index that may miss rows.
     """
 
-    def __init__(
-        self,
-        features: Rows,
-        ids: Ints,
-        space: RowSpace,
-        first_pass: FirstPass,
-        is_exact: bool = True,
-    ) -> None:
+    def __init__(self, features: Rows, ids: Ints, space: RowSpace, first_pass: FirstPass) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
-        self.is_exact = is_exact
-        self.measured = len(ids)
-        # where each row of the first pass lies in the store; -1 once it was removed
-        self.places = np.arange(len(ids))
 
-    @property
-    def has_removed_rows(self) -> bool:
-        """Whether the first pass still holds rows that the store does not."""
-        return len(self.places) > len(self.ids)
-
-    def add(self, features: Rows, ids: Ints) -> bool:
-        """Follows the store after rows were appended; False if it must be built again.
+    def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
+        """Candidates for normalised queries.
 
         Args:
-            features: [N + M, D] the store's rows now.
-            ids: [N + M].
-        """
-        added = features[len(self.ids) : len(ids)]
-        if not self.space.holds(added):
-            return False
-        if self.is_exact:
-            self.first_pass.add(self.space.first_pass_rows(added))
-        elif len(ids) > (1 + _MOST_ADDED) * self.measured:
-            return False  # its lists and its stated recall are those of other rows
-        else:
-            try:
-                self.first_pass.add(self.space.index_rows(added))
-            except NotImplementedError:
-                return False
-        self.places = np.concatenate([self.places, np.arange(len(self.ids), len(ids))])
-        self.features, self.ids = features, ids
-        return True
+            queries: [B, D] float64.
+            count: how many.
 
-    def remove(self, features: Rows, ids: Ints, kept: NDArray[np.bool_]) -> bool:
-        """Follows the store after rows were removed; False if it should be built again.
-
-        Args:
-            features: [N - M, D] the store's rows now.
-            ids: [N - M].
-            kept: [N] which of the old rows are still there.
+        Returns:
+            Positions [B, count] int64, -1 for none; [B] what a row that was left out can score at
+            most; and [B] the length that each query had for the first pass.
         """
-        moved = np.where(kept, np.cumsum(kept) - 1, -1)
-        self.places = np.where(self.places >= 0, moved[self.places], -1)
-        self.features, self.ids = features, ids
-        return len(ids) >= (1 - _MOST_REMOVED) * len(self.places)
+        scaled, length = self.space.first_pass_queries(queries)
+        candidates, limit = self.first_pass.candidates(scaled, count)
+        return candidates, limit, length
 
     def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
         """Finds the k nearest rows.
@@ -481,7 +346,7 @@ class Searcher:
         while len(pending):
             certain = []
             # beyond a third, gathering candidates costs more than comparing with every row
-            every_row = 3 * count >= len(self.places)
+            every_row = 3 * count >= len(self.ids)
             width = len(self.ids) if every_row else count
             apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
             step = max(1, _RESCORE_BYTES // (8 * width * apart))
@@ -498,17 +363,11 @@ class Searcher:
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool
     ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
-        if self.is_exact:
-            scaled, length = self.space.first_pass_queries(queries)
-        else:
-            scaled, length = self.space.index_queries(queries), np.ones(len(queries))
-        limit = np.full(len(queries), -np.inf)
         if every_row:
             candidates = np.broadcast_to(np.arange(width), (len(queries), width))
+            limit, length = np.full(len(queries), -np.inf), np.ones(len(queries))
         else:
-            proposed, limit = self.first_pass.candidates(scaled, width)
-            is_row = (proposed >= 0) & (proposed < len(self.places))
-            candidates = np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1)
+            candidates, limit, length = self.propose(queries, width)
         rescore = self._compare_all if every_row else self._rescore
         similarities = rescore(queries, candidates)  # [B, width]
         similarities[candidates < 0] = -np.inf

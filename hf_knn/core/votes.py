@@ -283,16 +283,6 @@ def _log_scatter_sum(log_weights: Tensor, labels: Tensor, num_labels: int) -> Te
     return torch.zeros_like(empty).scatter_add(1, labels, scaled).log() + offset
 
 
-def at_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
-        raise ValueError(
-            f"Expected `labels` to be [B] for log-probabilities [B, C], "
-            f"but got {tuple(labels.shape)} for {tuple(log_probs.shape)}."
-        )
-    check_labels(labels, log_probs.shape[1], "labels")
-    return log_probs.detach().gather(1, labels.unsqueeze(1)).squeeze(1)  # [B]
-
-
 def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
     """Refuses what is no class number.
 

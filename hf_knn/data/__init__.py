@@ -1,1 +1,28 @@
 """Pictures and labels, before any model."""
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .decode import BadImageError as BadImageError
+    from .decode import decode_image as decode_image
+    from .keys import print_of as print_of
+    from .loading import datastore_as_dataset as datastore_as_dataset
+    from .loading import load_splits as load_splits
+    from .splits import few_rows as few_rows
+    from .splits import few_shots as few_shots
+    from .splits import stratified_folds as stratified_folds
+
+_HOMES = {
+    "BadImageError": "decode",
+    "datastore_as_dataset": "loading",
+    "decode_image": "decode",
+    "few_rows": "splits",
+    "few_shots": "splits",
+    "load_splits": "loading",
+    "print_of": "keys",
+    "stratified_folds": "splits",
+}
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

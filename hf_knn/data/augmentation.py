@@ -15,10 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 EPOCH = "epoch"
 """The column that tells a row its epoch."""
 
-
 _CROP_SHARE = 0.875
-
-
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 

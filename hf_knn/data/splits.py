@@ -11,7 +11,6 @@ from torch import Tensor
 
 Rows = NDArray[np.int64]
 
-
 _MOST_PARTS = 100
 
 

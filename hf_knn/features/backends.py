@@ -47,26 +47,19 @@ from .graphs import (
 
 logger = logging.getLogger(__name__)
 
-
 TOLERANCE = 1e-2
 """The largest relative difference to PyTorch's features, of the longest row's difference."""
-
 
 FEWEST_ROWS = 500
 """Pictures from which `auto` looks at anything but PyTorch."""
 
-
 WORTH_SECONDS = 30.0
 """What PyTorch must be expected to take before a graph is exported."""
-
 
 SAMPLE = 32
 """Pictures that a backend is measured and checked on."""
 
-
 BACKEND_VARIABLE = "HF_KNN_BACKEND"
-
-
 _ROUNDS = 3
 
 

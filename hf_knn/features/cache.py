@@ -15,16 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.files import hash_blocks
+from ..core.manifest import hash_blocks
 from ..data.keys import KEY_BYTES
 from .encoders import Encoded
 
 logger = logging.getLogger(__name__)
-
-
 ABOUT_NAME = "about.json"
-
-
 KEYS_FOLDER = "keys"
 
 
@@ -159,7 +155,6 @@ def stacked(keys: Sequence[bytes]) -> NDArray[np.uint8]:
 
 SHARD_ROWS = 256
 """Rows per cache file: what a kill can cost, beside the batches under way."""
-
 
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 

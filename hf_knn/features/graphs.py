@@ -25,14 +25,8 @@ from .cache import cache_root
 from .encoders import CPU_BATCH, ONNX, OPENVINO, frozen_copy
 
 logger = logging.getLogger(__name__)
-
-
 _NEEDED = {ONNX: ("onnx", "onnxruntime"), OPENVINO: ("onnx", "openvino")}
-
-
 _INPUT, _OUTPUT = "pixel_values", "features"
-
-
 _EMBEDDED = 1_500_000_000
 
 

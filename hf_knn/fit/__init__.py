@@ -1,1 +1,61 @@
 """Heads, the blend, and their numbers, from features."""
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .blend import TuneResult as TuneResult
+    from .blend import default_grid as default_grid
+    from .blend import tune as tune
+    from .grids import FactorControl as FactorControl
+    from .grids import ProbeConfig as ProbeConfig
+    from .grids import ProbeGrid as ProbeGrid
+    from .grids import ProbeSettings as ProbeSettings
+    from .metrics import score_log_probs as score_log_probs
+    from .out_of_fold import out_of_fold as out_of_fold
+    from .plots import draw_neighbors as draw_neighbors
+    from .ridge import fit_ridge as fit_ridge
+    from .sweep import ProbeScore as ProbeScore
+    from .sweep import choose_probe as choose_probe
+    from .sweep import score_probes as score_probes
+    from .sweep import train_probes as train_probes
+    from .weights import knn_loss_weights as knn_loss_weights
+
+_HOMES = {
+    "FactorControl": "grids",
+    "ProbeConfig": "grids",
+    "ProbeGrid": "grids",
+    "ProbeScore": "sweep",
+    "ProbeSettings": "grids",
+    "TuneResult": "blend",
+    "choose_probe": "sweep",
+    "default_grid": "blend",
+    "draw_neighbors": "plots",
+    "fit_ridge": "ridge",
+    "knn_loss_weights": "weights",
+    "out_of_fold": "out_of_fold",
+    "score_log_probs": "metrics",
+    "score_probes": "sweep",
+    "train_probes": "sweep",
+    "tune": "blend",
+}
+__all__ = [
+    "FactorControl",
+    "ProbeConfig",
+    "ProbeGrid",
+    "ProbeScore",
+    "ProbeSettings",
+    "TuneResult",
+    "choose_probe",
+    "default_grid",
+    "draw_neighbors",
+    "fit_ridge",
+    "knn_loss_weights",
+    "out_of_fold",
+    "score_log_probs",
+    "score_probes",
+    "train_probes",
+    "tune",
+]
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

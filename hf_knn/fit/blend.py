@@ -27,32 +27,17 @@ TEMPERATURES = (
     1e-4, 1e-3, *(i / 100 for i in range(1, 10)), *(i / 10 for i in range(1, 10)), 1.0, 10.0,
 )  # fmt: skip
 
-
 KNN_WEIGHTS = tuple(i / 20 for i in range(21))
-
-
 COARSE_TEMPERATURES = (0.03, 0.07, 0.14, 0.3)
-
-
 COARSE_KNN_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
 COARSE_K = (1, 5, 10, 20, 50)
-
-
 LARGEST_K = 512
-
-
 FIXED_K, FIXED_TEMPERATURE, FIXED_KNN_WEIGHT = 20, 0.14, 0.5
-
 
 FEW_LABELS = 16
 """Below this many labels per class, accuracies of cells differ by chance alone."""
 
-
 _ROW_BLOCK = 1024
-
-
 _TIE = 1e-7  # the head comes as float32 log-probabilities, which tell no smaller difference
 
 

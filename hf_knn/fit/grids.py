@@ -137,18 +137,15 @@ class ProbeSettings:
 
 PAPER_ALPHAS = (0.1, 0.01, 1e-3, 1e-4)
 
-
 PAPER_SUPERVISED = ProbeGrid(
     (0.5, 0.25, 0.1, 0.05, 0.025, 0.01, 0.0025, 0.001), (0.01, 1e-3, 1e-4, 0.0), PAPER_ALPHAS
 )
 """The paper's grid for supervised backbones; its plain arm is `_replace(alphas=(0.0,))`."""
 
-
 PAPER_SELF_SUPERVISED = PAPER_SUPERVISED._replace(
     learning_rates=(40.0, 20.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.1, 0.05)
 )
 """The paper's grid for self-supervised backbones."""
-
 
 PAPER_SETTINGS = ProbeSettings(batch_size=2048, rate_batch=256)
 """SGD 0.9, batches of 2048, 100 epochs, 10 of them warm-up, cosine, rates times batch / 256."""

@@ -29,7 +29,6 @@ from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_prob
 
 logger = logging.getLogger(__name__)
 
-
 PROBE_GRIDS: dict[str, tuple[ProbeGrid, ProbeSettings]] = {
     "small": (
         ProbeGrid((0.3, 0.1, 0.03, 0.01), (0.0, 1e-4, 1e-3), (0.0, 0.1)),

@@ -13,16 +13,12 @@ from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
-from .blend import Grid, TuneResult, tune
+from .blend import Grid, TuneResult, default_grid, has_few_labels, tune
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
 _ROWS = 1024
-
-
 _VOICES = ("head", "knn", "blend")
-
-
 _OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 
@@ -67,6 +63,17 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
     neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
     heads = torch.cat([part.head_log_probs for part in parts])
     return HeldOut(neighbors, heads, torch.cat([part.labels for part in parts]))
+
+
+def grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
+    """What is tried to choose k, temperature and λ.
+
+    Args:
+        model: what shall be asked.
+        held_out_rows: how many rows it shall be asked about.
+    """
+    rows, classes = 0 if model.datastore is None else len(model.datastore), model.config.classes
+    return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
 def choose_blend(

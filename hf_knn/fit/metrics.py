@@ -66,18 +66,12 @@ def upper_bounds(
 
 
 CALIBRATION_BINS = 15
-
-
 ALL = "all"
-
 
 COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
 """What `complementarity` returns."""
 
-
 Scores = NDArray[np.float64]
-
-
 Labels = NDArray[np.int64]
 
 

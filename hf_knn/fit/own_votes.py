@@ -18,8 +18,6 @@ from ..store.folders import write_durably
 from .blend import default_grid, tune
 
 VOTES_NAME = "knn_votes.safetensors"
-
-
 _ROWS, _ROWS_TO_CHOOSE_ON = 4096, 20_000
 
 

@@ -23,11 +23,7 @@ from .stacked import (
 from .weights import LossFactors, class_weights
 
 _ROW_BLOCK = 2048
-
-
 _LARGEST_CHUNK = 2**27  # numbers held while some of the heads train: half a GB
-
-
 _LARGEST_BLOCK = 2**24  # numbers in the logits of a block of rows
 
 

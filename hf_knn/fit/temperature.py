@@ -18,16 +18,9 @@ from ..core.votes import PROBABILITY_FLOOR
 LARGEST_TEMPERATURE = 1e3
 """Times the spread of the logits: where the temperature of worthless logits stops."""
 
-
 _NEWTON_STEPS = 100
-
-
 _NEWTON_PRECISION = 1e-10
-
-
 _ALMOST_ZERO = 1e-200  # a sharpness at which all classes are alike, except for impossible ones
-
-
 _IMPOSSIBLE = -1e300  # a margin whose exponential is 0, as is its product with that 0
 
 

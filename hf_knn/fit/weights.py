@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..core.votes import ClassWeighting, at_labels, check_labels
+from ..core.votes import ClassWeighting, check_labels
 from .grids import FactorControl, LossNormalization, ProbeConfig, ProbeSettings, generator_of
 
 
@@ -38,7 +38,7 @@ def knn_loss_weights(
         raise ValueError(f"Expected `alpha` to be a number >= 0, but got {alpha}.")
     if not clamp > 0:
         raise ValueError(f"Expected `clamp` to be > 0, but got {clamp}.")
-    surprise = (-at_labels(knn_log_probs, labels)).clamp(max=clamp)  # [B]
+    surprise = (-_at_labels(knn_log_probs, labels)).clamp(max=clamp)  # [B]
     factors = 1 + alpha * surprise if alpha else torch.ones_like(surprise)
     if LossNormalization(normalize) is LossNormalization.MEAN:
         factors = factors / factors.mean()
@@ -61,7 +61,7 @@ def focal_loss_weights(knn_log_probs: Tensor, labels: Tensor, gamma: float) -> T
     """
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"Expected `gamma` to be a number >= 0, but got {gamma}.")
-    return (-torch.expm1(at_labels(knn_log_probs, labels))).clamp(0, 1) ** gamma
+    return (-torch.expm1(_at_labels(knn_log_probs, labels))).clamp(0, 1) ** gamma
 
 
 def class_weights(labels: Tensor, num_labels: int, mode: str = ClassWeighting.INVERSE) -> Tensor:
@@ -178,3 +178,13 @@ def _check_knn_log_probs(knn_log_probs: Tensor, rows: Tensor) -> None:
         raise ValueError(
             "Expected `knn_log_probs` to be log-probabilities, at most 0, but got larger or NaN."
         )
+
+
+def _at_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
+    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"Expected `labels` to be [B] for log-probabilities [B, C], "
+            f"but got {tuple(labels.shape)} for {tuple(log_probs.shape)}."
+        )
+    check_labels(labels, log_probs.shape[1], "labels")
+    return log_probs.detach().gather(1, labels.unsqueeze(1)).squeeze(1)  # [B]

@@ -1,9 +1,7 @@
-"""One datastore's collections in Milvus: its rows, their index, and the record about them."""
+"""One datastore's collections in Milvus: its rows as Milvus holds them, and their record."""
 
 import base64
 import json
-import logging
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,16 +13,12 @@ import torch
 from torch import Tensor
 
 from ..core.manifest import SHA256_PATTERN, STORAGE_DTYPES, DatastoreError, Fields
-from ..core.search import Ints, Singles
-from ..store.index import MIN_RECALL, RECALL_SAMPLE, recall_of
+from ..core.search import Singles
 from ..store.remote import check_name
 from ..store.table import StoredRows, combine
 from .server import DatastoreRefusalError, MilvusServer
 
-logger = logging.getLogger(__name__)
-
-
-RECALL_K = 20
+T = TypeVar("T")
 
 
 class MilvusIndex(StrEnum):
@@ -34,18 +28,6 @@ class MilvusIndex(StrEnum):
     IVF_FLAT = "IVF_FLAT"
     HNSW = "HNSW"
     AUTOINDEX = "AUTOINDEX"
-
-
-_EFFORT = {MilvusIndex.IVF_FLAT: "nprobe", MilvusIndex.HNSW: "ef"}
-
-
-_LEAST_EFFORT = {MilvusIndex.IVF_FLAT: 4, MilvusIndex.HNSW: 64}
-
-
-_LARGEST_EF = 4096
-
-
-_HNSW = {"M": 16, "efConstruction": 200}
 
 
 def index_of(name: str) -> MilvusIndex:
@@ -61,122 +43,25 @@ def index_of(name: str) -> MilvusIndex:
         raise ValueError(f"Expected `index` to be one of {known}, but got {name!r}.") from None
 
 
-def build_parameters(kind: str, count: int) -> dict[str, int]:
-    """What an index is built with.
-
-    Args:
-        kind: of a `MilvusIndex`.
-        count: rows that it shall hold.
-    """
-    if kind == MilvusIndex.HNSW:
-        return dict(_HNSW)
-    return {"nlist": _lists(count)} if kind == MilvusIndex.IVF_FLAT else {}
-
-
-def search_parameters(kind: str, effort: int, wanted: int) -> dict[str, int]:
-    """What an index is searched with.
-
-    Args:
-        kind: of a `MilvusIndex`.
-        effort: see `set_effort`.
-        wanted: how many rows are asked for, which `ef` must not be below.
-    """
-    if kind == MilvusIndex.HNSW:
-        return {"ef": max(effort, wanted)}
-    return {_EFFORT[MilvusIndex(kind)]: effort} if kind in _EFFORT else {}
-
-
-def effort_name(kind: str) -> str:
-    """What the effort of an index is called; empty for one without."""
-    return _EFFORT.get(MilvusIndex(kind), "")
-
-
-def sample_rows(count: int) -> Ints:
-    """[S] row numbers that recall is measured on."""
-    return np.sort(np.random.default_rng(0).permutation(count)[:RECALL_SAMPLE])
-
-
-def set_effort(
-    kind: str, count: int, ask: Callable[[int], Ints], wanted: Ints, min_recall: float = MIN_RECALL
-) -> tuple[int, float]:
-    """The smallest effort tried whose recall is enough; it is doubled until then.
-
-    Args:
-        kind: of a `MilvusIndex`, not `FLAT`.
-        count: rows in the index.
-        ask: from an effort to the ids that are found, [S, k].
-        wanted: [S, k] the ids of the nearest rows.
-        min_recall: in (0, 1].
-
-    Returns:
-        The effort (0 for an index without), and its recall.
-
-    Raises:
-        ValueError: if no effort is enough, with what was reached.
-    """
-    largest = {MilvusIndex.IVF_FLAT: _lists(count), MilvusIndex.HNSW: _LARGEST_EF}
-    most = largest.get(MilvusIndex(kind), 0)
-    effort = min(_LEAST_EFFORT.get(MilvusIndex(kind), 0), most)
-    while True:
-        recall = recall_of(ask(effort), wanted)
-        logger.info("%s, effort %d: recall %.4f of %d rows", kind, effort, recall, len(wanted))
-        if recall >= min_recall:
-            return effort, recall
-        if effort >= most:
-            raise ValueError(
-                f"Expected recall {min_recall:g} of the index {kind} in Milvus, but it reached "
-                f"{recall:.4f}; load again with a smaller `min_recall`, or under another name with "
-                "index='flat'."
-            )
-        effort = min(2 * effort, most)
-
-
-def check_parts(kind: Any, effort: Any, recall: Any) -> str:
-    """What is wrong with a record's facts about its index; empty if nothing."""
-    if kind not in list(MilvusIndex):
-        return f"index among {[str(one) for one in MilvusIndex]}"
-    if not isinstance(effort, int) or isinstance(effort, bool) or effort < 0:
-        return "effort a whole number >= 0"
-    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
-        return "recall between 0 and 1"
-    return ""
-
-
-def _lists(count: int) -> int:
-    return max(1, min(65_536, round(4 * math.sqrt(count)), count))
-
-
 ROW_FIELDS = ["id", "label", "split", "path", "features"]
-
-
 VECTOR = "vector"
-
-
 ABOUT_FIELDS = ["key", "facts", "mean"]
-
-
 ABOUT_KEY = "datastore"
-
 
 WHOLE, LOADING, CHANGING = "whole", "loading", "changing"
 """States of a collection: only a whole one is opened."""
 
-
 LONGEST_TEXT = 65_535
-
-
 LONGEST_PATH, LONGEST_SPLIT = 4096, 256
 
+LARGEST_ANSWER = 16_384
+"""Milvus returns at most so many rows per query of a search."""
 
 _BYTES_PER_CALL = 16 * 2**20
-
-
 _BYTES_PER_VALUE = 10  # four of the vector, and at most four in base64
-
-
+_PAGE, _IDS_PER_CALL = 4096, 4096
+_ABOUT_SUFFIX = "_about"
 _FORMAT = 1
-
-
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
 
@@ -196,7 +81,7 @@ class About:
         next_id: larger than any id that was ever given.
         has_paths: whether rows know where their picture lies.
         index: of a `MilvusIndex`; all but `FLAT` are approximate.
-        effort: how hard it is searched, see `milvus_index.set_effort`.
+        effort: how hard it is searched, see `search.set_effort`.
         recall: at 20, measured when the rows were loaded; None for an exact one.
         source: where the rows came from.
         mean: [dim] float32.
@@ -258,7 +143,7 @@ class About:
             values.get(name, usual)
             for name, usual in (("index", MilvusIndex.FLAT), ("effort", 0), ("recall", None))
         )
-        problem = check_parts(kind, effort, recall)
+        problem = _wrong_index(kind, effort, recall)
         if problem:
             raise DatastoreError(f"Expected the record of a datastore to have an {problem}.")
         if len(mean) != dim or not np.isfinite(mean).all():
@@ -282,6 +167,17 @@ class About:
             source=fields.texts("source"),
             mean=torch.from_numpy(mean.astype(np.float32)),
         )
+
+
+def _wrong_index(kind: object, effort: object, recall: object) -> str:
+    """What is wrong with a record's facts about its index; empty if nothing."""
+    if kind not in list(MilvusIndex):
+        return f"index among {[str(one) for one in MilvusIndex]}"
+    if not isinstance(effort, int) or isinstance(effort, bool) or effort < 0:
+        return "effort a whole number >= 0"
+    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
+        return "recall between 0 and 1"
+    return ""
 
 
 def check_rows(paths: Sequence[str] | None, splits: Collection[str], dim: int, dtype: str) -> None:
@@ -383,22 +279,6 @@ def decode_rows(found: Sequence[Any], about: About) -> StoredRows:
     )
 
 
-T = TypeVar("T")
-
-
-LARGEST_ANSWER = 16_384
-"""Milvus returns at most so many rows per query of a search."""
-
-
-_ABOUT_SUFFIX = "_about"
-
-
-_PAGE = 4096
-
-
-_IDS_PER_CALL = 4096
-
-
 class MilvusCollection:
     """The collection of a datastore's rows, and a small one beside it with the record about them.
 
@@ -435,16 +315,16 @@ class MilvusCollection:
         """Replaces the record, in one step."""
         self.server.call("upsert", self.about_name, [about.to_row()])
 
-    def create(self, about: About, width: int) -> None:
+    def create(self, about: About, width: int, parameters: dict[str, int]) -> None:
         """Makes what is missing of both collections, the record first.
 
         Args:
             about: the record.
             width: of the vectors that Milvus searches.
+            parameters: that the index is built with, see `search.build_parameters`.
         """
         self._make(self.about_name, self._about_schema(), "L2", MilvusIndex.FLAT, {})
         self.write_about(about)
-        parameters = build_parameters(about.index, about.count)
         self._make(self.name, self._row_schema(width), "IP", about.index, parameters)
 
     def has_rows(self) -> bool:
@@ -507,7 +387,7 @@ class MilvusCollection:
             count: how many per vector, at most `LARGEST_ANSWER`.
             where: a Milvus expression; empty for all rows.
             fields: what to return of a row.
-            parameters: of the index, see `milvus_index.search_parameters`.
+            parameters: of the index, see `search.search_parameters`.
 
         Returns:
             Per vector, hits with `distance` (the inner product) and `entity`, best first.

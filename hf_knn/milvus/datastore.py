@@ -1,6 +1,7 @@
 """A datastore whose rows lie in Milvus: the same rows, ids and answers as an embedded one."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,67 +11,189 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..core.manifest import (
-    BLOB_PATTERN,
-    FAISS_NAME,
-    MANIFEST_NAME,
-    Binding,
-    DatastoreError,
-    IndexInfo,
-)
-from ..core.rows import Values, as_whole_numbers
+from ..core.manifest import Binding, IndexInfo
+from ..core.rows import Values
 from ..core.search import Neighbors, check_request
-from ..store.backend import Hits
 from ..store.datastore import Datastore
-from ..store.folders import exclusive_lock, write_durably
 from ..store.index import FLAT, MIN_RECALL
-from ..store.remote import DatastoreReference, RemoteConsent, check_uri, read_manifest, token_of
+from ..store.remote import (
+    DatastoreReference,
+    RemoteConsent,
+    check_uri,
+    read_reference,
+    token_of,
+    write_reference,
+)
 from ..store.table import StoredRows
-from .changes import (
-    Reversal,
-    RowChange,
-    check_unchanged,
-    make_change,
-    rows_to_add,
-    rows_to_relabel,
-    rows_to_remove,
-    rows_with,
-    take_back,
-)
-from .collection import (
-    ROW_FIELDS,
-    About,
-    MilvusCollection,
-    decode_rows,
-    effort_name,
-    index_of,
-    rows_per_call,
-)
-from .load import BATCH_ROWS, check_content, load_rows, open_whole, space_of
+from . import changes, load
+from .collection import ROW_FIELDS, About, MilvusCollection, decode_rows, rows_per_call
 from .pending import write_pending
-from .search import search_collection
+from .search import effort_name, rows_where, search_collection
 from .server import PATIENCE, TIMEOUT, MilvusServer, check_exists
 
 _PAGE = 16_384
 
 
-class MilvusReading:
-    """The rows of a collection and the record about them, see `MilvusDatastore`.
+class MilvusDatastore:
+    """Rows of (features, label, id) in a collection of Milvus, searched exactly by default.
+
+    Milvus (Lite, Standalone or Distributed, by the address) proposes candidates, which are compared
+    here in float64: with `index="flat"` the answers are those of `Datastore` with the same rows; an
+    approximate index may miss some, see `index.recall`. The constructor takes ready parts: build
+    with `from_datastore`, open with `connect` or `open`.
+
+    There should be one writer at a time: a change that finds another one's is refused. A change
+    that a kill or a lost connection interrupts leaves the collection marked, and it is not opened
+    until `recover=True` accepts the rows that are there.
 
     Args:
         collection: a whole one.
         about: the record about it.
+
+    Attributes:
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        mean: [D] float32, subtracted by `l2_centered`.
+        digest: fingerprint of the in-memory backbone that made the features, if known.
+        source: dataset id, revision and split of the rows that were loaded, as far as known.
+        home: a folder; nothing in it is reused.
+        binding: the checkpoint that it was opened with, if any.
+        journal: a file that says, from before a change until somebody removes it, how it is taken
+            back; None writes none.
     """
 
     def __init__(self, collection: MilvusCollection, about: About) -> None:
         self.collection, self._about = collection, about
-        self._space = space_of(about)
+        self._space = load.space_of(about)
         self._counts: dict[str, int] = {"": about.count}
         self.metric, self.normalization = about.metric, about.normalization
         self.mean, self.source = about.mean, dict(about.source)
         self.digest: str | None = None
         self.home: Path | None = None
         self.binding: Binding | None = None
+        self.journal: Path | None = None
+        self._reversal: changes.Reversal | None = None
+
+    @classmethod
+    def from_datastore(
+        cls,
+        store: Datastore,
+        uri: str,
+        collection: str,
+        *,
+        token: str | None = None,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+        batch_size: int = load.BATCH_ROWS,
+        progress: bool = True,
+        index: str = FLAT,
+        min_recall: float = MIN_RECALL,
+    ) -> Self:
+        """Loads the rows of an embedded datastore; called again, it goes on where it was stopped.
+
+        Args:
+            store: the datastore; it stays as it is.
+            uri: `http://host:19530` (Standalone and Distributed), or a path that ends in `.db`,
+                which Milvus Lite serves in this process.
+            collection: name for the rows; a second one, `<name>_about`, holds the record of them.
+            token: of the server, `user:password` or an API key; None takes `MILVUS_TOKEN`.
+            timeout: seconds that one try of a call may take.
+            patience: seconds for which a call is tried again.
+            batch_size: rows per call, >= 1; fewer where rows are wide.
+            progress: show a progress bar.
+            index: `flat` (exact), `ivf_flat`, `hnsw` or `autoindex` (what the server chooses).
+            min_recall: an approximate index is searched as hard as this recall at 20 takes,
+                measured on a sample of the rows; in (0, 1].
+
+        Raises:
+            ImportError: without pymilvus (`pip install hf-knn[milvus]`).
+            ValueError: for a bad argument, a collection that holds other rows, or an index that
+                does not reach `min_recall`; then the collection is not whole.
+            DatastoreError: if what was read back is not what was written.
+            DatastoreConnectionError: if the server does not answer; call again to go on.
+        """
+        plan = load.LoadPlan(index, min_recall, batch_size, progress)
+        place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
+        load.load_rows(store, place, plan)
+        loaded = cls(place, load.open_whole(place))
+        loaded.digest, loaded.binding = store.digest, store.binding
+        return loaded
+
+    @classmethod
+    def connect(
+        cls,
+        uri: str,
+        collection: str,
+        *,
+        token: str | None = None,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+        recover: bool = False,
+    ) -> Self:
+        """Opens a collection that `from_datastore` made.
+
+        Args:
+            uri: see `from_datastore`.
+            collection: see `from_datastore`.
+            token: see `from_datastore`.
+            timeout: see `from_datastore`.
+            patience: see `from_datastore`.
+            recover: True counts the rows of a collection anew whose change was interrupted, and
+                takes what is there.
+
+        Raises:
+            ImportError: without pymilvus.
+            DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
+            DatastoreConnectionError: if the server does not answer.
+            FileNotFoundError: for a local file that is not there.
+        """
+        address = check_exists(check_uri(uri))
+        server = MilvusServer(address, token_of(token), timeout, patience)
+        place = MilvusCollection(server, collection)
+        return cls(place, load.open_whole(place, recover))
+
+    @classmethod
+    def open(
+        cls,
+        reference: DatastoreReference | str | Path,
+        consent: RemoteConsent | None = None,
+        *,
+        trust_remote_datastore: bool = False,
+        uri: str | None = None,
+        token: str | None = None,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+    ) -> Self:
+        """Opens what the `datastore.json` of a checkpoint refers to, if it is still that.
+
+        Args:
+            reference: the reference, or the folder with it.
+            consent: what the next three say, as one; instead of them.
+            trust_remote_datastore: ask the server that the reference names, whatever it is.
+            uri: ask this one instead; None takes `HF_KNN_MILVUS_URI`, if that is set.
+            token: of the server; that of `MILVUS_TOKEN` goes only where the user said.
+            timeout: see `from_datastore`.
+            patience: see `from_datastore`.
+
+        Raises:
+            ImportError: without pymilvus.
+            ValueError: without consent, or with two.
+            DatastoreError: for other rows than the reference names, with both numbers.
+            DatastoreConnectionError: if the server does not answer.
+        """
+        own = RemoteConsent(trust_remote_datastore, uri, token)
+        if consent is not None and own != RemoteConsent():
+            raise ValueError(
+                "Expected `consent` alone, but got trust_remote_datastore, uri or token beside it."
+            )
+        if not isinstance(reference, DatastoreReference):
+            reference = read_reference(Path(reference))
+        address, secret = (consent or own).place_of(reference)
+        server = MilvusServer(check_exists(address), secret, timeout, patience)
+        place = MilvusCollection(server, reference.collection)
+        store = cls(place, load.open_named(place, reference))
+        store.binding = reference.binding
+        return store
 
     def __len__(self) -> int:
         return self._about.count
@@ -133,14 +256,7 @@ class MilvusReading:
         return self._column("path") if self._about.has_paths else None
 
     def blocks(self, split: str | None = None) -> Iterator[StoredRows]:
-        """All rows in the order of their ids, block by block.
-
-        Args:
-            split: only rows of this one; None for all.
-
-        Yields:
-            The next rows, as many as fit into one message.
-        """
+        """All rows, or those of one split, in the order of their ids, message by message."""
         where = rows_where(None, split)
         for page in self.collection.pages(ROW_FIELDS, where, rows_per_call(self.dim, 4096)):
             yield decode_rows(page, self._about)
@@ -149,30 +265,20 @@ class MilvusReading:
         """Some of the rows, in the order wanted.
 
         Args:
-            ids: [M] unique ids that the datastore has.
-
-        Raises:
-            ValueError: for an id that it does not have.
+            ids: [M] unique ids that the datastore has; another one is a ValueError.
         """
-        return decode_rows(rows_with(self.collection, ids), self._about)
+        return decode_rows(changes.rows_with(self.collection, ids), self._about)
 
     def subset(self, ids: Values) -> Datastore:
         """An embedded datastore of some of the rows, with the same mean.
 
         Args:
-            ids: [M] unique ids that the datastore has, in the order wanted.
-
-        Raises:
-            ValueError: for an id that it does not have.
+            ids: see `rows_of`.
         """
-        return self._embedded([self.rows_of(ids)], FLAT)
+        return self._embedded([self.rows_of(ids)])
 
     def ids_labelled(self, label: int) -> Tensor:
-        """[M] int64, the ids of the rows of one class, ascending.
-
-        Args:
-            label: of the class.
-        """
+        """[M] int64, the ids of the rows of one class, ascending."""
         return torch.tensor(self._column("id", f"label == {int(label)}"), dtype=torch.int64)
 
     def hash_sum(self) -> int:
@@ -180,50 +286,31 @@ class MilvusReading:
         return self._about.total
 
     @property
-    def marks(self) -> tuple[Any, ...]:
+    def marks(self) -> tuple[About, ...]:
         """Objects that are replaced when rows, labels or mean change."""
         return (self._about,)
 
     def label_beyond(self, classes: int) -> int | None:
-        """A label >= classes that a row has; None if there is none.
-
-        Args:
-            classes: how many classes there are.
-        """
+        """A label >= the number of classes that a row has; None if there is none."""
         for page in self.collection.pages(["label"], f"label >= {int(classes)}"):
             return int(page[0]["label"])
         return None
 
     def path_of(self, row_id: int) -> str:
-        """Where the picture of a row lies, relative to its dataset; empty if not known.
-
-        Args:
-            row_id: an id that the datastore has.
-
-        Raises:
-            ValueError: for an id that it does not have.
-        """
+        """Where the picture of a row lies, relative to its dataset; empty if not known."""
         return self.paths_of([row_id])[0]
 
     def paths_of(self, ids: Values) -> list[str]:
-        """Where the pictures of some rows lie, asked for at once; see `path_of`.
+        """Where the pictures of some rows lie, asked for at once.
 
         Args:
-            ids: [M] unique ids that the datastore has.
-
-        Raises:
-            ValueError: for an id that it does not have.
+            ids: see `rows_of`.
         """
-        return [str(row["path"]) for row in rows_with(self.collection, ids, ["id", "path"])]
+        return [str(row["path"]) for row in changes.rows_with(self.collection, ids, ["id", "path"])]
 
     def verify(self) -> None:
-        """Reads all rows and compares them with the fingerprint.
-
-        Raises:
-            DatastoreError: with both numbers, if rows were lost, doubled or changed.
-            DatastoreConnectionError: if the server does not answer.
-        """
-        check_content(self.collection, self._about)
+        """Reads all rows; a DatastoreError, with both numbers, if some were lost or changed."""
+        load.check_content(self.collection, self._about)
 
     def to_datastore(self, *, split: str | None = None, index: str = FLAT) -> Datastore:
         """An embedded datastore of the rows, in the order of their ids, with the same mean.
@@ -237,213 +324,6 @@ class MilvusReading:
             store.source["split"] = split
         return store
 
-    def _embedded(self, parts: list[StoredRows], index: str) -> Datastore:
-        parts = parts or [decode_rows([], self._about)]
-        ids, labels, features = (
-            torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in range(3)
-        )
-        paths = [path for part in parts for path in part.paths] if self._about.has_paths else None
-        store = Datastore(
-            features, labels, ids, self.mean, metric=self.metric,
-            normalization=self.normalization, index=index, paths=paths,
-        )  # fmt: skip
-        store.digest, store.source = self.digest, dict(self.source)
-        return store
-
-    def _column(self, name: str, where: str = "") -> list[Any]:
-        pages = self.collection.pages(["id", name], where, _PAGE)
-        return [row[name] for page in pages for row in page]
-
-    def _count(self, where: str) -> int:
-        if where not in self._counts:
-            self._counts[where] = self.collection.count(where)
-        return self._counts[where]
-
-    def _take(self, after: About) -> None:
-        self._about, self._counts = after, {"": after.count}
-
-
-def rows_where(labels: Values | None, split: str | None) -> str:
-    """The Milvus expression for rows of some classes and one split.
-
-    Args:
-        labels: the classes; None for all.
-        split: None for all.
-    """
-    parts = []
-    if labels is not None:
-        classes = as_whole_numbers(labels, "labels").unique().tolist()
-        parts.append(f"label in {classes}")
-    if split is not None:
-        text = split.replace("\\", "\\\\").replace('"', '\\"')
-        parts.append(f'split == "{text}"')
-    return " and ".join(parts)
-
-
-class MilvusDatastore(MilvusReading):
-    """Rows of (features, label, id) in a collection of Milvus, searched exactly by default.
-
-    Milvus (Lite, Standalone or Distributed, by the address) proposes candidates, which are compared
-    here in float64: with `index="flat"` the answers are those of `Datastore` with the same rows; an
-    approximate index may miss some, see `index.recall`. The constructor takes ready parts: build
-    with `from_datastore`, open with `connect` or `open`.
-
-    There should be one writer at a time: a change that finds another one's is refused. A change
-    that a kill or a lost connection interrupts leaves the collection marked, and it is not opened
-    until `recover=True` accepts the rows that are there.
-
-    Args:
-        collection: a whole one.
-        about: the record about it.
-
-    Attributes:
-        metric: `cosine` or `l2`.
-        normalization: `l2_centered`, `l2` or `none`.
-        mean: [D] float32, subtracted by `l2_centered`.
-        digest: fingerprint of the in-memory backbone that made the features, if known.
-        source: dataset id, revision and split of the rows that were loaded, as far as known.
-        home: a folder; nothing in it is reused.
-        binding: the checkpoint that it was opened with, if any.
-        journal: a file that says, from before a change until somebody removes it, how it is taken
-            back; None writes none.
-    """
-
-    journal: Path | None = None
-    _reversal: Reversal | None = None
-
-    @classmethod
-    def from_datastore(
-        cls,
-        store: Datastore,
-        uri: str,
-        collection: str,
-        *,
-        token: str | None = None,
-        timeout: float = TIMEOUT,
-        patience: float = PATIENCE,
-        batch_size: int = BATCH_ROWS,
-        progress: bool = True,
-        index: str = FLAT,
-        min_recall: float = MIN_RECALL,
-    ) -> Self:
-        """Loads the rows of an embedded datastore; called again, it goes on where it was stopped.
-
-        Args:
-            store: the datastore; it stays as it is.
-            uri: `http://host:19530` (Standalone and Distributed), or a path that ends in `.db`,
-                which Milvus Lite serves in this process.
-            collection: name for the rows; a second one, `<name>_about`, holds the record of them.
-            token: of the server, `user:password` or an API key; None takes `MILVUS_TOKEN`.
-            timeout: seconds that one try of a call may take.
-            patience: seconds for which a call is tried again.
-            batch_size: rows per call, >= 1; fewer where rows are wide.
-            progress: show a progress bar.
-            index: `flat` (exact), `ivf_flat`, `hnsw` or `autoindex` (what the server chooses).
-            min_recall: an approximate index is searched as hard as this recall at 20 takes,
-                measured on a sample of the rows; in (0, 1].
-
-        Raises:
-            ImportError: without pymilvus (`pip install hf-knn[milvus]`).
-            ValueError: for a bad argument, a collection that holds other rows, or an index that
-                does not reach `min_recall`; then the collection is not whole.
-            DatastoreError: if what was read back is not what was written.
-            DatastoreConnectionError: if the server does not answer; call again to go on.
-        """
-        if batch_size < 1:
-            raise ValueError(f"Expected `batch_size` to be >= 1, but got {batch_size}.")
-        if not 0 < min_recall <= 1:
-            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
-        kind = index_of(index)
-        place = MilvusCollection(MilvusServer(uri, token_of(token), timeout, patience), collection)
-        load_rows(store, place, batch_size, progress, kind, min_recall)
-        loaded = cls(place, open_whole(place))
-        loaded.digest, loaded.binding = store.digest, store.binding
-        return loaded
-
-    @classmethod
-    def connect(
-        cls,
-        uri: str,
-        collection: str,
-        *,
-        token: str | None = None,
-        timeout: float = TIMEOUT,
-        patience: float = PATIENCE,
-        recover: bool = False,
-    ) -> Self:
-        """Opens a collection that `from_datastore` made.
-
-        Args:
-            uri: see `from_datastore`.
-            collection: see `from_datastore`.
-            token: see `from_datastore`.
-            timeout: see `from_datastore`.
-            patience: see `from_datastore`.
-            recover: True counts the rows of a collection anew whose change was interrupted, and
-                takes what is there.
-
-        Raises:
-            ImportError: without pymilvus.
-            DatastoreError: if there is no such datastore, or it is not whole, with the numbers.
-            DatastoreConnectionError: if the server does not answer.
-            FileNotFoundError: for a local file that is not there.
-        """
-        place = MilvusCollection(
-            MilvusServer(check_exists(check_uri(uri)), token_of(token), timeout, patience),
-            collection,
-        )
-        return cls(place, open_whole(place, recover))
-
-    @classmethod
-    def open(
-        cls,
-        reference: DatastoreReference | str | Path,
-        *,
-        trust_remote_datastore: bool = False,
-        uri: str | None = None,
-        token: str | None = None,
-        timeout: float = TIMEOUT,
-        patience: float = PATIENCE,
-    ) -> Self:
-        """Opens what the `datastore.json` of a checkpoint refers to, if it is still that.
-
-        Args:
-            reference: the reference, or the folder with it.
-            trust_remote_datastore: ask the server that the reference names, whatever it is.
-            uri: ask this one instead; None takes `HF_KNN_MILVUS_URI`, if that is set.
-            token: of the server; that of `MILVUS_TOKEN` goes only where the user said.
-            timeout: see `from_datastore`.
-            patience: see `from_datastore`.
-
-        Raises:
-            ImportError: without pymilvus.
-            ValueError: without consent.
-            DatastoreError: for other rows than the reference names, with both numbers.
-            DatastoreConnectionError: if the server does not answer.
-        """
-        if not isinstance(reference, DatastoreReference):
-            found = read_manifest(Path(reference) / MANIFEST_NAME)
-            if not isinstance(found, DatastoreReference):
-                raise DatastoreError(
-                    f"Expected {reference} to refer to Milvus, but it holds the rows itself; open "
-                    "it with Datastore.load."
-                )
-            reference = found
-        address, secret = RemoteConsent(trust_remote_datastore, uri, token).place_of(reference)
-        server = MilvusServer(check_exists(address), secret, timeout, patience)
-        place = MilvusCollection(server, reference.collection)
-        store = cls(place, open_whole(place))
-        store.binding = reference.binding
-        about = store._about
-        if (about.count, about.fingerprint) != (reference.num_rows, reference.fingerprint):
-            raise DatastoreError(
-                f"Expected {store.collection} to hold {reference.num_rows} rows, fingerprint "
-                f"{reference.fingerprint[:12]}…, but it holds {about.count}, "
-                f"{about.fingerprint[:12]}…; it was changed since the checkpoint was saved; "
-                "if that is wanted, give the model MilvusDatastore.connect(…) and save it again."
-            )
-        return store
-
     def search(
         self,
         queries: Tensor | NDArray,
@@ -453,17 +333,7 @@ class MilvusDatastore(MilvusReading):
         labels: Values | None = None,
         split: str | None = None,
     ) -> Neighbors:
-        """Finds the k nearest rows of each query, exactly with a `flat` index.
-
-        Args:
-            queries: [B, D] finite raw features of any float dtype and device.
-            k: how many, >= 1; fewer rows give fewer neighbours.
-            exclude_ids: [B] int64; the row with that id is no neighbour of that query (-1 = none).
-            labels: only rows of these classes are neighbours; None for all.
-            split: only rows of this split; None for all.
-
-        Returns:
-            Neighbors as `Datastore.search` returns them.
+        """Finds the k nearest rows of each query, as `Datastore.search` does.
 
         Raises:
             ValueError: see `Datastore.search`.
@@ -477,34 +347,16 @@ class MilvusDatastore(MilvusReading):
                 f"{self.collection} is of {split!r}."
             )
         where = rows_where(labels, split)
-        width = wanted.width(self._count(where))
-        if width == 0 or len(wanted.queries) == 0:
-            found = Hits.none(len(wanted.queries), width)
-        else:
-            normalized = self._space.normalize(wanted.queries)
-            found = search_collection(
-                self.collection, self._about, self._space, normalized, width, wanted.excluded, where
-            )
-        if (found.ids < 0).any():
-            raise DatastoreError(
-                f"Expected {self.collection} to hold {len(self)} rows, but it has fewer now; "
-                "somebody else changed it, connect again."
-            )
+        width, normalized = wanted.width(self._count(where)), self._space.normalize(wanted.queries)
+        found = search_collection(
+            self.collection, self._about, self._space, normalized, width, wanted.excluded, where
+        )
         return Neighbors(*(torch.from_numpy(values) for values in found)).rounded(queries)
 
     def leave_one_out(
         self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
     ) -> Iterator[Neighbors]:
-        """The neighbours of each stored row among the others, in the order of the ids.
-
-        Args:
-            k: how many.
-            batch_size: rows per chunk, at most.
-            progress: show a progress bar.
-
-        Yields:
-            Neighbors of the next rows.
-        """
+        """The neighbours of each stored row among the others, in the order of the ids."""
         with tqdm(total=len(self), unit=" rows", desc="neighbours", disable=not progress) as bar:
             for rows in self.blocks():
                 for start in range(0, len(rows.ids), batch_size):
@@ -521,18 +373,10 @@ class MilvusDatastore(MilvusReading):
         *,
         split: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Adds rows. The mean does not move.
+        """Adds rows, as `Datastore.add` does; the mean does not move.
 
-        Args:
-            features: [M, D] raw features.
-            labels: [M] whole numbers >= 0.
-            ids: [M] unique whole numbers that the datastore does not have; None takes numbers that
-                no row ever had.
-            paths: [M] where each row's picture lies.
-            split: of these rows, one for all or M; None is that of the rows that were loaded.
-
-        Returns:
-            [M] the ids of the new rows.
+        Without `ids` rows take numbers that no row ever had. A split may be one for all or M;
+        without, it is that of the rows that were loaded.
 
         Raises:
             ValueError: for bad features, labels or ids, an id that exists, or rows that do not fit
@@ -541,64 +385,52 @@ class MilvusDatastore(MilvusReading):
                 that was interrupted.
         """
         own = self.source.get("split", "") if split is None else split
-        change = rows_to_add(self.collection, self._about, features, labels, ids, paths, own)
+        change = changes.rows_to_add(
+            self.collection, self._about, features, labels, ids, paths, own
+        )
         self._make(change)
         return torch.from_numpy(change.new.ids)
 
     def remove(self, ids: Values) -> None:
-        """Removes rows. Milvus clears their bytes when it next compacts the collection.
-
-        Args:
-            ids: [M] unique ids that the datastore has.
-
-        Raises:
-            ValueError: for an id that it does not have; nothing is changed.
-            DatastoreConnectionError: see `add`.
-        """
-        self._make(rows_to_remove(self.collection, self._about, ids))
+        """Removes rows, as `Datastore.remove` does; their bytes go when Milvus next compacts."""
+        self._make(changes.rows_to_remove(self.collection, self._about, ids))
 
     def relabel(self, ids: Values, labels: Values) -> None:
-        """Gives rows other labels.
+        """Gives rows other labels, as `Datastore.relabel` does."""
+        self._make(changes.rows_to_relabel(self.collection, self._about, ids, labels))
 
-        Args:
-            ids: [M] unique ids that the datastore has.
-            labels: [M] whole numbers >= 0.
+    def put_back(self, rows: StoredRows) -> Tensor:
+        """Adds rows that were removed, with paths and splits; [M] their ids."""
+        paths = rows.paths if any(rows.paths) else None
+        return self.add(rows.features, rows.labels, rows.ids, paths, split=rows.splits)
 
-        Raises:
-            ValueError: for an id that it does not have, or bad labels; nothing is changed.
-            DatastoreConnectionError: see `add`.
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """A ValueError that says what to do: every row would have to be written again."""
+        raise ValueError(
+            f"Expected the mean of the rows in {self.location} to stay, since every one would be "
+            "written again; bring them home (model.datastore.to_datastore()) and load a new "
+            "collection."
+        )
+
+    @contextmanager
+    def changed(self) -> Iterator[Self]:
+        """This datastore, to be changed; a failure takes its change back, unless a journal has it.
+
+        Rows lie in one place for all. A DatastoreError says that somebody else changed them since,
+        a DatastoreConnectionError that the server does not answer.
         """
-        self._make(rows_to_relabel(self.collection, self._about, ids, labels))
-
-    def _make(self, change: RowChange) -> None:
-        check_unchanged(self.collection, change.before)
-        if self.journal is not None:
-            write_pending(self.journal, self.collection.server.uri, change.reversal)
-        make_change(self.collection, change)
-        self._take(change.after)
-        self._reversal = change.reversal
-
-    def restore(self, earlier: Self) -> None:
-        """Takes the last change back; one that a journal speaks of is left to whoever keeps that.
-
-        Args:
-            earlier: `copy.copy` of this datastore, from before that change.
-
-        Raises:
-            DatastoreError: if somebody else changed the collection since.
-            DatastoreConnectionError: if the server does not answer.
-        """
-        if self.journal is None and self._reversal is not None:
-            take_back(self.collection, self._reversal)
-            self._take(earlier._about)
-            self._reversal = None
+        before = self._about
+        try:
+            yield self
+        except BaseException:
+            if self._about is not before and self.journal is None and self._reversal is not None:
+                changes.take_back(self.collection, self._reversal)
+                self._take(before)
+                self._reversal = None
+            raise
 
     def reference(self, binding: Binding | None = None) -> DatastoreReference:
-        """What a checkpoint keeps instead of the rows.
-
-        Args:
-            binding: the checkpoint, or None.
-        """
+        """What a checkpoint, whose binding is given, keeps instead of the rows."""
         about = self._about
         return DatastoreReference(
             self.collection.server.uri, self.collection.name, about.count, about.fingerprint,
@@ -615,21 +447,11 @@ class MilvusDatastore(MilvusReading):
             binding: the checkpoint that the datastore belongs to.
             reuse: not needed, since there are no files.
 
-        Returns:
-            The reference that was written.
-
         Raises:
             OSError: if it could not be written; the version that was there is intact.
         """
-        target = Path(folder).absolute()
         reference = self.reference(binding)
-        text = reference.to_json().encode()
-        with exclusive_lock(target):
-            target.mkdir(parents=True, exist_ok=True)
-            write_durably(target / MANIFEST_NAME, lambda path: _write_bytes(path, text))
-            for entry in target.iterdir():  # rows of an embedded version before
-                if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
-                    entry.unlink()
+        write_reference(Path(folder).absolute(), reference)
         return reference
 
     def drop(self) -> None:
@@ -640,6 +462,27 @@ class MilvusDatastore(MilvusReading):
         """Closes the connection; the rows stay where they are."""
         self.collection.server.close()
 
+    def _embedded(self, parts: list[StoredRows], index: str = FLAT) -> Datastore:
+        store = load.bring_home(parts, self._about, index)
+        store.digest, store.source = self.digest, dict(self.source)
+        return store
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    def _make(self, change: changes.RowChange) -> None:
+        changes.check_unchanged(self.collection, change.before)
+        if self.journal is not None:
+            write_pending(self.journal, self.collection.server.uri, change.reversal)
+        changes.make_change(self.collection, change)
+        self._take(change.after)
+        self._reversal = change.reversal
+
+    def _column(self, name: str, where: str = "") -> list[Any]:
+        pages = self.collection.pages(["id", name], where, _PAGE)
+        return [row[name] for page in pages for row in page]
+
+    def _count(self, where: str) -> int:
+        if where not in self._counts:
+            self._counts[where] = self.collection.count(where)
+        return self._counts[where]
+
+    def _take(self, after: About) -> None:
+        self._about, self._counts = after, {"": after.count}

@@ -1,22 +1,26 @@
-"""Bulk load of a datastore into Milvus: with progress, and to be called again after a kill."""
+"""A datastore's rows on their way into Milvus, opened there, and on their way home.
+
+The load shows its progress, and is called again after a kill.
+"""
 
 import dataclasses
 import logging
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers.utils.logging import tqdm
 
 from ..core.manifest import DatastoreError
 from ..core.rows import RowParts
-from ..core.search import RowSpace
 from ..store.datastore import Datastore
-from ..store.index import MIN_RECALL
-from ..store.table import sum_of
+from ..store.index import FLAT, MIN_RECALL
+from ..store.remote import DatastoreReference
+from ..store.searcher import IndexSpace
+from ..store.table import StoredRows, sum_of
 from .collection import (
     CHANGING,
     LOADING,
-    RECALL_K,
     ROW_FIELDS,
     WHOLE,
     About,
@@ -25,23 +29,16 @@ from .collection import (
     check_rows,
     decode_rows,
     encode_rows,
+    index_of,
     rows_per_call,
-    sample_rows,
-    set_effort,
 )
-from .search import search_collection
+from .search import RECALL_K, build_parameters, sample_rows, search_collection, set_effort
 
 logger = logging.getLogger(__name__)
 
-
 BATCH_ROWS = 1000
-
-
 _BLOCK, _ID_PAGE = 16_384, 16_384
-
-
 _HEADROOM = 4.0  # rows that are added later may be so much longer than the longest of now
-
 
 INTERRUPTED = {
     LOADING: "its load was interrupted; call MilvusDatastore.from_datastore again to finish it",
@@ -51,10 +48,37 @@ INTERRUPTED = {
 """What to do about a collection that is not whole."""
 
 
-def space_of(about: About) -> RowSpace:
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+    """How rows are loaded.
+
+    Attributes:
+        index: of a `MilvusIndex`, in capitals or not.
+        min_recall: that an approximate one has to reach, in (0, 1].
+        batch_size: rows per call, >= 1.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for another index, or a number out of range.
+    """
+
+    index: str = MilvusIndex.FLAT
+    min_recall: float = MIN_RECALL
+    batch_size: int = BATCH_ROWS
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"Expected `batch_size` to be >= 1, but got {self.batch_size}.")
+        if not 0 < self.min_recall <= 1:
+            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {self.min_recall}.")
+        object.__setattr__(self, "index", index_of(self.index))
+
+
+def space_of(about: About) -> IndexSpace:
     """How the rows of a collection are compared."""
     nothing = RowParts([about.mean.new_zeros(0, about.dim)])
-    return RowSpace(
+    return IndexSpace(
         about.mean.double().numpy(), about.metric, about.normalization, nothing, about.largest
     )
 
@@ -75,7 +99,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
     for start in range(0, len(store), _BLOCK):
         rows = store.rows(slice(start, start + _BLOCK))
         total += sum_of(rows)
-        space = RowSpace(mean, store.metric, store.normalization, rows.features)
+        space = IndexSpace(mean, store.metric, store.normalization, rows.features)
         largest = max(largest, space.largest)
     return About(
         state=LOADING,
@@ -94,14 +118,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
     )
 
 
-def load_rows(
-    store: Datastore,
-    collection: MilvusCollection,
-    batch_size: int,
-    progress: bool,
-    index: str = MilvusIndex.FLAT,
-    min_recall: float = MIN_RECALL,
-) -> About:
+def load_rows(store: Datastore, collection: MilvusCollection, plan: LoadPlan) -> About:
     """Brings the rows of a datastore into a collection, or finishes what was begun.
 
     The record says `loading` until every row was read back, so that half a collection is never
@@ -110,10 +127,7 @@ def load_rows(
     Args:
         store: the datastore.
         collection: where to.
-        batch_size: rows per call.
-        progress: show a progress bar.
-        index: of a `MilvusIndex`.
-        min_recall: that an approximate one has to reach.
+        plan: how.
 
     Returns:
         The record, which now says `whole`.
@@ -123,7 +137,7 @@ def load_rows(
         DatastoreError: if what was read back is not what was written.
         DatastoreConnectionError: if the server does not answer; call again.
     """
-    wanted, known = describe(store, index), collection.read_about()
+    wanted, known = describe(store, plan.index), collection.read_about()
     if known is not None and known.state == CHANGING:
         raise DatastoreError(f"Expected {collection} to be whole, but {INTERRUPTED[CHANGING]}.")
     if known is not None and known.fingerprint != wanted.fingerprint:
@@ -132,15 +146,16 @@ def load_rows(
             f"hold {known.count} rows, fingerprint {known.fingerprint[:12]}…, where these are "
             f"{wanted.count}, {wanted.fingerprint[:12]}…; take another name, or drop it."
         )
-    if known is not None and known.index != index:
+    if known is not None and known.index != plan.index:
         raise ValueError(
-            f"Expected {collection} to be searched by {index}, but it was made for {known.index}; "
-            "take another name, or drop it."
+            f"Expected {collection} to be searched by {plan.index}, but it was made for "
+            f"{known.index}; take another name, or drop it."
         )
     if known is not None and known.state == WHOLE and collection.has_rows():
         return known
     space = space_of(wanted)
-    collection.create(wanted, wanted.dim + space.is_l2)
+    parameters = build_parameters(wanted.index, wanted.count)
+    collection.create(wanted, wanted.dim + space.is_l2, parameters)
     present = _ids_in(collection)
     missing = np.flatnonzero(~np.isin(store.ids.numpy(), present))
     if len(store) - len(missing) != len(present):
@@ -150,11 +165,11 @@ def load_rows(
         )
     if len(present):
         logger.info("%s holds %d of %d rows already.", collection, len(present), len(store))
-    _write(store, collection, space, missing, batch_size, progress)
+    _write(store, collection, space, missing, plan)
     collection.flush()
     check_content(collection, wanted)
-    if index != MilvusIndex.FLAT and len(store) > 1:
-        wanted = _with_recall(store, collection, wanted, min_recall)
+    if plan.index != MilvusIndex.FLAT and len(store) > 1:
+        wanted = _with_recall(store, collection, wanted, plan.min_recall)
     whole = dataclasses.replace(wanted, state=WHOLE)
     collection.write_about(whole)
     return whole
@@ -223,6 +238,47 @@ def open_whole(place: MilvusCollection, recover: bool = False) -> About:
     return about
 
 
+def open_named(place: MilvusCollection, reference: DatastoreReference) -> About:
+    """The record of the collection that a checkpoint names, if it still holds those rows.
+
+    Args:
+        place: the collection.
+        reference: what the checkpoint says.
+
+    Raises:
+        DatastoreError: for other rows, with both numbers; and as `open_whole` does.
+        DatastoreConnectionError: if the server does not answer.
+    """
+    about = open_whole(place)
+    if (about.count, about.fingerprint) != (reference.num_rows, reference.fingerprint):
+        raise DatastoreError(
+            f"Expected {place} to hold {reference.num_rows} rows, fingerprint "
+            f"{reference.fingerprint[:12]}…, but it holds {about.count}, "
+            f"{about.fingerprint[:12]}…; it was changed since the checkpoint was saved; "
+            "if that is wanted, give the model MilvusDatastore.connect(…) and save it again."
+        )
+    return about
+
+
+def bring_home(parts: list[StoredRows], about: About, index: str = FLAT) -> Datastore:
+    """An embedded datastore of rows that were read, with the mean of their collection.
+
+    Args:
+        parts: rows, in the order wanted.
+        about: the record about them.
+        index: see `Datastore.from_features`.
+    """
+    parts = parts or [decode_rows([], about)]
+    ids, labels, features = (
+        torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in range(3)
+    )
+    return Datastore(
+        features, labels, ids, about.mean, metric=about.metric, normalization=about.normalization,
+        index=index,
+        paths=[path for part in parts for path in part.paths] if about.has_paths else None,
+    )  # fmt: skip
+
+
 def _with_recall(
     store: Datastore, collection: MilvusCollection, about: About, min_recall: float
 ) -> About:
@@ -251,17 +307,16 @@ def _ids_in(collection: MilvusCollection) -> np.ndarray:
 def _write(
     store: Datastore,
     collection: MilvusCollection,
-    space: RowSpace,
+    space: IndexSpace,
     missing: np.ndarray,
-    batch_size: int,
-    progress: bool,
+    plan: LoadPlan,
 ) -> None:
-    step = rows_per_call(store.dim, batch_size)
+    step = rows_per_call(store.dim, plan.batch_size)
     done = len(store) - len(missing)
     is_missing = np.zeros(len(store), bool)
     is_missing[missing] = True
     with tqdm(
-        total=len(store), initial=done, unit=" rows", desc="into Milvus", disable=not progress
+        total=len(store), initial=done, unit=" rows", desc="into Milvus", disable=not plan.progress
     ) as bar:
         for start in range(0, len(store), step):
             part = slice(start, start + step)

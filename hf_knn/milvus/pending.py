@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,25 +20,22 @@ from torch import Tensor
 
 from ..core.manifest import MANIFEST_NAME, DatastoreError
 from ..store.folders import give_default_mode, write_durably
-from ..store.remote import URI_VARIABLE, DatastoreReference, RemoteConsent, read_manifest
+from ..store.remote import (
+    PENDING_NAME,
+    URI_VARIABLE,
+    DatastoreReference,
+    RemoteConsent,
+    explain_pending,
+    is_pending,
+    read_manifest,
+)
 from ..store.table import StoredRows
 from .changes import Reversal, take_back
 from .collection import About, MilvusCollection
 from .server import DatastoreConnectionError, DatastoreRefusalError, MilvusServer, check_exists
 
-PENDING_NAME = "pending-change.safetensors"
-
-
 _FORMAT = "hf_knn.pending_change.1"
-
-
 _TENSORS = ("ids", "labels", "features", "added", "texts")
-
-
-_HINT = (
-    "Run `hf-knn undo {}`, or the next change, when nobody changes it: the rows are then taken "
-    "back to what the checkpoint names."
-)
 
 
 class Pending(NamedTuple):
@@ -91,16 +88,6 @@ def read_pending(path: Path) -> Pending:
         ) from error
 
 
-def is_pending(folder: Path) -> bool:
-    """Whether a change of a checkpoint's rows is under way, or was interrupted."""
-    return (folder / PENDING_NAME).is_file()
-
-
-def explain_pending(folder: Path) -> str:
-    """What to do about it."""
-    return f"A change of {folder} is under way, or was interrupted. {_HINT.format(folder)}"
-
-
 def settle(folder: Path) -> bool:
     """Takes an interrupted change back; the caller holds the lock of the folder.
 
@@ -115,9 +102,9 @@ def settle(folder: Path) -> bool:
         DatastoreError: if the rows are neither what they were nor what they would have been.
         DatastoreConnectionError: if the server does not answer; call again.
     """
-    path = folder / PENDING_NAME
-    if not path.is_file():
+    if not is_pending(folder):
         return False
+    path = folder / PENDING_NAME
     (uri, reversal), reference = read_pending(path), read_manifest(folder / MANIFEST_NAME)
     if not isinstance(reference, DatastoreReference) or reference.fingerprint not in (
         reversal.before.fingerprint,
@@ -155,18 +142,30 @@ def _take_back_at(
         ) from error
 
 
+class Journaled(Protocol):
+    """A `MilvusDatastore`, as far as it matters here.
+
+    Attributes:
+        collection: of the rows.
+        journal: where it writes how its changes are taken back; None for nowhere.
+    """
+
+    collection: MilvusCollection
+    journal: Path | None
+
+
 @contextmanager
-def whole_or_not(store: Any, folder: Path) -> Iterator[None]:
+def whole_or_not(store: Journaled | None, folder: Path) -> Iterator[None]:
     """Takes a change of a datastore back unless the checkpoint was saved with it.
 
     Args:
-        store: the datastore of the checkpoint; one whose rows lie beside it needs nothing.
+        store: the datastore of the checkpoint; None if its rows are not in Milvus.
         folder: of the checkpoint; the caller holds its lock.
 
     Raises:
         DatastoreConnectionError: if the server went away in the middle, saying what to run then.
     """
-    if store is None or store.location is None:
+    if store is None:
         yield
         return
     store.journal = folder / PENDING_NAME
@@ -179,7 +178,7 @@ def whole_or_not(store: Any, folder: Path) -> Iterator[None]:
         store.journal = None
 
 
-def _take_back_now(store: Any, folder: Path, error: BaseException) -> None:
+def _take_back_now(store: Journaled, folder: Path, error: BaseException) -> None:
     path = folder / PENDING_NAME
     if not path.is_file():
         return  # nothing was changed yet, or all is saved

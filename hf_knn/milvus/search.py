@@ -1,18 +1,24 @@
-"""Neighbours from Milvus: it proposes candidates, and float64 decides, as in `search.py`.
+"""How a collection is searched: by which index, how hard, and what is compared here.
 
 Milvus compares float32 vectors, so its order among nearly equal rows is its own. It is asked for
-some rows more than wanted; their stored features are compared here. If a row that it left out could
-still belong to the answer it is asked for more of them, and in the end all rows are read. With an
-approximate index that is so only where it returns too few.
+some rows more than wanted; their stored features are compared here in float64, as those of rows in
+memory are. If a row that it left out could still belong to the answer it is asked for more of them,
+and in the end all rows are read. With an approximate index that is so only where it returns too
+few.
 """
 
 import logging
+import math
+from collections.abc import Callable
 
 import numpy as np
 
+from ..core.manifest import DatastoreError
+from ..core.rows import Values, as_whole_numbers
 from ..core.search import Floats, Ints, RowSpace, float32_rounding, nearest_first
 from ..store.backend import NOBODY, Hits
 from ..store.faiss import limits
+from ..store.index import MIN_RECALL, RECALL_SAMPLE, recall_of
 from ..store.table import StoredRows
 from .collection import (
     LARGEST_ANSWER,
@@ -22,16 +28,108 @@ from .collection import (
     MilvusIndex,
     decode_rows,
     rows_per_call,
-    search_parameters,
 )
 
 logger = logging.getLogger(__name__)
 
+RECALL_K = 20
 
-_EXTRA = 12
+_EFFORT = {MilvusIndex.IVF_FLAT: "nprobe", MilvusIndex.HNSW: "ef"}
+_LEAST_EFFORT = {MilvusIndex.IVF_FLAT: 4, MilvusIndex.HNSW: 64}
+_LARGEST_EF = 4096
+_HNSW = {"M": 16, "efConstruction": 200}
+_EXTRA, _WIDEN = 12, 4
 
 
-_WIDEN = 4
+def build_parameters(kind: str, count: int) -> dict[str, int]:
+    """What an index is built with.
+
+    Args:
+        kind: of a `MilvusIndex`.
+        count: rows that it shall hold.
+    """
+    if kind == MilvusIndex.HNSW:
+        return dict(_HNSW)
+    return {"nlist": _lists(count)} if kind == MilvusIndex.IVF_FLAT else {}
+
+
+def search_parameters(kind: str, effort: int, wanted: int) -> dict[str, int]:
+    """What an index is searched with.
+
+    Args:
+        kind: of a `MilvusIndex`.
+        effort: see `set_effort`.
+        wanted: how many rows are asked for, which `ef` must not be below.
+    """
+    if kind == MilvusIndex.HNSW:
+        return {"ef": max(effort, wanted)}
+    return {_EFFORT[MilvusIndex(kind)]: effort} if kind in _EFFORT else {}
+
+
+def effort_name(kind: str) -> str:
+    """What the effort of an index is called; empty for one without."""
+    return _EFFORT.get(MilvusIndex(kind), "")
+
+
+def sample_rows(count: int) -> Ints:
+    """[S] row numbers that recall is measured on."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:RECALL_SAMPLE])
+
+
+def set_effort(
+    kind: str, count: int, ask: Callable[[int], Ints], wanted: Ints, min_recall: float = MIN_RECALL
+) -> tuple[int, float]:
+    """The smallest effort tried whose recall is enough; it is doubled until then.
+
+    Args:
+        kind: of a `MilvusIndex`, not `FLAT`.
+        count: rows in the index.
+        ask: from an effort to the ids that are found, [S, k].
+        wanted: [S, k] the ids of the nearest rows.
+        min_recall: in (0, 1].
+
+    Returns:
+        The effort (0 for an index without), and its recall.
+
+    Raises:
+        ValueError: if no effort is enough, with what was reached.
+    """
+    largest = {MilvusIndex.IVF_FLAT: _lists(count), MilvusIndex.HNSW: _LARGEST_EF}
+    most = largest.get(MilvusIndex(kind), 0)
+    effort = min(_LEAST_EFFORT.get(MilvusIndex(kind), 0), most)
+    while True:
+        recall = recall_of(ask(effort), wanted)
+        logger.info("%s, effort %d: recall %.4f of %d rows", kind, effort, recall, len(wanted))
+        if recall >= min_recall:
+            return effort, recall
+        if effort >= most:
+            raise ValueError(
+                f"Expected recall {min_recall:g} of the index {kind} in Milvus, but it reached "
+                f"{recall:.4f}; load again with a smaller `min_recall`, or under another name with "
+                "index='flat'."
+            )
+        effort = min(2 * effort, most)
+
+
+def _lists(count: int) -> int:
+    return max(1, min(65_536, round(4 * math.sqrt(count)), count))
+
+
+def rows_where(labels: Values | None, split: str | None) -> str:
+    """The Milvus expression for rows of some classes and one split.
+
+    Args:
+        labels: the classes; None for all.
+        split: None for all.
+    """
+    parts = []
+    if labels is not None:
+        classes = as_whole_numbers(labels, "labels").unique().tolist()
+        parts.append(f"label in {classes}")
+    if split is not None:
+        text = split.replace("\\", "\\\\").replace('"', '\\"')
+        parts.append(f'split == "{text}"')
+    return " and ".join(parts)
 
 
 def search_collection(
@@ -50,7 +148,7 @@ def search_collection(
         about: the record about it.
         space: how rows are compared.
         queries: [B, D] float64, normalised.
-        k: how many.
+        k: how many, no more than there are.
         excluded: [B] ids that are no neighbours of the queries, -1 for none; or None.
         where: a Milvus expression; empty for all rows.
 
@@ -59,8 +157,10 @@ def search_collection(
 
     Raises:
         DatastoreConnectionError: if the server does not answer.
-        DatastoreError: for rows that are not what the record says.
+        DatastoreError: if rows are missing, or are not what the record says.
     """
+    if k == 0 or len(queries) == 0:
+        return Hits.none(len(queries), k)
     answer = Hits.none(len(queries), k)
     pending, count = np.arange(len(queries)), k + (excluded is not None) + _EXTRA
     while len(pending) and count <= LARGEST_ANSWER:
@@ -81,6 +181,11 @@ def search_collection(
         )  # fmt: skip
         own = None if excluded is None else excluded[pending]
         answer.put(pending, _read_all(collection, about, space, queries[pending], k, own, where))
+    if (answer.ids < 0).any():
+        raise DatastoreError(
+            f"Expected {collection} to hold {about.count} rows, but it has fewer now; somebody "
+            "else changed it, connect again."
+        )
     return answer
 
 

@@ -4,31 +4,23 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..store.remote import LOCAL_ENDING, check_uri
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # importing it takes a second, and few need it
+    from pymilvus import MilvusClient
 
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
 TIMEOUT, PATIENCE = 30.0, 60.0
-
-
 MILVUS_HINT = "run `pip install hf-knn[milvus]`"
 
-
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 4.0
-
-
 _CONNECT_FAILED = 2  # pymilvus has no name for it
-
-
 _TRANSIENT_CODES = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"}
-
-
 _TRANSIENT_ERRORS = {"ConnectError", "MilvusUnavailableException", "FutureTimeoutError"}
 
 
@@ -90,7 +82,7 @@ class MilvusServer:
                 f"Expected the folder of {self.uri} to be there, but it is not; make it first."
             )
         create = self.library.MilvusClient
-        self.client: Any = self.ask(
+        self.client: MilvusClient = self.ask(
             "connect", lambda: create(uri=self.uri, token=token, timeout=timeout)
         )
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from ..core.backbone import count_prefix_tokens, hash_tensors, model_class, pool
-from ..core.config import Pooling
+from ..core.config import KnnConfig, Pooling
 
 # the classes of processors are taken from `transformers` when one is made: they import slowly
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -96,6 +97,43 @@ def load_backbone(name: str, **hub_options: Any) -> PreTrainedModel:
     return model_class(vision_config).from_pretrained(name, **hub_options)
 
 
+def open_backbone(
+    name: str, processor: Any = None, **hub_options: Any
+) -> tuple[PreTrainedModel, Any, str | None]:
+    """A pretrained vision model and what comes with it.
+
+    Args:
+        name: a Hub id, a local folder, or the name of a timm model.
+        processor: an image processor; None loads the one that comes with it.
+        hub_options: `revision`, `token`, `cache_dir`, `trust_remote_code`, ….
+
+    Returns:
+        The model, an image processor (or None), and the model's id if it lies on the Hub.
+    """
+    is_here = Path(name).exists()
+    if "/" not in name and not is_here:
+        name = f"timm/{name}"
+    model = load_backbone(name, **hub_options)
+    if processor is None:
+        processor = load_processor(name, model.config, **hub_options)
+    return model, processor, None if is_here else name
+
+
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Copies the weights of a backbone, all but those of a pooler that the target does not have.
+
+    Raises:
+        ValueError: naming weights that are missing or too many.
+    """
+    report = target.load_state_dict(source.state_dict(), strict=False)
+    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
+    if report.missing_keys or unexpected:
+        raise ValueError(
+            f"Expected the backbone's weights to fit {type(target).__name__}, but "
+            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
+        )
+
+
 def detached_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a backbone's configuration without the path or repo it came from.
 
@@ -144,6 +182,29 @@ def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
     return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
 
 
+def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:
+    """The configuration of a new model on a backbone.
+
+    Args:
+        backbone: what will make features.
+        pooling: how its output becomes one; None chooses.
+        values: further `KnnConfig` values.
+
+    Raises:
+        ValueError: for a backbone that cannot be one, or a bad value.
+    """
+    config = detached_config(backbone.config)  # refuses some, before they are tried
+    pooling = pooling or default_pooling(backbone)
+    other = values.get("knn_pooling")
+    return KnnConfig(
+        backbone_config=config,
+        feature_dim=measure_width(backbone, pooling),
+        knn_feature_dim=None if other is None else measure_width(backbone, other),
+        pooling=pooling,
+        **values,
+    )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module has the mode it had."""
@@ -154,13 +215,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, also for threads that are started; then each module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    if in_training:  # else nothing is written: threads may share the model
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
+def keeping_trainable(module: nn.Module) -> Iterator[None]:
+    """Afterwards each parameter is trained or frozen as it was before."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, was_trained in before:
+            parameter.requires_grad_(was_trained)
 
 
 def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
@@ -190,6 +263,14 @@ def freeze_all_but_last(backbone: nn.Module, count: int) -> None:
     for parameter in backbone.parameters():  # in the order in which modules were made
         is_frozen = is_frozen and parameter is not first
         parameter.requires_grad_(not is_frozen)
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts batch norms whose weights are frozen into evaluation mode: their statistics stay."""
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine
+        if is_norm and not part.weight.requires_grad:
+            part.eval()
 
 
 def _count_weights(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,52 +13,35 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
     raise ImportError("Expected huggingface_hub to be installed.") from missing
 
 
-logger = logging.getLogger(__name__)
+from ..store.backend import RowStore
 
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
+
+logger = logging.getLogger(__name__)
 
 MEASURED_NAME = "measured.json"
 """File of a checkpoint with what was measured, which the card is made from."""
 
-
 VOICE_NAMES = {"head": "head alone", "knn": "neighbours alone", "blend": "blend"}
-
-
 _BEGIN = "<!-- hf_knn: what follows is made anew at each push; write above or below -->"
-
-
 _END = "<!-- hf_knn: end -->"
-
-
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-
-
 BLOB_GLOB = "datastore-*.safetensors"
-
-
 _LARGEST_MEASUREMENT = 10**6
-
-
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
-
-
 _THUMBNAILS_NOTE = (
     " It also holds small copies of training pictures, without metadata, as was asked for; a row "
     "that is forgotten takes its own along."
 )
 
-
 RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
-
-
 _PICTURES = {
     RELIABILITY_NAME: "How sure it is, and how often right",
     NEIGHBORS_NAME: "Pictures, answers, and the training pictures that voted",
 }
 
-
 _LARGEST_PICTURE = 5 * 10**6
-
-
 _COLUMNS = {
     "top1": "top-1",
     "mean_class": "mean per class",
@@ -105,11 +88,11 @@ def write_measured(measured: dict[str, Any], folder: Path) -> None:
     (folder / MEASURED_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def draw_reliability(model: Any, folder: Path) -> None:
+def draw_reliability(model: "KnnForImageClassification", folder: Path) -> None:
     """Draws how often the blend is right when it says how sure it is, if that was measured.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: what it is about.
         folder: where `reliability.png` goes; nothing is drawn without matplotlib.
     """
     bins = (model.measured or {}).get("reliability")
@@ -136,7 +119,7 @@ def is_made_here(card: str) -> bool:
 
 
 def make_card(
-    model: Any,
+    model: "KnnForImageClassification",
     name: str,
     existing: str | None = None,
     folder: Path | None = None,
@@ -145,7 +128,7 @@ def make_card(
     """The text of `README.md`.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: what it is about.
         name: of the repository or folder.
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
         folder: where the checkpoint lies, with pictures of the card.
@@ -165,7 +148,12 @@ def make_card(
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str | None) -> Any:
+def _metadata(
+    model: "KnnForImageClassification",
+    name: str,
+    existing: dict[str, Any],
+    license_name: str | None,
+) -> Any:
     measured = model.measured or {}
     metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
     results = [
@@ -190,7 +178,7 @@ def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str
     base = getattr(model.config, "base_model", None)
     if base:
         ours["base_model"] = base
-    source = getattr(model.datastore, "source", {})
+    source = {} if model.datastore is None else model.datastore.source
     if source.get("revision"):  # known on the Hub
         known = kept.pop("datasets", None) or []
         ours["datasets"] = [*dict.fromkeys([*known, source["dataset"]])]
@@ -202,7 +190,9 @@ def _metadata(model: Any, name: str, existing: dict[str, Any], license_name: str
     return ModelCardData(**kept | ours)
 
 
-def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
+def _body(
+    model: "KnnForImageClassification", name: str, drawn: list[str], folder: Path | None
+) -> str:
     config = model.config
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
@@ -251,7 +241,7 @@ def _body(model: Any, name: str, drawn: list[str], folder: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _measured(model: Any) -> list[str]:
+def _measured(model: "KnnForImageClassification") -> list[str]:
     measured = model.measured
     if not measured:
         return ["Nothing was measured on pictures held out."]
@@ -273,7 +263,7 @@ def _measured(model: Any) -> list[str]:
     return lines
 
 
-def _datastore(model: Any, folder: Path | None) -> list[str]:
+def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[str]:
     config, store = model.config, model.datastore
     if store is None:
         return ["None: this is the head alone."]
@@ -289,7 +279,7 @@ def _datastore(model: Any, folder: Path | None) -> list[str]:
     ]
 
 
-def _location(store: Any) -> str:
+def _location(store: RowStore) -> str:
     if store.location is None:
         return ""
     return (

@@ -5,39 +5,48 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from ..core.files import HubFiles
+from ..core.config import KnnConfig
 from ..core.manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
     MANIFEST_NAME,
     Binding,
     DatastoreError,
-    FileRecord,
     Manifest,
     StaleDatastoreError,
 )
 from ..core.reading import (
+    HUB_OPTIONS,
     THUMBNAILS_NAME,
-    combine_hashes,
-    fingerprint_files,
+    HubFiles,
+    bind,
+    check_fits,
+    find_problem,
     hash_settings,
-    is_weights_file,
-    stored_pooling,
+    refuse_missing,
 )
-from ..milvus.datastore import MilvusDatastore
-from ..milvus.pending import PENDING_NAME, explain_pending, is_pending
-from ..store.backend import SearchBackend
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder
 from ..store.hub import CARD_NAME
-from ..store.remote import DatastoreReference, RemoteConsent, read_manifest
-from .backbones import load_processor, same_weights, weight_marks
+from ..store.remote import (
+    PENDING_NAME,
+    DatastoreReference,
+    RemoteConsent,
+    explain_pending,
+    is_pending,
+    open_remote,
+    read_manifest,
+)
+from .backbones import same_weights, weight_marks
 from .card import (
     MEASURED_NAME,
     NEIGHBORS_NAME,
@@ -48,62 +57,48 @@ from .card import (
     read_picture,
     write_measured,
 )
-from .receipts import CHANGES_NAME, Receipt, read_changes, write_changes
+from .code import AUTO_MAP, CODE_NAMES, legacy_code, reader_of, write_code
+from .memory import Memory
+from .receipts import CHANGES_NAME, read_changes, write_changes
 from .thumbnails import Thumbnails
 
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
+
 logger = logging.getLogger(__name__)
-
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_knn.KnnConfig",
-    "AutoModel": "modeling_knn.KnnForImageClassification",
-    "AutoModelForImageClassification": "modeling_knn.KnnForImageClassification",
-}
-
-
 _WEIGHTS_PATTERN = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 
-
-OWN_CODE = (
-    "backbone.py", "blobs.py", "checkpoint.py", "class_names.py", "confidence.py",
-    "configuration_knn.py", "datastore.py", "datastore_changes.py", "datastore_files.py",
-    "datastore_opening.py", "datastore_reference.py", "datastore_rows.py", "datastore_search.py",
-    "explaining.py", "faiss_index.py", "first_pass.py", "flips.py", "following.py", "functional.py",
-    "heads.py", "hub_files.py", "images.py", "indexing.py", "manifest.py", "milvus_changes.py",
-    "milvus_client.py", "milvus_collection.py", "milvus_index.py", "milvus_load.py",
-    "milvus_reading.py", "milvus_rows.py", "milvus_search.py", "milvus_store.py", "model_card.py",
-    "modeling_knn.py", "pending_change.py", "persistence.py", "processors.py", "publishing.py",
-    "receipts.py", "remembering.py", "ridge_head.py", "ridge_state.py", "row_fingerprint.py",
-    "row_table.py", "rows.py", "search.py", "search_backend.py", "storage.py", "teaching.py",
-    "thumbnails.py",
-)  # fmt: skip
-"""The files that travel with a checkpoint for `trust_remote_code`."""
-
-
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
-
 _READ_ATTEMPTS = 3
-
-
 _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, mapped datastore
 
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
-        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME, *OWN_CODE)
+        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *CODE_NAMES)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME)
         or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether a file was not what it should be, rather than refused for what it says."""
+    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
+        error.__context__, JSONDecodeError | UnicodeDecodeError
+    )
+
+
 def write_checkpoint(
-    model: Any, folder: Path, save_weights: Callable[..., None], options: dict[str, Any]
+    model: "KnnForImageClassification",
+    folder: Path,
+    save_weights: Callable[..., None],
+    options: dict[str, Any],
 ) -> None:
     """Writes a model with its processor and datastore as one version.
 
@@ -118,13 +113,19 @@ def write_checkpoint(
     """
     store = model.datastore
     if store is not None:
-        check_fits(store, model.config)
+        check_store(store, model.config)
     model.config.has_datastore = store is not None
     model.config.auto_map = dict(AUTO_MAP)
+    legacy = legacy_code(reader_of(folder))
+
+    def is_owned(name: str) -> bool:
+        return is_checkpoint_file(name) or name in legacy
+
     try:
-        with replaced_folder(folder, is_checkpoint_file) as staging:
+        with replaced_folder(folder, is_owned) as staging:
             _refuse_pending(store, folder)
             save_weights(staging, push_to_hub=False, **options)
+            write_code(staging)
             if model.image_processor is not None:
                 model.image_processor.save_pretrained(staging)
             if model.measured is not None:
@@ -146,7 +147,7 @@ def write_checkpoint(
         ) from error
 
 
-def _write_card(model: Any, folder: Path, staging: Path) -> None:
+def _write_card(model: "KnnForImageClassification", folder: Path, staging: Path) -> None:
     """The card as it is made at a push; one that is all a user's own stays as it is."""
     name, card, drawing = folder.resolve().name, folder / CARD_NAME, folder / RELIABILITY_NAME
     existing = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
@@ -157,16 +158,16 @@ def _write_card(model: Any, folder: Path, staging: Path) -> None:
     (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
 
 
-def _refuse_pending(store: SearchBackend | None, folder: Path) -> None:
+def _refuse_pending(store: RowStore | None, folder: Path) -> None:
     """Keeps what takes another's change back, which the new version would not have."""
-    own = store.journal if isinstance(store, MilvusDatastore) else None
+    own = None if store is None else store.journal
     if is_pending(folder) and own != folder.resolve() / PENDING_NAME:
         raise DatastoreError(
             f"Expected {folder} to be whole, to be saved over. {explain_pending(folder)}"
         )
 
 
-def _write_thumbnails(model: Any, folder: Path) -> None:
+def _write_thumbnails(model: "KnnForImageClassification", folder: Path) -> None:
     """Those of the rows that there are: no byte of a row that is gone reaches the disk."""
     if model.thumbnails is None or model.datastore is None:
         return
@@ -176,7 +177,7 @@ def _write_thumbnails(model: Any, folder: Path) -> None:
         give_default_mode(folder / THUMBNAILS_NAME)
 
 
-def made_by(model: Any) -> str:
+def made_by(model: "KnnForImageClassification") -> str:
     """Fingerprint of what makes a model's datastore features: weights, processor and pooling."""
     settings = "" if model.image_processor is None else model.image_processor.to_json_string()
     processor_sum = hash_settings(json.loads(settings)) if settings else ""
@@ -191,34 +192,36 @@ def _is_same_maker(first: str, second: str) -> bool:
     return rest == other_rest and same_weights(weights, other_weights)
 
 
-def check_fits(store: SearchBackend, config: Any) -> None:
-    """Refuses a datastore that a model cannot use.
-
-    Args:
-        store: the datastore.
-        config: the model's `KnnConfig`.
-
-    Raises:
-        ValueError: naming what disagrees and both values.
-    """
-    width = config.extra_dim or config.feature_dim
-    pairs = [("width", store.dim, width), ("metric", store.metric, config.metric)]
-    pairs.append(("normalization", store.normalization, config.normalization))
-    for name, found, wanted in pairs:
-        if found != wanted:
-            raise ValueError(
-                f"Expected a datastore of {name} {wanted}, as the model has, but got {found}."
-            )
-    beyond = store.label_beyond(config.classes)
-    if beyond is not None:
-        raise ValueError(
-            f"Expected labels below {config.classes} in the datastore, the number of classes of "
-            f"the model, but got {beyond}."
-        )
+def check_store(store: RowStore, config: KnnConfig) -> None:
+    """Refuses a datastore that a model cannot use; see `check_fits`."""
+    check_fits(
+        config, store.dim, store.metric, store.normalization, store.label_beyond(config.classes)
+    )
 
 
 class CheckpointReader(HubFiles):
     """Finds the files of one checkpoint, and reads it as one version."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit all files come from; None for a folder, or where nobody could be asked."""
+        return None if self.is_folder else getattr(self.revision, "resolved", None)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether they lie in a folder here."""
+        return Path(self.name).is_dir()
+
+    def download_again(self) -> bool:
+        """Ignores what was downloaded before, since it was damaged on its way; False if it cannot.
+
+        The client of the Hub compares sizes only.
+        """
+        if self.is_folder or any(self.options.get(name) for name in HUB_OPTIONS[2:4]):
+            return False
+        logger.warning("Downloading %s again: a file does not match its hash.", self.name)
+        self.options["force_download"] = True
+        return True
 
     def attempts(self) -> Iterator["CheckpointAttempt"]:
         """Attempts to read the checkpoint, until one saw a single version.
@@ -233,21 +236,18 @@ class CheckpointReader(HubFiles):
             "times meanwhile; try again when nobody writes it."
         )
 
-    def read_processor(self) -> Any:
-        """The checkpoint's image processor, or None."""
-        return load_processor(self.name, revision=self.revision, **self.options)
+    def read_memory(self, memory: Memory) -> Memory:
+        """With what the checkpoint says beside its rows: receipts, measurements, and a picture.
 
-    def read_measured(self) -> dict[str, Any] | None:
-        """What the checkpoint says was measured, or None."""
-        return read_measured(self.resolve(MEASURED_NAME))
-
-    def read_changes(self) -> list[Receipt]:
-        """What was taught and forgotten since the training, as far as the checkpoint says."""
-        return read_changes(self.resolve(CHANGES_NAME))
-
-    def read_neighbor_picture(self) -> bytes | None:
-        """The picture of neighbours that comes with the checkpoint, or None."""
-        return read_picture(self.resolve(NEIGHBORS_NAME))
+        Args:
+            memory: of the model that was loaded from it.
+        """
+        return replace(
+            memory,
+            receipts=tuple(read_changes(self.resolve(CHANGES_NAME))),
+            measured=read_measured(self.resolve(MEASURED_NAME)),
+            picture=read_picture(self.resolve(NEIGHBORS_NAME)),
+        )
 
 
 class CheckpointAttempt:
@@ -282,7 +282,7 @@ class CheckpointAttempt:
         self.manifest = read_manifest(path)
         if self.manifest.binding is None:
             return
-        problem = self._find_problem(self.manifest.binding)
+        problem = find_problem(self.reader.resolve, self.manifest.binding)
         if problem is not None and not allow_stale:
             raise problem
         if problem is not None:
@@ -290,8 +290,8 @@ class CheckpointAttempt:
             logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
 
     def read_datastore(
-        self, model: Any, trust_faiss_index: bool, consent: RemoteConsent
-    ) -> SearchBackend | None:
+        self, model: "KnnForImageClassification", trust_faiss_index: bool, consent: RemoteConsent
+    ) -> RowStore | None:
         """Reads the datastore that belongs to a model; checks every byte of a downloaded one.
 
         Args:
@@ -308,13 +308,9 @@ class CheckpointAttempt:
             ValueError: for a server that may not be asked.
         """
         if self.manifest is None:
-            if model.config.has_datastore:
-                raise DatastoreError(
-                    f"Expected {self.reader.name} to hold {MANIFEST_NAME}, as its {CONFIG_NAME} "
-                    "says, but it is missing; pass load_datastore=False for the plain classifier."
-                )
+            refuse_missing(self.reader.name, model.config)
             return None
-        store: SearchBackend
+        store: RowStore
         if isinstance(self.manifest, DatastoreReference):
             store = self._open_elsewhere(self.manifest, consent)
         else:
@@ -325,7 +321,7 @@ class CheckpointAttempt:
                 trust_faiss_index=trust_faiss_index,
             )
         if len(store) < _LABELS_CHECKED_AT_ONCE or store.location is not None:
-            check_fits(store, model.config)
+            check_store(store, model.config)
         store.digest = STALE if self.is_stale else made_by(model)
         binding = self.manifest.binding
         dtype = str(model.dtype).removeprefix("torch.")
@@ -336,14 +332,9 @@ class CheckpointAttempt:
             )  # fmt: skip
         return store
 
-    def _open_elsewhere(
-        self, reference: DatastoreReference, consent: RemoteConsent
-    ) -> MilvusDatastore:
+    def _open_elsewhere(self, reference: DatastoreReference, consent: RemoteConsent) -> RowStore:
         try:
-            return MilvusDatastore.open(
-                reference, trust_remote_datastore=consent.trusted, uri=consent.uri,
-                token=consent.token,
-            )  # fmt: skip
+            return open_remote(reference, consent)
         except DatastoreError as error:
             folder = Path(self.reader.name)
             if not self.reader.is_folder or not is_pending(folder):
@@ -369,41 +360,6 @@ class CheckpointAttempt:
         """Whether another version is there than when this attempt began."""
         return self._manifest_identity() != self.seen
 
-    def _find_problem(self, binding: Binding) -> DatastoreError | None:
-        damaged: list[DatastoreError] = []
-        found: dict[str, Path] = {}
-        for record in binding.files:
-            path = self.reader.resolve(record.name)
-            if path is not None:
-                found[record.name] = path
-            try:
-                record.verify(path)
-            except DatastoreError as error:
-                damaged.append(error)
-        names = [record.name for record in binding.files if is_weights_file(record.name)]
-        if any(name not in found for name in names):
-            return damaged[0]
-        processor = self.reader.resolve(IMAGE_PROCESSOR_NAME)
-        try:
-            pooling = stored_pooling(self.reader.resolve(CONFIG_NAME), binding.pooling)
-            now = fingerprint_files([found[name] for name in names], processor, pooling)
-        except DatastoreError as error:
-            return damaged[0] if damaged else error
-        except SafetensorError:
-            # not a readable file: which one, the hashes say
-            return damaged[0] if damaged else None
-        if now[0] == binding.fingerprint:
-            return damaged[0] if damaged else None
-        parts = ("weights", "processor settings", "pooling")
-        was = (binding.weights, binding.processor, binding.pooling)
-        changed = [p for p, a, b in zip(parts, now[1:], was, strict=True) if a != b]
-        changed += [record.name for record in binding.files if record.name in str(damaged)]
-        return StaleDatastoreError(
-            f"Expected a datastore made by the backbone beside it, fingerprint {now[0][:12]}…, but "
-            f"{MANIFEST_NAME} names {binding.fingerprint[:12]}… (other {', '.join(changed)}); "
-            f"build it again, or pass allow_stale=True to use it anyway."
-        )
-
     def _manifest_identity(self) -> tuple[int, int, int] | None:
         if not self.reader.is_folder:
             return None  # a commit does not change
@@ -411,29 +367,19 @@ class CheckpointAttempt:
         return None if path is None else identity(path)
 
 
-def _bind(model: Any, folder: Path) -> Binding:
+def _bind(model: "KnnForImageClassification", folder: Path) -> Binding:
     """Ties a datastore to the files of the checkpoint that lie in `folder`."""
-    weights = sorted(folder.glob("model*.safetensors"))
-    pooling = model.config.store_pooling
-    found = fingerprint_files(weights, folder / IMAGE_PROCESSOR_NAME, pooling)
-    fingerprint, weight_sum, processor_sum, _ = found
-    then = model.datastore.digest
-    if then is not None and not _is_same_maker(then, made_by(model)):
+    store, weight_sum = model.datastore, None
+    assert store is not None
+    if store.digest is not None and not _is_same_maker(store.digest, made_by(model)):
         logger.warning(
             "The datastore was not made by the backbone, image processor and pooling as they are "
             "now; it is saved as stale. "
             "Build it again before you save."
         )
-        weight_sum = hashlib.sha256(then.encode()).hexdigest()
-        fingerprint = combine_hashes(weight_sum, processor_sum, pooling)
+        weight_sum = hashlib.sha256(store.digest.encode()).hexdigest()
     dtype = str(model.dtype).removeprefix("torch.")
-    before = model.datastore.binding
+    before = store.binding
     if before and before.dtype != dtype:
         logger.warning("The backbone is saved as %s, another dtype than %s.", dtype, before.dtype)
-    names = [CONFIG_NAME, *(path.name for path in weights)]
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        names.append(SAFE_WEIGHTS_INDEX_NAME)
-    if (folder / THUMBNAILS_NAME).is_file():
-        names.append(THUMBNAILS_NAME)
-    files = [FileRecord.of(folder / name) for name in names]
-    return Binding(fingerprint, weight_sum, processor_sum, pooling, dtype, files)
+    return bind(folder, model.config.store_pooling, dtype, weight_sum)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..store.datastore import Datastore
 from .backbones import weight_marks
 from .modeling import KnnForImageClassification
 
@@ -13,6 +13,8 @@ SETTINGS = (
     "k", "knn_temperature", "knn_weight", "knn_weighting", "blend_temperature", "pooling",
     "knn_pooling", "metric", "normalization", "head", "head_regularizer", "head_temperature",
 )  # fmt: skip
+
+_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -71,42 +73,40 @@ def compare(first: KnnForImageClassification, second: KnnForImageClassification)
 def _compare_rows(
     first: KnnForImageClassification, second: KnnForImageClassification
 ) -> dict[str, Any]:
-    one, two = first.datastore, second.datastore
-    mine = torch.empty(0, dtype=torch.int64) if one is None else one.ids
-    theirs = torch.empty(0, dtype=torch.int64) if two is None else two.ids
+    one, two = _ids_of(first), _ids_of(second)
     found: dict[str, Any] = {
-        "added": theirs[~torch.isin(theirs, mine)].sort().values.tolist(),
-        "removed": mine[~torch.isin(mine, theirs)].sort().values.tolist(),
+        "added": two[~torch.isin(two, one)].sort().values.tolist(),
+        "removed": one[~torch.isin(one, two)].sort().values.tolist(),
     }
-    if not isinstance(one, Datastore) or not isinstance(two, Datastore):
-        return found
-    both = mine[torch.isin(mine, theirs)].sort().values
-    return found | _compare_common(one, two, both, first, second)
+    both = one[torch.isin(one, two)].sort().values
+    return found | (_compare_common(both, first, second) if len(both) else {})
+
+
+def _ids_of(model: KnnForImageClassification) -> torch.Tensor:
+    if model.datastore is None:
+        return torch.empty(0, dtype=torch.int64)
+    return model.datastore.ids
 
 
 def _compare_common(
-    one: Datastore,
-    two: Datastore,
-    ids: torch.Tensor,
-    first: KnnForImageClassification,
-    second: KnnForImageClassification,
+    ids: torch.Tensor, first: KnnForImageClassification, second: KnnForImageClassification
 ) -> dict[str, Any]:
     """Rows that both have, block by block."""
     relabelled, changed = [], []
-    for block in ids.split(8192):
-        old, new = one.subset(block), two.subset(block)
-        names = zip(
-            block.tolist(),
-            (first.config.class_names[n] for n in old.labels.tolist()),
-            (second.config.class_names[n] for n in new.labels.tolist()),
-            strict=True,
-        )
+    one, two = first.datastore, second.datastore
+    assert one is not None
+    assert two is not None
+    mine, theirs = first.config.class_names, second.config.class_names
+    for block in ids.split(_BLOCK_ROWS):
+        old, new = one.rows_of(block), two.rows_of(block)
+        labels = zip(block.tolist(), old.labels.tolist(), new.labels.tolist(), strict=True)
+        names = [(row_id, mine[before], theirs[after]) for row_id, before, after in labels]
         relabelled += [row for row in names if row[1] != row[2]]
-        if old.dim != new.dim:
-            changed += block.tolist()
-            continue
-        same = (old.features.float() == new.features.float()).all(dim=1)
-        changed += block[~same].tolist()
+        is_changed = np.ones(len(block), np.bool_)
+        if one.dim == two.dim:
+            values = [rows.features.astype(np.float32) for rows in (old, new)]
+            is_changed = (values[0] != values[1]).any(axis=1)
+        changed += block[torch.from_numpy(is_changed)].tolist()
     return {"relabelled": relabelled, "changed": changed}
 
 

@@ -1,7 +1,8 @@
 """Why an answer is what it is: who voted, what would change it, and is anything like it known."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.backbone import split_features
+from ..core.config import KnnConfig
 from ..core.search import Neighbors
-from ..store.datastore import Datastore
+from ..store.backend import RowStore, as_row_store
 from ..store.index import FLAT
 from .flips import Ballot, Doubles, margin_of, smallest_flip, vote_shares
+
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
 
 
 def typicality(nearest: float, calibration: Doubles) -> float:
@@ -104,39 +109,25 @@ class Calibration:
         nearest: [M] ascending similarities, of at most 5,000 rows taken at random.
     """
 
-    def __init__(self, store: Any) -> None:
-        self._seen = _marks(store)
-        if isinstance(store, Datastore):
-            generator = torch.Generator().manual_seed(0)
-            rows = torch.randperm(len(store), generator=generator)[:_CALIBRATED_ON]
-            asked = store.subset(store.ids[rows])
-            found = store.search(asked.features, 1, asked.ids).similarities
-        else:
-            found = torch.cat([near.similarities for near in store.leave_one_out(1)])
+    def __init__(self, store: RowStore) -> None:
+        self._seen = (store, *store.marks)
+        ids = store.ids
+        generator = torch.Generator().manual_seed(0)
+        rows = store.rows_of(ids[torch.randperm(len(ids), generator=generator)[:_CALIBRATED_ON]])
+        found = store.search(rows.features, 1, rows.ids).similarities
         self.nearest: Doubles = np.sort(found.double().flatten().numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model count again when they need to
 
-    def is_of(self, store: Any) -> bool:
-        """Whether rows and mean are those that were counted."""
-        now = _marks(store)
-        return len(now) == len(self._seen) and all(map(_is_same, self._seen, now))
-
-
-def _marks(store: Any) -> tuple[Any, ...]:
-    """What is something else once rows or mean have changed; nothing is read from a server."""
-    if isinstance(store, Datastore):
-        return store, store.ids, store.mean
-    return store, getattr(store, "fingerprint", store.mean)
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    return first is second or (isinstance(first, str) and first == second)
+    def is_of(self, store: RowStore) -> bool:
+        """Whether rows and mean are those that were counted; nothing is read from a server."""
+        now = (store, *store.marks)
+        return len(now) == len(self._seen) and all(map(is_, now, self._seen))
 
 
 def explain(
-    model: Any,
+    model: "KnnForImageClassification",
     features: Tensor,
     sample_ids: Tensor | None = None,
     *,
@@ -146,7 +137,7 @@ def explain(
     """Explains answers; see `KnnForImageClassification.explain`.
 
     Args:
-        model: a `KnnForImageClassification`.
+        model: what answers.
         features: [B, D], as in `pooler_output`.
         sample_ids: [B] rows that are not neighbours, -1 for none.
         level: p-values below it are "unlike anything seen".
@@ -154,20 +145,27 @@ def explain(
     """
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be in (0, 1), but got {level}.")
-    threshold = _threshold(model, max_error)
+    config, threshold = model.config, _threshold(model.config, max_error)
+    store = model.datastore
+    store = as_row_store(store) if store is not None and len(store) else None
     with torch.inference_mode():
-        head_part, store_part = split_features(features.to(model.device), model.config)
-        near, wide = _search(model, store_part.float(), sample_ids)
+        head_part, store_part = split_features(features.to(model.device), config)
+        near = wide = None
+        if store is not None:
+            near, wide = _search(store, config.k, store_part.float(), sample_ids)
         logits, head_logits, votes = model.weigh(head_part, near)
     answers = _Answers(
         logits.exp().cpu(), head_logits.float().cpu(),
-        None if votes is None else votes.exp().cpu(), wide,
+        None if votes is None else votes.exp().cpu(), wide, _paths_of(store, near),
+        config.metric if store is None else store.metric,
     )  # fmt: skip
     calibration = None
-    if wide is not None and len(model.datastore) > 1:
-        calibration = _calibration(model).nearest
+    if store is not None and len(store) > 1:
+        if model.calibration is None or not model.calibration.is_of(store):
+            model.calibration = Calibration(store)
+        calibration = model.calibration.nearest
     return [
-        _explain_one(model, answers, row, calibration, level, threshold)
+        _explain_one(config, answers, row, calibration, level, threshold)
         for row in range(len(features))
     ]
 
@@ -180,21 +178,22 @@ class _Answers(NamedTuple):
         head: [B, C_head] logits.
         knn: [B, C] probabilities; None without a datastore.
         wide: [B, 2 k] rows, or all there are: those that vote and those that could come after.
+        paths: id of each row that votes to where its picture lies.
+        metric: of the datastore.
     """
 
     blend: Tensor
     head: Tensor
     knn: Tensor | None
     wide: Neighbors | None
+    paths: dict[int, str]
+    metric: str
 
 
 def _search(
-    model: Any, rows: Tensor, sample_ids: Tensor | None
-) -> tuple[Neighbors | None, Neighbors | None]:
+    store: RowStore, k: int, rows: Tensor, sample_ids: Tensor | None
+) -> tuple[Neighbors, Neighbors]:
     """The rows that vote, and as many more as could have to be removed: one search for both."""
-    store, k = model.datastore, model.config.k
-    if store is None or len(store) == 0:
-        return None, None
     found = store.search(rows, 2 * k, sample_ids)
     wide = Neighbors(*(part.cpu() for part in found))
     if store.index.spec != FLAT:  # which may miss a row that it finds when asked for more
@@ -202,17 +201,25 @@ def _search(
     return Neighbors(*(part[:, :k] for part in found)), wide
 
 
+def _paths_of(store: RowStore | None, near: Neighbors | None) -> dict[int, str]:
+    """Where the pictures of all voters lie, asked for at once."""
+    if store is None or near is None:
+        return {}
+    ids = near.ids.unique().tolist()
+    return dict(zip(ids, store.paths_of(ids), strict=True))
+
+
 def _explain_one(
-    model: Any,
+    config: KnnConfig,
     answers: _Answers,
     row: int,
     calibration: Doubles | None,
     level: float,
     threshold: float,
 ) -> Explanation:
-    config, names = model.config, model.config.class_names
+    names = config.class_names
     blend, head, wide = answers.blend[row], answers.head[row], answers.wide
-    named = {
+    named: dict[str, Any] = {
         "answer": names[int(blend.argmax())],
         "probabilities": _named(blend, names),
         "head": _named(functional.softmax(head, dim=0), names),
@@ -226,15 +233,14 @@ def _explain_one(
     ballot = Ballot(
         similarities, labels, min(config.k, len(labels)),
         functional.pad(functional.softmax(head, dim=0).double(), (0, config.classes - len(head))),
-        config.blended_classes, config.knn_weight, config.knn_temperature, model.datastore.metric,
+        config.blended_classes, config.knn_weight, config.knn_temperature, answers.metric,
         config.knn_weighting, is_all=len(labels) < 2 * config.k,
     )  # fmt: skip
     shares, found = vote_shares(ballot), smallest_flip(ballot)
     columns = (ids, labels.tolist(), similarities.tolist(), shares.tolist())
-    paths = model.datastore.paths_of(ids[: ballot.k])
-    voters = [
-        Voter(row_id, names[label], similarity, share, path)
-        for row_id, label, similarity, share, path in zip(*columns, paths, strict=False)
+    voters = [  # the first k of them: there are no more shares
+        Voter(row_id, names[label], similarity, share, answers.paths[row_id])
+        for row_id, label, similarity, share in zip(*columns, strict=False)
     ]
     p_value = None if calibration is None else typicality(float(similarities[0]), calibration)
     return Explanation(
@@ -253,16 +259,10 @@ def _named(probabilities: Tensor, names: list[str]) -> dict[str, float]:
     return {names[n]: p for n, p in zip(order.tolist(), probabilities[order].tolist(), strict=True)}
 
 
-def _calibration(model: Any) -> Calibration:
-    if model.calibration is None or not model.calibration.is_of(model.datastore):
-        model.calibration = Calibration(model.datastore)
-    return model.calibration
-
-
-def _threshold(model: Any, max_error: float | None) -> float:
+def _threshold(config: KnnConfig, max_error: float | None) -> float:
     if max_error is None:
         return 0.0
-    known = model.config.answer_thresholds
+    known = config.answer_thresholds
     if f"{max_error:g}" not in known:
         raise ValueError(
             f"Expected `max_error` to be one of {sorted(map(float, known))}, the error rates that "

@@ -26,27 +26,15 @@ from ..core.votes import PROBABILITY_FLOOR, Metric, Weighting
 from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
-
-
 GRAPH_NAME, SETTINGS_NAME, SCRIPT_NAME = "model.onnx", "model.json", "classify.py"
-
-
 OUTPUTS = ("log_probs", "head_logits", "neighbor_ids", "similarities")
-
 
 LARGEST_EMBEDDED = 1_500_000_000
 """Bytes of weights from which they lie in a file beside the graph, which may have 2 GB."""
 
-
 _TOLERANCE = 1e-3
-
-
 _CHECKED_PICTURES = 4
-
-
 _SMALLEST = 1e-30
-
-
 _HINT = "run `pip install 'hf-knn[export]'`"
 
 

@@ -15,11 +15,7 @@ from torch import Tensor
 from ..core.votes import Metric, Weighting, neighbor_log_weights, squared_distances
 
 Doubles = NDArray[np.float64]
-
-
 _ROUNDING = 1e-12
-
-
 _SMALLEST_TOTAL = 1e-200  # below it, weights beside the nearest row's have lost digits
 
 

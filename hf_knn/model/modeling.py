@@ -1,259 +1,37 @@
 """The package's model: what travels, and in addition it learns, forgets and gives reasons."""
 
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from json import JSONDecodeError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
-from ..core.backbone import build_backbone, extract, freeze_statistics, split_features
+from ..core import model as core
 from ..core.config import KnnConfig
-from ..core.head import KnnHead
-from ..core.manifest import DatastoreError
-from ..core.model import KnnImageClassifierOutput
 from ..core.rows import Values
-from ..core.search import Neighbors
-from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
-from ..store.backend import SearchBackend
-from ..store.hub import CARD_NAME, PushTarget
+from ..store.backend import RowStore, SearchBackend
+from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
-from ..store.table import StoredRows
+from . import teaching
 from .backbones import (
-    default_pooling,
-    detached_config,
-    load_backbone,
-    load_processor,
-    measure_width,
+    config_for,
+    copy_weights,
+    freeze_statistics,
+    open_backbone,
     portable,
 )
-from .card import draw_reliability, make_card
-from .checkpoint import CheckpointReader, write_checkpoint
+from .checkpoint import CheckpointReader, is_damage, write_checkpoint
+from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
+from .memory import Memory
+from .notes import of_unanswered
+from .pictures import features_of, small_pictures, thumbnails_of
+from .publish import publish
 from .receipts import Receipt
-from .teaching import (
-    Follower,
-    Label,
-    features_of,
-    fingerprint_rows,
-    forget,
-    merge,
-    relabel,
-    small_pictures,
-    teach,
-    thumbnails_of,
-    undo,
-)
 from .thumbnails import Thumbnails
-
-
-class Remembering:
-    """The part of `KnnForImageClassification` that changes and explains what it remembers.
-
-    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
-    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
-    and checkpoint as one.
-
-    Attributes:
-        changes: receipts of what was taught and forgotten since the training, oldest first.
-        forgotten: the rows of the last change, if it was `forget`, for `undo`; never saved.
-        follower: what is kept in step with the datastore while rows come and go.
-        calibration: how near stored rows lie to one another, for p-values.
-        thumbnails: small pictures of stored rows, saved with the model, or None; see
-            `keep_thumbnails`.
-        forgotten_mean: [D], what centred rows when they were there; never saved.
-        forgotten_thumbnails: those of `forgotten`; never saved.
-        forgotten_picture: the picture of neighbours that there was before them; never saved.
-    """
-
-    changes: list[Receipt]
-    forgotten: StoredRows | None
-    forgotten_mean: Tensor | None
-    follower: Follower | None
-    calibration: Calibration | None
-    thumbnails: Thumbnails | None
-    forgotten_thumbnails: Thumbnails | None
-    forgotten_picture: bytes | None
-
-    def start_remembering(self) -> None:
-        """Nothing was changed yet; called when a model, or its datastore from training, is made."""
-        self.changes = []
-        self.forgotten = self.forgotten_mean = self.follower = self.calibration = None
-        self.thumbnails = self.forgotten_thumbnails = self.forgotten_picture = None
-
-    def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
-        """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
-
-        They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
-        checkpoint. `forget` removes those of its rows.
-
-        Args:
-            images: row id to picture (path, file content, PIL image); they join those that are
-                kept. None removes all.
-
-        Raises:
-            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
-                changed.
-        """
-        if images is None:
-            self.thumbnails = None
-            return
-        made = thumbnails_of(self, images)
-        self.thumbnails = made if self.thumbnails is None else self.thumbnails.joined(made)
-
-    def fingerprint_rows(self) -> str:
-        """A hash of all stored rows and their mean, whatever their order.
-
-        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
-        first change of each is as fast as later ones.
-
-        Returns:
-            64 hexadecimal digits, as in a receipt.
-
-        Raises:
-            ValueError: without a datastore.
-        """
-        return fingerprint_rows(self)
-
-    def teach(
-        self,
-        images: Any = None,
-        labels: Sequence[Label] = (),
-        *,
-        features: Tensor | None = None,
-        ids: Values | None = None,
-        paths: Sequence[str] | None = None,
-    ) -> Receipt:
-        """Adds labelled pictures to the datastore; no training, all or none.
-
-        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
-        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
-        that keeps thumbnails keeps those of taught pictures too.
-
-        Args:
-            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
-                [M, 3, H, W].
-            labels: M names or numbers of classes; a name that is new makes a class.
-            features: [M, D] instead of images, as in `pooler_output`.
-            ids: [M] ids that the datastore does not have; None continues after the largest.
-            paths: where each picture lies, relative to its dataset.
-
-        Returns:
-            The receipt, also kept in `changes`.
-
-        Raises:
-            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
-        """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        found = features_of(self, images) if features is None else features
-        keeps = self.thumbnails is not None and images is not None
-        small = small_pictures(images) if keeps else []
-        receipt = teach(self, found, labels, ids, paths)
-        if small and self.thumbnails is not None:
-            added = Thumbnails(dict(zip(receipt.ids, small, strict=True)))
-            self.thumbnails = self.thumbnails.joined(added)
-        return receipt
-
-    def forget(
-        self,
-        ids: Values | None = None,
-        *,
-        label: Label | None = None,
-        recenter: bool = False,
-    ) -> Receipt:
-        """Removes rows from the datastore, all or none; the next save holds no byte of them.
-
-        A ridge head is what it would be had it never seen them; other heads keep what they learned.
-
-        Args:
-            ids: of the rows.
-            label: instead of ids: every row of that class, which stays as a name without rows.
-            recenter: also make the mean anew that centres rows, which changes all similarities a
-                little.
-
-        Returns:
-            The receipt, which says what was not reached.
-
-        Raises:
-            ValueError: for ids or a class that are not there; nothing is changed.
-        """
-        return forget(self, ids, label=label, recenter=recenter)
-
-    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
-        """Gives rows other labels, all or none; a ridge head follows.
-
-        Args:
-            ids: [M] of the rows.
-            labels: M names or numbers of classes; a name that is new makes a class.
-
-        Raises:
-            ValueError: for ids that are not there, or bad labels; nothing is changed.
-        """
-        return relabel(self, ids, labels)
-
-    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
-        """Adds the rows of another datastore of the same backbone, all or none.
-
-        Args:
-            other: the rows; ids that exist here are numbered anew.
-            class_names: what its label numbers mean; None is what they mean here.
-
-        Raises:
-            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
-        """
-        return merge(self, other, class_names)
-
-    def undo(self) -> Receipt:
-        """Takes the last change back, also one from before the model was saved.
-
-        Raises:
-            ValueError: if there is none, or if its rows were forgotten for good: by a save.
-        """
-        return undo(self)
-
-    def explain(
-        self,
-        images: Any = None,
-        *,
-        features: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        level: float = 0.05,
-        max_error: float | None = None,
-    ) -> Explanation | list[Explanation]:
-        """Says why an answer is what it is, and what would change it.
-
-        Args:
-            images: one picture (path, file content, PIL image, array), several in a list, or pixel
-                values [B, 3, H, W].
-            features: [B, D] instead of images, as in `pooler_output`.
-            sample_ids: [B] int64, rows that are no neighbours, -1 for none.
-            level: pictures with a p-value below it are unlike anything seen.
-            max_error: an error rate of `config.answer_thresholds`: `answers` is False below the
-                confidence that it asks for. None always answers.
-
-        Returns:
-            One explanation for one picture, else a list.
-
-        Raises:
-            ValueError: for a picture that cannot be read, or an error rate without a threshold.
-        """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        is_one = images is not None and not isinstance(images, list | tuple | Tensor)
-        if features is None:
-            features = features_of(self, [images] if is_one else images)
-        found = explain(self, features, sample_ids, level=level, max_error=max_error)
-        return found[0] if is_one else found
-
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
@@ -261,47 +39,92 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class KnnForImageClassification(Remembering, PreTrainedModel):
+class KnnForImageClassification(core.KnnForImageClassification):
     """An image classifier that also remembers.
 
     A backbone makes features, a head classifies them, a datastore of training features votes by its
     nearest neighbours, and `logits` is the blend of both. With no datastore, or an empty one, the
     model is its head alone.
 
+    Rows in Milvus are changed there at once, for all who ask: a checkpoint that refers to them
+    refuses to open until the model is saved over it. The commands (`hf-knn teach`, …) change rows
+    and checkpoint as one.
+
     Attributes:
-        datastore: a `Datastore` or another `SearchBackend`, or None; a plain attribute that no
-            device move, cast or distributed wrapper touches.
         image_processor: the image processor that goes with the backbone, or None.
-        measured: what was measured on pictures held out, which the model card is made from:
-            `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known; or None.
-        neighbor_picture: a PNG for the model card, if one was asked for; it shows training
-            pictures.
-        changes: receipts of what was taught and forgotten since the training, oldest first.
         origin: repository and commit that it was opened from or pushed to, or None.
+        calibration: how near stored rows lie to one another, for p-values, if that was counted.
     """
 
-    config_class = KnnConfig
-    config: KnnConfig
-    base_model_prefix = "backbone"
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
+    __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
-        poolings = (config.pooling, config.store_pooling)
-        self.backbone = build_backbone(config.backbone, poolings)
-        # a class attribute of transformers, which here depends on the backbone
-        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.head = KnnHead.from_config(config)
-        self.datastore: SearchBackend | None = None
-        self.image_processor: Any = None
-        self.measured: dict[str, Any] | None = None
-        self.neighbor_picture: bytes | None = None
+        self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
-        self.start_remembering()
-        self.post_init()
+
+    @property
+    def memory(self) -> Memory:
+        """What the model remembers now, as one value; a change of it is one assignment."""
+        classes = Classes.of(self.config)
+        kept = self.__dict__.get("_memory") or Memory(self.head, classes)  # while it is made
+        return replace(kept, head=self.head, classes=classes)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if memory.head is not self.head:
+            self.head = memory.head
+        memory.classes.write(self.config)
+        self._memory = memory
+
+    @property  # type: ignore[override]
+    def datastore(self) -> RowStore | None:
+        """A `Datastore` or another `RowStore`, or None; no device move or cast touches it."""
+        return self._memory.rows
+
+    @datastore.setter
+    def datastore(self, store: RowStore | None) -> None:
+        self._memory = replace(self.memory, rows=store, tally=None)
+
+    @property
+    def changes(self) -> list[Receipt]:
+        """Receipts of what was taught and forgotten since the training, oldest first; a copy."""
+        return list(self._memory.receipts)
+
+    @changes.setter
+    def changes(self, receipts: Sequence[Receipt]) -> None:
+        self._memory = replace(self._memory, receipts=tuple(receipts))
+
+    @property
+    def thumbnails(self) -> Thumbnails | None:
+        """Small pictures of stored rows, saved with the model, or None; see `keep_thumbnails`."""
+        return self._memory.thumbnails
+
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """What was measured on pictures held out, which the model card is made from, or None.
+
+        It has `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
+        """
+        return self._memory.measured
+
+    @measured.setter
+    def measured(self, measured: dict[str, Any] | None) -> None:
+        self._memory = replace(self._memory, measured=measured)
+
+    @property
+    def neighbor_picture(self) -> bytes | None:
+        """A PNG for the model card, if one was asked for; it shows training pictures."""
+        return self._memory.picture
+
+    @neighbor_picture.setter
+    def neighbor_picture(self, picture: bytes | None) -> None:
+        self._memory = replace(self._memory, picture=picture)
+
+    def _counted(self) -> Memory:
+        """What is remembered, with sums over the rows, with which later changes go on."""
+        self._memory = self.memory.counted(self.config)
+        return self._memory
 
     @classmethod
     def from_backbone(
@@ -329,34 +152,17 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         Raises:
             ValueError: for doubled or empty class names, or a bad configuration value.
         """
-        options = hub_options or {}
-        source = backbone
-        if not isinstance(backbone, PreTrainedModel):
-            name = str(backbone)
-            if "/" not in name and not Path(name).exists():
-                name = f"timm/{name}"
-            source = load_backbone(name, **options)
-            if image_processor is None:
-                image_processor = load_processor(name, source.config, **options)
-            if not Path(name).exists():
-                config_values["base_model"] = name
+        if isinstance(backbone, PreTrainedModel):
+            source = backbone
+        else:
+            options = hub_options or {}
+            source, image_processor, name = open_backbone(str(backbone), image_processor, **options)
+            config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        assert isinstance(source, PreTrainedModel)
-        backbone_config = detached_config(source.config)
-        pooling = pooling or default_pooling(source)
-        knn_pooling = config_values.get("knn_pooling")
-        config = KnnConfig(
-            backbone_config=backbone_config,
-            feature_dim=measure_width(source, pooling),
-            knn_feature_dim=None if knn_pooling is None else measure_width(source, knn_pooling),
-            pooling=pooling,
-            **_label_maps(labels),
-            **config_values,
-        )
-        model = cls(config)
+        model = cls(config_for(source, pooling, **label_maps(labels), **config_values))
         nn.Module.to(model, dtype=source.dtype)
-        _copy_weights(source, model.backbone)
+        copy_weights(source, model.backbone)
         model.image_processor = portable(image_processor)
         return model.eval()
 
@@ -407,22 +213,20 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
                 if load_datastore:
                     attempt.verify(allow_stale)
                 loaded = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, **kwargs
+                    pretrained_model_name_or_path, *model_args, load_datastore=False, **kwargs
                 )
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
-                model.image_processor = reader.read_processor()
-                model.measured = reader.read_measured()
-                model.changes = reader.read_changes()
-                model.neighbor_picture = reader.read_neighbor_picture()
+                model.memory = reader.read_memory(model.memory)
                 if reader.commit is not None:
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
-                    model.thumbnails = attempt.read_thumbnails()
-                    model.datastore = attempt.read_datastore(model, trust_faiss_index, consent)
+                    rows = attempt.read_datastore(model, trust_faiss_index, consent)
+                    small = attempt.read_thumbnails()
+                    model.memory = replace(model.memory, rows=rows, thumbnails=small)
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue
-                if _is_damage(error) and reader.download_again():
+                if is_damage(error) and reader.download_again():
                     kwargs["force_download"] = True
                     continue
                 raise
@@ -457,7 +261,8 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
             return
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
-        write_checkpoint(self, Path(save_directory), super().save_pretrained, kwargs)
+        save_weights = super(core.KnnForImageClassification, self).save_pretrained
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
@@ -503,76 +308,185 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            self.save_pretrained(folder, **kwargs)
-            draw_reliability(self, folder)
-            card = make_card(self, target.repo_id, target.read_card(), folder, license)
-            (folder / CARD_NAME).write_text(card, encoding="utf-8")
-            commit = target.push(folder, commit_message or "Upload model", commit_description)
+        message = commit_message or "Upload model"
+        commit = publish(self, target, message, commit_description, license, kwargs)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        features: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        return_neighbors: bool = False,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | list[int] | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> KnnImageClassifierOutput | tuple[Any, ...]:
-        """Classifies images, or features computed before.
+    def keep_thumbnails(self, images: Mapping[int, Any] | None) -> None:
+        """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
 
-        In `train()` mode nothing is searched and `logits` is the head alone.
+        They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
+        checkpoint. `forget` removes those of its rows.
 
         Args:
-            pixel_values: [B, 3, H, W].
-            labels: [B] int64; the loss is the head's cross-entropy, over the classes it has.
-            features: [B, D] instead of `pixel_values`, as in `pooler_output`.
-            sample_ids: [B] int64; the stored row with that id is no neighbour of that image
-                (-1 = none).
-            return_neighbors: also return the neighbours.
-            output_hidden_states: also return the backbone's hidden states, all or some.
-            output_attentions: also return the backbone's attentions, all or some.
-            return_dict: False returns a tuple.
-            kwargs: ignored values that generic callers pass (`num_items_in_batch`, …).
+            images: row id to picture (path, file content, PIL image); they join those that are
+                kept. None removes all.
 
         Raises:
-            ValueError: unless exactly one of `pixel_values` and `features` is given.
+            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
+                changed.
         """
-        if (pixel_values is None) == (features is None):
-            raise ValueError("Expected exactly one of `pixel_values` and `features`.")
-        body = BaseModelOutput()
-        if pixel_values is not None:
-            given = {"output_hidden_states": output_hidden_states}
-            given["output_attentions"] = output_attentions
-            wanted = {
-                name: getattr(self.config, name) if value is None else value
-                for name, value in given.items()
-            }
-            asked = {name: value for name, value in wanted.items() if value}
-            features, body = extract(self.backbone, pixel_values, self.config, **asked)
-        assert features is not None
-        head_part, store_part = split_features(features, self.config)
-        neighbors = None if self.training else self._find_neighbors(store_part, sample_ids)
-        log_probs, head_logits, votes = self.weigh(head_part, neighbors)
-        output = KnnImageClassifierOutput(
-            loss=None if labels is None else self._head_loss(head_logits, labels),
-            logits=log_probs,
-            head_logits=head_logits,
-            knn_log_probs=votes,
-            neighbors=neighbors if return_neighbors else None,
-            pooler_output=features,
-            hidden_states=body.get("hidden_states"),
-            attentions=body.get("attentions"),
+        kept = None
+        if images is not None:
+            made = thumbnails_of(self.datastore, images)
+            kept = made if self.thumbnails is None else self.thumbnails.joined(made)
+        self._memory = replace(self._memory, thumbnails=kept)
+
+    def fingerprint_rows(self) -> str:
+        """A hash of all stored rows and their mean, whatever their order.
+
+        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
+        first change of each is as fast as later ones.
+
+        Returns:
+            64 hexadecimal digits, as in a receipt.
+
+        Raises:
+            ValueError: without a datastore.
+        """
+        tally = self._counted().tally
+        assert tally is not None
+        return tally.fingerprint
+
+    def teach(
+        self,
+        images: Any = None,
+        labels: Sequence[Label] = (),
+        *,
+        features: Tensor | None = None,
+        ids: Values | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> Receipt:
+        """Adds labelled pictures to the datastore; no training, all or none.
+
+        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
+        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
+        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
+        that keeps thumbnails keeps those of taught pictures too.
+
+        Args:
+            images: M pictures (paths, file contents, PIL images, arrays) or pixel values
+                [M, 3, H, W].
+            labels: M names or numbers of classes; a name that is new makes a class.
+            features: [M, D] instead of images, as in `pooler_output`.
+            ids: [M] ids that the datastore does not have; None continues after the largest.
+            paths: where each picture lies, relative to its dataset.
+
+        Returns:
+            The receipt, also kept in `changes`.
+
+        Raises:
+            ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        found = features_of(self, images) if features is None else features
+        keeps = self.thumbnails is not None and images is not None
+        small = small_pictures(images) if keeps else []
+        self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
+        remark = of_unanswered(self, found, self._memory.receipts[-1].labels)
+        if remark:
+            self._memory = self._memory.remarked(remark)
+        return self._memory.receipts[-1]
+
+    def forget(
+        self,
+        ids: Values | None = None,
+        *,
+        label: Label | None = None,
+        recenter: bool = False,
+    ) -> Receipt:
+        """Removes rows from the datastore, all or none; the next save holds no byte of them.
+
+        A ridge head is what it would be had it never seen them; other heads keep what they learned.
+
+        Args:
+            ids: of the rows.
+            label: instead of ids: every row of that class, which stays as a name without rows.
+            recenter: also make the mean anew that centres rows, which changes all similarities a
+                little.
+
+        Returns:
+            The receipt, which says what was not reached.
+
+        Raises:
+            ValueError: for ids or a class that are not there; nothing is changed.
+        """
+        self.memory = teaching.forget(
+            self._counted(), self.config, ids, label=label, recenter=recenter
         )
-        use_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if use_dict else output.to_tuple()
+        return self._memory.receipts[-1]
+
+    def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
+        """Gives rows other labels, all or none; a ridge head follows.
+
+        Args:
+            ids: [M] of the rows.
+            labels: M names or numbers of classes; a name that is new makes a class.
+
+        Raises:
+            ValueError: for ids that are not there, or bad labels; nothing is changed.
+        """
+        self.memory = teaching.relabel(self._counted(), self.config, ids, labels)
+        return self._memory.receipts[-1]
+
+    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
+        """Adds the rows of another datastore of the same backbone, all or none.
+
+        Args:
+            other: the rows; ids that exist here are numbered anew.
+            class_names: what its label numbers mean; None is what they mean here.
+
+        Raises:
+            ValueError: for another backbone, width, metric or normalisation; nothing is changed.
+        """
+        self.memory = teaching.merge(self._counted(), self.config, other, class_names)
+        return self._memory.receipts[-1]
+
+    def undo(self) -> Receipt:
+        """Takes the last change back, also one from before the model was saved.
+
+        Raises:
+            ValueError: if there is none, or if its rows were forgotten for good: by a save.
+        """
+        self.memory = teaching.undo(self._counted(), self.config)
+        return self._memory.receipts[-1]
+
+    def explain(
+        self,
+        images: Any = None,
+        *,
+        features: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        level: float = 0.05,
+        max_error: float | None = None,
+    ) -> Explanation | list[Explanation]:
+        """Says why an answer is what it is, and what would change it.
+
+        Args:
+            images: one picture (path, file content, PIL image, array), several in a list, or pixel
+                values [B, 3, H, W].
+            features: [B, D] instead of images, as in `pooler_output`.
+            sample_ids: [B] int64, rows that are no neighbours, -1 for none.
+            level: pictures with a p-value below it are unlike anything seen.
+            max_error: an error rate of `config.answer_thresholds`: `answers` is False below the
+                confidence that it asks for. None always answers.
+
+        Returns:
+            One explanation for one picture, else a list.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or an error rate without a threshold.
+        """
+        if (images is None) == (features is None):
+            raise ValueError("Expected exactly one of `images` and `features`.")
+        is_one = images is not None and not isinstance(images, list | tuple | Tensor)
+        if features is None:
+            features = features_of(self, [images] if is_one else images)
+        found = explain(self, features, sample_ids, level=level, max_error=max_error)
+        return found[0] if is_one else found
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; batch norms that are frozen keep their statistics in any case.
@@ -583,94 +497,3 @@ class KnnForImageClassification(Remembering, PreTrainedModel):
         super().train(mode)
         freeze_statistics(self.backbone)
         return self
-
-    def weigh(
-        self, features: Tensor, neighbors: Neighbors | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the head says, what the neighbours vote, and the blend of both.
-
-        Args:
-            features: [B, D] the part of the features that the head sees.
-            neighbors: [B, k'] the rows that vote; None asks the head alone.
-
-        Returns:
-            `logits`, `head_logits` and `knn_log_probs` of `KnnImageClassifierOutput`.
-        """
-        config = self.config
-        head_logits = self.head(features.to(self.head.mean.dtype))  # [B, C_head]
-        log_probs = functional.log_softmax(head_logits.float(), dim=-1)
-        votes = None if neighbors is None else self._count_votes(neighbors)
-        if votes is not None:
-            log_probs = blend_log_probs(log_probs, votes, config.knn_weight, config.blended_classes)
-            log_probs = soften(log_probs, config.blend_temperature)
-        else:
-            missing = max(0, config.classes - log_probs.shape[1])
-            log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
-        return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
-
-    def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
-        if self.datastore is None or len(self.datastore) == 0:
-            return None
-        return self.datastore.search(features.float(), self.config.k, sample_ids)
-
-    def _count_votes(self, neighbors: Neighbors) -> Tensor:
-        assert self.datastore is not None
-        return knn_log_probs(
-            neighbors.similarities,
-            neighbors.labels,
-            self.config.classes,
-            self.config.knn_temperature,
-            metric=self.datastore.metric,
-            weighting=self.config.knn_weighting,
-        )
-
-    def _head_loss(self, head_logits: Tensor, labels: Tensor) -> Tensor:
-        if len(labels) and int(labels.max()) >= self.config.classes:
-            raise ValueError(
-                f"Expected `labels` below {self.config.classes}, the number of classes, "
-                f"but got {int(labels.max())}."
-            )
-        known = labels < head_logits.shape[1]  # a class taught later has no logit to train
-        if known.all():
-            return functional.cross_entropy(head_logits.float(), labels)
-        kept = functional.cross_entropy(head_logits[known].float(), labels[known], reduction="sum")
-        return kept / known.sum().clamp_min(1)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, KnnHead):
-            module.reset()
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether a file was not what it should be, rather than refused for what it says."""
-    return isinstance(error, DatastoreError | SafetensorError) or isinstance(
-        error.__context__, JSONDecodeError | UnicodeDecodeError
-    )
-
-
-def _label_maps(labels: Sequence[str] | int) -> dict[str, Any]:
-    if isinstance(labels, str):
-        raise ValueError(f"Expected `labels` to be a list of names, but got the text {labels!r}.")
-    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-    if not names:
-        raise ValueError("Expected `labels` to name at least one class, but got none.")
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("Expected `labels` to be names, but got an empty one or a number.")
-    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
-    if doubled:
-        raise ValueError(f"Expected `labels` to be unique, but got some twice: {doubled[:10]}.")
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    report = target.load_state_dict(source.state_dict(), strict=False)
-    unexpected = [key for key in report.unexpected_keys if "pooler" not in key]
-    if report.missing_keys or unexpected:
-        raise ValueError(
-            f"Expected the backbone's weights to fit {type(target).__name__}, but "
-            f"{report.missing_keys[:5]} are missing and {unexpected[:5]} are too many."
-        )

@@ -1,8 +1,10 @@
 """The image-classification pipeline, with the neighbours that voted."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import ImageClassificationPipeline
+
+from .modeling import KnnForImageClassification
 
 _FIELDS = ("labels", "similarities", "ids")
 
@@ -47,16 +49,13 @@ class KnnImageClassificationPipeline(ImageClassificationPipeline):
         scores = super().postprocess(model_outputs, function_to_apply, top_k)
         if "labels" not in model_outputs:
             return {"scores": scores, "neighbors": []}
-        model: Any = self.model
+        model = cast(KnnForImageClassification, self.model)
         names, store = model.config.class_names, model.datastore
-        columns = (model_outputs[name][0, :neighbors].tolist() for name in _FIELDS)
+        assert store is not None  # it has just answered
+        labels, similarities, ids = (model_outputs[n][0, :neighbors].tolist() for n in _FIELDS)
+        columns = zip(labels, similarities, ids, store.paths_of(ids), strict=True)
         found = [
-            {
-                "label": names[label],
-                "similarity": similarity,
-                "id": row_id,
-                "path": store.path_of(row_id),
-            }
-            for label, similarity, row_id in zip(*columns, strict=True)
+            {"label": names[label], "similarity": similarity, "id": row_id, "path": path}
+            for label, similarity, row_id, path in columns
         ]
         return {"scores": scores, "neighbors": found}

@@ -9,14 +9,10 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-
 CHANGES_NAME = "changes.json"
 """File of a checkpoint with its receipts, oldest first."""
 
-
 _KEPT = 100
-
-
 _LARGEST_FILE = 50 * 10**6
 
 

@@ -6,7 +6,7 @@ of `RidgeState` can be made again at any time and are never stored.
 """
 
 import math
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ..core.config import Head, KnnConfig, Normalization
 from ..core.head import KnnHead
 from ..core.votes import ClassWeighting
+from ..store.backend import RowStore
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
-
-
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
 
 
@@ -59,7 +58,6 @@ class RidgeState:
             the first rows.
         counts: [C] int64, rows per class.
         sums: [C, D] sums of the shifted rows of each class.
-        grams: [1, D, D], with class weights [C, D, D]: sums of their outer products.
         class_weighting: as given.
     """
 
@@ -71,7 +69,8 @@ class RidgeState:
         self.shift = torch.zeros(dim, dtype=torch.float64)
         self.counts = torch.zeros(num_labels, dtype=torch.int64)
         self.sums = torch.zeros(num_labels, dim, dtype=torch.float64)
-        self.grams = torch.zeros(slots, dim, dim, dtype=torch.float64)
+        self._grams = [torch.zeros(dim, dim, dtype=torch.float64) for _ in range(slots)]
+        self._own = set(range(slots))  # the others are shared with a copy, so not written in place
 
     @classmethod
     def from_rows(
@@ -115,6 +114,11 @@ class RidgeState:
         return len(self.counts)
 
     @property
+    def grams(self) -> Tensor:
+        """[1, D, D], with class weights [C, D, D]: sums of outer products of the shifted rows."""
+        return torch.stack([self.sums.new_zeros(self.dim, self.dim), *self._grams])[1:]
+
+    @property
     def row_weights(self) -> Tensor:
         """[C] float64: the weight of one row of each class; mean 1 over the rows."""
         counts = self.counts.double()
@@ -125,10 +129,14 @@ class RidgeState:
         return weights * counts.sum() / (weights @ counts).clamp_min(1)
 
     def copy(self) -> Self:
-        """Another state with the same sums, changed independently."""
+        """Another state with the same sums, changed independently.
+
+        Gram matrices are shared until one of the two changes them.
+        """
         other = type(self)(0, 0, self.class_weighting)
         other.shift, other.counts = self.shift.clone(), self.counts.clone()
-        other.sums, other.grams = self.sums.clone(), self.grams.clone()
+        other.sums, other._grams = self.sums.clone(), list(self._grams)
+        self._own, other._own = set(), set()
         return other
 
     def add(self, features: Tensor, labels: Tensor) -> None:
@@ -207,7 +215,7 @@ class RidgeState:
             )
         self.counts, self.sums = self.counts[:num_labels], self.sums[:num_labels]
         if self.class_weighting is not ClassWeighting.NONE:
-            self.grams = self.grams[:num_labels]
+            self._grams = self._grams[:num_labels]
 
     def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
         """The classifier of the rows as they are.
@@ -238,9 +246,12 @@ class RidgeState:
         total = class_weights.sum()
         mean = row_weights @ self.sums / total
         if self.class_weighting is ClassWeighting.NONE:
-            gram = self.grams[0].clone()
+            gram = self._grams[0].clone()
         else:
-            gram = torch.einsum("c,cij->ij", row_weights, self.grams)
+            gram = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+            for weight, part in zip(row_weights.tolist(), self._grams, strict=True):
+                if weight:
+                    gram.add_(part, alpha=weight)
         gram.addr_(mean, mean, alpha=-float(total))
         cross = row_weights[:, None] * (self.sums - self.counts[:, None] * mean)  # [C, D]
         return Moments(row_weights, mean, gram, cross, class_weights / total)
@@ -258,11 +269,18 @@ class RidgeState:
             if not with_grams:
                 continue
             if self.class_weighting is ClassWeighting.NONE:
-                self.grams[0].addmm_(block.T, block, alpha=sign)
+                self._written(0).addmm_(block.T, block, alpha=sign)
                 continue
             present, counts = labels[rows].unique_consecutive(return_counts=True)
             for label, part in zip(present.tolist(), block.split(counts.tolist()), strict=True):
-                self.grams[label].addmm_(part.T, part, alpha=sign)
+                self._written(label).addmm_(part.T, part, alpha=sign)
+
+    def _written(self, slot: int) -> Tensor:
+        """A Gram matrix to be written in place."""
+        if slot not in self._own:
+            self._grams[slot] = self._grams[slot].clone()
+            self._own.add(slot)
+        return self._grams[slot]
 
     def _grow(self, num_labels: int) -> None:
         missing = num_labels - self.num_labels
@@ -271,16 +289,17 @@ class RidgeState:
         self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
         self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
         if self.class_weighting is not ClassWeighting.NONE:
-            added = self.grams.new_zeros(missing, self.dim, self.dim)
-            self.grams = torch.cat([self.grams, added])
+            self._own |= set(range(len(self._grams), num_labels))
+            self._grams += [self.sums.new_zeros(self.dim, self.dim) for _ in range(missing)]
 
     def _clear(self) -> None:
         """What no row is left of is zero, not a rounding error."""
         self.sums[self.counts == 0] = 0
         if self.class_weighting is not ClassWeighting.NONE:
-            self.grams[self.counts == 0] = 0
+            for label in self._own.intersection((self.counts == 0).nonzero().flatten().tolist()):
+                self._grams[label].zero_()
         elif len(self) == 0:
-            self.grams.zero_()
+            self._written(0).zero_()
 
     def _count(self, labels: Tensor, change: str) -> Tensor:
         """[C] rows per class, which the state must have."""
@@ -412,13 +431,18 @@ def prepare_rows(head: KnnHead, features: Tensor) -> Tensor:
     return head.prepared(features.to(head.mean.device, torch.float64)).cpu()
 
 
-def sum_rows(model: Any) -> RidgeState:
-    """The sums over all rows of a model's datastore, as its ridge head sees them, in blocks."""
-    config, store = model.config, model.datastore
+def sum_rows(store: RowStore, head: KnnHead, config: KnnConfig) -> RidgeState:
+    """The sums over all rows of a datastore, in blocks.
+
+    Args:
+        store: the rows.
+        head: a ridge head, as which they are seen.
+        config: how many classes there are, and how rows of each are weighted.
+    """
     state = RidgeState(store.dim, config.head_classes, config.head_class_weighting)
     for rows in store.blocks():
         features, labels = torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
-        state.add(prepare_rows(model.head, features), labels)
+        state.add(prepare_rows(head, features), labels)
     return state
 
 

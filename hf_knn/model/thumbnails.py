@@ -15,13 +15,8 @@ from ..core.reading import THUMBNAILS_NAME
 THUMBNAIL_SIDE = 192
 """The longer side in pixels."""
 
-
 _MOST_BYTES = 64 * 2**10
-
-
 _LARGEST_FILE = 4 * 2**30
-
-
 _QUALITY = 82
 
 

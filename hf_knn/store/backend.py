@@ -1,8 +1,9 @@
 """What a datastore is to those who use one, wherever its rows lie."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ def check_split(split: str | None, source: dict[str, str]) -> None:
 
 @runtime_checkable
 class SearchBackend(Protocol):
-    """A datastore as the model and the tools around it use it.
+    """What a model and its trainer ask of a datastore in order to answer.
 
     `Datastore` keeps its rows in this process, which is the default; `MilvusDatastore` keeps them
     in a vector database. Both answer alike, and neither stands in for the other by itself.
@@ -44,17 +45,11 @@ class SearchBackend(Protocol):
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
         mean: [D] float32, subtracted by `l2_centered`.
-        digest: fingerprint of the in-memory backbone that made the features, if known.
-        source: dataset id, revision and split of the rows, as far as known.
-        home: a folder whose files the next save may reuse, or None.
     """
 
     metric: str
     normalization: str
     mean: Tensor
-    digest: str | None
-    source: dict[str, str]
-    home: Path | None
 
     def __len__(self) -> int:
         """How many rows."""
@@ -64,6 +59,42 @@ class SearchBackend(Protocol):
     def dim(self) -> int:
         """Width of a row (D)."""
         ...
+
+    def search(
+        self, queries: Tensor | NDArray, k: int = 20, exclude_ids: Values | None = None
+    ) -> Neighbors:
+        """Finds the k nearest rows of each query."""
+        ...
+
+    def rows_of(self, ids: Values) -> StoredRows:
+        """Some of the rows, in the order wanted, with all that is stored about them."""
+        ...
+
+    def save(
+        self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
+    ) -> object:
+        """Writes what a checkpoint must hold to find the rows again."""
+        ...
+
+
+class RowStore(SearchBackend, Protocol):
+    """A datastore whose rows can be listed, explained and changed, wherever they lie.
+
+    `as_row_store` asks whether a datastore is one. `isinstance` cannot: it would read each
+    attribute, and some of them are all rows of a server.
+
+    Attributes:
+        digest: fingerprint of the in-memory backbone that made the features, if known.
+        source: dataset id, revision and split of the rows, as far as known.
+        home: a folder whose files the next save may reuse, or None.
+        journal: a file that says, from before a change until somebody removes it, how the change
+            is taken back; None writes none. Rows in this process need none.
+    """
+
+    digest: str | None
+    source: dict[str, str]
+    home: Path | None
+    journal: Path | None
 
     @property
     def dtype(self) -> str:
@@ -96,7 +127,7 @@ class SearchBackend(Protocol):
         ...
 
     @property
-    def marks(self) -> tuple[Any, ...]:
+    def marks(self) -> tuple[object, ...]:
         """Objects that are replaced when rows, labels or mean change."""
         ...
 
@@ -132,8 +163,8 @@ class SearchBackend(Protocol):
         """All rows, block by block, so that they need not be in memory at once."""
         ...
 
-    def rows_of(self, ids: Values) -> StoredRows:
-        """Some of the rows, in the order wanted, with all that is stored about them."""
+    def subset(self, ids: Values) -> "RowStore":
+        """Some of the rows in this process, with the same mean."""
         ...
 
     def ids_labelled(self, label: int) -> Tensor:
@@ -158,12 +189,28 @@ class SearchBackend(Protocol):
         """Adds rows, all or none, and returns their ids."""
         ...
 
+    def put_back(self, rows: StoredRows) -> Tensor:
+        """Adds rows that were removed, with all that was stored about them; returns their ids."""
+        ...
+
     def remove(self, ids: Values) -> None:
         """Removes rows, all or none."""
         ...
 
     def relabel(self, ids: Values, labels: Values) -> None:
         """Gives rows other labels, all or none."""
+        ...
+
+    def recenter(self, mean: Tensor | None = None) -> None:
+        """Sets the mean that centres rows, where that needs no row to be written again."""
+        ...
+
+    def changed(self) -> AbstractContextManager["RowStore"]:
+        """The rows to be changed within a `with`; what fails in it takes the change back.
+
+        Rows in this process are those of another datastore, and this one keeps its own; rows that
+        lie in one place for all are changed there.
+        """
         ...
 
     def path_of(self, row_id: int) -> str:
@@ -174,14 +221,35 @@ class SearchBackend(Protocol):
         """Where the pictures of some rows lie; empty if not known."""
         ...
 
-    def save(
-        self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
-    ) -> Any:
-        """Writes what a checkpoint must hold to find the rows again."""
-        ...
+
+_ROW_METHODS = sorted(
+    name
+    for name, member in vars(RowStore).items()
+    if not name.startswith("_") and (callable(member) or isinstance(member, property))
+)
 
 
-def check_alike(one: Any, other: Any) -> None:
+def as_row_store(store: SearchBackend) -> RowStore:
+    """A datastore as one whose rows can be listed and changed.
+
+    Args:
+        store: the datastore of a model.
+
+    Raises:
+        ValueError: for one that only answers, naming what it lacks.
+    """
+    known = set(dir(store))  # which names all and reads none
+    missing = [name for name in _ROW_METHODS if name not in known]
+    if missing:
+        raise ValueError(
+            "Expected a datastore whose rows can be listed and changed, but "
+            f"{type(store).__name__} only answers, without {', '.join(missing)}; use a Datastore "
+            "or a MilvusDatastore."
+        )
+    return cast(RowStore, store)
+
+
+def check_alike(one: RowStore, other: RowStore) -> None:
     """Refuses a datastore whose rows cannot lie among another's.
 
     Args:
@@ -191,8 +259,11 @@ def check_alike(one: Any, other: Any) -> None:
     Raises:
         ValueError: for another width, metric, normalisation or backbone.
     """
-    for name in ("dim", "metric", "normalization"):
-        mine, theirs = getattr(one, name), getattr(other, name)
+    for name, mine, theirs in (
+        ("dim", one.dim, other.dim),
+        ("metric", one.metric, other.metric),
+        ("normalization", one.normalization, other.normalization),
+    ):
         if mine != theirs:
             raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
     if one.digest and other.digest and one.digest != other.digest:

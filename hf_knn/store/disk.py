@@ -7,19 +7,20 @@ inverted-file index, its centroids.
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.frozen import (
     Resolve,
+    check_content,
     decode_paths,
     join_features,
     join_vectors,
@@ -34,111 +35,141 @@ from ..core.manifest import (
     Binding,
     DatastoreError,
     FileRecord,
-    IndexInfo,
     Manifest,
 )
-from ..core.search import RowSpace, Singles
+from ..core.search import Ints, RowSpace, Singles
 from ..core.votes import Metric
-from .faiss import FaissApproximate, has_faiss, write_flat
-from .folders import fsync_path, give_default_mode, link_or_copy, stage_file
-from .index import FLAT, is_rebuildable
+from .faiss import has_faiss, write_flat
+from .folders import (
+    exclusive_lock,
+    fsync_path,
+    give_default_mode,
+    identity,
+    link_or_copy,
+    stage_file,
+)
+from .index import FLAT, RowIndex, is_rebuildable
 from .table import RowTable, Shard
 
+logger = logging.getLogger(__name__)
 
-def write_files(
-    folder: Path,
-    scratch: Path,
-    table: RowTable,
-    shared: dict[str, Tensor],
-    places: Sequence[Path],
-) -> list[FileRecord]:
-    """Writes what is not there already.
+LARGEST_FAISS_FILE = 100 * 10**6
+"""No index is written that would be larger and could be built again from the rows."""
 
-    Args:
-        folder: where to.
-        scratch: a folder of the same file system for files that are not whole yet.
-        table: the rows; a shard with a record is reused where its file is found.
-        shared: tensors of the first file that belong to no row: `mean`, and `centroids`.
-        places: folders in which unchanged files may lie; they are hard-linked.
+SCRATCH = ".datastore.staging"
+"""Folder inside a datastore's folder for files that are not whole yet."""
 
-    Returns:
-        The records of the files, in row order.
-    """
-    records, start = [], 0
-    for shard in table.shards:
-        part = slice(start, start + shard.rows)
-        record = shard.record
-        if record is None or not _reuse(record, folder, places):
-            tensors = _tensors(table, part) | (shared if part.start == 0 else {})
-            record = _write(folder, scratch, tensors, places)
-        records.append(record)
-        start += shard.rows
-    return records
+LARGEST_VERIFIED_AT_ONCE = 256 * 2**20
+"""Bytes of row files that are hashed when they are opened, whoever asks."""
+
+_LOAD_ATTEMPTS = 10
+
+Opened = TypeVar("Opened")
 
 
-class OpenedFiles(NamedTuple):
-    """The mapped files of a datastore.
+@dataclass(frozen=True)
+class Contents:
+    """What a stored datastore consists of.
 
     Attributes:
-        table: the rows, without paths.
-        shared: what belongs to no row: `mean`, and `centroids` if there are any.
-        read_paths: reads the paths; raises DatastoreError where they disagree with their file.
-        verify: hashes the files, those that were opened even if others took their names since;
-            raises DatastoreError naming the file that is not what the manifest says.
+        table: the rows and how they are divided over files.
+        mean: [D] float32.
+        metric: `cosine` or `l2`.
+        normalization: `l2_centered`, `l2` or `none`.
+        index: how it is searched.
+        binding: the checkpoint it belongs to, or None.
+        source: where the rows came from, as far as known.
     """
 
     table: RowTable
-    shared: dict[str, Tensor]
-    read_paths: Callable[[], list[str] | None]
-    verify: Callable[[], None]
+    mean: Tensor
+    metric: str
+    normalization: str
+    index: RowIndex
+    binding: Binding | None
+    source: dict[str, str]
 
 
-def open_files(manifest: Manifest, resolve: Resolve) -> OpenedFiles:
-    """Maps the files of a manifest into memory; checks sizes, headers and shapes, not content.
+def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
+    """Writes a datastore as one version.
 
     Args:
-        manifest: the checked manifest.
-        resolve: finds a file by name; None if it is missing.
+        folder: made if needed; other files in it are left alone.
+        contents: what to write.
+        places: folders in which unchanged files may lie; they are hard-linked.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
+        OSError: if something could not be written; the version that was there is intact.
     """
-    # opened before they are mapped, so that what is hashed is what is mapped
-    handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
-    files = [open_blob(record, resolve) for record in manifest.blobs]
-    features = join_features(files, manifest)
-    shape = (manifest.num_rows, manifest.dim)
-    if features.shape != shape or str(features.dtype) != f"torch.{manifest.dtype}":
-        raise DatastoreError(
-            f"Expected features of {shape} {manifest.dtype} as the manifest says, "
-            f"but the blobs hold {features.shape} {features.dtype}."
+    target = folder.absolute()
+    try:
+        with exclusive_lock(target):
+            target.mkdir(parents=True, exist_ok=True)
+            return _write_version(target, contents, places)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"Could not save the datastore to {folder}: {error}. The version that was there is "
+            "intact; free space or choose another folder."
+        ) from error
+
+
+def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
+    table = contents.table
+    _clear_litter(folder)  # of saves that were killed
+    scratch = folder / SCRATCH
+    scratch.mkdir()
+    try:
+        blobs = _write_rows(folder, scratch, contents, places)
+        index = _stage_faiss(folder, scratch, contents)
+        count, dim = table.features.shape
+        manifest = Manifest(
+            num_rows=count,
+            dim=dim,
+            dtype=str(table.features.dtype).removeprefix("torch."),
+            metric=contents.metric,
+            normalization=contents.normalization,
+            index=contents.index.info,
+            blobs=blobs,
+            faiss_index=None if index is None else replace(FileRecord.of(index), name=FAISS_NAME),
+            binding=contents.binding,
+            source=contents.source,
         )
-    shared = {"mean": take_vector(files[0], "mean", torch.float32, manifest.blobs[0])}
-    lists = None
-    if "centroids" in files[0]:
-        shared["centroids"] = files[0]["centroids"]
-        lists = join_vectors(files, "lists", manifest, torch.int32).long().numpy()
-    pairs = zip(files, manifest.blobs, strict=True)
-    table = RowTable(
-        features,
-        join_vectors(files, "labels", manifest, torch.int64),
-        join_vectors(files, "ids", manifest, torch.int64),
-        None,
-        lists,
-        [Shard(len(take(tensors, "ids", record)), record) for tensors, record in pairs],
-    )
+        text = manifest.to_json().encode()
+        target = folder / MANIFEST_NAME
+        staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
+        _replace_faiss(folder, scratch, index)
+        fsync_path(folder)
+        staged.replace(target)  # the commit point
+        fsync_path(folder)
+    except BaseException:
+        if (scratch / FAISS_NAME).exists():
+            (scratch / FAISS_NAME).replace(folder / FAISS_NAME)
+        raise
+    finally:
+        _clear_litter(folder)
+    return manifest
 
-    def read_paths() -> list[str] | None:
-        return decode_paths(files, manifest) if "path_ends" in files[0] else None
 
-    def verify() -> None:
-        # copies of a datastore share this: what was found whole once is not read again
-        for record, handle in zip(manifest.blobs, handles, strict=True):
-            if not handle.closed:
-                record.verify_stream(handle)
-                handle.close()
-
-    return OpenedFiles(table, shared, read_paths, verify)
+def _write_rows(
+    folder: Path, scratch: Path, contents: Contents, places: Sequence[Path]
+) -> list[FileRecord]:
+    """Writes the row files that are not there already; their records, in row order."""
+    shared = {"mean": contents.mean}  # in the first file; belongs to no row
+    if contents.index.centroids is not None:
+        shared["centroids"] = torch.from_numpy(contents.index.centroids)
+    records, start = [], 0
+    for shard in contents.table.shards:
+        part = slice(start, start + shard.rows)
+        record = shard.record
+        if record is None or not _reuse(record, folder, places):
+            tensors = _tensors(contents.table, part) | (shared if part.start == 0 else {})
+            record = _write_file(folder, scratch, tensors, places)
+        records.append(record)
+        start += shard.rows
+    return records
 
 
 def _tensors(table: RowTable, part: slice) -> dict[str, Tensor]:
@@ -154,13 +185,13 @@ def _tensors(table: RowTable, part: slice) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(
+def _write_file(
     folder: Path, scratch: Path, tensors: dict[str, Tensor], places: Sequence[Path]
 ) -> FileRecord:
     temporary = scratch / "rows"
     save_file(tensors, temporary)
     found = FileRecord.of(temporary)
-    record = found.renamed(f"datastore-{found.sha256[:12]}.safetensors")
+    record = replace(found, name=f"datastore-{found.sha256[:12]}.safetensors")
     if _reuse(record, folder, places):
         temporary.unlink()
     else:
@@ -193,106 +224,19 @@ def _encode_paths(paths: list[str]) -> dict[str, Tensor]:
     return {"path_bytes": torch.from_numpy(text), "path_ends": torch.from_numpy(ends)}
 
 
-LARGEST_FAISS_FILE = 100 * 10**6
-
-
-SCRATCH = ".datastore.staging"
-"""Folder inside a datastore's folder for files that are not whole yet."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a stored datastore consists of.
-
-    Attributes:
-        table: the rows and how they are divided over files.
-        mean: [D] float32.
-        centroids: [n, D'] float32 of an inverted-file index, or None.
-        metric: `cosine` or `l2`.
-        normalization: `l2_centered`, `l2` or `none`.
-        index: which index it has.
-        approximate: the index itself if it is an approximate one that stands, else None.
-        binding: the checkpoint it belongs to, or None.
-        source: where the rows came from, as far as known.
-    """
-
-    table: RowTable
-    mean: Tensor
-    centroids: NDArray[np.float32] | None
-    metric: str
-    normalization: str
-    index: IndexInfo
-    approximate: FaissApproximate | None
-    binding: Binding | None
-    source: dict[str, str]
-
-
-def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
-    """Writes a datastore; the caller holds the lock of the folder.
-
-    Args:
-        folder: an existing folder; other files in it are left alone.
-        contents: what to write.
-        places: folders in which unchanged files may lie.
-
-    Returns:
-        The manifest that was written.
-
-    Raises:
-        OSError: if something could not be written; the version that was there is intact.
-    """
-    table = contents.table
-    _clear_litter(folder)  # of saves that were killed
-    scratch = folder / SCRATCH
-    scratch.mkdir()
-    try:
-        shared = {"mean": contents.mean}
-        if contents.centroids is not None:
-            shared["centroids"] = torch.from_numpy(contents.centroids)
-        blobs = write_files(folder, scratch, table, shared, places)
-        index = _stage_faiss(folder, scratch, contents)
-        count, dim = table.features.shape
-        manifest = Manifest(
-            num_rows=count,
-            dim=dim,
-            dtype=str(table.features.dtype).removeprefix("torch."),
-            metric=contents.metric,
-            normalization=contents.normalization,
-            index=contents.index,
-            blobs=blobs,
-            faiss_index=None if index is None else FileRecord.of(index).renamed(FAISS_NAME),
-            binding=contents.binding,
-            source=contents.source,
-        )
-        text = manifest.to_json().encode()
-        target = folder / MANIFEST_NAME
-        staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
-        _replace_faiss(folder, scratch, index)
-        fsync_path(folder)
-        staged.replace(target)  # the commit point
-        fsync_path(folder)
-    except BaseException:
-        if (scratch / FAISS_NAME).exists():
-            (scratch / FAISS_NAME).replace(folder / FAISS_NAME)
-        raise
-    finally:
-        _clear_litter(folder)
-    return manifest
-
-
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
     """The serialized index, for users of faiss; read back for those who trust it only."""
-    table, index = contents.table, contents.approximate
+    table, info, index = contents.table, contents.index.info, contents.index.approximate
     count, dim = table.features.shape
     is_large = count * dim * 4 >= LARGEST_FAISS_FILE
-    if contents.index.spec == FLAT and has_faiss() and not is_large:
+    if info.spec == FLAT and has_faiss() and not is_large:
         mean = contents.mean.double().numpy()
         space = RowSpace(mean, contents.metric, contents.normalization, table.features)
         rows = space.normalize(table.features[:]).astype(np.float32)
         write: Callable[[Path], None] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
         )
-    elif index is not None and not (is_large and is_rebuildable(contents.index.spec)):
+    elif index is not None and not (is_large and is_rebuildable(info.spec)):
         write = index.write
     else:
         return None
@@ -329,34 +273,132 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-logger = logging.getLogger(__name__)
+class OpenedFiles(NamedTuple):
+    """The mapped files of a datastore.
+
+    Attributes:
+        table: the rows, without paths.
+        mean: [D] float32.
+        centroids: [L, D] float32 of an inverted file; None for other kinds.
+        trusted: an open, hashed file with the index of these rows, or None.
+        read_whole: hashes the files, those that were opened even if others took their names since,
+            checks what they hold, and returns the rows with their paths; raises DatastoreError
+            naming the file that is not what the manifest says.
+    """
+
+    table: RowTable
+    mean: Tensor
+    centroids: Singles | None
+    trusted: BinaryIO | None
+    read_whole: Callable[[], RowTable]
+
+    @property
+    def no_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, labels and ids as wide as these, without a row."""
+        return self.table.features.parts[0][:0], self.table.labels[:0], self.table.ids[:0]
 
 
-def blobs_in(folder: Path) -> list[FileRecord] | None:
-    """What the manifest of a folder names; None if there is no manifest to read.
+def is_hashed_at_once(manifest: Manifest, verify: str) -> bool:
+    """Whether files are hashed when they are opened, or before they are first needed.
 
     Args:
-        folder: where a datastore may lie.
+        manifest: that names them.
+        verify: `full` or `auto`.
+
+    Raises:
+        ValueError: for another `verify`.
     """
-    try:
-        return Manifest.read(folder / MANIFEST_NAME).blobs
-    except (FileNotFoundError, DatastoreError):
-        return None
+    if verify not in ("auto", "full"):
+        raise ValueError(f"Expected `verify` to be 'auto' or 'full', but got {verify!r}.")
+    size = sum(record.size for record in manifest.blobs)
+    return verify == "full" or size < LARGEST_VERIFIED_AT_ONCE
 
 
-def verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
-    """The serialized index of a manifest, open and hashed, if it can be searched as it is.
+def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool) -> OpenedFiles:
+    """Maps the files of a manifest into memory; checks sizes, headers and shapes, not content.
 
     Args:
         manifest: the checked manifest.
-        resolve: finds a file by name; None if missing.
-
-    Returns:
-        The file; None, with a warning, if there is none that could be searched.
+        resolve: finds a file by name; None if it is missing.
+        trust_faiss_index: open `datastore.faiss` too, to be parsed.
 
     Raises:
-        DatastoreError: if it is damaged.
+        DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
     """
+    # opened before they are mapped, so that what is hashed is what is mapped
+    handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
+    files = [open_blob(record, resolve) for record in manifest.blobs]
+    features = join_features(files, manifest)
+    mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
+    table = RowTable(
+        features,
+        join_vectors(files, "labels", manifest, torch.int64),
+        join_vectors(files, "ids", manifest, torch.int64),
+        None,
+        None,
+        [
+            Shard(len(take(tensors, "ids", record)), record)
+            for tensors, record in zip(files, manifest.blobs, strict=True)
+        ],
+    )
+
+    def verify() -> None:
+        # copies of a datastore share this: what was found whole once is not read again
+        for record, handle in zip(manifest.blobs, handles, strict=True):
+            if not handle.closed:
+                record.verify_stream(handle)
+                handle.close()
+
+    centroids = None
+    if is_rebuildable(manifest.index.spec):
+        try:
+            centroids, lists = _read_lists(files, manifest)
+        except DatastoreError:
+            verify()  # a damaged file is named before what it seems to say
+            raise
+        table = replace(table, lists=lists)
+
+    def read_whole() -> RowTable:
+        verify()
+        check_content(table.features, table.labels, table.ids, mean)
+        return replace(table, paths=decode_paths(files, manifest))
+
+    trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
+    return OpenedFiles(table, mean, centroids, trusted, read_whole)
+
+
+def _read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Singles, Ints]:
+    """The centroids of an inverted file, and the list of each row, which must fit each other."""
+    spec, count, name = manifest.index.spec, manifest.num_rows, manifest.blobs[0].name
+    if "centroids" not in files[0]:
+        raise DatastoreError(
+            f"Expected the blobs to hold centroids and {count} lists for the index {spec}, but "
+            "they do not; save the datastore again."
+        )
+    centroids = files[0]["centroids"]
+    lists = join_vectors(files, "lists", manifest, torch.int32).long().numpy()
+    if len(lists) != count:
+        raise DatastoreError(
+            f"Expected the blobs to hold centroids and {count} lists for the index {spec}, but "
+            f"they hold {len(lists)} lists; save the datastore again."
+        )
+    most = len(centroids)
+    if centroids.dtype != torch.float32 or centroids.shape[1:] != (manifest.dim,):
+        raise DatastoreError(
+            f"Expected centroids [{most}, {manifest.dim}] float32 in {name}, "
+            f"but got {tuple(centroids.shape)} {centroids.dtype}; save the datastore again."
+        )
+    if not spec.startswith(f"IVF{most},"):
+        raise DatastoreError(
+            f"Expected {most} lists in the index of the manifest, one per centroid, but got {spec}."
+        )
+    if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= most):
+        raise DatastoreError(f"Expected lists in [0, {most}) in {name}.")
+    return centroids.numpy(), lists
+
+
+def _open_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
+    """The serialized index, open and hashed; None, with a warning, if none can be searched."""
     record, problem = manifest.faiss_index, None
     # a flat index of distances is written for others; ours is built from the rows in no time
     is_readable = manifest.metric == Metric.COSINE or manifest.index.spec != FLAT
@@ -380,37 +422,70 @@ def verified_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None
     return None
 
 
-def checked_centroids(opened: OpenedFiles, manifest: Manifest) -> Singles:
-    """The centroids of an inverted file, which must fit the rows' lists and the manifest.
+def open_newest(folder: Path, open_version: Callable[[Manifest, Resolve], Opened]) -> Opened:
+    """Opens the version of a folder that is there; anew where a writer replaces it meanwhile.
 
     Args:
-        opened: the opened files of the datastore.
-        manifest: the checked manifest.
-
-    Returns:
-        [L, D] float32, one per list.
+        folder: with a `datastore.json`.
+        open_version: opens what a manifest names, with what finds the files.
 
     Raises:
-        DatastoreError: if there are none, or they do not fit, with both numbers.
+        FileNotFoundError: if there is no datastore in the folder.
+        DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
     """
-    table, centroids = opened.table, opened.shared.get("centroids")
-    lists = table.lists
-    if centroids is None or lists is None or len(lists) != manifest.num_rows:
-        raise DatastoreError(
-            f"Expected the blobs to hold centroids and {manifest.num_rows} lists for the index "
-            f"{manifest.index.spec}, but they do not; save the datastore again."
+
+    def resolve(name: str) -> Path | None:
+        path = folder / name
+        return path if path.is_file() else None
+
+    path = resolve(MANIFEST_NAME)
+    if path is None:
+        raise FileNotFoundError(
+            f"Expected {folder} to hold a datastore, but it has no {MANIFEST_NAME}."
         )
-    count = len(centroids)
-    if centroids.dtype != torch.float32 or centroids.shape[1:] != (manifest.dim,):
+    for attempt in range(_LOAD_ATTEMPTS):
+        before = identity(path)
+        try:
+            return open_version(Manifest.read(path), resolve)
+        except (DatastoreError, FileNotFoundError):
+            # a writer may have replaced the version that was being read
+            if identity(path) == before or attempt + 1 == _LOAD_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def lies_in(folder: Path | None, records: Sequence[FileRecord | None]) -> bool:
+    """Whether the manifest of a folder names just these row files.
+
+    Args:
+        folder: where a datastore may lie; None if there is none.
+        records: of the row files, None for one that was never written.
+    """
+    try:
+        return folder is not None and Manifest.read(folder / MANIFEST_NAME).blobs == records
+    except (FileNotFoundError, DatastoreError):
+        return False
+
+
+def place_of(folder: Path | None, records: Sequence[FileRecord | None]) -> Path:
+    """The folder of a datastore that was pickled by its place.
+
+    Args:
+        folder: where it lay.
+        records: of its row files.
+
+    Raises:
+        DatastoreError: if it is gone, or another one.
+    """
+    if folder is None or not lies_in(folder, records):
         raise DatastoreError(
-            f"Expected centroids [{count}, {manifest.dim}] float32 in {manifest.blobs[0].name}, "
-            f"but got {tuple(centroids.shape)} {centroids.dtype}; save the datastore again."
+            f"Expected the datastore in {folder} to be the one that was pickled, but it is gone or "
+            "was changed; pickle it again."
         )
-    if not manifest.index.spec.startswith(f"IVF{count},"):
-        raise DatastoreError(
-            f"Expected {count} lists in the index of the manifest, one per centroid, "
-            f"but got {manifest.index.spec}."
-        )
-    if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= count):
-        raise DatastoreError(f"Expected lists in [0, {count}) in {manifest.blobs[0].name}.")
-    return centroids.numpy()
+    return folder
+
+
+def with_records(table: RowTable, manifest: Manifest) -> RowTable:
+    """A table whose rows lie in the files of a manifest, as they are."""
+    pairs = zip(table.shards, manifest.blobs, strict=True)
+    return replace(table, shards=[shard._replace(record=record) for shard, record in pairs])

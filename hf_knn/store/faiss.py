@@ -11,33 +11,27 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core.manifest import DatastoreError
-from ..core.search import Ints, Limits, Singles, float32_rounding
+from ..core.search import Floats, Ints, Singles, float32_rounding
 
 
-def limits(last_scores: Singles, rounding: float) -> Limits:
+def limits(last_scores: Singles, rounding: float) -> Floats:
     """What rows left out can score at most, from the last score that was not left out."""
     return last_scores.astype(np.float64) + rounding
 
 
 FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
 
-
 _TRAINING_ROWS_PER_LIST = 64
-
 
 _KMEANS_ROUNDS = 10
 
-
 _ADD_ROWS = 131_072
-
 
 _CANDIDATES_IN_REACH = 4
 """The lists that are searched hold this many times the candidates wanted, on average."""
 
-
 _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
-
 
 _LARGEST_NUMBER = 4096
 """Numbers in a factory string other than the lists of an IVF: links, sub-vectors, widths."""
@@ -92,10 +86,10 @@ class FaissFlat:
         self.rounding = float32_rounding(rows.shape[1])
 
     def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
+        """See `GrowingFirstPass.add`."""
         self.index.add(rows)
 
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         scores, positions = self.index.search(queries, count)
         return positions, limits(scores[:, -1], self.rounding)
@@ -208,7 +202,7 @@ class FaissApproximate:
         _write(path, self.index)
 
     def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`.
+        """See `GrowingFirstPass.add`.
 
         Raises:
             NotImplementedError: for a kind that takes no rows in once it was built.
@@ -223,7 +217,7 @@ class FaissApproximate:
             for start in range(0, len(rows) if index is not None else 0, _ADD_ROWS):
                 index.add(rows[start : start + _ADD_ROWS])
 
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         if self.on_gpus is not None and count > _LARGEST_ON_GPU:
             raise ValueError(

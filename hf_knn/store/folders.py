@@ -21,7 +21,6 @@ except ImportError as error:  # pragma: no cover
 
 _AT_FDCWD = -100
 
-
 _RENAME_EXCHANGE = 2
 
 

@@ -1,10 +1,17 @@
 """Pushing to the Hub: one commit for everything, and nobody's later commit overwritten."""
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import CONFIG_NAME
+
+from ..core.frozen import Resolve
+from ..core.manifest import MANIFEST_NAME, Manifest
+from ..core.reading import HubFiles
 
 try:
     from huggingface_hub import HfApi
@@ -15,15 +22,11 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
 
 logger = logging.getLogger(__name__)
 
-
 CARD_NAME = "README.md"
-
 
 _CONFLICT = 412
 
-
 _BRANCHES_OF_OTHERS = "refs/"
-
 
 KEPT_TO_ONESELF = (
     ".*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "checkpoint-*", "**/checkpoint-*",
@@ -31,8 +34,7 @@ KEPT_TO_ONESELF = (
 )  # fmt: skip
 """What is never pushed: pickles, hidden files, training checkpoints."""
 
-
-REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
+_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
 """Remote files that a push deletes unless it brings them: those of an older version."""
 
 
@@ -98,13 +100,13 @@ class OpenTarget:
         where = {"revision": self.head, "repo_type": self.target.repo_type}
         return bool(self.api.file_exists(self.repo_id, name, **where))
 
-    def read_card(self) -> str | None:
-        """The card that is there; None if there is none."""
-        if not self.holds(CARD_NAME):
+    def read_text(self, name: str) -> str | None:
+        """A file that is there, as text; None if there is none."""
+        if not self.holds(name):
             return None
         where = {"revision": self.head, "repo_type": self.target.repo_type}
-        path = self.api.hf_hub_download(self.repo_id, CARD_NAME, **where)
-        return Path(path).read_text(encoding="utf-8")
+        path = self.api.hf_hub_download(self.repo_id, name, **where)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def push(
         self,
@@ -112,7 +114,7 @@ class OpenTarget:
         message: str,
         description: str | None = None,
         extra: Sequence[str] = (),
-        replaced: Sequence[str] = REPLACED,
+        replaced: Sequence[str] = (),
     ) -> Any:
         """Commits a folder; what the remote has already is not sent again.
 
@@ -121,7 +123,7 @@ class OpenTarget:
             message: of the commit.
             description: of the commit.
             extra: patterns of `KEPT_TO_ONESELF` that are pushed all the same.
-            replaced: patterns of remote files that go unless this push brings them.
+            replaced: patterns of further remote files that go unless this push brings them.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -144,7 +146,7 @@ class OpenTarget:
                 create_pr=self.target.create_pr,
                 parent_commit=expected,
                 ignore_patterns=[name for name in KEPT_TO_ONESELF if name not in extra],
-                delete_patterns=list(replaced),
+                delete_patterns=[*_REPLACED, *replaced],
             )
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code == _CONFLICT:
@@ -157,3 +159,51 @@ class OpenTarget:
             "has pushed since; nothing was overwritten. Load the new version and push again, pass "
             "parent_commit= with its commit to replace it, or create_pr=True."
         )
+
+
+def push_alone(target: PushTarget, save: Callable[[Path], object], message: str) -> Any:
+    """Pushes what is saved into a fresh folder, to a repository of its own.
+
+    Args:
+        target: where to.
+        save: writes the files.
+        message: of the commit.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        PushConflictError: if the branch moved on meanwhile; nothing was overwritten.
+        ValueError: for the repository of a model.
+    """
+    opened = target.open()
+    if opened.holds(CONFIG_NAME):
+        raise ValueError(
+            f"Expected {opened.repo_id} to be a repository of its own, but it holds a model; "
+            "push the model with model.push_to_hub."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "store"
+        save(folder)
+        return opened.push(folder, message)
+
+
+def find_manifest(name: str | Path, options: dict[str, Any]) -> tuple[Manifest, Resolve]:
+    """The manifest of a repository on the Hub, and what finds its files, all of one revision.
+
+    Args:
+        name: the Hub id of a datastore or of a model that has one.
+        options: of `transformers.utils.cached_file`.
+
+    Raises:
+        FileNotFoundError: if there is no datastore.
+        DatastoreError: for a manifest that is damaged.
+        OSError: if there is no such repository or revision, or the download failed.
+    """
+    files = HubFiles(name, options)
+    path = files.resolve(MANIFEST_NAME)
+    if path is None:
+        raise FileNotFoundError(
+            f"Expected {name} to hold a datastore, but it has no {MANIFEST_NAME}."
+        )
+    return Manifest.read(path), files.resolve

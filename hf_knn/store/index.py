@@ -6,29 +6,15 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..core.manifest import IndexInfo
-from ..core.search import (
-    ROW_BLOCK,
-    FirstPass,
-    Ints,
-    Limits,
-    Rows,
-    RowSpace,
-    Searcher,
-    Singles,
-    TorchFirstPass,
-    float32_rounding,
-    nearest_first,
-    reach,
-)
+from ..core.search import Ints, Rows, Singles
 from .faiss import (
     FAISS_HINT,
     FaissApproximate,
@@ -38,148 +24,35 @@ from .faiss import (
     read_flat,
     require_faiss,
 )
-
-_QUERY_BLOCK = 256
-
-
-_GROUP = 32
-
-
-class BFloat16FirstPass:
-    """Matmul in bfloat16, for processors that have it: half the memory of float32.
-
-    A row among the best `count` lies in one of the `count` groups with the best maxima, so only
-    the group maxima are sorted.
-
-    Args:
-        rows: [N, D'] float32.
-    """
-
-    extra = 44
-
-    def __init__(self, rows: Singles) -> None:
-        self.count, self.lost = 0, 0.0
-        self.rows = torch.empty(0, rows.shape[1], dtype=torch.bfloat16)
-        self.rounding = float32_rounding(rows.shape[1])
-        self.add(rows)
-
-    def add(self, rows: Singles) -> None:
-        """See `FirstPass.add`."""
-        if not len(rows):
-            return
-        added = torch.from_numpy(rows)
-        rounded = added.bfloat16()
-        for block, kept in zip(added.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
-            self.lost = max(self.lost, float((block - kept.float()).norm(dim=1).max()))
-        merged = torch.cat([self.rows[: self.count], rounded])
-        self.count, self.rows = len(merged), _padded(merged)
-
-    @torch.autocast("cpu", enabled=False)
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Limits]:
-        """See `FirstPass.candidates`."""
-        exact = torch.from_numpy(queries)
-        rounded = exact.bfloat16()
-        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
-        parts = [self._candidates(block, count) for block in rounded.split(_QUERY_BLOCK)]
-        last, positions = zip(*parts, strict=True)
-        return torch.cat(positions).numpy(), reach(torch.cat(last), lost, self.lost, self.rounding)
-
-    def _candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores = torch.empty(len(queries), len(self.rows), dtype=torch.bfloat16)  # [B, N]
-        for start in range(0, len(self.rows), ROW_BLOCK):
-            rows = self.rows[start : start + ROW_BLOCK]
-            scores[:, start : start + ROW_BLOCK] = queries @ rows.T
-        scores[:, self.count :] = -torch.inf
-        groups = scores.view(len(queries), -1, _GROUP).amax(dim=-1).float()  # [B, N / 32]
-        best = groups.topk(min(count, groups.shape[1]), dim=1).indices
-        members = (best.unsqueeze(-1) * _GROUP + torch.arange(_GROUP)).flatten(1)
-        found = scores.gather(1, members).float().topk(count, dim=1)
-        # a float32 of what was bfloat16 is bfloat16 again without loss
-        return found.values[:, -1].bfloat16(), members.gather(1, found.indices)
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _padded(rows: Tensor) -> Tensor:
-    missing = -len(rows) % _GROUP
-    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-
-
-_EXACT_BLOCK = 262_144
-
-
-def nearest_in_blocks(
-    features: Rows,
-    ids: Ints,
-    space: RowSpace,
-    first_pass: Callable[[Singles], FirstPass],
-    queries: NDArray,
-    k: int,
-    exclude_ids: Ints,
-) -> Ints:
-    """The exact k nearest rows, without a copy of all rows in memory.
-
-    Args:
-        features: [N, D] raw features.
-        ids: [N] int64, unique.
-        space: how rows are compared.
-        first_pass: makes an exact one from rows.
-        queries: [B, D] finite raw features.
-        k: from 1 to N - 1.
-        exclude_ids: [B] ids that are no neighbours of the queries.
-
-    Returns:
-        [B, k] positions by (similarity, id).
-    """
-    blocks = -(-len(ids) // _EXACT_BLOCK)
-    similarities, positions = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
-    for part in np.array_split(np.arange(len(ids)), blocks):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        block = Searcher(
-            features[rows], ids[rows], space, first_pass(space.first_pass_rows(features[rows]))
-        )
-        found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
-        similarities = np.concatenate([similarities, found], axis=1)
-        positions = np.concatenate([positions, places + rows.start], axis=1)
-        order = nearest_first(similarities, ids[positions], k)
-        similarities = np.take_along_axis(similarities, order, axis=1)
-        positions = np.take_along_axis(positions, order, axis=1)
-    return positions
-
-
-def recall_of(found: Ints, wanted: Ints) -> float:
-    """Share of the wanted neighbours [B, k] that were found [B, k]."""
-    hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
-    return float(hits.mean(axis=1).mean())
-
+from .searcher import (
+    ApproximateSearcher,
+    BFloat16FirstPass,
+    GrowingFirstPass,
+    GrowingSearcher,
+    IndexSpace,
+    PlacedFirstPass,
+    has_fast_bfloat16,
+    nearest_in_blocks,
+    recall_of,
+)
+from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
 
-
 AUTO, FLAT = "auto", "flat"
-
 
 LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
-
 MIN_RECALL = 0.99
-
 
 RECALL_K = 20
 
-
 RECALL_SAMPLE = 256
-
 
 _SMALLEST_BFLOAT16 = 20_000
 
-
 _REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
-
 
 CPU = (torch.device("cpu"),)
 
@@ -295,13 +168,13 @@ def is_rebuildable(spec: str) -> bool:
 def build_searcher(
     features: Rows,
     ids: Ints,
-    space: RowSpace,
+    space: IndexSpace,
     info: IndexInfo,
     stored: StoredLists | None,
     min_recall: float,
     placement: Placement,
     trusted: BinaryIO | None,
-) -> tuple[Searcher, IndexInfo, StoredLists | None]:
+) -> tuple[GrowingSearcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
     Args:
@@ -328,9 +201,9 @@ def build_searcher(
             )
         if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, features.shape[1])
-            return Searcher(features, ids, space, flat), info, stored
+            return GrowingSearcher(features, ids, space, flat), info, stored
         first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
-        return Searcher(features, ids, space, first_pass), info, stored
+        return GrowingSearcher(features, ids, space, first_pass), info, stored
     started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
     if trusted is not None:
         index = FaissApproximate.from_file(
@@ -343,7 +216,7 @@ def build_searcher(
     seconds = time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
-    searcher = Searcher(features, ids, space, index, is_exact=False)
+    searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
     if info.recall is None or is_new:
         info = _tune(searcher, index, info, min_recall)
@@ -364,20 +237,20 @@ def _approximate(
     return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
 
 
-def _placed_first_pass(rows: Singles, placement: Placement) -> FirstPass:
+def _placed_first_pass(rows: Singles, placement: Placement) -> GrowingFirstPass:
     if placement != Placement():
         dtype = torch.float16 if placement.float16 else torch.float32
-        return TorchFirstPass(rows, placement.devices, dtype)
+        return PlacedFirstPass(rows, placement.devices, dtype)
     return _exact_first_pass(len(rows))(rows)
 
 
-def _exact_first_pass(count: int) -> Callable[[Singles], FirstPass]:
+def _exact_first_pass(count: int) -> Callable[[Singles], GrowingFirstPass]:
     if count >= _SMALLEST_BFLOAT16 and has_fast_bfloat16():
         return BFloat16FirstPass
     if has_faiss():
         return FaissFlat
     _say_once_that_faiss_is_missing()
-    return TorchFirstPass
+    return PlacedFirstPass
 
 
 @functools.cache
@@ -386,7 +259,7 @@ def _say_once_that_faiss_is_missing() -> None:
 
 
 def _tune(
-    searcher: Searcher, index: FaissApproximate, info: IndexInfo, min_recall: float
+    searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
     """Raises nprobe or efSearch until the recall on a sample of rows is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space
@@ -423,3 +296,160 @@ def _tune(
             info.spec, k, recall, min_recall,
         )  # fmt: skip
     return dataclasses.replace(info, parameters=dict(index.parameters), recall=recall)
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Which index a table has, where it runs, and the index itself once it stands.
+
+    What follows a change of the table returns the new table too, since each row's list in an
+    inverted file is a column of it.
+
+    Attributes:
+        info: which one, with its parameters and measured recall once it was built.
+        max_memory: bytes that it may take; None for no limit.
+        min_recall: recall at 20 that an approximate index is set to reach.
+        placement: where searches run.
+        centroids: [n, D'] float32 of an inverted file; None for other kinds.
+        trusted: an open, hashed file with the index of these very rows, or None.
+        searcher: None until it is built.
+    """
+
+    info: IndexInfo
+    max_memory: int | None
+    min_recall: float
+    placement: Placement = field(default_factory=Placement)
+    centroids: Singles | None = None
+    trusted: BinaryIO | None = None
+    searcher: GrowingSearcher | None = None
+
+    @classmethod
+    def chosen(
+        cls, requested: str, table: RowTable, max_memory: str | int | None, min_recall: float
+    ) -> Self:
+        """The index for a table.
+
+        Args:
+            requested: `auto`, `flat` or a faiss factory string.
+            table: the rows.
+            max_memory: such as `"2GB"`; None for no limit.
+            min_recall: in (0, 1].
+
+        Raises:
+            ImportError: for a faiss index without faiss.
+            ValueError: for a bad option, or too few rows for the index.
+        """
+        if not 0 < min_recall <= 1:
+            raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
+        memory = None if max_memory is None else parse_memory(max_memory)
+        return cls(choose_index(requested, *table.features.shape, memory), memory, min_recall)
+
+    @property
+    def approximate(self) -> FaissApproximate | None:
+        """The index of faiss, if it is one that stands."""
+        index = None if self.searcher is None else self.searcher.index
+        return index if isinstance(index, FaissApproximate) else None
+
+    def unbuilt(self) -> Self:
+        """The same, to be built when needed."""
+        return replace(self, searcher=None)
+
+    def unopened(self) -> Self:
+        """The same without what cannot be pickled."""
+        return replace(self, searcher=None, trusted=None)
+
+    def on(self, placement: Placement) -> Self:
+        """The same, to be built where searches are to run."""
+        return replace(self, searcher=None, placement=placement)
+
+    def exact(self) -> Self:
+        """An exact one at the same place, for some of the rows."""
+        return replace(self.unopened(), info=IndexInfo(FLAT, FLAT), centroids=None)
+
+    def read(self, info: IndexInfo, centroids: Singles | None, trusted: BinaryIO | None) -> Self:
+        """The one that files describe, see the attributes."""
+        return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted)
+
+    def chosen_again(self, table: RowTable) -> Self:
+        """To be built anew for a table, exact where its rows have become too few."""
+        requested, shape = self.info.requested, table.features.shape
+        info = choose_index(requested, *shape, self.max_memory, fall_back=True)
+        return replace(self, info=info, centroids=None, trusted=None, searcher=None)
+
+    def forgotten(self, table: RowTable) -> tuple[Self, RowTable]:
+        """For a table that it cannot follow; the table without the lists of its rows."""
+        return self.chosen_again(table), table.with_lists(None)
+
+    def built(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
+        """With a searcher; the table with the lists of its rows, for an inverted file.
+
+        Args:
+            table: the rows.
+            space: how they are compared.
+
+        Raises:
+            ValueError: for an index that cannot be built from these rows.
+            DatastoreError: for a trusted file of other rows or another kind.
+        """
+        stored = None
+        if self.centroids is not None and table.lists is not None:
+            stored = StoredLists(self.centroids, table.lists)
+        searcher, info, lists = build_searcher(
+            table.features, table.ids.numpy(), space, self.info, stored, self.min_recall,
+            self.placement, self.trusted,
+        )  # fmt: skip
+        index = replace(self, info=info, searcher=searcher)
+        if lists is None or table.lists is not None:
+            return index, table
+        return replace(index, centroids=lists.centroids), table.with_lists(lists.lists)
+
+    def after_adding(self, before: RowTable, table: RowTable) -> tuple[Self, RowTable]:
+        """In step with rows that were appended.
+
+        Args:
+            before: the rows that it was in step with.
+            table: these and more, without lists.
+        """
+        searcher = self.searcher
+        follows = searcher is not None and searcher.add(table.features, table.ids.numpy())
+        if not follows or self._is_outgrown(table):
+            if before.lists is not None:  # which lie in the files of these rows too
+                table = replace(table, shards=[Shard(shard.rows) for shard in table.shards])
+            return self.forgotten(table)
+        if before.lists is not None:
+            lists = np.concatenate([before.lists, self._lists_of(table, len(before))])
+            table = replace(table, lists=lists)
+        return replace(self, trusted=None), table
+
+    def after_removing(self, table: RowTable, kept: NDArray[np.bool_]) -> tuple[Self, RowTable]:
+        """In step with a table that has lost rows.
+
+        Args:
+            table: the rows that are left.
+            kept: [N] which of those before they are.
+        """
+        if self.searcher is None and self.centroids is None:  # there is nothing to keep in step
+            return self.forgotten(table)
+        if self.searcher is not None and not self.searcher.remove(
+            table.features, table.ids.numpy(), kept
+        ):
+            return self.forgotten(table)
+        return replace(self, trusted=None), table
+
+    def ready_to_save(self) -> Self:
+        """Without a searcher that still holds removed rows: none of their bytes may be written."""
+        is_clean = self.searcher is None or not self.searcher.has_removed_rows
+        return self if is_clean else self.unbuilt()
+
+    def _is_outgrown(self, table: RowTable) -> bool:
+        """Whether rows that were too few for the index have become enough."""
+        if self.info.spec != FLAT or self.info.requested == FLAT:
+            return False
+        return self.chosen_again(table).info.spec != FLAT
+
+    def _lists_of(self, table: RowTable, start: int) -> Ints:
+        """The lists of the rows from `start`, which the index has just taken in."""
+        assert self.searcher is not None
+        assert self.approximate is not None
+        added = table.features[start : len(table)]
+        return self.approximate.lists_of(self.searcher.space.index_rows(added))

@@ -1,14 +1,22 @@
-"""A `datastore.json` that says where rows lie instead of naming files, and who may be asked."""
+"""A `datastore.json` that says where rows lie instead of naming files, and who may be asked.
+
+Back ends come by registry: whatever is installed under the entry point group `hf_knn.datastores`
+opens the references that name it.
+"""
 
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from ..core.config import Normalization
 from ..core.manifest import (
+    BLOB_PATTERN,
+    FAISS_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     REFERENCE_FORMAT,
@@ -24,14 +32,25 @@ from ..core.manifest import (
     signed_json,
 )
 from ..core.votes import Metric
+from .backend import RowStore
+from .folders import exclusive_lock, write_durably
 
-TOKEN_VARIABLE = "MILVUS_TOKEN"
+MILVUS = "milvus"
+TOKEN_VARIABLE, URI_VARIABLE = "MILVUS_TOKEN", "HF_KNN_MILVUS_URI"
+LOCAL_ENDING = ".db"
 
+ENTRY_POINTS = "hf_knn.datastores"
+"""Group of the entry points that bring back ends: name -> class with a classmethod `open`."""
+
+PENDING_NAME = "pending-change.safetensors"
+"""File of a checkpoint that says how an interrupted change of its remote rows is taken back."""
 
 _SCHEMES = ("http", "https", "tcp")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_OURS = {MILVUS: "hf_knn.milvus.datastore:MilvusDatastore"}
+"""Known without installed metadata too, as in a pushed Space, which holds the sources alone."""
 
-
-LOCAL_ENDING = ".db"
+_HOW_TO_INSTALL = "install the extra that brings others, as pip install hf-knn[milvus] does"
 
 
 def check_uri(uri: str) -> str:
@@ -68,9 +87,6 @@ def token_of(token: str | None) -> str:
     return os.environ.get(TOKEN_VARIABLE, "") if token is None else token
 
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-
-
 def check_name(collection: str) -> str:
     """Checks the name of a collection.
 
@@ -85,12 +101,6 @@ def check_name(collection: str) -> str:
     return collection
 
 
-MILVUS = "milvus"
-
-
-URI_VARIABLE = "HF_KNN_MILVUS_URI"
-
-
 @dataclass(frozen=True)
 class DatastoreReference:
     """The content of a `datastore.json` without files.
@@ -99,13 +109,14 @@ class DatastoreReference:
         uri: of the Milvus server; it holds no password.
         collection: name of the rows' collection.
         num_rows: how many rows it held.
-        fingerprint: of the rows, see `row_fingerprint.combine`.
+        fingerprint: of the rows, see `table.combine`.
         dim: width of a row.
         dtype: `float16` or `float32`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
         binding: the checkpoint that it belongs to; None if it was saved alone.
         source: dataset id, revision and split of the rows, as far as known.
+        backend: which one opens it, by its name in the registry.
     """
 
     uri: str
@@ -118,11 +129,14 @@ class DatastoreReference:
     normalization: str
     binding: Binding | None = None
     source: dict[str, str] = field(default_factory=dict)
+    backend: str = MILVUS
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
-        values = {"format": REFERENCE_FORMAT, "format_version": FORMAT_VERSION, "backend": MILVUS}
-        return signed_json(values | asdict(self))
+        facts = asdict(self)
+        named = {"backend": facts.pop("backend")}  # read first, so it stands first
+        values = {"format": REFERENCE_FORMAT, "format_version": FORMAT_VERSION}
+        return signed_json(values | named | facts)
 
     @classmethod
     def parse(cls, values: Any) -> "DatastoreReference":
@@ -136,7 +150,10 @@ class DatastoreReference:
         """
         fields = Fields(values, "")
         check_format(fields, REFERENCE_FORMAT)
-        fields.choice("backend", (MILVUS,))
+        backend = fields.text("backend")
+        known = _registry()
+        if backend not in known:
+            raise fields.wrong("backend", f"{_named(known)} ({_HOW_TO_INSTALL})")
         binding = fields.get("binding")
         try:
             uri = check_uri(fields.text("uri"))
@@ -154,6 +171,7 @@ class DatastoreReference:
             normalization=fields.choice("normalization", list(Normalization)),
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
+            backend=backend,
         )
 
 
@@ -186,11 +204,11 @@ class RemoteConsent(NamedTuple):
         if self.trusted:
             return reference.uri, self.token or ""
         raise ValueError(
-            f"Expected consent to ask a server, since the rows of this checkpoint lie in the "
-            f"collection {reference.collection} of Milvus at {reference.uri}: pass "
-            f"datastore_uri='…' (or set {URI_VARIABLE}) to name it yourself, or "
-            "trust_remote_datastore=True to take that address; load_datastore=False gives the "
-            "plain classifier."
+            "Expected consent to ask a server, since the rows of this checkpoint lie in the "
+            f"collection {reference.collection} of {reference.backend.title()} at "
+            f"{reference.uri}: pass datastore_uri='…' (or set {URI_VARIABLE}) to name it "
+            "yourself, or trust_remote_datastore=True to take that address; load_datastore=False "
+            "gives the plain classifier."
         )
 
 
@@ -207,3 +225,98 @@ def read_manifest(path: Path) -> Manifest | DatastoreReference:
     if isinstance(values, dict) and values.get("format") == REFERENCE_FORMAT:
         return DatastoreReference.parse(values)
     return Manifest.parse(values)
+
+
+def read_reference(folder: Path) -> DatastoreReference:
+    """What the `datastore.json` of a folder refers to.
+
+    Args:
+        folder: of a checkpoint, or of a datastore that was saved alone.
+
+    Raises:
+        DatastoreError: for a damaged one, or a folder that holds the rows itself.
+    """
+    found = read_manifest(folder / MANIFEST_NAME)
+    if not isinstance(found, DatastoreReference):
+        raise DatastoreError(
+            f"Expected {folder} to refer to Milvus, but it holds the rows itself; open it with "
+            "Datastore.load."
+        )
+    return found
+
+
+def write_reference(folder: Path, reference: DatastoreReference) -> None:
+    """Makes a folder refer to rows elsewhere; those that it held go.
+
+    Args:
+        folder: where to; made if needed.
+        reference: to the rows.
+
+    Raises:
+        OSError: if it could not be written; the version that was there is intact.
+    """
+    text = reference.to_json().encode()
+    with exclusive_lock(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / MANIFEST_NAME, lambda path: _write(path, text))
+        for entry in folder.iterdir():
+            if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
+                entry.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+class RemoteBackend(Protocol):
+    """What an entry point of `hf_knn.datastores` names: a class that opens references."""
+
+    def open(self, reference: DatastoreReference, consent: RemoteConsent) -> RowStore:
+        """Opens what a reference names, if it is still that and the server may be asked."""
+        ...
+
+
+def open_remote(reference: DatastoreReference, consent: RemoteConsent) -> RowStore:
+    """Opens the datastore that a checkpoint refers to, by the back end that it names.
+
+    Args:
+        reference: the content of its `datastore.json`.
+        consent: whether a server may be asked.
+
+    Raises:
+        DatastoreError: for a back end that nobody brought, naming those that are here; or rows
+            that are not those of the reference.
+        ImportError: for a back end whose own packages are missing, saying what to install.
+        ValueError: without consent.
+    """
+    known = _registry()
+    if reference.backend not in known:
+        raise DatastoreError(
+            f"Expected the rows of {reference.collection} to lie in {_named(known)}, but they lie "
+            f"in {reference.backend!r}; {_HOW_TO_INSTALL}."
+        )
+    backend: RemoteBackend = resolve_name(known[reference.backend])
+    return backend.open(reference, consent)
+
+
+def _registry() -> dict[str, str]:
+    """Name -> `module:class` of each back end that is here."""
+    return _OURS | {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _named(known: dict[str, str]) -> str:
+    return " or ".join(repr(name) for name in sorted(known))
+
+
+def is_pending(folder: Path) -> bool:
+    """Whether a change of a checkpoint's rows is under way, or was interrupted."""
+    return (folder / PENDING_NAME).is_file()
+
+
+def explain_pending(folder: Path) -> str:
+    """What to do about it."""
+    return (
+        f"A change of {folder} is under way, or was interrupted. Run `hf-knn undo {folder}`, or "
+        "the next change, when nobody changes it: the rows are then taken back to what the "
+        "checkpoint names."
+    )

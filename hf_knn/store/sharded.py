@@ -1,6 +1,6 @@
 """Exact search over rows that are divided over ranks: queries and answers travel, rows never do."""
 
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -9,20 +9,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.manifest import DatastoreError
-from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers
+from ..core.rows import Values, as_features
 from ..core.search import Neighbors, Request, check_request
 from .backend import Hits
+from .changes import checked_rows
 from .datastore import Datastore
-from .table import to_storage
 
 QUERY_BLOCK = 1024
 """Queries of one rank per exchange, which bounds the memory."""
 
-
 _ID_BLOCK = 2**20
-
-
 _SUM_BLOCK = 65_536
+
+Group = dist.ProcessGroup | None
+"""None is the default group."""
+
+Fact = TypeVar("Fact")
 
 
 class ShardedDatastore:
@@ -46,7 +48,7 @@ class ShardedDatastore:
             index, or an id that two ranks have; on all ranks.
     """
 
-    def __init__(self, shard: Datastore, group: Any = None) -> None:
+    def __init__(self, shard: Datastore, group: Group = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "Expected torch.distributed to be initialised; call "
@@ -66,7 +68,7 @@ class ShardedDatastore:
         ids: Values | None = None,
         metric: str = "cosine",
         normalization: str = "l2_centered",
-        group: Any = None,
+        group: Group = None,
     ) -> Self:
         """Makes a datastore of the rows that each rank brings. Collective.
 
@@ -87,15 +89,10 @@ class ShardedDatastore:
         Raises:
             ValueError: for bad rows of any rank; on all ranks.
         """
-        problem, stored, numbers = "", torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
-        row_labels = numbers
+        problem, nothing = "", torch.empty(0, dtype=torch.int64)
+        stored, row_labels, numbers = torch.empty(0, 1), nothing, nothing
         try:
-            wanted = as_features(features, "features")
-            stored = to_storage(wanted, torch.float16)
-            numbers = torch.arange(len(stored)) if ids is None else as_whole_numbers(ids, "ids")
-            row_labels, numbers = check_row_numbers(
-                as_whole_numbers(labels, "labels"), numbers, len(stored)
-            )
+            stored, row_labels, numbers = checked_rows(features, labels, ids)
         except ValueError as error:
             problem = str(error)
         facts = _exchange((problem, len(stored), stored.shape[1], stored.dtype, ids is None), group)
@@ -106,7 +103,7 @@ class ShardedDatastore:
                 f"bring widths {[fact[2] for fact in facts]}, ids {[not f[4] for f in facts]}."
             )
         if any(fact[3] == torch.float32 for fact in facts):  # one datastore has one dtype
-            stored = wanted.float()
+            stored = as_features(features, "features").float()
         if ids is None:
             numbers = numbers + sum(fact[1] for fact in facts[: dist.get_rank(group)])
         mean = _common_mean(stored, group)
@@ -210,7 +207,7 @@ class ShardedDatastore:
             raise ValueError(f"Expected ids that one rank has, but several have {found[:10]}.")
 
 
-def _common_mean(stored: Tensor, group: Any) -> Tensor:
+def _common_mean(stored: Tensor, group: Group) -> Tensor:
     """[D] float32 mean of all ranks' rows; the same on all, whatever the order of arrival."""
     total = np.zeros(stored.shape[1])
     for block in stored.split(_SUM_BLOCK):
@@ -223,9 +220,9 @@ def _common_mean(stored: Tensor, group: Any) -> Tensor:
     return torch.from_numpy(mean).float()
 
 
-def _exchange(value: Any, group: Any) -> list[Any]:
+def _exchange(value: Fact, group: Group) -> list[Fact]:
     """Small facts of all ranks, in their order."""
-    values: list[Any] = [None] * dist.get_world_size(group)
+    values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -236,7 +233,7 @@ def _raise_any(problems: list[str]) -> None:
         raise ValueError(" ".join(found))
 
 
-def _gather_rows(mine: Tensor, group: Any) -> list[Tensor]:
+def _gather_rows(mine: Tensor, group: Group) -> list[Tensor]:
     """Tensors [n, …] of all ranks, whose lengths may differ."""
     counts = _exchange(len(mine), group)
     padded = mine.new_zeros(max(counts), *mine.shape[1:])
@@ -245,7 +242,7 @@ def _gather_rows(mine: Tensor, group: Any) -> list[Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def _gather_columns(mine: Tensor, group: Any) -> Tensor:
+def _gather_columns(mine: Tensor, group: Group) -> Tensor:
     """[B, K] of all ranks side by side; -inf or -1 where a rank has fewer columns."""
     widths = _exchange(mine.shape[1], group)
     missing: float = -torch.inf if mine.is_floating_point() else -1
@@ -254,7 +251,7 @@ def _gather_columns(mine: Tensor, group: Any) -> Tensor:
     return torch.cat(_gather(padded, group), dim=1)
 
 
-def _gather(mine: Tensor, group: Any) -> list[Tensor]:
+def _gather(mine: Tensor, group: Group) -> list[Tensor]:
     """Tensors of one shape of all ranks, on the CPU."""
     is_nccl = dist.get_backend(group) == "nccl"
     sent = mine.to(torch.device("cuda", torch.cuda.current_device())) if is_nccl else mine

@@ -6,6 +6,7 @@ nothing and a change that fails leaves everything as it was.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,16 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.manifest import FileRecord
-from ..core.rows import SMALL_SHARD_BYTES, RowParts, logger
+from ..core.rows import RowParts
 from ..core.search import Ints
 
+logger = logging.getLogger(__name__)
+
 _FLOAT16_LIMIT = 6e4
-
-
 _FLOAT16_COSINE = 0.9999
-
-
 _BLOCK_ROWS = 65_536
+_MODULUS = 2**256
 
 
 def check_paths(paths: Sequence[str] | None, count: int) -> list[str] | None:
@@ -71,9 +71,6 @@ def _fits_float16(features: Tensor) -> bool:
 
 def _same_zero(exact: Tensor, cast: Tensor) -> Tensor:
     return (exact != 0).any(1) == (cast != 0).any(1)
-
-
-_MODULUS = 2**256
 
 
 class StoredRows(NamedTuple):
@@ -141,6 +138,8 @@ def combine(total: int, count: int, mean: Tensor, *facts: str) -> str:
 SHARD_BYTES = 5 * 10**9
 """A row file holds at most this many bytes of features."""
 
+SMALL_SHARD_BYTES = 16 * 10**6
+"""Added rows go into the last row file while it is smaller than this, else into a new one."""
 
 _FEW = 8
 
@@ -178,7 +177,7 @@ class RowTable:
     ) -> "RowTable":
         """A table of rows that no file holds yet."""
         parts = RowParts([features])
-        return cls(parts, labels, ids, paths, None, split_into_shards(len(ids), parts.row_bytes))
+        return cls(parts, labels, ids, paths, None, split_into_shards(len(ids), _row_bytes(parts)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -203,19 +202,19 @@ class RowTable:
         mine = self.features
         same_files = features.dtype == mine.dtype and (self.paths is not None or paths is None)
         if features.dtype != mine.dtype:
-            mine = mine.to(features.dtype)
+            mine = RowParts([part.to(features.dtype) for part in mine.parts])
         all_paths = None
         if self.paths is not None or paths is not None:
             all_paths = (self.paths or [""] * len(self)) + (paths or [""] * len(ids))
         if same_files:
-            shards = append_to_shards(self.shards, len(ids), mine.row_bytes)
+            shards = append_to_shards(self.shards, len(ids), _row_bytes(mine))
         else:
-            shards = split_into_shards(len(self) + len(ids), mine.row_bytes)
+            shards = split_into_shards(len(self) + len(ids), _row_bytes(mine))
         known = None
         if self.lists is not None and lists is not None:
             known = np.concatenate([self.lists, lists])
         return RowTable(
-            mine.append(features),
+            _append(mine, features),
             torch.cat([self.labels, labels]),
             torch.cat([self.ids, ids]),
             all_paths,
@@ -229,7 +228,7 @@ class RowTable:
         if self.paths is not None:
             paths = [p for p, stays in zip(self.paths, kept.tolist(), strict=True) if stays]
         return RowTable(
-            self.features.keep(kept),
+            _keep(self.features, kept),
             self.labels[kept],
             self.ids[kept],
             paths,
@@ -267,6 +266,25 @@ class RowTable:
         rows = torch.full_like(wanted, -1)
         rows[places[hits]] = hits
         return rows[back]
+
+
+def _row_bytes(features: RowParts) -> int:
+    return features.shape[1] * features.dtype.itemsize
+
+
+def _append(features: RowParts, rows: Tensor) -> RowParts:
+    """With more rows [M, D] at the end; only a small last part is copied."""
+    last = features.parts[-1]
+    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES:
+        return RowParts([*features.parts[:-1], torch.cat([last, rows])])
+    return RowParts([*features.parts, rows])
+
+
+def _keep(features: RowParts, kept: Tensor) -> RowParts:
+    """Without the rows whose `kept` [N] is False; parts that lose none are shared."""
+    masks = kept.split([len(part) for part in features.parts])
+    pairs = zip(features.parts, masks, strict=True)
+    return RowParts([part if bool(mask.all()) else part[mask] for part, mask in pairs])
 
 
 def split_into_shards(rows: int, row_bytes: int) -> list[Shard]:

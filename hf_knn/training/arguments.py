@@ -139,26 +139,22 @@ class KnnTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
-        if not (self.knn_loss_alpha >= 0 and math.isfinite(self.knn_loss_alpha)):
-            raise ValueError(
-                f"Expected `knn_loss_alpha` to be >= 0, but got {self.knn_loss_alpha}."
-            )
+        for name in ("knn_loss_alpha", "knn_loss_gamma"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"Expected `{name}` to be >= 0, but got {value}.")
         if not self.knn_loss_clamp > 0:
             raise ValueError(f"Expected `knn_loss_clamp` to be > 0, but got {self.knn_loss_clamp}.")
         if self.tune_folds < 2:
             raise ValueError(f"Expected `tune_folds` to be >= 2, but got {self.tune_folds}.")
-        _check("knn_loss_normalize", self.knn_loss_normalize, list(LossNormalization))
+        _check_choice("knn_loss_normalize", self.knn_loss_normalize, list(LossNormalization))
         if self.tune_criterion is not None:
-            _check("tune_criterion", self.tune_criterion, list(Criterion))
-        _check("on_bad_image", self.on_bad_image, ["fail", "skip"])
-        _check("feature_precision", self.feature_precision, ["fp32", "bf16", "fp16"])
-        _check("class_weights", self.class_weights, list(ClassWeighting))
-        _check("augmentation", self.augmentation, list(Augmentation))
-        _check("knn_queries", self.knn_queries, ["snapshot", "live"])
-        if not (self.knn_loss_gamma >= 0 and math.isfinite(self.knn_loss_gamma)):
-            raise ValueError(
-                f"Expected `knn_loss_gamma` to be >= 0, but got {self.knn_loss_gamma}."
-            )
+            _check_choice("tune_criterion", self.tune_criterion, list(Criterion))
+        _check_choice("on_bad_image", self.on_bad_image, ["fail", "skip"])
+        _check_choice("feature_precision", self.feature_precision, ["fp32", "bf16", "fp16"])
+        _check_choice("class_weights", self.class_weights, list(ClassWeighting))
+        _check_choice("augmentation", self.augmentation, list(Augmentation))
+        _check_choice("knn_queries", self.knn_queries, ["snapshot", "live"])
         self.knn_refresh = str(self.knn_refresh)
         if self.knn_refresh not in ("epoch", "never") and not self.refresh_steps:
             raise ValueError(
@@ -172,7 +168,7 @@ class KnnTrainingArguments(TrainingArguments):
                 f"but got {blocks}."
             )
         if self.probe_grid is not None:
-            _check("probe_grid", self.probe_grid, list(PROBE_GRIDS))
+            _check_choice("probe_grid", self.probe_grid, list(PROBE_GRIDS))
             if not self.freeze_backbone:
                 raise ValueError(
                     "Expected `freeze_backbone` to be True with `probe_grid`, which trains heads "
@@ -211,7 +207,7 @@ class KnnTrainingArguments(TrainingArguments):
         return self.knn_loss_alpha > 0 or self.knn_loss_gamma > 0
 
 
-def _check(name: str, value: str, choices: list[str]) -> None:
+def _check_choice(name: str, value: str, choices: list[str]) -> None:
     allowed = [str(choice) for choice in choices]
     if value not in allowed:
         raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {value!r}.")

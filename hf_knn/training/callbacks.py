@@ -1,11 +1,13 @@
 """What happens at the beginning and the end of epochs and steps of a fine-tuning run."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..data.augmentation import EpochRows
+from .arguments import KnnTrainingArguments
+from .loss import KnnLoss
 
 
 class EpochCallback(TrainerCallback):
@@ -30,18 +32,18 @@ class RefreshCallback(TrainerCallback):
 
     Args:
         refresh: rebuilds it from the weights as they are.
-        is_missing: whether there is none yet; a resumed run has the one of its checkpoint.
+        loss: asks the votes of the last refresh; a resumed run has those of its checkpoint.
     """
 
-    def __init__(self, refresh: Callable[[], None], is_missing: Callable[[], bool]) -> None:
-        self.refresh, self.is_missing = refresh, is_missing
+    def __init__(self, refresh: Callable[[], None], loss: KnnLoss) -> None:
+        self.refresh, self.loss = refresh, loss
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called by `Trainer`; a resumed run begins in the middle of an epoch."""
         is_boundary = float(state.epoch or 0).is_integer()
-        if self.is_missing() or (args.knn_refresh == "epoch" and is_boundary):
+        if self.loss.votes is None or (args.knn_refresh == "epoch" and is_boundary):
             self.refresh()
 
     def on_step_begin(
@@ -53,23 +55,36 @@ class RefreshCallback(TrainerCallback):
             self.refresh()
 
 
-class Speaker(Protocol):
-    """Something that prints a line."""
+def callbacks_of(
+    rows: Any, args: KnnTrainingArguments, refresh: Callable[[], None], loss: KnnLoss
+) -> list[TrainerCallback]:
+    """The callbacks that a run needs: none on cached features.
 
-    def print(self, line: str, /) -> None:
-        """Prints it."""
-        ...
+    Args:
+        rows: that are trained on.
+        args: of the run.
+        refresh: see `RefreshCallback`.
+        loss: of the run.
+    """
+    callbacks: list[TrainerCallback] = []
+    if args.freeze_backbone:
+        return callbacks
+    if isinstance(rows, EpochRows):
+        callbacks.append(EpochCallback(rows))
+    if args.reweights:
+        callbacks.append(RefreshCallback(refresh, loss))
+    return callbacks
 
 
 class EpochReport(TrainerCallback):
     """Prints one line per measurement: how far the run is, its loss and the three voices.
 
     Args:
-        speaker: prints it.
+        say: prints a line.
     """
 
-    def __init__(self, speaker: Speaker) -> None:
-        self.speaker = speaker
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.loss: float | None = None
 
     def on_log(
@@ -101,6 +116,6 @@ class EpochReport(TrainerCallback):
             if f"eval_{voice}_top1" in metrics
         ]
         loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
-        self.speaker.print(
+        self.say(
             f"Epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join([*loss, *shown])}"
         )

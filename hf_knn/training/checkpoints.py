@@ -6,24 +6,22 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from transformers import Trainer
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..core.files import hash_blocks
-from ..core.manifest import MANIFEST_NAME
-from ..model.modeling import KnnForImageClassification
+from ..core.manifest import hash_blocks
 from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
 
-SEAL_NAME = "checkpoint_files.json"
+logger = logging.getLogger(__name__)
 
+SEAL_NAME = "checkpoint_files.json"
+"""File of a checkpoint that lists its other files with their SHA-256."""
 
 STAGING = ".checkpoints.staging"
-
+"""Folder of a run in which a checkpoint is built."""
 
 _DISCARDED = ".checkpoints.discarded"
-
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -87,6 +85,39 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def find_whole(run_folder: Path, wanted: str | bool | None) -> str | None:
+    """The checkpoint to resume from, after a look at all its files.
+
+    Args:
+        run_folder: the output folder of a training run.
+        wanted: a checkpoint's folder, or True for the newest one of the run that is whole, which is
+            said, with what was skipped; None and False are no checkpoint.
+
+    Raises:
+        ValueError: if it is not whole, or none is.
+    """
+    if not wanted:
+        return None
+    if wanted is True:
+        found, skipped = newest_whole(run_folder)
+        for reason in skipped:
+            logger.warning("Skipped a checkpoint that is not whole, %s.", reason)
+        if found is None:
+            raise ValueError(
+                f"Expected a whole checkpoint in {run_folder} to resume from, but got "
+                f"{len(skipped)} that are not whole; start without resuming."
+            )
+        logger.warning("Resuming from %s.", found)
+        return str(found)
+    problem = problem_of(Path(wanted))
+    if problem is not None:
+        raise ValueError(
+            f"Expected {wanted} to be a whole checkpoint, but {problem}; pass "
+            "resume_from_checkpoint=True for the newest one that is."
+        )
+    return str(wanted)
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first.
 
@@ -132,6 +163,24 @@ def publish(run_folder: Path, name: str) -> Path:
     return final
 
 
+def publish_with_state(run_folder: Path, name: str, state: TrainerState, limit: int | None) -> Path:
+    """Puts a staged checkpoint in its place, which its state knows, and deletes surplus ones.
+
+    Args:
+        run_folder: the output folder of a training run.
+        name: `checkpoint-<step>`, in the staging folder.
+        state: of the trainer.
+        limit: how many checkpoints may stay; None for all.
+
+    Returns:
+        Where it is now.
+    """
+    state.save_to_json(str(run_folder / STAGING / name / TRAINER_STATE_NAME))
+    final = publish(run_folder, name)
+    rotate(run_folder, limit, state.best_model_checkpoint)
+    return final
+
+
 def discard(run_folder: Path, checkpoint: Path) -> None:
     """Deletes a checkpoint, which is invisible before its first file goes.
 
@@ -171,90 +220,3 @@ def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-logger = logging.getLogger(__name__)
-
-
-class SealedTrainer(Trainer):
-    """Builds each training checkpoint in a hidden folder and puts it in place in one step.
-
-    Args:
-        args: see `transformers.Trainer`.
-        kwargs: see `transformers.Trainer`.
-    """
-
-    model: KnnForImageClassification
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._staging = False
-        super().__init__(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints go; while one is built, a hidden folder below it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self._staging else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves a training checkpoint, which appears whole or not at all."""
-        run_folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        known = f"checkpoint-{best}" if best else None
-        if self.args.should_save:
-            start_staging(run_folder)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if known is not None and (known == name or (run_folder / known).exists()):
-            self.state.best_model_checkpoint = str(run_folder / known)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(run_folder / STAGING / name / TRAINER_STATE_NAME))
-            final = publish(run_folder, name)
-            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
-                self.model.datastore.home = final  # the next one links what did not change
-            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_checkpoint(run_folder / name)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Does nothing: `_save_checkpoint` pushes once the checkpoint is whole."""
-
-    def _push_checkpoint(self, checkpoint: Path) -> None:
-        """Pushes a checkpoint that is whole; for a subclass that can."""
-        raise NotImplementedError
-
-    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to resume from, after a look at all its files.
-
-        Args:
-            wanted: its folder, or True for the newest one in `output_dir` that is whole.
-
-        Raises:
-            ValueError: if it is not whole, or none is.
-        """
-        if not wanted:
-            return None
-        if wanted is True:
-            found, skipped = newest_whole(Path(str(self.args.output_dir)))
-            for reason in skipped:
-                logger.warning("Skipped a checkpoint that is not whole, %s.", reason)
-            if found is None:
-                raise ValueError(
-                    f"Expected a whole checkpoint in {self.args.output_dir} to resume from, but "
-                    f"got {len(skipped)} that are not whole; start without resuming."
-                )
-            logger.warning("Resuming from %s.", found)
-            return str(found)
-        problem = problem_of(Path(wanted))
-        if problem is not None:
-            raise ValueError(
-                f"Expected {wanted} to be a whole checkpoint, but {problem}; pass "
-                "resume_from_checkpoint=True for the newest one that is."
-            )
-        return str(wanted)

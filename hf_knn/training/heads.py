@@ -20,6 +20,24 @@ PartsOf = Callable[[ImageFeatures, ProbeGrid], Iterator[Part]]
 """From all rows and a grid to what is fitted and chosen on."""
 
 
+def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | None) -> None:
+    """Refuses options that mean nothing where a head is fitted at once.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not args.freeze_backbone or resume:
+        raise ValueError(
+            "Expected `freeze_backbone` to be True and no checkpoint to resume from for a head "
+            f"that is fitted at once (head={head!r}, probe_grid={args.probe_grid!r})."
+        )
+    if head == Head.RIDGE and (args.reweights or args.probe_grid is not None):
+        raise ValueError(
+            "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a ridge head, "
+            "which has no loss to weight and no rate to choose."
+        )
+
+
 def fit_at_once(
     model: KnnForImageClassification,
     features: ImageFeatures,

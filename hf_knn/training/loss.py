@@ -1,7 +1,6 @@
 """The loss of a training run: the plain one, or reweighted by what k-NN finds hard."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.nn import functional
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
+from ..core.model import KnnImageClassifierOutput
 from ..core.votes import ClassWeighting
 from ..features.extract import ImageFeatures
 from ..fit.grids import LossNormalization
@@ -115,7 +115,27 @@ class KnnLoss:
         if self.args.knn_queries == "live":
             self.store = Datastore.load(folder / SNAPSHOT)
 
-    def ask(self, outputs: Any, labels: Tensor, sample_ids: Tensor) -> Tensor:
+    def of_batch(
+        self,
+        outputs: KnnImageClassifierOutput,
+        labels: Tensor,
+        sample_ids: Tensor,
+        surprise: Tensor | None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            outputs: of the model.
+            labels: [B] int64.
+            sample_ids: [B] int64.
+            surprise: [B] leave-one-out log p_knn, if the rows tell it.
+        """
+        assert outputs.head_logits is not None
+        if self.args.reweights and surprise is None:
+            surprise = self.ask(outputs, labels, sample_ids)
+        return self.mean(outputs.head_logits, labels, surprise)
+
+    def ask(self, outputs: KnnImageClassifierOutput, labels: Tensor, sample_ids: Tensor) -> Tensor:
         """[B] leave-one-out log p_knn of a batch, of the last refresh or of this step.
 
         Args:
@@ -127,13 +147,14 @@ class KnnLoss:
         if self.args.knn_queries == "snapshot":
             return self.votes.at(sample_ids)
         assert self.store is not None
+        assert outputs.pooler_output is not None
         _, queries = split_features(outputs.pooler_output.detach().float(), self.config)
         cell = (self.votes.k, self.votes.temperature)
         neighbors = self.store.search(queries, cell[0], exclude_ids=sample_ids)
         return own_log_probs(neighbors, labels, self.store, self.config, cell)
 
     def mean(self, logits: Tensor, labels: Tensor, surprise: Tensor | None) -> Tensor:
-        """The loss of a batch.
+        """The mean loss of some rows, reweighted.
 
         Args:
             logits: [B, C_head].

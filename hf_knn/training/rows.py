@@ -1,13 +1,13 @@
-"""What a trainer is given: rows that its model can learn, and arguments for a part of the work."""
+"""The rows that a trainer is given: checked, as features, and as a datastore."""
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..core.backbone import split_features
-from ..core.config import Head, KnnConfig
-from ..data.augmentation import EpochRows
+from ..core.config import KnnConfig
+from ..data.augmentation import Augment, EpochRows
 from ..data.loading import fingerprint_of, groups_of, labels_of, prepare
 from ..features.extract import ImageFeatures, extract_features
 from ..model.checkpoint import made_by
@@ -37,6 +37,48 @@ def check_sources(
         )
 
 
+def check_groups(rows: Any, column: str | None) -> None:
+    """Refuses rows that do not say which of them belong together.
+
+    Args:
+        rows: to train on, or None.
+        column: that says it, if one was named.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    if rows is None or column is None:
+        return
+    if not isinstance(rows, ImageFeatures):
+        groups_of(rows, column)
+    elif rows.groups is None:
+        raise ValueError(
+            f"Expected features with `groups` for group_by={column!r}, but got some without; pass "
+            "`group_by` to extract_features too."
+        )
+
+
+def check_tunable(dataset: Any, args: KnnTrainingArguments) -> None:
+    """Refuses to choose k, temperature and λ on several sets, or on rows that were trained on.
+
+    Args:
+        dataset: a validation set, or None.
+        args: of the run.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"Expected one validation set to tune on, but got {list(dataset)}; pass one."
+        )
+    if dataset is None and not args.freeze_backbone:
+        raise ValueError(
+            "Expected a validation set (`eval_dataset`) to tune a model whose backbone was "
+            "trained, since it has seen every training picture, but got none."
+        )
+
+
 def checked_rows(dataset: Any, model: KnnForImageClassification) -> Any:
     """A prepared dataset, or several by name, whose labels the model has; None stays None.
 
@@ -60,37 +102,18 @@ def checked_rows(dataset: Any, model: KnnForImageClassification) -> Any:
     return dataset
 
 
-def check_groups(rows: Any, column: str) -> None:
-    """Refuses rows that do not say which of them belong together.
-
-    Raises:
-        ValueError: naming the column.
-    """
-    if not isinstance(rows, ImageFeatures):
-        groups_of(rows, column)
-    elif rows.groups is None:
-        raise ValueError(
-            f"Expected features with `groups` for group_by={column!r}, but got some without; pass "
-            "`group_by` to extract_features too."
-        )
-
-
-def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | None) -> None:
-    """Refuses options that mean nothing where a head is fitted at once.
-
-    Raises:
-        ValueError: naming them.
-    """
-    if not args.freeze_backbone or resume:
-        raise ValueError(
-            "Expected `freeze_backbone` to be True and no checkpoint to resume from for a head "
-            f"that is fitted at once (head={head!r}, probe_grid={args.probe_grid!r})."
-        )
-    if head == Head.RIDGE and (args.reweights or args.probe_grid is not None):
-        raise ValueError(
-            "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a ridge head, "
-            "which has no loss to weight and no rate to choose."
-        )
+def augment_of(
+    transform: Callable[[Any], Any] | None,
+    train_dataset: Any,
+    processor: Any,
+    args: KnnTrainingArguments,
+) -> Augment | None:
+    """What training pictures go through: the caller's transform, or the recipe of the arguments."""
+    if transform is not None:
+        return Augment(transform, args.seed)
+    if args.freeze_backbone or train_dataset is None:
+        return None
+    return Augment.from_processor(args.augmentation, processor, args.seed)
 
 
 def labels_in(dataset: Any) -> Tensor:
@@ -159,22 +182,3 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
-
-
-def quiet_arguments(args: KnnTrainingArguments, folder: str) -> KnnTrainingArguments:
-    """The same recipe without saving, evaluating or talking."""
-    quiet = copy.copy(args)
-    changes = {
-        "output_dir": folder,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "push_to_hub": False,
-        "load_best_model_at_end": False,
-        "do_eval": False,
-    }
-    for name, value in changes.items():
-        setattr(quiet, name, value)
-    return quiet

@@ -8,52 +8,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..core.backbone import split_features
 from ..core.config import Head
-from ..data.augmentation import Augment, EpochRows
+from ..core.manifest import MANIFEST_NAME
+from ..data.augmentation import EpochRows
 from ..data.batches import KnnCollator
-from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures
-from ..fit.blend import Grid, TuneResult, default_grid, has_few_labels
+from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
-from ..fit.heads import Part, own_votes, with_fresh_head
-from ..fit.measure import (
-    HeldOut,
-    ask_voices,
-    choose_blend,
-    describe_measurement,
-    joined,
-    measure_voices,
-)
+from ..fit.heads import Part, with_fresh_head
+from ..fit.measure import ask_voices, choose_blend, describe_measurement, grid_for, measure_voices
 from ..fit.own_votes import OwnVotes
 from ..fit.sweep import ProbeChoice
-from ..model.backbones import freeze_all_but_last
+from ..model.backbones import freeze_all_but_last, keeping_trainable
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
+from ..store.hub import PushTarget
 from .arguments import KnnTrainingArguments
-from .callbacks import EpochCallback, RefreshCallback
-from .heads import fit_at_once
-from .hub import HubTrainer
+from .callbacks import callbacks_of
+from .checkpoints import STAGING, find_whole, publish_with_state, start_staging
+from .folds import ask_folds, quiet_arguments, sweep_parts
+from .heads import check_at_once, fit_at_once
+from .hub import is_due, prepare_checkpoint_push, prepare_push, push_in_background
 from .loss import KnnLoss, check_finite
 from .rows import (
     KnownFeatures,
-    check_at_once,
+    augment_of,
     check_groups,
     check_sources,
+    check_tunable,
     checked_rows,
     labels_in,
-    quiet_arguments,
     store_of,
 )
 
 
-class KnnTrainer(HubTrainer):
+class KnnTrainer(Trainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
@@ -84,6 +81,7 @@ class KnnTrainer(HubTrainer):
     loss_is_scaled_for_ga = False
     model: KnnForImageClassification
     args: KnnTrainingArguments
+    push_in_progress: Any = None
 
     def __init__(
         self,
@@ -98,20 +96,17 @@ class KnnTrainer(HubTrainer):
         processor = processing_class or model.image_processor
         model.image_processor = processor
         check_sources(train_dataset, eval_dataset, processor, args)
-        augment = None
-        if train_transform is not None:
-            augment = Augment(train_transform, args.seed)
-        elif not args.freeze_backbone and train_dataset is not None:
-            augment = Augment.from_processor(args.augmentation, processor, args.seed)
+        augment = augment_of(train_transform, train_dataset, processor, args)
         kwargs.setdefault("data_collator", KnnCollator(processor, args.on_bad_image, augment))
         rows = checked_rows(train_dataset, model)
-        if rows is not None and args.group_by is not None:
-            check_groups(rows, args.group_by)
+        check_groups(rows, args.group_by)
         self.loss = KnnLoss(args, model.config)
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
         self._datastore_step = -1
+        self._is_staging = False
+        self._background = HfApi()  # it has one thread, so that pushes follow each other
         self._known_features = KnownFeatures(args)
         super().__init__(
             model=model,
@@ -143,28 +138,33 @@ class KnnTrainer(HubTrainer):
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
         self._forget_measurement()
-        trained = [(p, p.requires_grad) for p in self.model.backbone.parameters()]
         pictures = self.train_dataset
+        self.loss.forget()
         self.loss.weigh_classes(labels_in(pictures))
-        if self.args.freeze_backbone:
-            self.model.backbone.requires_grad_(False)
-            self._prepare_probe()
-        else:
-            self.model.datastore = None  # of weights that are about to change
-            if self.args.trainable_blocks is not None:
-                freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
-        callbacks = self._add_callbacks()
-        try:
-            output = super().train(checkpoint, *args, **kwargs)
-        finally:
-            self.train_dataset = pictures
+        callbacks = callbacks_of(pictures, self.args, self._refresh, self.loss)
+        with keeping_trainable(self.model.backbone):
+            if self.args.freeze_backbone:
+                self.model.backbone.requires_grad_(False)
+                self._prepare_probe()
+            else:
+                self.model.datastore = None  # of weights that are about to change
+                if self.args.trainable_blocks is not None:
+                    freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
             for callback in callbacks:
-                self.remove_callback(callback)
-            for parameter, was_trained in trained:
-                parameter.requires_grad_(was_trained)
+                self.add_callback(callback)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            finally:
+                self.train_dataset = pictures
+                for callback in callbacks:
+                    self.remove_callback(callback)
         self.build_datastore()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
+
+    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint in `output_dir` to resume from, see `find_whole`."""
+        return find_whole(Path(str(self.args.output_dir)), wanted)
 
     def build_datastore(self) -> Datastore:
         """Builds the datastore from the training set, with the weights as they are.
@@ -178,13 +178,14 @@ class KnnTrainer(HubTrainer):
         if features is None or not self.args.freeze_backbone:
             features = self._features_of(self.train_dataset)
             self.train_features = features
-        self.model.start_remembering()  # receipts and pictures are those of the rows before
-        self.model.datastore = self._store_of(features)
-        self.model.datastore.digest = made_by(self.model)
+        store = store_of(features, self.model.config, self.args)
+        store.digest = made_by(self.model)
         if features.backend:
-            self.model.datastore.source["backend"] = features.backend
+            store.source["backend"] = features.backend
+        # receipts and pictures are those of the rows before
+        self.model.memory = self.model.memory.started_with(store)
         self._datastore_step = self.state.global_step
-        return self.model.datastore
+        return store
 
     def tune(
         self,
@@ -207,26 +208,22 @@ class KnnTrainer(HubTrainer):
             ValueError: without a validation set if the backbone was trained: it has seen every row.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            raise ValueError(
-                f"Expected one validation set to tune on, but got {list(dataset)}; pass one."
-            )
+        check_tunable(dataset, self.args)
         if self.model.datastore is None:
             self.build_datastore()
         if dataset is not None:
             features = self._features_of(checked_rows(dataset, self.model))
-            held_out = self._ask(self.model, features, self._grid(len(features)))
-        elif self.args.freeze_backbone:
-            held_out = self._ask_folds()
+            k = max(grid_for(self.model, len(features)).k)
+            held_out = ask_voices(self.model, features, k, self.args.device)
         else:
-            raise ValueError(
-                "Expected a validation set (`eval_dataset`) to tune a model whose backbone was "
-                "trained, since it has seen every training picture, but got none."
-            )
+            if self.train_features is None:
+                self.train_features = self._features_of(self.train_dataset)
+            k = max(grid_for(self.model, len(self.train_features)).k)
+            held_out = ask_folds(self.train_features, self.args, self._fit_fold, k)
         self.tune_result = choose_blend(
             self.model,
             held_out,
-            self._grid(len(held_out.labels)),
+            grid_for(self.model, len(held_out.labels)),
             criterion or self.args.tune_criterion,
             self.args.calibrate if calibrate is None else calibrate,
         )
@@ -283,6 +280,41 @@ class KnnTrainer(HubTrainer):
         )
         return metrics
 
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> Any:
+        """Saves into `output_dir` and pushes it in one commit; the card is made anew.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait for it; False returns a future.
+            token: a token; None is that of the arguments.
+            revision: a branch; None is that of the arguments.
+            private: whether a repository that is made is private; None is as the arguments say.
+
+        Returns:
+            `CommitInfo`, or a future of it; None on other ranks than the first.
+
+        Raises:
+            PushConflictError: if the branch moved on meanwhile; nothing was overwritten.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        target = PushTarget(str(self.hub_model_id), private, token, revision)
+        folder = Path(str(self.args.output_dir))
+        push = prepare_push(self.model, folder, self.args, target, commit_message or "")
+        return push() if blocking else self._background.run_as_future(push)
+
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
 
@@ -293,10 +325,6 @@ class KnnTrainer(HubTrainer):
             ValueError: for a dataset without pictures or labels, or labels the model does not have.
         """
         return super().get_test_dataloader(checked_rows(test_dataset, self.model))
-
-    def _forget_measurement(self) -> None:
-        """Drops what was measured of a model that is about to be another one."""
-        self.model.measured = self.model.neighbor_picture = None
 
     def compute_loss(
         self,
@@ -315,15 +343,16 @@ class KnnTrainer(HubTrainer):
         if self.loss.is_plain or not model.training:  # `predict` knows no votes of its rows
             loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            labels = inputs["labels"]
             outputs = model(**inputs)
-            if self.args.reweights and surprise is None:
-                surprise = self.loss.ask(outputs, labels, sample_ids)
-            mean = self.loss.mean(outputs.head_logits, labels, surprise)
+            mean = self.loss.of_batch(outputs, inputs["labels"], sample_ids, surprise)
             loss = (mean, outputs) if return_outputs else mean
         value = loss[0] if isinstance(loss, tuple) else loss
         check_finite(value, self.state.global_step + 1, sample_ids)
         return loss
+
+    def _forget_measurement(self) -> None:
+        """Drops what was measured of a model that is about to be another one."""
+        self.model.measured = self.model.neighbor_picture = None
 
     def _refresh(self) -> None:
         """A datastore of the weights as they are, and what it says about each training row."""
@@ -335,20 +364,6 @@ class KnnTrainer(HubTrainer):
             assert features is not None
             facts = self.loss.refresh(store, features)
         self.log(facts | {"knn_refresh_seconds": time.perf_counter() - started})
-
-    def _add_callbacks(self) -> list[Any]:
-        """Those that a run on pictures needs."""
-        callbacks: list[Any] = []
-        if self.args.freeze_backbone:
-            return callbacks
-        if isinstance(self.train_dataset, EpochRows):
-            callbacks.append(EpochCallback(self.train_dataset))
-        if self.args.reweights:
-            self.loss.forget()
-            callbacks.append(RefreshCallback(self._refresh, lambda: self.loss.votes is None))
-        for callback in callbacks:
-            self.add_callback(callback)
-        return callbacks
 
     def _fit_at_once(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         """A closed-form head, or the best of many: seconds, so there is nothing to resume."""
@@ -368,15 +383,11 @@ class KnnTrainer(HubTrainer):
         return TrainOutput(0, facts["loss"], metrics)
 
     def _parts(self, features: ImageFeatures, grid: ProbeGrid) -> Iterator[Part]:
-        """What a sweep is fitted and chosen on: the validation set, or folds."""
+        """What a sweep is fitted and chosen on."""
+        held_out = None
         if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
             held_out = self._features_of(checked_rows(self.eval_dataset, self.model))
-            yield Part(features, held_out, own_votes(self._store_of, features, self.model, grid))
-            return
-        for fold in self._folds(features):
-            fitted, held_out = features.select(fold.fitted), features.select(fold.held_out)
-            votes = own_votes(self._store_of, fitted, self.model, grid)
-            yield Part(fitted, held_out, votes)
+        return sweep_parts(features, held_out, grid, self.model, self.args)
 
     def _prepare_probe(self) -> None:
         """Features once, datastore once, leave-one-out p_knn once."""
@@ -398,35 +409,6 @@ class KnnTrainer(HubTrainer):
             return dataset
         return self._known_features.of(dataset, self.model, self.processing_class)
 
-    def _store_of(self, features: ImageFeatures) -> Datastore:
-        return store_of(features, self.model.config, self.args)
-
-    def _grid(self, held_out_rows: int) -> Grid:
-        store = self.model.datastore
-        rows, classes = 0 if store is None else len(store), self.model.config.classes
-        return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
-
-    def _ask(
-        self, model: KnnForImageClassification, features: ImageFeatures, grid: Grid
-    ) -> HeldOut:
-        return ask_voices(model, features, max(grid.k), self.args.device)
-
-    def _ask_folds(self) -> HeldOut:
-        """Each row's neighbours and head from a fold that did not see it."""
-        everything = self.train_features
-        if everything is None:
-            everything = self.train_features = self._features_of(self.train_dataset)
-        grid = self._grid(len(everything))
-        parts = []
-        for fold in self._folds(everything):
-            model = self._fit_fold(everything.select(fold.fitted))
-            parts.append(self._ask(model, everything.select(fold.held_out), grid))
-        return joined(parts)
-
-    def _folds(self, features: ImageFeatures) -> list[Fold]:
-        args = self.args
-        return stratified_folds(features.labels, args.tune_folds, args.seed, features.groups)
-
     def _fit_fold(self, features: ImageFeatures) -> KnnForImageClassification:
         """A fresh head and datastore from some of the rows, by the same recipe."""
         model = with_fresh_head(self.model, self.args.seed)
@@ -436,6 +418,46 @@ class KnnTrainer(HubTrainer):
             trainer.probe_choice = self.probe_choice
             trainer.train()
         return model
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; while one is built, a hidden folder below it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._is_staging else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Saves a training checkpoint, which appears whole or not at all, and pushes it."""
+        run_folder = Path(self._get_output_dir(trial))
+        name, best = f"checkpoint-{self.state.global_step}", self.state.best_global_step
+        known = run_folder / f"checkpoint-{best}" if best else None
+        if self.args.should_save:
+            start_staging(run_folder)
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        if known is not None and (known.name == name or known.exists()):
+            self.state.best_model_checkpoint = str(known)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            final = publish_with_state(run_folder, name, self.state, self.args.save_total_limit)
+            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
+                self.model.datastore.home = final  # the next one links what did not change
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint in the background, once it is whole and in its place."""
+        last = self.push_in_progress
+        if self._is_staging or not self.is_world_process_zero() or not is_due(self.args, last):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder, repo_id = Path(checkpoint_folder), str(self.hub_model_id)
+        step = self.state.global_step
+        push = prepare_checkpoint_push(self.model, folder, self.args, repo_id, step)
+        self.push_in_progress = push_in_background(self._background, push, last)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -457,7 +479,9 @@ class KnnTrainer(HubTrainer):
         if self.is_in_train:
             self.loss.save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
         folder = Path(resume_from_checkpoint)
         loaded = KnnForImageClassification.from_pretrained(folder)

@@ -2,14 +2,15 @@
 
 from importlib.resources import files
 
-import loading
 import pytest
 from datasets import ClassLabel
-from label_maps import LabelMap, imagenet_wnids, positions_of
-from loaded_task import LoadedTask
-from splits import TEST, TRAIN
 from support.pictures import dataset_of
-from tasks import Source, Task, find_task
+
+from catalog import loading
+from catalog.label_maps import LabelMap, imagenet_wnids, positions_of
+from catalog.loaded_task import LoadedTask
+from catalog.splits import TEST, TRAIN
+from catalog.tasks import Source, Task, find_task
 
 CLASSES = [f"class {number}" for number in range(1000)]
 

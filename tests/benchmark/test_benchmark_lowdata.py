@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lowdata_protocol import measure_few_heads, measure_lowdata
-from phases import Phases
-from pool import Pool, Rows
 from sklearn.linear_model import Ridge
-from splits import TEST, TRAIN
-from study import Study
+
+from catalog.splits import TEST, TRAIN
+from study.lowdata import measure_few_heads, measure_lowdata
+from study.phases import Phases
+from study.pool import Pool, Rows
+from study.study import Study
 
 CLASSES, TRAINING, TESTED = 4, 64, 200
 

@@ -5,16 +5,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from arms import choose_weight, pair_accuracies
-from peers import PEERS, TRIALS, Data, _best, _neighbors, measure_peers
-from pool import Rows
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch.nn import functional
-from voices import Split, Voices, directions
+
+from study.arms import choose_weight, pair_accuracies
+from study.arms_of import Split, Voices, directions
+from study.peers import PEERS, TRIALS, Data, _best, _neighbors, measure_peers
+from study.pool import Rows
 
 CLASSES = 5
 

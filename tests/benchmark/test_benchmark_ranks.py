@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runner
-import scratch as scratch_module
 from accelerate.state import AcceleratorState
-from cells import Cell
-from offline_backbones import build_backbone
-from protocols import PROTOCOLS
-from ranks import Ranks, start
-from runner import Options, Run
 from safetensors.torch import load_file
 from support.forks import Errand
 from support.pictures import write_folder
+
+from catalog.offline_backbones import build_backbone
+from study import runner
+from study import scratch as scratch_module
+from study.cells import Cell
+from study.protocols import PROTOCOLS
+from study.ranks import Ranks, start
+from study.runner import Options, Run
 
 
 def on_two_ranks(work: Callable[[int], object]) -> list[str]:

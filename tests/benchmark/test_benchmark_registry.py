@@ -5,20 +5,21 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import estimates
 import numpy as np
 import pandas  # type: ignore[import-untyped]
 import pytest
 import timm
 import torch
-from backbones import BACKBONES, find_backbone
-from cells import Cell
-from estimates import check_disk, estimate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from splits import ANY, TEST, TRAIN, VALIDATION, split_pool
-from suites import SUITES, make_cells
-from tasks import TASKS, Source, find_task
+
+from catalog.backbones import BACKBONES, find_backbone
+from catalog.splits import ANY, TEST, TRAIN, VALIDATION, split_pool
+from catalog.tasks import TASKS, Source, find_task
+from study import estimates
+from study.cells import Cell
+from study.estimates import check_disk, estimate
+from study.suites import SUITES, make_cells
 
 RESULTS = Path(__file__).parents[2] / "benchmark" / "results" / "results.parquet"
 

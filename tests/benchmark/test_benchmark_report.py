@@ -10,18 +10,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import report_sections
 from datasets import Dataset
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
+from support.benchmark_cells import POOL, Plan, cell_name, cells_of, write_cell, write_run
+from typer.testing import CliRunner
+
 from report import app
-from report_baseline import baseline_report, compare
-from report_build import build_report
-from report_cells import Results, Setting, load_results
-from report_clean import without_near_duplicates
-from report_document import Figures, Gallery, Grid, Text
-from report_markdown import write_markdown
-from report_page import render_html, write_html
-from report_pairs import (
+from reporting import sections
+from reporting.baseline import baseline_report, compare
+from reporting.build import build_report
+from reporting.cells import Results, Setting, load_results
+from reporting.clean import without_near_duplicates
+from reporting.document import Figures, Gallery, Grid, Text
+from reporting.markdown import write_markdown
+from reporting.page import render_html, write_html
+from reporting.pairs import (
     Across,
     Comparison,
     across_pairs,
@@ -30,16 +35,12 @@ from report_pairs import (
     nll_of,
     shared_arms,
 )
-from report_pictures import Picture, PicturesMissingError, galleries, local_pictures, pick
-from report_sections import heat_section, peers_blocks
-from report_statistics import signed_rank
-from report_summary import across_line, summary_lines, where_not
-from report_table import as_dataset
-from report_trackio import log_to_trackio
-from sklearn.datasets import load_digits
-from sklearn.metrics import log_loss
-from support.benchmark_cells import POOL, Plan, cell_name, cells_of, write_cell, write_run
-from typer.testing import CliRunner
+from reporting.parquet import as_dataset
+from reporting.pictures import Picture, PicturesMissingError, galleries, local_pictures, pick
+from reporting.sections import heat_section, peers_blocks
+from reporting.statistics import signed_rank
+from reporting.summary import across_line, summary_lines, where_not
+from reporting.trackio import log_to_trackio
 
 HOSTILE = "<img src=x onerror=alert(1)>|*\u202e"
 SMALL = Plan(("digits",), ("lite0",), ("knn",), (0, 1), near=0.0)
@@ -324,7 +325,7 @@ def test_the_markdown_has_its_pictures_and_no_markup_of_strangers(written):
 
 
 def test_drawings_beyond_the_most_are_said(results, monkeypatch):
-    monkeypatch.setattr(report_sections, "MOST_PANELS", 1)
+    monkeypatch.setattr(sections, "MOST_PANELS", 1)
     text, figures = heat_section(results).blocks
     assert isinstance(text, Text)
     assert text.text.endswith("The first 1 of 2 are drawn.")
@@ -369,7 +370,7 @@ def test_pictures_that_are_not_there_or_not_the_same_are_said(results):
 
 def test_pictures_of_tasks_that_need_no_network():
     """Row numbers are those of the run; a task of the Hub is never downloaded for a report."""
-    pytest.importorskip("loading", reason="benchmark/loading.py, which gives the pictures")
+    pytest.importorskip("catalog.loading", reason="needs the extra `offline`, which draws them")
     (row,) = local_pictures()("digits", [7])
     assert row.label == load_digits().target[7]
     with pytest.raises(PicturesMissingError, match="not on this machine"):

@@ -9,36 +9,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench
-import estimates
 import numpy as np
-import phases
 import pytest
-import scratch as scratch_module
 import torch
-from arms import choose_weight
-from backbones import find_backbone
-from cells import Cell, is_finished
-from folder import locked
-from loading import load_task
-from losses import linear_arms
-from peers import PEERS
-from phases import EXTRACT, HEADS, LOAD, MEASURE, PHASES, STORE, TUNE, Phases
-from phases import PEERS as PEERS_PHASE
-from pool import OpenBackbone
-from protocols import PROTOCOLS
-from report_cells import load_results
-from report_table import as_dataset
-from run import SaidOnce, app
-from runner import Options, Run
 from sklearn.metrics import balanced_accuracy_score
-from suites import make_cells
 from support.pictures import picture, small_backbone, small_processor, write_folder
-from twins import Twins, near_duplicates
 from typer.testing import CliRunner
-from voices import PLAIN
 
-from hf_knn import Neighbors, default_grid, knn_log_probs, tune
+from catalog.backbones import find_backbone
+from catalog.loading import load_task
+from hf_knn import Neighbors, knn_log_probs, tune
+from hf_knn.fit import default_grid
+from reporting.cells import load_results
+from reporting.parquet import as_dataset
+from run import SaidOnce, app
+from study import bench, estimates, phases
+from study import scratch as scratch_module
+from study.arms import choose_weight
+from study.arms_of import PLAIN
+from study.cells import Cell, is_finished
+from study.folder import locked
+from study.losses import linear_arms
+from study.peers import PEERS
+from study.phases import EXTRACT, HEADS, LOAD, MEASURE, PHASES, STORE, TUNE, Phases
+from study.phases import PEERS as PEERS_PHASE
+from study.pool import OpenBackbone
+from study.protocols import PROTOCOLS
+from study.runner import Options, Run
+from study.suites import make_cells
+from study.twins import Twins, near_duplicates
 
 ROOT = Path(__file__).parents[2]
 FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_heads", "robustness"]

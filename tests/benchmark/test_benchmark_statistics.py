@@ -4,7 +4,10 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from report_statistics import (
+from scipy import stats
+from sklearn.calibration import calibration_curve
+
+from reporting.statistics import (
     Split,
     holm,
     mean_and_std,
@@ -14,8 +17,6 @@ from report_statistics import (
     reliability_bins,
     signed_rank,
 )
-from scipy import stats
-from sklearn.calibration import calibration_curve
 
 REPLICATES = 4000
 

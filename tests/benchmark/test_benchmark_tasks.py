@@ -10,28 +10,23 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cache
 import numpy as np
-import offline_tasks
 import pytest
 import timm
 import torch
-from cache import build_once, cache_root, versioned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
-from offline_tasks import (
-    OFFLINE_TASKS,
-    load_pictures,
-    match_emoji,
-    read_emoji,
-    render_glyph,
-    select_rows,
-    split_indices,
-)
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from transformers import AutoImageProcessor, AutoModel
+
+from catalog import cache, openmoji
+from catalog.cache import build_once, cache_root, versioned
+from catalog.glyphs import render_glyph
+from catalog.offline_backbones import build_backbone, efficientnet_lite0, rename_in_order
+from catalog.offline_tasks import OFFLINE_TASKS, load_pictures, select_rows
+from catalog.openmoji import match_emoji, read_emoji
+from catalog.splits import split_indices
 
 GLYPHS = string.ascii_letters + string.digits
 
@@ -80,14 +75,14 @@ def test_openmoji_counts(column, classes, rows):
 def test_openmoji_tasks_share_one_drawing(tmp_path, monkeypatch):
     emoji = [e for e in read_emoji() if e.subcategory in ("cat-face", "heart", "hotel")]
     drawn = []
-    render = offline_tasks.render_openmoji
+    render = openmoji.render_openmoji
 
     def counted(hexcode):
         drawn.append(hexcode)
         return render(hexcode)
 
-    monkeypatch.setattr(offline_tasks, "read_emoji", lambda: emoji)
-    monkeypatch.setattr(offline_tasks, "render_openmoji", counted)
+    monkeypatch.setattr(openmoji, "read_emoji", lambda: emoji)
+    monkeypatch.setattr(openmoji, "render_openmoji", counted)
     fine, coarse = (
         load_pictures("openmoji", tmp_path),
         load_pictures("openmoji-categories", tmp_path),
@@ -298,7 +293,7 @@ def test_a_killed_builder_leaves_nothing_to_reuse(tmp_path):
     program = f"""
 import sys, time
 from pathlib import Path
-from cache import build_once
+from catalog.cache import build_once
 
 def build(folder):
     (folder / "first").write_text("half")
@@ -309,7 +304,7 @@ build_once(Path({str(wanted)!r}), build)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=Path(cache.__file__).parent,
+        cwd=Path(cache.__file__).parents[1],  # benchmark/
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -62,7 +62,7 @@ def finished(request, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_a_model_from_scratch_learns_the_digits(tmp_path):
-    from experiments import run_from_scratch
+    from study.experiments import run_from_scratch
 
     result = run_from_scratch("digits", "tiny-vit-digits", 1, 40, None, tmp_path, lambda said: None)
     (split,) = result.splits

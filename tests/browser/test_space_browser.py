@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from support.space_app import PER_CLASS, Running, features_of, running, write_picture
-from uploads import as_uri, read_upload, thumbnail
+
+from hf_knn_space.uploads import as_uri, read_upload, thumbnail
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 _OPTIONS = [

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from support.commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 
-from hf_knn import KnnForImageClassification, decode_image
+from hf_knn import KnnForImageClassification
+from hf_knn.data import decode_image
 from hf_knn.model.thumbnails import small_webp
 
 ROOT = Path(__file__).parents[2]
@@ -298,9 +299,23 @@ def test_predict_on_something_that_is_no_picture(trained, tmp_path):
     assert "not a picture in one of the formats" in done.stderr
 
 
-def test_help_does_not_import_torch():
-    code = "import sys, hf_knn_cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_imports_nothing_that_takes_long(arguments):
+    code = (
+        "import sys, hf_knn_cli\n"
+        "try: hf_knn_cli.main()\n"
+        "except SystemExit as end: print(end.code, *sys.modules)"
     )
-    assert done.stdout.split() == ["False", "False"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--help" in done.stdout
+    code, *loaded = done.stdout.splitlines()[-1].split()
+    assert code == "0"
+    late = {"torch", "transformers", "datasets", "hf_knn", "faiss", "numpy", "yaml"}
+    assert set(loaded) & late == set()
+
+
+def test_the_package_can_be_run_as_a_module():
+    command = [sys.executable, "-m", "hf_knn_cli", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--fine-tune" in done.stdout

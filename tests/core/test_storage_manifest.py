@@ -12,8 +12,8 @@ import pytest
 import torch
 from support.stored import MANIFEST, NAMES_A_FILE, make_store, read_manifest, write_manifest
 
+from hf_knn.core import frozen as blobs
 from hf_knn.core.manifest import Binding, DatastoreError, FileRecord, Manifest
-from hf_knn.store import disk as blobs
 from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore
 

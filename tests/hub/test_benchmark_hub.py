@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import Backbone
-from cells import Cell
 from datasets import ClassLabel
-from loading import load_task
-from runner import Options, Run
 from support.hub_datasets import REPO, publish
 from support.hub_server import Hub
-from tasks import find_task
+
+from catalog.backbones import Backbone
+from catalog.loading import load_task
+from catalog.tasks import find_task
+from study.cells import Cell
+from study.runner import Options, Run
 from verify import verify_backbone, verify_task
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
-from report import app
-from report_push import push_results
 from support.benchmark_cells import Plan, write_run
 from support.hub_server import Hub
 from typer.testing import CliRunner
+
+from report import app
+from reporting.push import push_results
 
 REPO = "org/results"
 PLAN = Plan(tasks=("digits",), backbones=("lite0",), protocols=("linear",), seeds=(0, 1), near=0)

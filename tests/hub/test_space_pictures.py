@@ -4,17 +4,17 @@ import io
 from pathlib import Path
 from typing import Any
 
-import hub_pictures
 import numpy as np
 import pytest
-from app import find_pictures
-from hub_pictures import HubPictures
 from PIL import Image
 from support.hub_datasets import REPO, picture, publish
 from support.hub_server import Hub
-from thumbnails import NoPictures
 
 from hf_knn import load_splits
+from hf_knn_space import hub_pictures
+from hf_knn_space.hub_pictures import HubPictures
+from hf_knn_space.opening import find_pictures
+from hf_knn_space.pictures import NoPictures
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ from typer.testing import CliRunner
 import hf_knn_cli
 
 SPACE = "org/remembers"
+BEGUN = {".gitattributes", "app.py", "README.md", "requirements.txt", "hf_knn", "hf_knn_space"}
 
 _OPEN = """
-import sys, app, hf_knn
-page = app.open_page(None, None, None)
-print(hf_knn.__file__, len(page.service.model.datastore), sep="|")
+from pathlib import Path
+import hf_knn, hf_knn_space.opening
+page = hf_knn_space.opening.open_page(Path(), None, None, None)
+print(hf_knn.__file__, hf_knn_space.__file__, len(page.service.model.datastore), sep="|")
 """
 
 
 def push(*arguments: str) -> Any:
     return CliRunner(env={"COLUMNS": "200"}).invoke(hf_knn_cli.app, ["demo", *arguments])
+
+
+def tops(files: Iterable[str]) -> set[str]:
+    """What one sees when one opens the files of the Space."""
+    return {name.partition("/")[0] for name in files}
 
 
 def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path) -> None:
@@ -36,9 +44,10 @@ def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path)
     assert "whoever sees the Space sees them" in " ".join(done.stdout.split())
     files = hub.files(SPACE, kind="space")
     assert "model/thumbnails.safetensors" in files
-    wanted = {"app.py", "README.md", "requirements.txt", "hf_knn/__init__.py"}
+    wanted = {"hf_knn/__init__.py", "hf_knn_space/__init__.py", "hf_knn_space/page/app.py"}
     wanted |= {"model/config.json", "model/datastore.json", "model/model.safetensors"}
     assert wanted <= set(files)
+    assert tops(files) == BEGUN | {"model"}
     assert not [name for name in files if "__pycache__" in name]
     assert hub.repo(SPACE, "space").private
 
@@ -78,7 +87,7 @@ def test_a_model_of_the_hub_is_named(hub: Hub, model: Any) -> None:
     files = hub.files(SPACE, kind="space")
     assert files["model.txt"] == b"org/knn-tiny\n"
     assert b"models:\n  - org/knn-tiny\n" in files["README.md"]
-    assert not [name for name in files if name.startswith("model/")]
+    assert tops(files) == BEGUN | {"model.txt"}
 
 
 def test_what_is_no_checkpoint_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
@@ -104,6 +113,6 @@ def test_what_was_pushed_opens_without_the_package(hub: Hub, model: Any, tmp_pat
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    place, rows = done.stdout.strip().splitlines()[-1].split("|")
-    assert Path(place).is_relative_to(folder)
+    *places, rows = done.stdout.strip().splitlines()[-1].split("|")
+    assert all(Path(place).is_relative_to(folder) for place in places)
     assert int(rows) == len(model.datastore)

@@ -41,7 +41,8 @@ def test_each_strategy_pushes_whole_repositories(
     assert len(history) == (0 if strategy == "end" else 2)
     for commit in history:
         files = commit.files
-        assert {"config.json", "model.safetensors", "README.md", "modeling_knn.py"} <= files.keys()
+        wanted = {"config.json", "model.safetensors", "README.md", "modeling_hf_knn.py"}
+        assert wanted <= files.keys()
         assert "training_args.bin" not in files
         assert json.loads(files["training_args.json"])["knn_loss_alpha"] == 0.5
     if strategy == "checkpoint":

@@ -12,7 +12,7 @@ from support.stored import content
 from support.tiny import pixels, tiny_model
 from transformers import AutoModelForImageClassification
 
-from hf_knn import KnnForImageClassification, MilvusDatastore
+from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError, StaleDatastoreError, _checksum
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
 from hf_knn.model.card import make_card
@@ -34,8 +34,8 @@ def made(
 ) -> tuple[Path, KnnForImageClassification]:
     """A checkpoint with a reference, and the same model with its rows embedded."""
     model = tiny_model("vit")
-    assert model.datastore is not None
     embedded = model.datastore
+    assert isinstance(embedded, Datastore)
     name = f"c{abs(hash(request.node.nodeid))}"
     model.datastore = MilvusDatastore.from_datastore(embedded, uri, name, progress=False)
     folder = tmp_path / "checkpoint"

@@ -16,10 +16,10 @@ from support.milvus_servers import Server
 from support.pictures import write_folder
 from support.tiny import tiny_model
 
-from hf_knn import KnnForImageClassification, MilvusDatastore
+from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.commands.memory import forget_rows, teach_pictures
-from hf_knn.milvus.pending import is_pending
 from hf_knn.model.receipts import CHANGES_NAME, Change, Receipt, read_changes
+from hf_knn.store.remote import is_pending
 
 pytest.importorskip("pymilvus")  # here, so that children have it; nothing connects in this process
 pytest.importorskip("milvus_lite")
@@ -56,7 +56,7 @@ class Campaign:
     def load(self) -> None:
         """The first state, made in a child."""
         store = self.model.datastore
-        assert store is not None
+        assert isinstance(store, Datastore)
         self.model.datastore = MilvusDatastore.from_datastore(
             store, self.uri, "rows", progress=False
         )

@@ -14,13 +14,18 @@ from torch import Tensor
 
 from hf_knn import Datastore, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.milvus import collection as milvus_index
 from hf_knn.milvus import search as milvus_search
 from hf_knn.milvus.collection import MilvusCollection
 from hf_knn.milvus.load import describe
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
-from hf_knn.store.backend import SearchBackend
-from hf_knn.store.remote import DatastoreReference, RemoteConsent, check_uri, read_manifest
+from hf_knn.store.backend import SearchBackend, as_row_store
+from hf_knn.store.remote import (
+    DatastoreReference,
+    RemoteConsent,
+    check_uri,
+    open_remote,
+    read_manifest,
+)
 from hf_knn.store.table import sum_of
 
 pytest.importorskip("pymilvus")
@@ -127,6 +132,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
     inside = load(store, uri, name, index=index, min_recall=0.9)
     found, exact = inside.search(rows[1900:], 20), store.search(rows[1900:], 20)
     hits = (found.ids[:, :, None] == exact.ids[:, None, :]).any(2).double().mean()
+    assert inside.index.recall is not None
     assert inside.index.recall >= 0.9
     assert float(hits) == pytest.approx(inside.index.recall, abs=0.08)
     assert inside.index.spec == index
@@ -142,7 +148,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
 
 
 def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
-    monkeypatch.setattr(milvus_index, "recall_of", lambda found, wanted: 0.5)
+    monkeypatch.setattr(milvus_search, "recall_of", lambda found, wanted: 0.5)
     with pytest.raises(ValueError, match=r"it reached 0\.5000"):
         load(embedded(), uri, name, index="ivf_flat")
     with pytest.raises(DatastoreError, match="load was interrupted"):
@@ -505,6 +511,20 @@ def test_a_folder_holds_a_reference_only(pair, folder):
     store.save(folder)
     with pytest.raises(DatastoreError, match="holds the rows itself"):
         MilvusDatastore.open(folder)
+
+
+def test_the_registry_opens_it_with_consent(pair):
+    inside = pair[1]
+    reference = inside.reference()
+    assert isinstance(open_remote(reference, RemoteConsent(trusted=True)), MilvusDatastore)
+    assert len(open_remote(reference, RemoteConsent(uri=reference.uri))) == ROWS
+    with pytest.raises(ValueError, match="Expected consent to ask a server"):
+        open_remote(reference, RemoteConsent())
+    with pytest.raises(ValueError, match="Expected `consent` alone"):
+        MilvusDatastore.open(reference, RemoteConsent(trusted=True), uri=reference.uri)
+    assert as_row_store(inside) is inside
+    with pytest.raises(ValueError, match=r"mean of the rows in the collection .* to stay"):
+        inside.recenter()
 
 
 def test_a_reference_to_rows_that_changed(pair, folder):

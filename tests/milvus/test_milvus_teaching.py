@@ -15,11 +15,11 @@ from support.pictures import write_folder
 from support.stored import content
 from support.tiny import LABELS, tiny_model
 
-from hf_knn import KnnForImageClassification, MilvusDatastore
+from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.milvus.datastore import MilvusReading
-from hf_knn.milvus.pending import PENDING_NAME, read_pending, write_pending
+from hf_knn.milvus.pending import read_pending, write_pending
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
+from hf_knn.store.remote import PENDING_NAME
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -58,7 +58,7 @@ def test_every_change_is_that_of_embedded_rows(head, uri, name, tmp_path, monkey
     model = trained(head, tmp_path)
     model.datastore.source["split"] = "train"
     other, merged = elsewhere(model, uri, name), model.datastore.subset(model.datastore.ids[:9])
-    monkeypatch.setattr(MilvusReading, "features", property(lambda _: pytest.fail("all rows")))
+    monkeypatch.setattr(MilvusDatastore, "features", property(lambda _: pytest.fail("all rows")))
     paths = list("abcdefghijkl")
     more, ids = cloud(12).features + 0.3, list(range(5000, 5012))
     first = model.datastore.ids[:20].tolist()
@@ -90,7 +90,7 @@ def test_every_change_is_that_of_embedded_rows(head, uri, name, tmp_path, monkey
         torch.testing.assert_close(pair[0].logits, pair[1].logits, rtol=1e-5, atol=1e-5)
         if head == "ridge":
             weight = model.config.head_regularizer
-            solved = [one.follower.ridge.solve(weight) for one in (model, other)]
+            solved = [one.memory.tally.ridge.solve(weight) for one in (model, other)]
             for wanted, found in zip(*solved, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
     other.datastore.verify()
@@ -346,7 +346,9 @@ def test_rows_that_were_accepted_meanwhile_are_not_taken_back(interrupted, uri):
 def test_another_server_with_the_same_rows_is_not_asked(interrupted, uri, tmp_path, monkeypatch):
     """It needs nothing, and the file would be lost for the one that does."""
     other = str(tmp_path / "other.db")
-    MilvusDatastore.from_datastore(tiny_model().datastore, other, "rows", progress=False)
+    rows = tiny_model().datastore
+    assert isinstance(rows, Datastore)
+    MilvusDatastore.from_datastore(rows, other, "rows", progress=False)
     monkeypatch.setenv("HF_KNN_MILVUS_URI", other)
     failed = run("undo", interrupted)
     assert failed.exit_code == 1

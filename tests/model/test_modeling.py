@@ -49,6 +49,7 @@ from hf_knn import Datastore, KnnConfig, KnnForImageClassification
 from hf_knn.core.manifest import DatastoreError, StaleDatastoreError
 from hf_knn.model.checkpoint import is_checkpoint_file, made_by
 from hf_knn.store import folders as storage
+from hf_knn.store.backend import RowStore
 
 FLOOR = math.log(1e-12)
 OPENERS = [KnnForImageClassification, AutoModelForImageClassification, AutoModel]
@@ -126,7 +127,7 @@ def test_round_trip(family, values, opener, tmp_path):
     assert found.image_processor.to_dict() == model.image_processor.to_dict()
 
 
-def store_like(store: Datastore | None, **options: Any) -> Datastore:
+def store_like(store: RowStore | None, **options: Any) -> Datastore:
     assert store is not None
     made = Datastore.from_features(
         store.features.float(), store.labels, store.ids, paths=store.paths, **options

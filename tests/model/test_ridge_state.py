@@ -144,6 +144,27 @@ def test_a_copy_is_independent() -> None:
     assert_same(state.solve(1.0), RidgeState.from_rows(x, y).solve(1.0))
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_copies_share_sums_until_one_changes(weighting: str) -> None:
+    x, y = clusters(12, 4, 3)
+    first = RidgeState.from_rows(x, y, class_weighting=weighting)
+    second = first.copy()
+    second.add(x + 1, y + 1)
+    third = second.copy()
+    third.relabel(x[:2], y[:2], y[:2] + 3)
+    second.remove(x + 1, y + 1)
+    third.remove(x[2:], y[2:])
+    first.add(x, y)
+    wanted = (
+        (torch.cat([x, x]), torch.cat([y, y])),
+        (x, y),
+        (torch.cat([x + 1, x[:2]]), torch.cat([y + 1, y[:2] + 3])),
+    )
+    for state, (rows, labels) in zip((first, second, third), wanted, strict=True):
+        refit = RidgeState.from_rows(rows, labels, state.num_labels, weighting)
+        assert_same(state.solve(1.0), refit.solve(1.0))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,6 +1,7 @@
 """What was taught and forgotten, against models fitted from scratch and against scikit-learn."""
 
 import copy
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
 from hf_knn.data.decode import BadImageError
 from hf_knn.features.extract import ImageFeatures
 from hf_knn.model import teaching as following
+from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
-from hf_knn.model.teaching import check_class_name
+from hf_knn.store import index as row_index
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
@@ -105,7 +107,7 @@ def test_a_ridge_head_equals_a_refit_after_every_change(
     assert_is_refit(model)
     model.forget(model.datastore.ids[:20], recenter=True)
     assert_is_refit(model)
-    state = model.follower.ridge
+    state = model.memory.tally.ridge
     weight, _ = state.solve(model.config.head_regularizer)
     wanted, _ = refitted(model)
     assert (weight / model.config.head_temperature - wanted).abs().max() < 1e-8
@@ -233,8 +235,7 @@ def fails_at(call: int, monkeypatch: Any) -> None:
         (lambda m: m.forget([0, 1]), 1),
         (lambda m: m.forget([0, 1], recenter=True), 1),
         (lambda m: m.relabel([0, 1], ["owl", CLASSES[2]]), 1),
-        (lambda m: m.undo(), 1),
-        (lambda m: m.undo(), 2),  # when the class that was taught goes
+        (lambda m: m.undo(), 1),  # the class that was taught goes with its rows
     ],
 )
 def test_a_change_that_fails_in_the_middle_is_taken_back(
@@ -253,6 +254,65 @@ def test_a_change_that_fails_in_the_middle_is_taken_back(
     assert torch.equal(answers(model, queries).logits, logits)
     model.teach(features=queries[:2], labels=["fox", CLASSES[0]])
     assert_is_refit(model)
+
+
+def test_a_memory_is_a_value_that_a_model_takes_back_at_once(tmp_path: Path) -> None:
+    model = trained("ridge", tmp_path)
+    queries = cloud(20).features
+    before, logits, earlier = state_of(model), answers(model, queries).logits, model.memory
+    model.teach(features=queries[:5] + 1, labels=["fox"] * 5)
+    model.forget([3, 4], recenter=True)
+    later, said = model.memory, answers(model, queries).logits
+    assert (len(earlier.receipts), len(later.receipts)) == (0, 2)
+    with pytest.raises(FrozenInstanceError):
+        later.rows = None
+    model.memory = earlier
+    assert state_of(model) == before
+    assert model.changes == []
+    assert torch.equal(answers(model, queries).logits, logits)
+    model.memory = later
+    assert torch.equal(answers(model, queries).logits, said)
+    model.teach(features=queries[:2], labels=["fox", CLASSES[0]])
+    assert_is_refit(model)
+
+
+def test_the_index_moves_along_with_a_change(monkeypatch: Any) -> None:
+    """It is built once, however often a model is taught; earlier rows stay what they were."""
+    model: Any = tiny_model("vit", k=3)
+    earlier, built = copy.copy(model.datastore), []  # its copy has no index yet
+    model.datastore = earlier
+    build = row_index.build_searcher
+
+    def counting(*args: Any) -> Any:
+        built.append(len(args[0]))
+        return build(*args)
+
+    monkeypatch.setattr(row_index, "build_searcher", counting)
+    wanted = answers(model, earlier.features[:4].float()).neighbors
+    for label in ("fox", LABELS[0], "owl"):
+        model.teach(pixels(1), [label])
+        model.forget(model.datastore.ids[:1])
+        with pytest.raises(ValueError, match="does not have"):
+            model.forget([123456])
+        answers(model, torch.zeros(1, model.config.feature_dim))
+    assert built == [40]
+    assert (len(earlier), len(model.datastore)) == (40, 40)
+    found = earlier.search(earlier.features[:4].float(), 3)
+    assert torch.equal(found.ids, wanted.ids)
+    assert built == [40, 40]
+
+
+def test_a_datastore_that_is_only_searched_is_not_taught() -> None:
+    class Searched:
+        metric, normalization = "cosine", "l2_centered"
+
+        def __len__(self) -> int:
+            return 0
+
+    model: Any = small_model(CLASSES)
+    model.datastore = Searched()
+    with pytest.raises(ValueError, match="only answers"):
+        model.teach(features=torch.zeros(1, 16), labels=["a"])
 
 
 def test_what_may_show_a_forgotten_picture_goes_with_it(tmp_path: Path) -> None:

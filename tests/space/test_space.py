@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,23 +18,33 @@ import yaml
 from support.space_app import PER_CLASS, Running, features_of, published, running, write_picture
 
 pytest.importorskip("gradio")
-from benchmark_tab import find_report, report_frame
-from classify_tab import _controls
-from exports import as_csv, write_checkpoint, write_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from guard import MAX_BODY, Shelf, shelf
-from journal import Example, Journal, JournalError, Taught
-from overlay import MAX_EXAMPLES, Overlay, fingerprint
-from service import Service
-from settings import Settings
-from shared import Page
-from thumbnails import FolderPictures, NoPictures, ZipPictures
-from uploads import MAX_FILES, SpaceError, check_label, read_upload
-from views import answer_page, bars, disagrees, text
-from visitors import MAX_IN_MEMORY, Visitors, check_token, new_token, room_for, token_of
 
+import hf_knn_space
 from hf_knn import BadImageError, Datastore, KnnForImageClassification
+from hf_knn_space.explanations import disagrees
+from hf_knn_space.exports import as_csv, write_checkpoint, write_dataset
+from hf_knn_space.guard import MAX_BODY, Shelf, shelf
+from hf_knn_space.journal import Example, Journal, JournalError, Taught
+from hf_knn_space.overlay import MAX_EXAMPLES, Overlay, fingerprint
+from hf_knn_space.page.answer_views import answer_page, bars
+from hf_knn_space.page.benchmark import find_report, report_frame
+from hf_knn_space.page.classify import _controls
+from hf_knn_space.page.contents import Page
+from hf_knn_space.page.markup import text
+from hf_knn_space.pictures import FolderPictures, NoPictures, ZipPictures
+from hf_knn_space.service import Service
+from hf_knn_space.settings import Settings
+from hf_knn_space.uploads import MAX_FILES, SpaceError, check_label, read_upload
+from hf_knn_space.visitors import (
+    MAX_IN_MEMORY,
+    Visitors,
+    check_token,
+    new_token,
+    room_for,
+    token_of,
+)
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<img src=x onerror=alert(1)>"
@@ -111,7 +122,9 @@ def test_an_answer_takes_one_search_and_no_thumbnail(service, tmp_path, monkeypa
     look = service.look(str(write_picture(tmp_path / "asked.png", 1)))
     service.explain(look, Settings(), "")  # the rows are compared with one another once
     monkeypatch.setattr(Datastore, "search", counted)
-    monkeypatch.setattr("service.thumbnail", lambda image: pytest.fail("nobody looks at it"))
+    monkeypatch.setattr(
+        "hf_knn_space.service.thumbnail", lambda image: pytest.fail("nobody looks at it")
+    )
     look = service.look(str(write_picture(tmp_path / "other.png", 2)))
     assert service.explain(look, Settings(k=4), "").neighbors
     assert asked == [8], "those that vote, and as many that could come after"
@@ -140,25 +153,25 @@ def test_small_pictures_come_from_the_checkpoint_first(model, place, tmp_path):
     own = copy.deepcopy(model)
     own.keep_thumbnails({first: str(write_picture(tmp_path / "other.png", 3))})
     page = Page.of(Service(own, Visitors(own, None)), FolderPictures(place / "pictures"), [])
-    find = page.picture_of("")
-    plain = Page.of(Service(model, Visitors(model, None)), NoPictures(), []).picture_of("")
+    find = page.picture_of("", [first, second])
+    none = Page.of(Service(model, Visitors(model, None)), NoPictures(), [])
+    plain = none.picture_of("", [first])
     assert find(first) == own.thumbnails.get(first)
     assert find(second) == page.pictures.find(second, model.datastore.path_of(second)) is not None
     assert plain(first) is None
 
 
 def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
-    import app
-
     with pytest.raises(ValueError, match="`backend` to be one of"):
         Service(model, Visitors(model, None), "gpu")
     monkeypatch.setattr(
-        app, "open_page", lambda *given: Service(model, Visitors(model, None), given[-1])
+        "hf_knn_space.opening.open_page",
+        lambda *given: Service(model, Visitors(model, None), given[-1]),
     )
     monkeypatch.setenv("HF_KNN_BACKEND", "magic")
-    assert app.main(["somewhere"]) == 1
+    assert hf_knn_space.main(["somewhere"]) == 1
     assert "Expected `backend`" in capsys.readouterr().err
-    assert app.main(["somewhere", "--backend", "other"]) == 1
+    assert hf_knn_space.main(["somewhere", "--backend", "other"]) == 1
     assert "'other'" in capsys.readouterr().err
 
 
@@ -177,7 +190,7 @@ def test_the_command_passes_the_backend_on(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", noted)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
-    assert ran[0][-2:] == ["--backend", "torch"]
+    assert ran[0][1:] == ["-P", "-m", "hf_knn_space", "--backend", "torch"]
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
     )
@@ -344,7 +357,7 @@ def test_a_full_disk_changes_nothing(service, lessons, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("journal.os.fsync", full)
+    monkeypatch.setattr("hf_knn_space.journal.os.fsync", full)
     with pytest.raises(SpaceError, match="nothing was changed"):
         service.teach(lessons[2:], "dog", done["visitor"], "")
     with pytest.raises(SpaceError, match="nothing was changed"):
@@ -423,9 +436,11 @@ def test_visitors_are_bounded_and_none_is_lost(model, lessons, tmp_path):
 
 def test_large_models_leave_room_for_fewer_visitors(model, monkeypatch):
     assert room_for(model) == MAX_IN_MEMORY
-    monkeypatch.setattr("visitors.MAX_BYTES", 6 * len(model.datastore) * model.datastore.dim * 3)
+    monkeypatch.setattr(
+        "hf_knn_space.visitors.MAX_BYTES", 6 * len(model.datastore) * model.datastore.dim * 3
+    )
     assert room_for(model) == 3
-    monkeypatch.setattr("visitors.MAX_BYTES", 1)
+    monkeypatch.setattr("hf_knn_space.visitors.MAX_BYTES", 1)
     assert room_for(model) == 1
 
 
@@ -438,7 +453,7 @@ def test_the_rows_are_counted_once_for_all_visitors(model, lessons, monkeypatch)
         return count(store)
 
     monkeypatch.setattr(Datastore, "hash_sum", counting)
-    model.follower = None
+    model.memory = replace(model.memory, tally=None)
     service = Service(model, Visitors(model, None))
     for _ in range(2):
         service.teach(lessons[:1], "dog", "", "")
@@ -449,11 +464,11 @@ def test_old_journals_go_also_while_the_page_is_open(model, lessons, tmp_path, m
     service = Service(model, Visitors(model, tmp_path / "data", max_in_memory=1))
     first = service.teach(lessons[:1], "dog", "", "")["visitor"]
     service.teach(lessons[:1], "dog", "", "")  # the first one makes room
-    monkeypatch.setattr("visitors.KEPT_ON_DISK", -1.0)
+    monkeypatch.setattr("hf_knn_space.visitors.KEPT_ON_DISK", -1.0)
     service.explain(service.look(lessons[0]), Settings(), "")
     assert len(list((tmp_path / "data").rglob("*.journal"))) == 2
     later = time.monotonic() + 4000
-    monkeypatch.setattr("visitors.time.monotonic", lambda: later)
+    monkeypatch.setattr("hf_knn_space.visitors.time.monotonic", lambda: later)
     service.explain(service.look(lessons[0]), Settings(), "")
     assert len(list((tmp_path / "data").rglob("*.journal"))) == 1
     with service.visitors.hold(first) as overlay:
@@ -569,7 +584,7 @@ def test_what_lies_beside_the_shelf_is_never_swept(tmp_path, monkeypatch):
 
 
 def test_the_shelf_is_bounded_and_swept(tmp_path, monkeypatch):
-    monkeypatch.setattr("guard._LOOK_EVERY", 0.0)
+    monkeypatch.setattr("hf_knn_space.guard._LOOK_EVERY", 0.0)
     own = Shelf(tmp_path / "shelf", max_bytes=100_000)
     (own.folder / "a").mkdir()
     (own.folder / "a" / "old.png").write_bytes(b"\0" * 90_000)
@@ -580,13 +595,15 @@ def test_the_shelf_is_bounded_and_swept(tmp_path, monkeypatch):
         os.utime(path, (hours_ago, hours_ago))
     assert own.has_room(90_000)
     assert not (own.folder / "a" / "old.png").exists()
-    monkeypatch.setattr("guard._LOOK_EVERY", 60.0)
+    monkeypatch.setattr("hf_knn_space.guard._LOOK_EVERY", 60.0)
     assert not own.has_room(20_000), "what was promised counts"
 
 
 def test_nothing_is_written_without_room(service, lessons, monkeypatch, tmp_path):
     token = service.teach(lessons, "dog", "", "")["visitor"]
-    monkeypatch.setattr("exports.shelf", lambda: Shelf(tmp_path / "shelf", max_bytes=5_000))
+    monkeypatch.setattr(
+        "hf_knn_space.exports.shelf", lambda: Shelf(tmp_path / "shelf", max_bytes=5_000)
+    )
     with service.changing(token) as overlay, pytest.raises(SpaceError, match="no room"):
         write_checkpoint(overlay.model)
     assert list((tmp_path / "shelf").iterdir()) == []
@@ -808,9 +825,9 @@ def test_requests_are_bounded(space, monkeypatch, tmp_path):
     assert reply.status_code == 413
     sent = (part for part in [b"without", b"a length"])
     assert httpx.post(f"{place}upload", content=sent).status_code == 411
-    monkeypatch.setattr("guard.MAX_UPLOAD", 1000)
+    monkeypatch.setattr("hf_knn_space.guard.MAX_UPLOAD", 1000)
     files = {"files": ("a.png", b"\0" * 2000)}
     assert httpx.post(f"{place}upload", files=files).status_code == 413
     monkeypatch.undo()
-    monkeypatch.setattr("guard.Shelf.has_room", lambda self, size: False)
+    monkeypatch.setattr("hf_knn_space.guard.Shelf.has_room", lambda self, size: False)
     assert httpx.post(f"{place}upload", files=files).status_code == 507

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_knn.core.search import Neighbors, Searcher
 from hf_knn.store import index as indexing
+from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore
 
 COUNT, WIDTH = 4000, 16
@@ -569,9 +570,24 @@ def test_a_number_with_zeros_in_front_can_be_loaded(tmp_path: Path) -> None:
     )
 
 
+def test_rows_that_become_too_few_before_anything_was_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_table, "SHARD_BYTES", 100 * 2 * WIDTH)  # several files, with lists
+    built(clustered(0, 300), "IVF8,Flat").save(tmp_path)
+    store = Datastore.load(tmp_path)
+    store.add(clustered(1, 5), [0] * 5)
+    store.remove(store.ids[4:-1])
+    assert_equal_hits(store.search(clustered(2, 5), 3), flat_twin(store).search(clustered(2, 5), 3))
+    store.save(tmp_path)
+    kept = [key for path in tmp_path.glob("*.safetensors") for key in load_file(path)]
+    assert {"lists", "centroids"}.isdisjoint(kept)
+    assert Datastore.load(tmp_path).index.spec == "flat"
+
+
 CRASH_SCRIPT = """
 import torch
-from hf_knn.datastore import Datastore
+from hf_knn.store.datastore import Datastore
 try:
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     Datastore.from_features(rows, [0] * 300, index={index!r}).search(rows, 1)

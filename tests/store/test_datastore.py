@@ -26,8 +26,8 @@ from hf_knn.core.search import Neighbors
 from hf_knn.core.votes import knn_log_probs
 from hf_knn.store import disk as persistence
 from hf_knn.store import faiss as faiss_index
-from hf_knn.store import index as first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 
 SPACES = [
@@ -142,17 +142,17 @@ def test_search_equals_brute_force(examples: int) -> None:
 
 FIRST_PASSES = {
     "faiss": faiss_index.FaissFlat,
-    "torch": first_pass.TorchFirstPass,
+    "torch": first_pass.PlacedFirstPass,
     "bfloat16": first_pass.BFloat16FirstPass,
-    "float16": partial(first_pass.TorchFirstPass, dtype=torch.float16),
-    "two devices": partial(first_pass.TorchFirstPass, devices=(torch.device("cpu"),) * 2),
+    "float16": partial(first_pass.PlacedFirstPass, dtype=torch.float16),
+    "two devices": partial(first_pass.PlacedFirstPass, devices=(torch.device("cpu"),) * 2),
 }
 with_every_library = pytest.mark.parametrize("library", FIRST_PASSES)
 
 
 def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "_exact_first_pass", lambda count: FIRST_PASSES[library])
-    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 64)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 64)
     monkeypatch.setattr(first_pass, "_QUERY_BLOCK", 7)
     monkeypatch.setattr(search, "_RESCORE_BYTES", 40_000)  # several chunks of queries
 
@@ -287,7 +287,7 @@ def test_an_index_that_follows_changes_stays_exact(
     followed = 0
     for change in changes:
         change()
-        followed += store._searcher is searcher
+        followed += store._index.searcher is searcher
         exclude_ids = np.array([*range(4), *[-1] * 4, *range(300, 304)])
         for k in (1, 9):
             hits = store.search(queries, k, exclude_ids)
@@ -956,7 +956,7 @@ def test_torch_search_equals_faiss_search(
 
     wanted = found()
     pretend(monkeypatch, lambda: False)
-    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 300)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 300)
     assert_equal_hits(found(), wanted)
 
 
@@ -965,8 +965,8 @@ import sys
 if {hide}:
     sys.modules["faiss"] = None  # `import faiss` raises ImportError
 import torch
-from hf_knn.datastore import Datastore
-from hf_knn.faiss_index import has_faiss
+from hf_knn.store.datastore import Datastore
+from hf_knn.store.faiss import has_faiss
 assert has_faiss() != {hide}
 rows = torch.randn(3000, 24, generator=torch.Generator().manual_seed(0))
 rows[2000:2900] = rows[:900]

@@ -11,8 +11,9 @@ from support.oracles import assert_nearest
 from support.two_shards import NAMES, Rows, cases_of, rows_named, work_as
 from torch import Tensor
 
-from hf_knn import Datastore, ShardedDatastore
+from hf_knn import Datastore
 from hf_knn.core.search import Neighbors
+from hf_knn.store import ShardedDatastore
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from support.oracles import assert_nearest
 from torch import Tensor
 
 from hf_knn.core import search
+from hf_knn.core.rows import RowParts
 from hf_knn.store import faiss as faiss_index
-from hf_knn.store import index as first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore
 
@@ -37,7 +38,7 @@ def rows(count: int, seed: int = 0, width: int = 16) -> Tensor:
 def test_the_answer_is_the_same_wherever_it_is_searched(
     device: Any, float16: bool, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 100)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 100)
     values = torch.cat([rows(450), rows(50), rows(500, 1)])  # 50 of them twice
     store = Datastore.from_features(values, [0] * 1000, metric=metric)
     queries, own = rows(40, 2), np.arange(40)
@@ -68,7 +69,7 @@ def test_a_short_cut_for_matrix_products_does_not_change_the_answer(precision: s
 def test_a_float16_first_pass_sees_what_float16_cannot_tell_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(first_pass, "_ROW_BLOCK", 128)
+    monkeypatch.setattr(first_pass, "ROW_BLOCK", 128)
     near = torch.ones(600, 16) + 1e-3 * rows(600)
     store = Datastore.from_features(torch.cat([near, rows(100, 1)]), [0] * 700, normalization="l2")
     store.to("cpu", float16=True)
@@ -90,7 +91,7 @@ def test_where_a_store_is_searched_is_not_saved(tmp_path: Path) -> None:
     store.save(tmp_path)
     loaded = Datastore.load(tmp_path)
     loaded.search(rows(2), 3)
-    assert not isinstance(loaded.build_index().first_pass, first_pass.TorchFirstPass)
+    assert not isinstance(loaded.build_index().first_pass, first_pass.PlacedFirstPass)
 
 
 @CUDA
@@ -115,7 +116,7 @@ def test_rows_in_several_arrays_answer_as_in_one(
     small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_table, "SMALL_SHARD_BYTES", small)
-    monkeypatch.setattr(search, "_ROW_BLOCK", 64)
+    monkeypatch.setattr(search, "ROW_BLOCK", 64)
     whole = Datastore.from_features(rows(300), range(300))
     parts = Datastore.from_features(rows(300)[:100], range(100))
     parts.mean = whole.mean
@@ -133,7 +134,7 @@ def test_rows_in_several_arrays_answer_as_in_one(
 
 
 def test_slices_over_several_arrays() -> None:
-    parts = row_table.RowParts([rows(3), rows(0), rows(4, 1)])
+    parts = RowParts([rows(3), rows(0), rows(4, 1)])
     joined = parts.joined().numpy()
     assert parts.shape == joined.shape == (7, 16)
     for start in range(8):

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from hf_knn import Datastore, MilvusDatastore, SearchBackend
 from hf_knn.core.search import Neighbors
-from hf_knn.store.backend import check_split
+from hf_knn.store.backend import RowStore, as_row_store, check_split
+from hf_knn.store.table import StoredRows
 
 ROWS, DIM = 200, 5
 KINDS = [("cosine", "l2_centered"), ("l2", "none")]
 
 
-def as_backend(store: Datastore, other: MilvusDatastore) -> list[SearchBackend]:
+def as_backend(store: Datastore, other: MilvusDatastore) -> list[RowStore]:
     """That both are one is what mypy checks here."""
     return [store, other]
 
@@ -59,6 +61,46 @@ def test_a_datastore_is_a_backend(tmp_path: Path) -> None:
         assert hasattr(store, name), name
 
 
+def test_what_a_model_asks_is_little():
+    assert public(SearchBackend) == {
+        "__len__", "dim", "metric", "normalization", "mean", "search", "rows_of", "save",
+    }  # fmt: skip
+
+
+def test_what_only_answers_cannot_be_changed():
+    class Answers:
+        metric, normalization, mean, dim = "cosine", "none", torch.zeros(2), 2
+
+        def __len__(self) -> int:
+            return 0
+
+        def search(self, queries: Any, k: int = 20, exclude_ids: Any = None) -> Neighbors:
+            raise NotImplementedError
+
+        def rows_of(self, ids: Any) -> StoredRows:
+            raise NotImplementedError
+
+        def save(self, folder: str | Path, *, binding: Any = None, reuse: Any = None) -> None:
+            raise NotImplementedError
+
+    store = make_store()
+    assert as_row_store(store) is store
+    assert isinstance(Answers(), SearchBackend)
+    with pytest.raises(ValueError, match=r"Answers only answers, without add, .*; use a Datastore"):
+        as_row_store(Answers())
+
+
+def test_rows_that_were_removed_come_back():
+    store = make_store()
+    paths = [f"{row}.png" for row in store.ids.tolist()]
+    named = Datastore.from_features(store.features, store.labels, store.ids, paths=paths)
+    for each in (store, named):
+        gone, known = each.rows_of(each.ids[3:9]), each.hash_sum()
+        each.remove(gone.ids)
+        assert each.put_back(gone).tolist() == gone.ids.tolist()
+        assert each.hash_sum() == known
+
+
 @pytest.mark.parametrize("kind", [Datastore, MilvusDatastore])
 def test_the_parameters_are_those_of_the_protocol(kind: type) -> None:
     """Whoever calls by name finds each parameter, with the same default."""
@@ -72,7 +114,7 @@ def test_the_parameters_are_those_of_the_protocol(kind: type) -> None:
         "paths_of",
         "save",
     ):
-        wanted = inspect.signature(getattr(SearchBackend, name)).parameters
+        wanted = inspect.signature(getattr(RowStore, name)).parameters
         found = inspect.signature(getattr(kind, name)).parameters
         for parameter in wanted.values():
             assert found[parameter.name].default == parameter.default, (name, parameter.name)

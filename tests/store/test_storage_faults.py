@@ -29,7 +29,7 @@ from support.stored import (
 )
 
 from hf_knn.core.manifest import DatastoreError
-from hf_knn.store import datastore as datastore_files
+from hf_knn.store import disk as datastore_files
 from hf_knn.store.datastore import Datastore
 
 # crowds

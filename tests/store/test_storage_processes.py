@@ -22,8 +22,8 @@ from support.stored import (
     version_of,
 )
 
+from hf_knn.core import frozen as blobs
 from hf_knn.core.manifest import DatastoreError, FileRecord
-from hf_knn.store import disk as blobs
 from hf_knn.store import disk as persistence
 from hf_knn.store.datastore import Datastore
 from hf_knn.store.folders import exclusive_lock

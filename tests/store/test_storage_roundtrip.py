@@ -26,8 +26,8 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn.core.files import hash_blocks
-from hf_knn.core.manifest import Binding, FileRecord
+from hf_knn.core import manifest as core_files
+from hf_knn.core.manifest import Binding, FileRecord, hash_blocks
 from hf_knn.store import disk as blobs
 from hf_knn.store import disk as persistence
 from hf_knn.store import folders as storage
@@ -200,14 +200,14 @@ def test_the_manifest_says_what_is_there(saved: Path) -> None:
     ]
     sha256 = hashlib.sha256((saved / FAISS).read_bytes()).hexdigest()
     assert values["faiss_index"]["sha256"] == sha256
-    wanted = {"format": "hf_knn.store.datastore", "format_version": 1, "block_size": 64 * 2**20}
+    wanted = {"format": "hf_knn.datastore", "format_version": 1, "block_size": 64 * 2**20}
     wanted |= {"num_rows": 6, "dim": 3, "dtype": "float16", "metric": "cosine"}
     wanted["index"] = {"requested": "auto", "spec": "flat", "parameters": {}, "recall": None}
     assert {key: values[key] for key in wanted} == wanted
 
 
 def test_hash_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "HASH_BLOCK", 4)
+    monkeypatch.setattr(core_files, "HASH_BLOCK", 4)
     for data in (b"", b"abc", b"abcd", b"abcdefghi"):
         (tmp_path / "file").write_bytes(data)
         parts = [data[i : i + 4] for i in range(0, len(data), 4)]

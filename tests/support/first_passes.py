@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from hf_knn.core import search
-from hf_knn.store import index as first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 
 SPACES = [
@@ -31,7 +31,7 @@ def forced(name: str, block: int = 64) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexing, "has_fast_bfloat16", lambda: name == "bfloat16")
         patch.setattr(indexing, "_SMALLEST_BFLOAT16", 0)
-        patch.setattr(first_pass, "_ROW_BLOCK", block)
+        patch.setattr(first_pass, "ROW_BLOCK", block)
         patch.setattr(first_pass, "_QUERY_BLOCK", block // 20)
         patch.setattr(search, "_RESCORE_BYTES", 640 * block)
         yield

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_knn.model.checkpoint import OWN_CODE
+from hf_knn.model.code import CODE_NAMES
 from support.hub_server import Hub
 from support.tiny import pixels
 
@@ -20,7 +20,8 @@ def assert_whole(hub: Hub, repo: str = REPO, revision: str = "main") -> dict[str
     blobs = {name for name in files if name.startswith("datastore-")}
     assert blobs == {blob["name"] for blob in manifest["blobs"]}
     wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
-    assert wanted | set(OWN_CODE) <= files.keys()
+    assert wanted | set(CODE_NAMES) <= files.keys()
+    assert {name for name in files if name.endswith(".py")} == set(CODE_NAMES)
     assert [name for name in files if name.endswith(PICKLES)] == []
     assert [name for name in files if name.startswith((".", "_"))] == [".gitattributes"]
     return files

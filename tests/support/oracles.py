@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_knn.core.search import Neighbors
-from hf_knn.store.backend import SearchBackend
+from hf_knn.store.backend import RowStore
 from hf_knn.store.datastore import Datastore
 
 Floats = NDArray[np.float64]
@@ -33,7 +33,7 @@ def normalized(rows: torch.Tensor | NDArray, mean: torch.Tensor, normalization: 
     return values / np.where(lengths > 0, lengths, 1)
 
 
-def similarity_matrix(store: SearchBackend, queries: torch.Tensor | NDArray) -> Floats:
+def similarity_matrix(store: RowStore, queries: torch.Tensor | NDArray) -> Floats:
     """[B, N] float64 similarities of the stored values."""
     rows = normalized(store.features, store.mean, store.normalization)
     wanted = normalized(queries, store.mean, store.normalization)
@@ -201,7 +201,7 @@ def blend_probs(head: Floats, knn: Floats, knn_weight: float) -> Floats:
     return blended
 
 
-def assert_same_store(one: Datastore, other: Datastore) -> None:
+def assert_same_store(one: RowStore, other: RowStore) -> None:
     """Checks that two datastores hold the same bits."""
     for name in ("features", "labels", "ids", "mean"):
         mine, others = getattr(one, name), getattr(other, name)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from app import launch, make_app
-from service import Service
-from shared import Page
-from thumbnails import FolderPictures
-from visitors import Visitors
 
 from hf_knn import Datastore, KnnForImageClassification
+from hf_knn_space.page.app import launch, make_app
+from hf_knn_space.page.contents import Page
+from hf_knn_space.pictures import FolderPictures
+from hf_knn_space.service import Service
+from hf_knn_space.visitors import Visitors
 from support.pictures import NAMES, SIDE, encoded, picture, small_model
 
 KNOWN = NAMES[:3]

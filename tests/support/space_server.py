@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import gradio as gr
-from shared import HEAVY, QUEUE_SIZE
 
+from hf_knn_space.page.events import HEAVY, QUEUE_SIZE
 from support.space_app import running
 
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_knn import Datastore, KnnForImageClassification
 from hf_knn.model.checkpoint import made_by
+from hf_knn.store.backend import RowStore
 
 SIZE = 32
 LABELS = ["ant", "bee", "cat", "dog"]
@@ -173,7 +174,7 @@ def assert_same_tensors(found: torch.nn.Module, wanted: torch.nn.Module) -> None
         assert torch.equal(left[name], value), name
 
 
-def assert_same_rows(found: Datastore | None, wanted: Datastore | None) -> None:
+def assert_same_rows(found: RowStore | None, wanted: RowStore | None) -> None:
     """Two datastores equal in rows, mean, labels, ids, paths and options."""
     assert found is not None
     assert wanted is not None

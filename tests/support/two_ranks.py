@@ -45,7 +45,8 @@ def probe(folder: Path, report: dict[str, Any]) -> None:
     )  # fmt: skip
     trainer = KnnTrainer(model, args, train_dataset=rows, eval_dataset=held_out)
     trainer._prepare_probe()
-    own = trainer.train_dataset.knn_log_probs
+    prepared: Any = trainer.train_dataset
+    own = prepared.knn_log_probs
     store = model.datastore
     assert store is not None
     neighbors = store.search(features.features, 5, features.ids)

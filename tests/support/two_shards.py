@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_knn import Datastore, ShardedDatastore
+from hf_knn import Datastore
+from hf_knn.store import ShardedDatastore
 from hf_knn.store import sharded as distributed_search
 
 DIM = 5
@@ -23,7 +24,7 @@ class Rows(NamedTuple):
     labels: Tensor
     ids: Tensor
     cut: int
-    options: dict[str, str]
+    options: dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -83,11 +84,13 @@ def answer_all(rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in NAMES:
         rows = rows_named(name)
-        part = [mine(values, rows.cut, rank) for values in rows[:3]]
-        sharded = ShardedDatastore.from_features(*part, **rows.options)
+        features, labels, ids = (mine(values, rows.cut, rank) for values in rows[:3])
+        assert features is not None
+        assert labels is not None
+        assert ids is not None
+        sharded = ShardedDatastore.from_features(features, labels, ids, **rows.options)
         assert sharded.count() == len(rows.ids)
-        assert part[2] is not None
-        assert len(sharded.shard) == len(part[2])
+        assert len(sharded.shard) == len(ids)
         found[f"{name}/mean"] = sharded.mean
         for number, case in enumerate(cases_of(rows)):
             own = mine(case.excluded, case.cut, rank)

@@ -48,7 +48,7 @@ def spied(folder: Path, family: str = "vit", **options: Any) -> Spied:
 def stay_in_evaluation_mode(trainer: KnnTrainer) -> None:
     """Batch norm in training mode would make features that depend on the batch."""
     backbone = trainer.model.backbone
-    backbone.train = lambda mode=True: backbone
+    backbone.train = lambda mode=True: backbone  # type: ignore[method-assign]
 
 
 def own_p(trainer: KnnTrainer, votes: OwnVotes) -> dict[int, float]:
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_pictures(tmp_path: Path
         calls.append(len(surprise))
         return real(surprise) * (torch.nan if len(calls) == 6 else 1.0)
 
-    trainer.loss.factors = poisoned
+    trainer.loss.factors = poisoned  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match=r"at step \d, sample ids \[\d+, .*is whole"):
         trainer.train()
     assert all(value.isfinite().all() for value in outcome(trainer).values())

@@ -381,7 +381,7 @@ def die_at(moment: int, work: Callable[[], object]) -> None:
 
 
 class watching:
-    """Calls something before each file operation of `hf_knn.resume`."""
+    """Calls something before each file operation of `hf_knn.training.checkpoints`."""
 
     def __init__(self, seen: Callable[[], None]) -> None:
         self.seen, self.patch = seen, pytest.MonkeyPatch()

@@ -1,6 +1,7 @@
 """The trainer against plain `transformers.Trainer`, formulas by hand, and its own checkpoints."""
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,12 +26,14 @@ from support.pictures import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from hf_knn import (
@@ -85,7 +88,7 @@ def pictures(count: int = 24, seed: int = 0, **options: Any) -> Any:
 
 def store_of(trainer: KnnTrainer) -> Datastore:
     store = trainer.model.datastore
-    assert store is not None
+    assert isinstance(store, Datastore)
     return store
 
 
@@ -671,7 +674,7 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("criterion", ["accuracy", "mean_class", "log_likelihood"])
 def test_the_criterion_is_passed_on(criterion: str, tmp_path: Path) -> None:
     held_out = cloud(45, seed=4)
-    options = {"train_dataset": cloud(45), "eval_dataset": held_out}
+    options: dict[str, Any] = {"train_dataset": cloud(45), "eval_dataset": held_out}
     trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path, tune_criterion=criterion), **options)
     trainer.train()
     assert trainer.tune().criterion == criterion
@@ -896,6 +899,48 @@ def test_the_collator() -> None:
     batch = KnnCollator(None)([features[row] for row in (3, 0)])
     assert torch.equal(batch["features"], features.features[[3, 0]])
     assert batch["labels"].tolist() == [0, 0]
+
+
+def told(count: int) -> ImageFeatures:
+    """Rows that tell all that a row can tell."""
+    own = torch.arange(count) / -7
+    return dataclasses.replace(cloud(count), gives_ids=True, knn_log_probs=own)
+
+
+@pytest.mark.parametrize("collate", [KnnCollator(None), default_collate, default_data_collator])
+def test_rows_fetched_at_once_are_the_rows_fetched_one_by_one(collate: Callable[..., Any]) -> None:
+    features = told(20)
+    rows = [17, 3, 0, 3]
+    wanted = KnnCollator(None)([features[row] for row in rows])
+    found = collate(features.__getitems__(rows))
+    assert list(found) == list(wanted) == ["features", "labels", "sample_ids", "knn_log_probs"]
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+        assert found[name].dtype == value.dtype
+        assert found[name].is_contiguous()
+
+
+def test_cached_features_are_fetched_batch_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[list[int]] = []
+    fetch = ImageFeatures.__getitems__
+
+    def counted(self: ImageFeatures, rows: list[int]) -> Any:
+        fetched.append(list(rows))
+        return fetch(self, rows)
+
+    monkeypatch.setattr(ImageFeatures, "__getitems__", counted)
+    monkeypatch.delattr(ImageFeatures, "__getitem__")  # no row is fetched by itself
+    trainer = KnnTrainer(
+        small_model(CLASSES), probe(tmp_path, knn_loss_alpha=0.1), train_dataset=cloud(60)
+    )
+    trainer.train()
+    epochs = fetched[:8], fetched[8:]
+    for batches in epochs:
+        assert [len(rows) for rows in batches] == [8] * 7 + [4]
+        assert sorted(row for rows in batches for row in rows) == list(range(60))
+    assert epochs[0] != epochs[1]
 
 
 # checkpoints
@@ -1151,7 +1196,8 @@ def test_the_precision_of_features_is_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["train_dataset", "eval_dataset"])
 @pytest.mark.parametrize("kind", ["pictures", "features"])
 def test_labels_the_model_does_not_have(place: str, kind: str, tmp_path: Path) -> None:
-    data = dataset_of([0, 1, 4]) if kind == "pictures" else random_features([0, 1, 4])
+    is_pictures = kind == "pictures"
+    data: Any = dataset_of([0, 1, 4]) if is_pictures else random_features([0, 1, 4])
     message = r"labels below 3, .*but got 4|model's 3 classes, but got \['eel'\]"
     with pytest.raises(ValueError, match=message):
         KnnTrainer(small_model(CLASSES), probe(tmp_path), **{place: data})
@@ -1243,7 +1289,7 @@ def test_predict_answers_pictures_with_the_blend(alpha: float, tmp_path: Path) -
     )
     trainer.train()
     asked = pictures(30, seed=1)  # with ids that no training row has
-    found = trainer.predict(asked)
+    found: Any = trainer.predict(asked)
     rows = extract_features(trainer.model, asked, use_cache=False)
     with torch.no_grad():
         out = trainer.model(features=rows.features)

@@ -1,0 +1,1 @@
+"""Tasks and backbones as data, and how their pictures and weights come here."""

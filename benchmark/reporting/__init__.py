@@ -1,0 +1,1 @@
+"""What a report says of a folder that a run wrote: figures, tables, sentences, pages."""

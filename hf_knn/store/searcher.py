@@ -1,0 +1,372 @@
+"""How candidates are proposed, and a search that follows its rows as they come and go.
+
+Exact first passes say how good a row that they left out can be at most, so that the search can tell
+whether it could still belong to the answer. Approximate ones (in `faiss.py`) promise nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.search import (
+    ROW_BLOCK,
+    FirstPass,
+    Floats,
+    Ints,
+    Rows,
+    RowSpace,
+    Searcher,
+    Singles,
+    best_of_blocks,
+    float32_rounding,
+    nearest_first,
+    shortcut,
+)
+
+_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""How far a score may be off, as a part of it, by being stored in a dtype."""
+
+_FLOAT16_SUMS = 2.0**-8
+"""What a device may lose by adding up parts of a float16 product in float16."""
+
+_QUERY_BLOCK = 256
+_GROUP = 32
+
+
+class GrowingFirstPass(FirstPass, Protocol):
+    """A first pass that rows can be appended to."""
+
+    def add(self, rows: Singles) -> None:
+        """Appends rows [M, D'] float32."""
+        ...
+
+
+class PlacedFirstPass:
+    """Blocked matmul and top-k in torch, on any devices.
+
+    Args:
+        rows: [N, D'] float32.
+        devices: where the blocks of rows lie, in turn: several devices share the work.
+        dtype: of the rows there, `float32` or `float16`; half of the memory, and more candidates.
+    """
+
+    def __init__(
+        self,
+        rows: Singles,
+        devices: Sequence[torch.device] = (torch.device("cpu"),),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.devices, self.dtype = devices, dtype
+        self.extra = 12 if dtype == torch.float32 else 44
+        self.rounding = float32_rounding(rows.shape[1])
+        self.rounding += _FLOAT16_SUMS if dtype == torch.float16 else 0.0
+        self.blocks: list[Tensor] = []
+        self.lost = 0.0
+        self.add(rows)
+
+    def add(self, rows: Singles) -> None:
+        """See `GrowingFirstPass.add`."""
+        added = torch.from_numpy(rows)
+        if self.blocks and len(self.blocks[-1]) < ROW_BLOCK:
+            last = self.blocks[-1]
+            fitting = added[: ROW_BLOCK - len(last)]
+            self.blocks[-1] = torch.cat([last, self._rounded(fitting).to(last.device)])
+            added = added[len(fitting) :]
+        for block in added.split(ROW_BLOCK) if len(added) else ():
+            device = self.devices[len(self.blocks) % len(self.devices)]
+            self.blocks.append(self._rounded(block).to(device))
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """See `FirstPass.candidates`."""
+        exact = torch.from_numpy(queries)
+        rounded = exact.to(self.dtype)
+        scores, positions = best_of_blocks(self.blocks, rounded, count)
+        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
+        rounding = self.rounding + shortcut()
+        return positions.numpy(), _reach(scores[:, -1], lost, self.lost, rounding)
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        rounded = rows.to(self.dtype)
+        for block, kept in zip(rows.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
+            lost = (block - kept.float()).norm(dim=1)
+            self.lost = max(self.lost, float(lost.max()) if len(lost) else 0.0)
+        return rounded
+
+
+class BFloat16FirstPass:
+    """Matmul in bfloat16, for processors that have it: half the memory of float32.
+
+    A row among the best `count` lies in one of the `count` groups with the best maxima, so only
+    the group maxima are sorted.
+
+    Args:
+        rows: [N, D'] float32.
+    """
+
+    extra = 44
+
+    def __init__(self, rows: Singles) -> None:
+        self.count, self.lost = 0, 0.0
+        self.rows = torch.empty(0, rows.shape[1], dtype=torch.bfloat16)
+        self.rounding = float32_rounding(rows.shape[1])
+        self.add(rows)
+
+    def add(self, rows: Singles) -> None:
+        """See `GrowingFirstPass.add`."""
+        if not len(rows):
+            return
+        added = torch.from_numpy(rows)
+        rounded = added.bfloat16()
+        for block, kept in zip(added.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
+            self.lost = max(self.lost, float((block - kept.float()).norm(dim=1).max()))
+        merged = torch.cat([self.rows[: self.count], rounded])
+        self.count, self.rows = len(merged), _padded(merged)
+
+    @torch.autocast("cpu", enabled=False)
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """See `FirstPass.candidates`."""
+        exact = torch.from_numpy(queries)
+        rounded = exact.bfloat16()
+        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
+        parts = [self._candidates(block, count) for block in rounded.split(_QUERY_BLOCK)]
+        last, positions = zip(*parts, strict=True)
+        return torch.cat(positions).numpy(), _reach(torch.cat(last), lost, self.lost, self.rounding)
+
+    def _candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        scores = torch.empty(len(queries), len(self.rows), dtype=torch.bfloat16)  # [B, N]
+        for start in range(0, len(self.rows), ROW_BLOCK):
+            rows = self.rows[start : start + ROW_BLOCK]
+            scores[:, start : start + ROW_BLOCK] = queries @ rows.T
+        scores[:, self.count :] = -torch.inf
+        groups = scores.view(len(queries), -1, _GROUP).amax(dim=-1).float()  # [B, N / 32]
+        best = groups.topk(min(count, groups.shape[1]), dim=1).indices
+        members = (best.unsqueeze(-1) * _GROUP + torch.arange(_GROUP)).flatten(1)
+        found = scores.gather(1, members).float().topk(count, dim=1)
+        # a float32 of what was bfloat16 is bfloat16 again without loss
+        return found.values[:, -1].bfloat16(), members.gather(1, found.indices)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _padded(rows: Tensor) -> Tensor:
+    missing = -len(rows) % _GROUP
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
+
+
+def _reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: float) -> Floats:
+    """What rows left out can score at most, where both sides were rounded to a shorter dtype.
+
+    Args:
+        scores: [B] the last score that was not left out, in the dtype of the product.
+        lost_queries: [B] float64, length of what each query lost; it had length 1.
+        lost_rows: the largest length of what a row lost; a row has length at most 1.
+        rounding: of the float32 sums.
+    """
+    exact = scores.double()
+    own = exact.abs() * _ROUNDING[scores.dtype]
+    limit: Floats = (exact + lost_queries + lost_rows * (1 + lost_queries) + own + rounding).numpy()
+    return limit
+
+
+_MOST_REMOVED, _MOST_ADDED = 0.3, 0.1
+_FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
+_EXACT_BLOCK = 262_144
+
+
+class IndexSpace(RowSpace):
+    """How rows look to an index of faiss, which knows distances itself.
+
+    Its graphs and lists would not survive the extension by one value of `RowSpace`.
+    """
+
+    def holds(self, features: Rows) -> bool:
+        """Whether rows fit the scale that was fixed by others."""
+        return not self.is_l2 or self.largest_length(features) <= self.largest
+
+    def index_rows(self, features: Rows) -> Singles:
+        """[N, D] raw features to the [N, D] float32 rows of an approximate index."""
+        rows = np.empty(features.shape, np.float32)
+        for start in range(0, len(features), ROW_BLOCK):
+            part = slice(start, start + ROW_BLOCK)
+            rows[part] = self.normalize(features[part]) / self.scale
+        return rows
+
+    def index_queries(self, queries: Floats) -> Singles:
+        """[B, D] normalised queries as an approximate index takes them.
+
+        One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
+        hardly changes, and float32 can still tell their distances apart.
+        """
+        scaled = queries / self.scale
+        # the largest value first: its square may not fit
+        highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
+        unit = scaled / np.where(highest > 0, highest, 1.0)
+        length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
+        shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
+        return shrunk.astype(np.float32)
+
+
+class MovedRows:
+    """A first pass of whose rows some have gone: what it proposes, where the rows lie now.
+
+    Args:
+        first_pass: over the rows that there were.
+        places: [M] where each of them lies; -1 for one that has gone.
+    """
+
+    def __init__(self, first_pass: FirstPass, places: Ints) -> None:
+        self.first_pass, self.places, self.extra = first_pass, places, first_pass.extra
+
+    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+        """See `FirstPass.candidates`."""
+        proposed, limit = self.first_pass.candidates(queries, count)
+        is_row = (proposed >= 0) & (proposed < len(self.places))
+        return np.where(is_row, self.places[np.where(is_row, proposed, 0)], -1), limit
+
+
+class GrowingSearcher(Searcher):
+    """Nearest neighbours of queries among the rows of a datastore that changes.
+
+    Args:
+        features: [N, D] stored raw features, float16 or float32.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        index: an exact first pass over the rows that `space` makes of them.
+    """
+
+    space: IndexSpace
+
+    def __init__(
+        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
+    ) -> None:
+        super().__init__(features, ids, space, index)
+        self.index = index
+        # where each row of the index lies in the store; -1 once it was removed
+        self.places = np.arange(len(ids))
+
+    @property
+    def has_removed_rows(self) -> bool:
+        """Whether the index still holds rows that the store does not."""
+        return len(self.places) > len(self.ids)
+
+    def add(self, features: Rows, ids: Ints) -> bool:
+        """Follows the store after rows were appended; False if it must be built again.
+
+        Args:
+            features: [N + M, D] the store's rows now.
+            ids: [N + M].
+        """
+        added = features[len(self.ids) : len(ids)]
+        if not self.space.holds(added) or not self.take_in(added):
+            return False
+        self._moved_to(
+            np.concatenate([self.places, np.arange(len(self.ids), len(ids))]), features, ids
+        )
+        return True
+
+    def take_in(self, added: NDArray) -> bool:
+        """Appends raw features [M, D] to the index; False if it cannot take them in."""
+        self.index.add(self.space.first_pass_rows(added))
+        return True
+
+    def remove(self, features: Rows, ids: Ints, kept: NDArray[np.bool_]) -> bool:
+        """Follows the store after rows were removed; False if it should be built again.
+
+        Args:
+            features: [N - M, D] the store's rows now.
+            ids: [N - M].
+            kept: [N] which of the old rows are still there.
+        """
+        moved = np.where(kept, np.cumsum(kept) - 1, -1)
+        self._moved_to(np.where(self.places >= 0, moved[self.places], -1), features, ids)
+        return len(ids) >= (1 - _MOST_REMOVED) * len(self.places)
+
+    def _moved_to(self, places: Ints, features: Rows, ids: Ints) -> None:
+        self.places, self.features, self.ids = places, features, ids
+        if self.has_removed_rows:
+            self.first_pass = MovedRows(self.index, places)
+
+
+class ApproximateSearcher(GrowingSearcher):
+    """One whose index knows distances itself, and may miss rows.
+
+    Args:
+        features: [N, D] stored raw features, float16 or float32.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        index: over the rows that `space.index_rows` makes of them.
+    """
+
+    def __init__(
+        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
+    ) -> None:
+        super().__init__(features, ids, space, index)
+        self.measured = len(ids)
+
+    def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
+        """See `Searcher.propose`."""
+        found, limit = self.first_pass.candidates(self.space.index_queries(queries), count)
+        is_row = (found >= 0) & (found < len(self.ids))  # an index that was read may say anything
+        return np.where(is_row, found, -1), limit, np.ones(len(queries))
+
+    def take_in(self, added: NDArray) -> bool:
+        """See `GrowingSearcher.take_in`."""
+        if len(self.ids) + len(added) > (1 + _MOST_ADDED) * self.measured:
+            return False  # its lists and its stated recall are those of other rows
+        try:
+            self.index.add(self.space.index_rows(added))
+        except NotImplementedError:
+            return False
+        return True
+
+
+def nearest_in_blocks(
+    features: Rows,
+    ids: Ints,
+    space: RowSpace,
+    first_pass: Callable[[Singles], FirstPass],
+    queries: NDArray,
+    k: int,
+    exclude_ids: Ints,
+) -> Ints:
+    """The exact k nearest rows, without a copy of all rows in memory.
+
+    Args:
+        features: [N, D] raw features.
+        ids: [N] int64, unique.
+        space: how rows are compared.
+        first_pass: makes an exact one from rows.
+        queries: [B, D] finite raw features.
+        k: from 1 to N - 1.
+        exclude_ids: [B] ids that are no neighbours of the queries.
+
+    Returns:
+        [B, k] positions by (similarity, id).
+    """
+    blocks = -(-len(ids) // _EXACT_BLOCK)
+    similarities, positions = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
+    for part in np.array_split(np.arange(len(ids)), blocks):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        block = Searcher(
+            features[rows], ids[rows], space, first_pass(space.first_pass_rows(features[rows]))
+        )
+        found, places = block.search(queries, min(k, len(part) - 1), exclude_ids)
+        similarities = np.concatenate([similarities, found], axis=1)
+        positions = np.concatenate([positions, places + rows.start], axis=1)
+        order = nearest_first(similarities, ids[positions], k)
+        similarities = np.take_along_axis(similarities, order, axis=1)
+        positions = np.take_along_axis(positions, order, axis=1)
+    return positions
+
+
+def recall_of(found: Ints, wanted: Ints) -> float:
+    """Share of the wanted neighbours [B, k] that were found [B, k]."""
+    hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
+    return float(hits.mean(axis=1).mean())

@@ -1,0 +1,67 @@
+"""The choices among which options of `hf-knn` are made; nothing heavy is imported.
+
+The package has its own list of each and importing it takes seconds, so what `--help` shows is
+written here too: `tests/commands/test_options.py` compares the two.
+"""
+
+import os
+from typing import Annotated, Literal
+
+import typer
+
+DEFAULT_BACKBONE = "facebook/dinov2-small"
+
+OnBadImage = Literal["skip", "fail"]
+"""What to do at a picture that cannot be decoded."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Precision of the backbone's forward pass."""
+
+HeadKind = Literal["linear", "mlp", "ridge"]
+"""The classifier beside the datastore."""
+
+Sweep = Literal["small", "paper", "paper_self_supervised"]
+"""Grids of learning rates, weight decays and alphas."""
+
+ClassWeights = Literal["none", "inverse", "inverse_sqrt"]
+"""What a picture weighs in the loss, by the size of its class."""
+
+Augmentation = Literal["paper", "flip", "none"]
+"""What training pictures go through."""
+
+Queries = Literal["snapshot", "live"]
+"""Which features ask the datastore during fine-tuning."""
+
+Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
+"""What makes k, temperature and λ the best."""
+
+Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]
+"""What runs the backbone when features are computed."""
+
+
+def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
+    """Every extraction of this command reads the variable, also those of a trainer."""
+    if backend is not None:
+        before = os.environ.get("HF_KNN_BACKEND")
+        os.environ["HF_KNN_BACKEND"] = backend
+        context.call_on_close(lambda: _restore(before))
+    return backend
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        del os.environ["HF_KNN_BACKEND"]
+    else:
+        os.environ["HF_KNN_BACKEND"] = before
+
+
+BackendOption = Annotated[
+    Backend | None,
+    typer.Option(
+        callback=_use,
+        help="What computes features; auto takes the fastest installed that agrees with PyTorch. "
+        "Default: $HF_KNN_BACKEND, else auto.",
+        show_default=False,
+    ),
+]
+"""Always called `backend`: it is said to the whole command by the variable, see `hand_over`."""

@@ -1,0 +1,52 @@
+"""The command of `hf-knn` that shows a checkpoint to people."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .choices import Backend
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint folder or a Hub id; none builds a small one, once."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free from 7860 on.")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder it was trained on, to show the neighbours' pictures; with --push "
+            "small copies go along, for everybody to see."
+        ),
+    ] = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="What makes features here. Default: $HF_KNN_BACKEND, else torch."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Push it as the Space org/name instead of starting it.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a Space that is made is private.")
+    ] = False,
+) -> None:
+    """Open a page to upload pictures, see why they are answered so, and teach new ones."""
+    from hf_knn.commands.console import run
+    from hf_knn.commands.demo import push_space, show_demo
+
+    if push is None:
+        run(show_demo, checkpoint, port, pictures, backend)
+    elif backend is not None:
+        raise typer.BadParameter(
+            "not with --push: set the variable HF_KNN_BACKEND in the Space's settings, and add its "
+            "package to requirements.txt there."
+        )
+    else:
+        run(push_space, checkpoint, push, private, pictures)

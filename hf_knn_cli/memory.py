@@ -1,0 +1,174 @@
+"""Commands of `hf-knn` about what a checkpoint remembers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .choices import BackendOption
+from .forwarding import Command, hand_over
+
+app = typer.Typer()
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint folder; it will be changed, as a whole or not at all.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
+
+
+@app.command()
+def teach(
+    checkpoint: Checkpoint,
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder per label, or a csv of path,label; with --label "
+            "one picture, or a folder of pictures."
+        ),
+    ],
+    label: Annotated[
+        str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
+    ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
+    ] = False,
+    backend: BackendOption = None,
+    json_output: AsJson = False,
+) -> None:
+    """Teach new pictures or classes, without training."""
+    from hf_knn.commands.console import run
+    from hf_knn.commands.memory import teach_pictures
+
+    how = "skip" if skip_bad_images else "fail"
+    run(teach_pictures, checkpoint, pictures, label, how, json_output)
+
+
+@app.command()
+@hand_over
+def forget(
+    checkpoint: Checkpoint,
+    ids: Annotated[
+        list[int],
+        typer.Option(
+            "--ids", default_factory=list, show_default=False, help="Id of a row; repeat it."
+        ),
+    ],
+    paths: Annotated[
+        list[str],
+        typer.Option(
+            "--path",
+            default_factory=list,
+            show_default=False,
+            help="Path of a picture as the datastore knows it; repeat it.",
+        ),
+    ],
+    label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
+    recenter: Annotated[
+        bool,
+        typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
+    ] = False,
+    backup: Annotated[
+        Path | None, typer.Option(help="Keep the rows in this folder, for `hf-knn merge`.")
+    ] = None,
+    json_output: AsJson = False,
+) -> Command:
+    """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
+    from hf_knn.commands.memory import forget_rows
+
+    return forget_rows
+
+
+@app.command()
+@hand_over
+def relabel(
+    checkpoint: Checkpoint,
+    label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
+    ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
+    json_output: AsJson = False,
+) -> Command:
+    """Give stored pictures another label."""
+    from hf_knn.commands.memory import relabel_rows
+
+    return relabel_rows
+
+
+@app.command()
+@hand_over
+def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> Command:
+    """Take the last change back: one that was interrupted, if there is one, and then no other."""
+    from hf_knn.commands.memory import undo_change
+
+    return undo_change
+
+
+@app.command()
+@hand_over
+def merge(
+    checkpoint: Checkpoint,
+    other: Annotated[
+        str, typer.Argument(help="A checkpoint or datastore of the same backbone; stays as it is.")
+    ],
+    json_output: AsJson = False,
+) -> Command:
+    """Add the rows of another checkpoint."""
+    from hf_knn.commands.memory import merge_stores
+
+    return merge_stores
+
+
+@app.command()
+@hand_over
+def diff(
+    first: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> Command:
+    """Say what differs between two checkpoints: rows, classes, settings, numbers."""
+    from hf_knn.commands.memory import show_difference
+
+    return show_difference
+
+
+@app.command()
+@hand_over
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
+    ] = Path("knn-inspect"),
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures", help="Folder that the stored paths are relative to: shows the pictures."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> Command:
+    """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
+    from hf_knn.commands.checks import inspect_checkpoint
+
+    return inspect_checkpoint
+
+
+@app.command()
+@hand_over
+def milvus(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    uri: Annotated[
+        str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
+    ],
+    collection: Annotated[str, typer.Option(help="Name for the rows there.")],
+    token: Annotated[
+        str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+    index: Annotated[
+        str,
+        typer.Option(help="flat (exact), ivf_flat, hnsw or autoindex; their recall is measured."),
+    ] = "flat",
+) -> Command:
+    """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
+    from hf_knn.commands.memory import move_to_milvus
+
+    return move_to_milvus

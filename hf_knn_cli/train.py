@@ -1,0 +1,61 @@
+"""`hf-knn train`, and how it reads its options from a file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .choices import BackendOption
+from .forwarding import fields_as_options
+from .train_options import TrainOptions
+
+app = typer.Typer()
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Takes the options of a file as defaults."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"Expected {path} to be YAML or JSON, but: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"Expected {path} to hold options by name, but got a list.")
+    found = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise typer.BadParameter(
+            f"Expected options of this command in {path}, but got {unknown}; known are "
+            f"{sorted(known)}."
+        )
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_read_config,
+        is_eager=True,
+        exists=True,
+        dir_okay=False,
+        help="YAML or JSON with options of this command, by their long names; what is typed wins.",
+    ),
+]
+"""Sets the defaults of the other options."""
+
+
+@app.command()
+@fields_as_options
+def train(
+    options: TrainOptions, config: ConfigOption = None, backend: BackendOption = None
+) -> None:
+    """Train on your own pictures: features, head, datastore, tuning, report, checkpoint."""
+    from hf_knn.commands.console import run
+    from hf_knn.commands.train import train_pictures
+
+    run(train_pictures, options)

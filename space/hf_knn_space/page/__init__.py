@@ -1,0 +1,1 @@
+"""What is shown: the page, its tabs, and how they look."""

@@ -1,0 +1,169 @@
+"""What `--help` offers is what the package takes: importing the package for it takes too long."""
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import hf_knn_cli
+from hf_knn import KnnConfig, KnnTrainingArguments
+from hf_knn.features.backends import check_backend
+from hf_knn.milvus.collection import MilvusIndex
+from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
+from hf_knn_cli.train_options import TrainOptions
+
+NOT_OFFERED = "nonsense"
+
+Parameters = dict[tuple[str, str], Parameter]
+"""By command and name."""
+
+
+def training(name: str) -> Callable[[Path], object]:
+    given: dict[str, Any] = {"report_to": "none", "freeze_backbone": True, name: NOT_OFFERED}
+    return lambda folder: KnnTrainingArguments(str(folder), **given)
+
+
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "augmentation": training("augmentation"),
+    "backend": lambda _: check_backend(NOT_OFFERED),
+    "class_weights": training("class_weights"),
+    "criterion": training("tune_criterion"),
+    "head": lambda _: KnnConfig(head=NOT_OFFERED),
+    "on_bad_image": training("on_bad_image"),
+    "precision": training("feature_precision"),
+    "queries": training("knn_queries"),
+    "sweep": training("probe_grid"),
+}
+"""How the package says what it takes instead, for each option that is a choice."""
+
+
+def commands() -> dict[str, Any]:
+    app: Any = hf_knn_cli.app
+    return {
+        command.callback.__name__: command.callback
+        for group in app.registered_groups
+        for command in group.typer_instance.registered_commands
+    }
+
+
+def parameters() -> Parameters:
+    return {
+        (name, parameter.name): parameter
+        for name, command in commands().items()
+        for parameter in signature(command).parameters.values()
+    }
+
+
+def choices_of(parameter: Parameter) -> set[str]:
+    """What a parameter may be besides None, if that is a choice; else nothing."""
+    kind, _ = get_args(parameter.annotation)
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return set(get_args(part))
+    return set()
+
+
+def taken_by_the_package(option: str, folder: Path) -> set[str]:
+    with pytest.raises(ValueError, match="one of ") as refusal:
+        REFUSED[option](folder)
+    found = re.search(r"one of (\[.*?\])", str(refusal.value))
+    assert found is not None
+    return set(ast.literal_eval(found.group(1)))
+
+
+def test_every_choice_is_one_of_the_package_and_none_is_missing(tmp_path: Path) -> None:
+    every = {place: choices_of(parameter) for place, parameter in parameters().items()}
+    offered = {place: choices for place, choices in every.items() if choices}
+    assert {name for _, name in offered} == set(REFUSED)
+    for (_, name), choices in offered.items():
+        assert choices == taken_by_the_package(name, tmp_path), name
+
+
+def test_choices_in_the_text_of_a_help_are_those_of_the_package() -> None:
+    helps = {
+        place: re.split(r"\W+", get_args(parameter.annotation)[1].help)
+        for place, parameter in parameters().items()
+    }
+    assert {str(index).lower() for index in MilvusIndex} <= set(helps["milvus", "index"])
+    with pytest.raises(ValueError, match="one of ") as refusal:
+        KnnConfig(pooling=NOT_OFFERED)
+    poolings = set(re.findall(r"'(\w+)'", str(refusal.value))) - {NOT_OFFERED}
+    assert poolings <= set(helps["train", "pooling"])
+
+
+def test_train_offers_its_options_and_what_no_command_takes() -> None:
+    names = {name for command, name in parameters() if command == "train"}
+    assert names == {option.name for option in fields(TrainOptions)} | {"config", "backend"}
+
+
+def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
+    handed = [c for c in commands().values() if signature(c).return_annotation == Command]
+    assert len(handed) == 13
+    for command in handed:
+        values = dict.fromkeys(signature(command).parameters)
+        function = command.__wrapped__(**values)
+        values.pop("backend", None)
+        signature(function).bind(**values)
+
+
+# ---- how values reach a function ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wishes:
+    place: Annotated[Path, typer.Argument()]
+    count: Annotated[int, typer.Option("--number", min=1)] = 3
+    names: Annotated[list[str], typer.Option("--name")] = field(default_factory=list)
+
+
+def call(command: Callable[..., None], *arguments: str) -> int:
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, arguments).exit_code
+
+
+def test_each_field_is_an_option_with_its_type_default_and_check() -> None:
+    seen: list[Any] = []
+
+    @fields_as_options
+    def wish(wishes: Wishes, loud: bool = False) -> None:
+        seen.append((wishes, loud))
+
+    assert call(wish, "here") == 0
+    assert call(wish, "here", "--number", "5", "--name", "a", "--name", "b", "--loud") == 0
+    assert seen == [
+        (Wishes(Path("here")), False),
+        (Wishes(Path("here"), 5, ["a", "b"]), True),
+    ]
+    assert call(wish, "here", "--number", "0") == 2
+    assert call(wish) == 2
+    assert len(seen) == 2
+
+
+def test_what_is_declared_is_handed_over_by_name() -> None:
+    seen: list[Any] = []
+
+    @hand_over
+    def declared(
+        place: Path, count: Annotated[int, typer.Option("--number")] = 3, backend: str = ""
+    ) -> Any:
+        return lambda **values: seen.append(values)
+
+    assert call(declared, "here", "--number", "5", "--backend", "torch") == 0
+    assert seen == [{"place": Path("here"), "count": 5}]
+
+
+def test_a_name_that_the_function_does_not_know_is_an_error() -> None:
+    @hand_over
+    def declared(place: Path) -> Any:
+        return partial(int, base=10)
+
+    assert call(declared, "here") == 1
