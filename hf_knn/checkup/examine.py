@@ -18,7 +18,7 @@ from ..core.votes import squared_distances
 from ..data.decode import BadImageError, decode_image
 from ..data.keys import Print, print_of
 from ..data.splits import Fold, stratified_folds
-from ..fit.out_of_fold import Voices, out_of_fold
+from ..fit.voices import Voices, out_of_fold
 from ..store.datastore import Datastore
 from .duplicates import Pairs, clusters_of, duplicate_findings, find_pairs
 from .findings import STORED, Finding, Ints, Kind, Pictures, counts_of

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import median_abs_deviation
 from torch import Tensor
 
-from ..fit.out_of_fold import Voices
+from ..fit.voices import Voices
 from .findings import Finding, Ints, Kind, Pictures
 
 NEIGHBOR = 5
