@@ -295,9 +295,13 @@ def open_picture(root: Path, path: str) -> Image.Image | None:
         root: the folder.
         path: as it is stored.
     """
-    place = place_of(root, path)
+    return decoded_or_none(place_of(root, path))
+
+
+def decoded_or_none(picture: Path | bytes | None) -> Image.Image | None:
+    """A decoded picture; None where there is none that can be read."""
     try:
-        return None if place is None else decode_image(place)
+        return None if picture is None else decode_image(picture)
     except BadImageError:
         return None
 
