@@ -138,7 +138,7 @@ def test_importing_the_package_takes_little_beyond_transformers() -> None:
     """What is needed later is imported later: seconds cannot be asserted, but modules can."""
     loaded = imported_by("hf_knn, hf_knn.fit, hf_knn.data, hf_knn.checkup, hf_knn.store")
     assert {"hf_knn.model.modeling", "torch", "transformers"} <= loaded
-    late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer", "scipy", "sklearn"}
+    late = {"faiss", "datasets", "evaluate", "matplotlib", "pandas", "typer", "sklearn"}
     late |= {"onnxruntime", "openvino", "pymilvus", "transformers.trainer"}
     late |= {"transformers.image_processing_utils", "hf_knn.training.trainer"}
     late |= {"hf_knn.features.extract", "hf_knn.milvus.datastore"}

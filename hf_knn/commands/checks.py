@@ -25,8 +25,8 @@ from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
 from ..core.files import HubFiles
 from ..core.manifest import MANIFEST_NAME
+from ..data.batches import picture_of
 from ..data.decode import BadImageError
-from ..data.loading import picture_of
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore

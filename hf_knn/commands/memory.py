@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
+from ..data.batches import RowPictures
 from ..data.loading import from_files, load_splits
-from ..data.stored import RowPictures
 from ..features.extract import extract_features, progress_bars
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not

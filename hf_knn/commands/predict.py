@@ -14,9 +14,10 @@ from rich.table import Table
 from ..checkup.examine import open_picture
 from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..checkup.html import Table as PageTable
-from ..data.decode import BadImageError, decode_image
+from ..data.decode import read_picture
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
+from ..model.pictures import features_of
 from ..model.thumbnails import Thumbnails
 from .console import console, print_json, right
 
@@ -89,7 +90,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
     model = KnnForImageClassification.from_pretrained(checkpoint)
-    decoded = [_decode(path) for path in images]
+    decoded = [read_picture(path, number) for number, path in enumerate(images)]
     found = model.explain(decoded, max_error=options.max_error)
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
@@ -147,21 +148,12 @@ def _as_dict(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def _decode(path: Path) -> Image.Image:
-    try:
-        return decode_image(path)
-    except BadImageError as error:
-        raise ValueError(f"Expected {path} to be a picture, but: {error}.") from error
-
-
 def _answer(
     model: KnnForImageClassification, path: Path, top: int, neighbors: int
 ) -> dict[str, Any]:
-    if model.image_processor is None:
-        raise ValueError("Expected a checkpoint with an image processor, but it has none.")
-    pixels = model.image_processor(images=[_decode(path)], return_tensors="pt")["pixel_values"]
+    features = features_of(model, [path]).to(model.device)
     with torch.inference_mode():
-        output = model(pixel_values=pixels.to(model.device, model.dtype), return_neighbors=True)
+        output = model(features=features, return_neighbors=True)
     names = model.config.class_names
     probabilities = output.logits[0].exp()
     head = output.head_logits[0].float().softmax(-1)

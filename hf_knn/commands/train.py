@@ -23,9 +23,9 @@ from hf_knn_cli.train_options import (
     TrainOptions,
 )
 
-from ..data.loading import groups_of, labels_of, load_splits, picture_of, source_of
+from ..data.batches import RowPictures, picture_of
+from ..data.loading import groups_of, labels_of, load_splits, source_of
 from ..data.splits import few_rows, few_shots, split_rows
-from ..data.stored import RowPictures
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import draw_neighbors

@@ -6,15 +6,66 @@ it names are exactly what it says, or the datastore is refused.
 
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import Normalization, Pooling, check_metric
-from .files import HASH_BLOCK, hash_blocks, hash_open_blocks
 from .votes import Metric
+
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The hex sha256 of the file and of each block.
+    """
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+
+def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
+    """Hashes the blocks of an open file, as many at once as there are processors.
+
+    Args:
+        file: open for reading; its position does not matter and stays.
+        count: how many blocks; what lies beyond belongs to the last one.
+
+    Returns:
+        The hex sha256 of each block.
+    """
+    descriptor = file.fileno()
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1

@@ -14,11 +14,10 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .backbone import build_backbone, extract, split_features
 from .config import KnnConfig
-from .files import HubFiles
 from .frozen import FrozenDatastore
 from .head import KnnHead
 from .manifest import MANIFEST_NAME
-from .reading import bind, read_datastore
+from .reading import HubFiles, bind, read_datastore
 from .search import Neighbors
 from .votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 

@@ -10,11 +10,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    cached_file,
+)
+from transformers.utils.hub import resolve_revision
 
 from .backbone import hash_tensors
 from .config import KnnConfig
-from .files import HubFiles
 from .frozen import FrozenDatastore, Resolve
 from .manifest import (
     MANIFEST_NAME,
@@ -30,9 +35,49 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Of `from_pretrained`, which hold for every file."""
+
 # where the processor runs does not change its pixels by intent
 _PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
 _BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
+
+
+class HubFiles:
+    """Finds files by name, all of one version.
+
+    Args:
+        name: a folder or a Hub id.
+        options: the options of `from_pretrained` (`revision`, `token`, `cache_dir`, …).
+
+    Attributes:
+        revision: the commit all files come from (Hub only).
+    """
+
+    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+        self.name = str(name)
+        self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+        places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}
+        self.revision = resolve_revision(self.name, options.get("revision"), **places)
+
+    def resolve(self, name: str) -> Path | None:
+        """Finds a file by name; None if there is none.
+
+        Raises:
+            OSError: if there is no such repository or revision, or the download failed.
+        """
+        try:
+            found = cached_file(
+                self.name, name, revision=self.revision,
+                _raise_exceptions_for_missing_entries=False, **self.options,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # the HTTP client's own, of whichever client there is
+            raise OSError(
+                f"Could not get {name} of {self.name}: {error}; nothing was loaded, try again."
+            ) from error
+        return None if found is None else Path(found)
 
 
 def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> FrozenDatastore | None:

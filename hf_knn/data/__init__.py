@@ -24,14 +24,5 @@ _HOMES = {
     "print_of": "keys",
     "stratified_folds": "splits",
 }
-__all__ = [
-    "BadImageError",
-    "datastore_as_dataset",
-    "decode_image",
-    "few_rows",
-    "few_shots",
-    "load_splits",
-    "print_of",
-    "stratified_folds",
-]
+__all__ = [*_HOMES]
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,16 +1,17 @@
-"""Rows of pictures to batches of pixels: decoded, augmented if wanted, and processed."""
+"""Pictures to batches of pixels: decoded, augmented if wanted, and processed."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .augmentation import EPOCH, Augment
-from .decode import BadImageError, decode_image
+from .decode import BadImageError, decode_image, read_picture
 
 IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
 
@@ -36,6 +37,33 @@ class Batch(NamedTuple):
     pixel_values: Tensor | None
     rows: list[int]
     bad: list[BadRow]
+
+
+def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
+    """Pixels of pictures that are no rows of a dataset, batch by batch.
+
+    Args:
+        images: M pictures (see `read_picture`), or pixel values [M, 3, H, W], handed through.
+        processor: an image processor; None will do for pixel values.
+        size: pictures per batch.
+
+    Yields:
+        [B, 3, H, W].
+
+    Raises:
+        BadImageError: naming the picture that cannot be read.
+        ValueError: for pictures without an image processor.
+    """
+    if not isinstance(images, Tensor) and processor is None:
+        raise ValueError(
+            "Expected a model with an `image_processor` to read pictures, but it has none; pass "
+            "pixel values [M, 3, H, W] or set model.image_processor."
+        )
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        if not isinstance(part, Tensor):
+            part = pixels_of([read_picture(one, n) for n, one in enumerate(part, start)], processor)
+        yield part
 
 
 def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
@@ -69,7 +97,7 @@ def process_rows(
     images, good, bad = [], [], []
     for place, item in enumerate(items):
         try:
-            image = decode_entry(item[IMAGE])
+            image = _decode_entry(item[IMAGE])
             if augment is not None:
                 image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
             images.append(image)
@@ -78,11 +106,20 @@ def process_rows(
             path = (item[IMAGE] or {}).get("path") or ""
             bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
     options = {} if augment is None else augment.processor_options
-    pixels = None
-    if images:
-        processor = keeping_layout(processor)
-        pixels = processor(images=images, return_tensors="pt", **options)["pixel_values"]
-    return Batch(pixels, good, bad)
+    return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
+
+
+def pixels_of(images: Sequence[Any], processor: Any, **options: Any) -> Tensor:
+    """[B, 3, H, W] float32: what an image processor makes of decoded pictures.
+
+    Args:
+        images: B RGB pictures, as `decode_image` returns them.
+        processor: an image processor.
+        options: of the processor, for this call.
+    """
+    made = keeping_layout(processor)(images=images, return_tensors="pt", **options)
+    pixels: Tensor = made["pixel_values"]
+    return pixels
 
 
 def keeping_layout(processor: Any) -> Any:
@@ -116,16 +153,44 @@ def _keeping_layout(kind: Any) -> type:
     return type(kind.__name__, (kind,), {"process_image": process_image})
 
 
-def decode_entry(entry: dict[str, Any] | None) -> Any:
-    """The picture of one undecoded cell of a dataset: its bytes, or the file of its path.
+def picture_of(dataset: Any, row: int) -> Image.Image:
+    """The picture of a row of a prepared dataset, decoded.
 
     Raises:
         BadImageError: if there is none, or it cannot be decoded.
-        OSError: if the file cannot be read.
+        OSError: if its file cannot be read.
     """
-    if entry is None:
-        raise BadImageError("the row has no picture")
-    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])
+    return _decode_entry(dataset[row][IMAGE])
+
+
+class RowPictures(Mapping[int, Image.Image]):
+    """Pictures of stored rows by their ids, decoded one at a time: large ones do not pile up.
+
+    Args:
+        dataset: prepared, that the rows came from.
+        row_ids: of stored rows.
+        sample_ids: of the same rows in the dataset; None means that they are the same.
+
+    Raises:
+        KeyError: for a sample id that the dataset does not have.
+    """
+
+    def __init__(
+        self, dataset: Any, row_ids: Sequence[int], sample_ids: Sequence[int] | None = None
+    ) -> None:
+        places = {int(sample_id): place for place, sample_id in enumerate(dataset[SAMPLE_ID][:])}
+        wanted = row_ids if sample_ids is None else sample_ids
+        self._dataset = dataset
+        self._places = {row: places[i] for row, i in zip(row_ids, wanted, strict=True)}
+
+    def __getitem__(self, row_id: int) -> Image.Image:
+        return picture_of(self._dataset, self._places[row_id])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class ReadyBatch:
@@ -180,3 +245,10 @@ class KnnCollator:
         sample_ids = torch.tensor([rows[i][SAMPLE_ID] for i in good])
         assert pixel_values is not None
         return {"pixel_values": pixel_values, "labels": labels, "sample_ids": sample_ids}
+
+
+def _decode_entry(entry: dict[str, Any] | None) -> Image.Image:
+    """The picture of one undecoded cell of a dataset: its bytes, or the file of its path."""
+    if entry is None:
+        raise BadImageError("the row has no picture")
+    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])

@@ -5,20 +5,16 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-try:  # inside `try` because remote-code users are asked for nothing but transformers
-    from PIL import Image, ImageOps
-except ImportError as error:  # pragma: no cover
-    raise ImportError("hf_knn needs Pillow to read pictures; run `pip install pillow`.") from error
-
+from PIL import Image, ImageOps
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
-_EDGE = 16 * 2**10
 
+_EDGE = 16 * 2**10
 _FOREIGN = {
     b"%pdf-": "a PDF", b"<script": "a web page", b"<html": "a web page", b"<?php": "a program",
 }  # fmt: skip
@@ -26,7 +22,6 @@ _FOREIGN = {
 
 Bytes behind a picture as such are fine: phones put videos and second pictures there.
 """
-
 
 # what Pillow's format plug-ins raise on malformed files
 _DECODE_ERRORS = (
@@ -84,6 +79,25 @@ def decode_image(
         raise BadImageError(f"not a picture in one of the formats {', '.join(formats)}") from None
     except _DECODE_ERRORS as error:
         raise BadImageError(f"the picture cannot be decoded ({error})") from error
+
+
+def read_picture(picture: Any, number: int) -> Image.Image:
+    """Decodes one of several pictures, of whatever kind.
+
+    Args:
+        picture: a path, the content of a file, an opened picture, or an array [H, W, 3] uint8.
+        number: which one it is, for the error.
+
+    Raises:
+        BadImageError: naming the picture, by its path or its number.
+    """
+    try:
+        return decode_image(
+            Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        )
+    except (BadImageError, OSError, TypeError) as error:
+        name = picture if isinstance(picture, str | Path) else f"picture {number}"
+        raise BadImageError(f"Expected {name} to be readable, but {error}.") from error
 
 
 def _decode_opened(image: Image.Image, formats: tuple[str, ...], max_pixels: int) -> Image.Image:

@@ -12,12 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .batches import IMAGE
+from .batches import IMAGE, picture_of
 from .decode import BadImageError
-from .loading import picture_of
 
 logger = logging.getLogger(__name__)
+
 KEY_BYTES = 16
+SIDE = 48
+"""Side of the tiny copies that pictures are compared by, in pixels."""
+
+_BATCH = 64
 _NOTHING = b"no picture"
 
 
@@ -89,12 +93,6 @@ def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
         logger.debug("%s: %s", place, error)
         if temporary.exists():
             temporary.unlink()
-
-
-SIDE = 48
-"""Side of the tiny copies that pictures are compared by, in pixels."""
-
-_BATCH = 64
 
 
 class Print(NamedTuple):

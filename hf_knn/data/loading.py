@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from ..store.datastore import Datastore
-from .batches import IMAGE, LABEL, SAMPLE_ID, decode_entry
+from .batches import IMAGE, LABEL, SAMPLE_ID
 
 PREDICTION_FEATURES = Features(
     {"predictions": List(Value("float32")), "references": Value("int64")}
@@ -224,15 +224,6 @@ def source_of(pictures: str | Path, dataset: Dataset, split: str = "train") -> d
     if dataset.info.license:
         facts["license"] = dataset.info.license
     return facts
-
-
-def picture_of(dataset: Dataset, row: int) -> Any:
-    """The picture of a row of a prepared dataset, decoded.
-
-    Raises:
-        BadImageError: if it cannot be decoded.
-    """
-    return decode_entry(dataset[row][IMAGE])
 
 
 def datastore_as_dataset(

@@ -10,6 +10,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 Rows = NDArray[np.int64]
+
 _MOST_PARTS = 100
 
 

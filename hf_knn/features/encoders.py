@@ -17,14 +17,19 @@ from transformers import PreTrainedModel
 from ..core.backbone import extract
 from ..core.config import KnnConfig
 from ..data.batches import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
+from ..model.pictures import encode
 
 TORCH, COMPILE, ONNX, OPENVINO, AUTO = "torch", "compile", "onnx", "openvino", "auto"
 BACKENDS = (AUTO, TORCH, COMPILE, ONNX, OPENVINO)
-
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BATCH = 4
 """Pictures per call on a CPU: the activations of more leave the caches of a core."""
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_READERS = 16
+"""Threads that decode for one GPU."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Encoder(Protocol):
@@ -73,8 +78,7 @@ class TorchEncoder:
         self.backbone, self.config = backbone, config
         self.name = COMPILE if compiled else TORCH
         self._extract = torch.compile(extract) if compiled else extract
-        parameter = next(backbone.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device = next(backbone.parameters()).device
         self.autocast = None if precision == "fp32" else PRECISIONS[precision]
         has_threads = self.device.type == "cpu" and not compiled
         self.streams = torch.get_num_threads() if has_threads else 1
@@ -88,15 +92,13 @@ class TorchEncoder:
         if self.autocast is not None:
             context = torch.autocast(self.device.type, self.autocast)
         with torch.inference_mode(), context:
-            moved = self._moved(pixels).to(self.dtype)
-            moved = moved.contiguous(memory_format=torch.channels_last)
-            features, _ = self._extract(self.backbone, moved, self.config)
-            return self._leaving(features.float())
+            moved = self._moved(pixels)
+            return self._leaving(encode(self.backbone, self.config, moved, self._extract))
 
     def _moved(self, pixels: Tensor) -> Tensor:
-        """Pixels on the device; on a GPU while it computes the batch before."""
+        """Pixels on their way to a GPU while it computes the batch before."""
         if self._arrivals is None:
-            return pixels.to(self.device)
+            return pixels
         with torch.cuda.stream(self._arrivals):
             moved = pixels.to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
@@ -133,13 +135,6 @@ def frozen_copy(backbone: PreTrainedModel) -> PreTrainedModel:
     """A copy to be traced: in evaluation mode, on the CPU, without gradients."""
     copied = copy.deepcopy(backbone).cpu().eval()
     return copied.requires_grad_(False)
-
-
-MOST_READERS = 16
-"""Threads that decode for one GPU."""
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 class Encoded(NamedTuple):

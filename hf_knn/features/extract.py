@@ -20,17 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..core.backbone import extract, hash_tensors
+from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
-from ..data.batches import BadRow, ReadyBatch, read_batch
+from ..data.batches import BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
 from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
+from ..model.pictures import features_of
 from ..store.index import has_fast_bfloat16
-from .backends import Work, check_backend, choose_backend, open_encoder
+from .backends import SAMPLE, Work, check_backend, choose_backend, open_encoder
 from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list
-from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Encoder, encode_rows
+from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, encode_rows
 
 logger = logging.getLogger(__name__)
 
@@ -357,24 +358,21 @@ class PictureEncoder:
     """
 
     def __init__(self, model: KnnForImageClassification, backend: str = TORCH) -> None:
-        if model.image_processor is None:
-            raise ValueError("Expected a model with an `image_processor`, but it has none.")
-        if check_backend(backend) == COMPILE:
+        self.backend = check_backend(backend)
+        if self.backend == COMPILE:
             raise ValueError(
                 "Expected `backend` to be torch, onnx, openvino or auto for a server, but got "
                 "'compile'; choose onnx or openvino."
             )
         self._model = model.eval()
-        sample = self._pixels(_patterns())
-        self._shape = sample.shape[1:]
+        (sample,) = pixel_batches(_patterns(), model.image_processor, SAMPLE)
         work = Work(
             model.backbone, model.config, mark_of(model.backbone), "fp32", 1,
             settings_of(model.image_processor), lambda _: _ANSWERS, True, lambda _: sample,
         )  # fmt: skip
-        self.backend = choose_backend(check_backend(backend), work)
-        self._graph: Encoder | None = None
-        if self.backend != TORCH:
-            self._graph = open_encoder(self.backend, work)
+        self.backend = choose_backend(self.backend, work)
+        self._graph = None if self.backend == TORCH else open_encoder(self.backend, work)
+        self._shape = sample.shape[1:]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Runs the processor and the backbone.
@@ -385,21 +383,10 @@ class PictureEncoder:
         Returns:
             [B, D] float32 on the CPU, as in `pooler_output`.
         """
-        pixels = self._pixels(images)
-        if self._graph is not None and pixels.shape[1:] == self._shape:
-            size = self._graph.batch_size
-            return torch.cat([self._graph.encode(part)() for part in pixels.split(size)])
-        model = self._model
-        with torch.inference_mode():  # also what is no graph: pictures of another size
-            moved = pixels.to(model.device, model.dtype)
-            features = extract(model.backbone, moved, model.config)[0].float().cpu()
-        return features.clone()
-
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels: Tensor = self._model.image_processor(images=list(images), return_tensors="pt")[
-            "pixel_values"
-        ]
-        return pixels
+        pixels = pixels_of(images, self._model.image_processor)
+        if self._graph is None or pixels.shape[1:] != self._shape:  # a graph has one size
+            return features_of(self._model, pixels, len(pixels))
+        return torch.cat([self._graph.encode(p)() for p in pixels.split(self._graph.batch_size)])
 
 
 def _patterns() -> list[Image.Image]:

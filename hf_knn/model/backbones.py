@@ -215,13 +215,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, also for threads that are started; then each module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    if in_training:  # else nothing is written: threads may share the model
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 @contextmanager

@@ -4,8 +4,15 @@ import html
 import json
 import logging
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..store.hub import CARD_NAME, OpenTarget
+from .code import legacy_code
+
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -292,3 +299,34 @@ def _text(value: Any) -> str:
     """A name as text: it can neither end a line nor be markup, a table cell or code."""
     flat = " ".join(str(value).split())[:200]
     return html.escape(flat, quote=False).replace("|", "&#124;").replace("`", "'")
+
+
+def publish(
+    model: "KnnForImageClassification",
+    target: OpenTarget,
+    message: str,
+    description: str | None,
+    license_name: str | None,
+    options: dict[str, Any],
+) -> Any:
+    """Saves a model with its card, and pushes both.
+
+    Args:
+        model: what is pushed.
+        target: an open one.
+        message: of the commit.
+        description: likewise.
+        license_name: for the card; None keeps what the card says.
+        options: of `save_pretrained`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        model.save_pretrained(folder, **options)
+        draw_reliability(model, folder)
+        card = make_card(model, target.repo_id, target.read_text(CARD_NAME), folder, license_name)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        replaced = sorted(legacy_code(target.read_text))
+        return target.push(folder, message, description, replaced=replaced)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from ..core.config import KnnConfig
-from ..core.files import HUB_OPTIONS, HubFiles
 from ..core.manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -25,7 +24,9 @@ from ..core.manifest import (
     StaleDatastoreError,
 )
 from ..core.reading import (
+    HUB_OPTIONS,
     THUMBNAILS_NAME,
+    HubFiles,
     bind,
     check_fits,
     find_problem,

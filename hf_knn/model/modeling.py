@@ -23,13 +23,13 @@ from .backbones import (
     open_backbone,
     portable,
 )
+from .card import publish
 from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
 from .notes import of_unanswered
 from .pictures import features_of, small_pictures, thumbnails_of
-from .publish import publish
 from .receipts import Receipt
 from .thumbnails import Thumbnails
 

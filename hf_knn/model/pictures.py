@@ -1,16 +1,18 @@
 """From pictures to what a model takes or keeps: features, and small copies."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..core.backbone import extract
-from ..data.decode import BadImageError, decode_image
+from ..core.config import KnnConfig
+from ..data.batches import pixel_batches
+from ..data.decode import read_picture
 from ..store.backend import RowStore
+from .backbones import evaluating
 from .thumbnails import Thumbnails, small_webp
 
 if TYPE_CHECKING:
@@ -32,37 +34,41 @@ def features_of(model: "KnnForImageClassification", images: Any, batch_size: int
         BadImageError: naming the picture that cannot be decoded.
         ValueError: for pictures without an image processor.
     """
-    if not isinstance(images, Tensor) and model.image_processor is None:
-        raise ValueError(
-            "Expected a model with an `image_processor` to read pictures, but it has none; pass "
-            "pixel values [M, 3, H, W] or set model.image_processor."
-        )
-    was_training, parts = model.training, []
-    if was_training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                if not isinstance(batch, Tensor):
-                    decoded = [_decoded(image, start + i) for i, image in enumerate(batch)]
-                    batch = model.image_processor(images=decoded, return_tensors="pt")
-                    batch = batch["pixel_values"]
-                pixels = batch.to(model.device, model.dtype)
-                parts.append(extract(model.backbone, pixels, model.config)[0].float().cpu())
-    finally:
-        if was_training:
-            model.train()
+    batches = pixel_batches(images, model.image_processor, batch_size)
+    with evaluating(model):
+        parts = [encode(model.backbone, model.config, pixels).cpu() for pixels in batches]
     if not parts:
         return torch.empty(0, model.config.feature_dim + model.config.extra_dim)
-    return torch.cat(parts).clone()
+    return torch.cat(parts)  # out here, so that it is a tensor like any other
+
+
+def encode(
+    backbone: PreTrainedModel,
+    config: KnnConfig,
+    pixels: Tensor,
+    run: Callable[..., tuple[Tensor, Any]] = extract,
+) -> Tensor:
+    """Features of pixels, as a backbone and its pooling make them in the mode it is in.
+
+    Args:
+        backbone: the vision model.
+        config: names the poolings.
+        pixels: [B, 3, H, W], of any float type and on any device.
+        run: `extract`, or what was compiled of it.
+
+    Returns:
+        [B, D] float32, on the device of the backbone.
+    """
+    parameter = next(backbone.parameters())
+    features, _ = run(backbone, pixels.to(parameter.device, parameter.dtype), config)
+    return features.float()
 
 
 def small_pictures(images: Any) -> list[bytes]:
     """WEBP files of pictures; none of pixel values, which no longer are pictures."""
     if isinstance(images, Tensor):
         return []
-    return [small_webp(_decoded(image, place)) for place, image in enumerate(images)]
+    return [small_webp(read_picture(image, number)) for number, image in enumerate(images)]
 
 
 def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnails:
@@ -73,11 +79,4 @@ def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnai
         raise ValueError(
             f"Expected ids of stored rows, but the datastore does not have {unknown[:10]}."
         )
-    return Thumbnails({i: small_webp(_decoded(image, i)) for i, image in images.items()})
-
-
-def _decoded(image: Any, place: int) -> Image.Image:
-    try:
-        return decode_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-    except (BadImageError, OSError, TypeError) as error:
-        raise BadImageError(f"Expected picture {place} to be readable, but {error}.") from error
+    return Thumbnails({i: small_webp(read_picture(image, i)) for i, image in images.items()})

@@ -20,10 +20,9 @@ from ..store.backend import RowStore, SearchBackend, as_row_store, check_alike
 from ..store.table import StoredRows
 from . import notes
 from .classes import Classes, Label
-from .memory import Gone, Memory
+from .memory import Gone, Memory, Tally
 from .receipts import Change, Receipt, Scope
 from .ridge import center_head, solve_head
-from .tally import Tally
 from .thumbnails import Thumbnails
 
 

@@ -23,8 +23,7 @@ from . import changes, disk
 from .backend import check_alike, check_split
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
-from .index import AUTO, FLAT, MIN_RECALL, Placement
-from .row_index import RowIndex
+from .index import AUTO, FLAT, MIN_RECALL, Placement, RowIndex
 from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, sum_of
 
@@ -363,7 +362,7 @@ class Datastore:
     def changed(self) -> Iterator[Self]:
         """Another one of the same rows, to be changed: an index that stands moves there."""
         other, index = copy.copy(self), self._index
-        other._index, self._index = index, index.unbuilt()
+        other._index, self._index = index, other._index
         try:
             yield other
         except BaseException:

@@ -48,8 +48,7 @@ from .folders import (
     link_or_copy,
     stage_file,
 )
-from .index import FLAT, is_rebuildable
-from .row_index import RowIndex
+from .index import FLAT, RowIndex, is_rebuildable
 from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from ..core.files import HubFiles
 from ..core.frozen import Resolve
 from ..core.manifest import MANIFEST_NAME, Manifest
+from ..core.reading import HubFiles
 
 try:
     from huggingface_hub import HfApi

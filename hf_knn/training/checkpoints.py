@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..core.files import hash_blocks
+from ..core.manifest import hash_blocks
 from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e9f3948d3c612be3f0d8fa0d48926f10a8cdb57d5b8daea5b6a613f6e6aab146.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

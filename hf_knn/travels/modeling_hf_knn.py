@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 19933f16087eaaa1a0fba9912c54478c423911c7831e8a2ccb04d93a139c90ac.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e9f3948d3c612be3f0d8fa0d48926f10a8cdb57d5b8daea5b6a613f6e6aab146.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -205,69 +205,6 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
             f"Expected `{name}` to be in [0, {num_labels}), "
             f"but got values from {int(labels.min())} to {int(labels.max())}."
         )
-
-
-# ---- files.py: The files of one revision, in a folder or on the Hub, and their hashes.
-
-HASH_BLOCK = 64 * 2**20
-"""Bytes per separately hashed block of a blob."""
-
-_READ_BYTES = 2**20
-HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
-"""Of `from_pretrained`, which hold for every file."""
-
-
-class HubFiles:
-    """Finds files by name, all of one version."""
-
-    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
-        self.name = str(name)
-        self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
-        places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}
-        self.revision = resolve_revision(self.name, options.get("revision"), **places)
-
-    def resolve(self, name: str) -> Path | None:
-        """Finds a file by name; None if there is none."""
-        try:
-            found = cached_file(
-                self.name, name, revision=self.revision,
-                _raise_exceptions_for_missing_entries=False, **self.options,
-            )  # fmt: skip
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # the HTTP client's own, of whichever client there is
-            raise OSError(
-                f"Could not get {name} of {self.name}: {error}; nothing was loaded, try again."
-            ) from error
-        return None if found is None else Path(found)
-
-
-def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
-    whole, blocks = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            whole.update(block)
-            blocks.append(hashlib.sha256(block).hexdigest())
-    return whole.hexdigest(), blocks
-
-
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors."""
-    descriptor = file.fileno()
-
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
-
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
 
 
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
@@ -604,6 +541,40 @@ class KnnHead(nn.Module):
 
 
 # ---- manifest.py: The manifest of a datastore: what a checkpoint promises about its files, and the check.
+
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+
+def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
+    """Hashes the blocks of an open file, as many at once as there are processors."""
+    descriptor = file.fileno()
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
@@ -1440,9 +1411,37 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Of `from_pretrained`, which hold for every file."""
+
 # where the processor runs does not change its pixels by intent
 _PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
 _BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
+
+
+class HubFiles:
+    """Finds files by name, all of one version."""
+
+    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+        self.name = str(name)
+        self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+        places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}
+        self.revision = resolve_revision(self.name, options.get("revision"), **places)
+
+    def resolve(self, name: str) -> Path | None:
+        """Finds a file by name; None if there is none."""
+        try:
+            found = cached_file(
+                self.name, name, revision=self.revision,
+                _raise_exceptions_for_missing_entries=False, **self.options,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # the HTTP client's own, of whichever client there is
+            raise OSError(
+                f"Could not get {name} of {self.name}: {error}; nothing was loaded, try again."
+            ) from error
+        return None if found is None else Path(found)
 
 
 def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> FrozenDatastore | None:

@@ -21,7 +21,7 @@ from hf_knn.features.extract import ImageFeatures
 from hf_knn.model import teaching as following
 from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
-from hf_knn.store import row_index
+from hf_knn.store import index as row_index
 
 CONFIGS: list[dict[str, Any]] = [
     {"normalization": "l2_centered", "metric": "cosine"},
@@ -311,7 +311,7 @@ def test_a_datastore_that_is_only_searched_is_not_taught() -> None:
 
     model: Any = small_model(CLASSES)
     model.datastore = Searched()
-    with pytest.raises(ValueError, match="only searched"):
+    with pytest.raises(ValueError, match="only answers"):
         model.teach(features=torch.zeros(1, 16), labels=["a"])
 
 

@@ -26,8 +26,8 @@ from hf_knn.core.search import Neighbors
 from hf_knn.core.votes import knn_log_probs
 from hf_knn.store import disk as persistence
 from hf_knn.store import faiss as faiss_index
-from hf_knn.store import first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 
 SPACES = [

@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_knn.core import search
 from hf_knn.core.rows import RowParts
 from hf_knn.store import faiss as faiss_index
-from hf_knn.store import first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore
 

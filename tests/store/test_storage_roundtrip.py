@@ -26,9 +26,8 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn.core import files as core_files
-from hf_knn.core.files import hash_blocks
-from hf_knn.core.manifest import Binding, FileRecord
+from hf_knn.core import manifest as core_files
+from hf_knn.core.manifest import Binding, FileRecord, hash_blocks
 from hf_knn.store import disk as blobs
 from hf_knn.store import disk as persistence
 from hf_knn.store import folders as storage

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from hf_knn.core import search
-from hf_knn.store import first_pass
 from hf_knn.store import index as indexing
+from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 
 SPACES = [
