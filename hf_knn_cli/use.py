@@ -97,14 +97,11 @@ def predict(
 ) -> None:
     """Classify pictures, show the neighbours that voted, and say why."""
     from hf_knn.commands.console import run
+    from hf_knn.commands.predict import ExplainOptions, explain_images, predict_images
 
     if not (explain or html or pictures or max_error is not None):
-        from hf_knn.commands.use import predict_images
-
         run(predict_images, checkpoint, images, top, neighbors, json_output)
         return
-    from hf_knn.commands.explain import ExplainOptions, explain_images
-
     if pictures and not html:
         raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
     options = ExplainOptions(top, neighbors, html, pictures, max_error, json_output)
@@ -197,6 +194,20 @@ def doctor(
 
 @app.command()
 @hand_over
+def code(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of a Hub id; main if left out.")
+    ] = None,
+) -> Command:
+    """Say whether the code in a checkpoint is that of this package; the exit code is 1 if not."""
+    from hf_knn.commands.checks import check_code
+
+    return check_code
+
+
+@app.command()
+@hand_over
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is listed.")] = False,
     older_than: Annotated[
@@ -206,6 +217,6 @@ def cache(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> Command:
     """List what is kept to be fast: features, graphs and choices of backends; clear it."""
-    from hf_knn.commands.cache import show_cache
+    from hf_knn.commands.use import show_cache
 
     return show_cache

@@ -1,13 +1,12 @@
 """A check of labelled pictures before any training: from a source to what is wrong with it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
 from ..data.loading import groups_of, ids_of, label_names, load_pictures, paths_of
@@ -15,7 +14,7 @@ from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
 from .examine import Checkup, Watch, examine, unwatched
-from .findings import Finding, Kind, Pictures
+from .findings import Finding, Ints, Kind, Pictures
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Source:
 
     parts: dict[str, Any]
     pictures: Pictures
-    places: NDArray[np.int64]
-    groups: NDArray[np.int64] | None
+    places: Ints
+    groups: Ints | None
 
     def picture(self, number: int) -> Any:
         """The undecoded row of a picture: the part and the row in it."""
@@ -64,35 +63,37 @@ def open_source(options: DoctorOptions) -> Source:
         ValueError: if it holds no pictures, or no column to group by.
     """
     parts: dict[str, Any] = {}
-    fields: dict[str, list[Any]] = {
-        name: [] for name in ("split", "row", "id", "path", "label", "place", "group")
-    }
+    records: list[tuple[Any, ...]] = []
     names: list[str] = []
     splits, has_labels = load_pictures(options.pictures)
     for split, dataset in splits.items():
         names = label_names(dataset) if has_labels else []
-        labels = _labels(dataset)
-        if options.group_by is not None:
-            groups_of(dataset, options.group_by)  # refuses a column that is not there
-        rows = _chosen(labels, options.limit, options.seed)
+        labels = _labels_or_none(dataset)
+        rows = np.arange(len(labels))
+        if options.limit is not None and options.limit < len(rows):
+            share = options.limit / len(rows)
+            rows = few_rows(torch.from_numpy(labels), share, options.seed)
         has_label = labels[rows] >= 0
         good = rows[has_label]
         parts[split] = dataset if len(good) == len(dataset) else dataset.select(good)
-        places = np.full(len(rows), -1)
-        places[has_label] = np.arange(len(good))
+        places = np.where(has_label, np.cumsum(has_label) - 1, -1).tolist()
         paths, ids = paths_of(dataset), ids_of(dataset).numpy()
-        fields["split"] += [split] * len(rows)
-        fields["row"] += rows.tolist()
-        fields["id"] += ids[rows].tolist()
-        fields["path"] += [paths[row] for row in rows]
-        fields["label"] += labels[rows].tolist() if has_labels else [-1] * len(rows)
-        fields["place"] += places.tolist()
-        fields["group"] += _group_values(dataset, options.group_by, rows, split)
-    pictures = Pictures(
-        fields["split"], np.array(fields["row"], np.int64), np.array(fields["id"], np.int64),
-        fields["path"], np.array(fields["label"], np.int64), names,
-    )  # fmt: skip
-    return Source(parts, pictures, np.array(fields["place"], np.int64), _numbered(fields["group"]))
+        groups = _group_values(dataset, options.group_by, split)
+        records += [
+            (split, row, ids[row], paths[row], labels[row] if has_labels else -1, place,
+             groups[row])
+            for row, place in zip(rows.tolist(), places, strict=True)
+        ]  # fmt: skip
+    if not records:
+        raise ValueError(f"Expected {options.pictures} to hold pictures, but it has none.")
+    of_split, row, ids, paths, labels, places, groups = zip(*records, strict=True)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return Source(
+        parts,
+        Pictures(of_split, np.array(row), np.array(ids), paths, np.array(labels), names),
+        np.array(places),
+        None if options.group_by is None else np.array([numbers[group] for group in groups]),
+    )
 
 
 def check_up(options: DoctorOptions, source: Source, watch: Watch = unwatched) -> Checkup:
@@ -110,65 +111,45 @@ def check_up(options: DoctorOptions, source: Source, watch: Watch = unwatched) -
     pictures = source.pictures
     checkup = Checkup(pictures, np.empty(0, np.int64), torch.empty(0, 0))
     with checkup.phase("decoding"):
-        prints = _prints(source, watch)
-    checkup.findings += _unusable(pictures, prints)
-    usable = [i for i, one in enumerate(prints) if isinstance(one, Print)]
+        done = watch("Decoding", int((source.places >= 0).sum()))
+        by_split = {split: prints_of(part, done) for split, part in source.parts.items()}
+    prints: list[Print] = []
+    usable = []
+    for number, (split, place) in enumerate(zip(pictures.splits, source.places, strict=True)):
+        one = by_split[split][place] if place >= 0 else None
+        if isinstance(one, Print):
+            prints.append(one)
+            usable.append(number)
+        elif isinstance(one, Broken):
+            reason = f"Cannot be used: {one.reason}."
+            checkup.findings.append(Finding(Kind.BROKEN, number, 1.0, reason))
+        else:
+            reason = "Has no label: give it one."
+            checkup.findings.append(Finding(Kind.NO_LABEL, number, 1.0, reason))
     checkup.usable = np.array(usable, np.int64)
     with checkup.phase("features"):
         checkup.features = _features(source, options, checkup.usable)
     groups = None if source.groups is None else source.groups[checkup.usable]
-    good = [one for one in prints if isinstance(one, Print)]
-    examine(checkup, good, groups, options.seed, watch)
+    examine(checkup, prints, groups, options.seed, watch)
     return checkup
 
 
-def _labels(dataset: Any) -> NDArray[np.int64]:
+def _labels_or_none(dataset: Any) -> Ints:
     """[N] with -1 for a missing label, which training refuses and a check reports."""
     values = np.asarray(dataset.with_format("numpy")["label"][:], dtype=np.float64)
     return np.nan_to_num(values, nan=-1).astype(np.int64)
 
 
-def _chosen(labels: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
-    if limit is None or limit >= len(labels):
-        return np.arange(len(labels))
-    return few_rows(torch.from_numpy(labels), limit / len(labels), seed)
-
-
-def _group_values(
-    dataset: Any, column: str | None, rows: NDArray[np.int64], split: str
-) -> list[Any]:
+def _group_values(dataset: Any, column: str | None, split: str) -> list[Any]:
+    """What says which group each row belongs to, in all splits alike; a missing one is its own."""
     if column is None:
-        return []
+        return [None] * len(dataset)
+    groups_of(dataset, column)  # refuses a column that is not there
     values = dataset.with_format(None)[column][:]
-    return [(split, int(row)) if values[row] is None else values[row] for row in rows]
+    return [(split, row) if value is None else value for row, value in enumerate(values)]
 
 
-def _numbered(values: Sequence[Any]) -> NDArray[np.int64] | None:
-    if not values:
-        return None
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
-
-
-def _prints(source: Source, watch: Watch) -> list[Print | Broken | None]:
-    """One per picture; None for one without a label."""
-    done = watch("Decoding", int((source.places >= 0).sum()))
-    by_split = {split: prints_of(part, done) for split, part in source.parts.items()}
-    pairs = zip(source.pictures.splits, source.places.tolist(), strict=True)
-    return [by_split[split][place] if place >= 0 else None for split, place in pairs]
-
-
-def _unusable(pictures: Pictures, prints: Sequence[Print | Broken | None]) -> list[Finding]:
-    found = []
-    for number, one in enumerate(prints):
-        if isinstance(one, Broken):
-            found.append(Finding(Kind.BROKEN, number, 1.0, f"Cannot be used: {one.reason}."))
-        elif one is None:
-            found.append(Finding(Kind.NO_LABEL, number, 1.0, "Has no label: give it one."))
-    return found
-
-
-def _features(source: Source, options: DoctorOptions, usable: NDArray[np.int64]) -> torch.Tensor:
+def _features(source: Source, options: DoctorOptions, usable: Ints) -> Tensor:
     """[M, D] features of the usable pictures, by the backbone that `train` would take."""
     if not len(usable):
         raise ValueError(
@@ -177,17 +158,16 @@ def _features(source: Source, options: DoctorOptions, usable: NDArray[np.int64])
         )
     names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)
-    table: dict[tuple[str, int], torch.Tensor] = {}
+    splits = np.array(source.pictures.splits, dtype=object)
+    found = []  # split by split, as the pictures are
     for split, part in source.parts.items():
-        if not any(source.pictures.splits[i] == split for i in usable):
+        places = source.places[usable[splits[usable] == split]].tolist()
+        if not places:
             continue
         with progress_bars():
-            found = extract_features(
-                model, part, batch_size=options.batch_size, on_bad_image="skip"
-            )
-        bad = {row.row for row in found.skipped}
-        places = [row for row in range(len(part)) if row not in bad]
-        rows = zip(places, found.features, strict=True)
-        table |= {(split, place): features for place, features in rows}
-    pairs = [(source.pictures.splits[i], int(source.places[i])) for i in usable]
-    return torch.stack([table[pair] for pair in pairs])
+            rows = extract_features(model, part, batch_size=options.batch_size, on_bad_image="skip")
+        bad = {row.row for row in rows.skipped}
+        readable = (place for place in range(len(part)) if place not in bad)
+        row_of = {place: row for row, place in enumerate(readable)}
+        found.append(rows.features[[row_of[place] for place in places]])
+    return torch.cat(found)

@@ -11,12 +11,26 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.search import Neighbors
 from ..data.keys import Print
 from ..store.datastore import Datastore
-from .findings import Finding, Ints, Kind, Pictures
+from .findings import Finding, Floats, Ints, Kind, Pictures
 
 MARGIN = 0.08
 """How much of each border is left out, as a share of the side: there a crop has no match."""
+
+LARGEST_DIFFERENCE = 0.13
+"""Above it pictures are look-alikes, not copies; see `benchmark/claims/planted_duplicates.py`."""
+
+NEIGHBORS = 5
+"""How many neighbours of each picture are compared with it, for each of the two kinds."""
+
+SAME_FEATURES = 0.9995
+"""Cosine above which two stored rows are taken for one picture, where there are no pixels."""
+
+_LARGEST_ROUGH = 2.5 * LARGEST_DIFFERENCE
+"""Pairs that differ more at half the size are not compared at full size: of planted copies none
+differed by more than 1.6 times the limit there, and four of five candidates do."""
 
 _BLURS = (5, 3)  # widths in pixels, coarse to fine
 _GREY_BLUR, _COLOUR_BLUR, _COLOUR_WEIGHT = 5, 9, 1.5
@@ -25,6 +39,12 @@ _LARGEST_STEP, _WIDEST = 0.1, 0.25  # of half the side
 _BLOCK = 4
 _DAMPING = 1e-3
 _FLATTEST = 0.02
+_COARSE = 16
+_LEAST_CORRELATION = 0.8
+_LARGEST_STRETCH = 1.2  # of one aspect ratio by another
+_BATCH = 1024
+_ROUGH_SIDE = 24
+_KEPT_FIRST = {"test": 0, "validation": 1}
 
 
 def differences(first: Tensor, second: Tensor) -> Tensor:
@@ -122,38 +142,19 @@ def _sample(pictures: Tensor, frames: Tensor) -> Tensor:
     return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=True)
 
 
-LARGEST_DIFFERENCE = 0.13
-"""Above it pictures are look-alikes, not copies; see `benchmark/claims/planted_duplicates.py`."""
-
-NEIGHBORS = 5
-"""How many neighbours of each picture are compared with it, for each of the two kinds."""
-
-_ROUGH_SIDE = 24
-
-_LARGEST_ROUGH = 2.5 * LARGEST_DIFFERENCE
-"""Pairs that differ more at half the size are not compared at full size: of planted copies none
-differed by more than 1.6 times the limit there, and four of five candidates do."""
-
-_COARSE = 16
-_LEAST_CORRELATION = 0.8
-_LARGEST_STRETCH = 1.2  # of one aspect ratio by another
-_BATCH = 1024
-_KEPT_FIRST = {"test": 0, "validation": 1}
-
-
 class Pairs(NamedTuple):
     """Pairs of equal or nearly equal pictures.
 
     Attributes:
         first: [P] picture numbers.
         second: [P].
-        difference: [P] 0 for equal pixels, else see `alignment.differences`.
+        difference: [P] 0 for equal pixels, else see `differences`.
         exact: [P] whether the pixels are equal.
     """
 
     first: Ints
     second: Ints
-    difference: NDArray[np.float64]
+    difference: Floats
     exact: NDArray[np.bool_]
 
 
@@ -187,13 +188,37 @@ def find_pairs(
     candidates = _plausible(candidates, coarse, [prints[row] for row in chosen])
     gaps = _compare(tiny, candidates, watch("Comparing look-alikes", len(candidates)))
     near = gaps <= LARGEST_DIFFERENCE
-    first, second = chosen[candidates[near].T] if near.any() else (chosen[:0], chosen[:0])
-    return Pairs(
-        np.concatenate([equal.first, first]),
-        np.concatenate([equal.second, second]),
-        np.concatenate([equal.difference, gaps[near]]),
-        np.concatenate([equal.exact, np.zeros(int(near.sum()), bool)]),
-    )
+    alike = Pairs(*chosen[candidates[near].T], gaps[near], np.zeros(int(near.sum()), bool))
+    return Pairs(*map(np.concatenate, zip(equal, alike, strict=True)))
+
+
+def feature_pairs(features: Tensor) -> Pairs:
+    """Pairs of rows with the same, or nearly the same, features.
+
+    Args:
+        features: [M, D].
+    """
+    if len(features) < 2:
+        nothing = np.empty(0, np.int64)
+        return Pairs(nothing, nothing, np.empty(0), np.empty(0, bool))
+    near = near_rows(features, NEIGHBORS)
+    row, place = (near.similarities >= SAME_FEATURES).nonzero(as_tuple=True)
+    both = np.sort(torch.stack([row, near.ids[row, place]], dim=1).numpy(), axis=1)
+    pairs, kept = np.unique(both, axis=0, return_index=True)
+    gaps = 1 - near.similarities[row, place].double().clamp(max=1).numpy()
+    same = np.array([torch.equal(features[a], features[b]) for a, b in pairs.tolist()], bool)
+    return Pairs(pairs[:, 0], pairs[:, 1], gaps[kept], same)
+
+
+def near_rows(features: Tensor, k: int) -> Neighbors:
+    """The k nearest other rows of each row; ids are the numbers of rows.
+
+    Args:
+        features: [N, D], N >= 2.
+        k: >= 1.
+    """
+    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
+    return Neighbors(*map(torch.cat, zip(*store.leave_one_out(k), strict=True)))
 
 
 def clusters_of(pairs: Pairs, count: int) -> Ints:
@@ -215,17 +240,19 @@ def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
         pictures: those that were compared.
     """
     clusters = clusters_of(pairs, len(pictures))
-    closest, exact = _closest(pairs, len(pictures))
+    equal = clusters_of(Pairs(*(values[pairs.exact] for values in pairs)), len(pictures))
+    closest = np.full(len(pictures), np.inf)  # the smallest difference to another picture
+    for ends in (pairs.first, pairs.second):
+        np.minimum.at(closest, ends, pairs.difference)
     members: dict[int, list[int]] = {}
     for picture in np.unique(np.concatenate([pairs.first, pairs.second])).tolist():
         members.setdefault(int(clusters[picture]), []).append(picture)
-    digests = _exact_clusters(pairs, len(pictures))
     found = []
     for group in members.values():
         kept = min(group, key=lambda p: (_KEPT_FIRST.get(pictures.splits[p], 2), p))
         for picture in group:
             if picture != kept and not _is_only_a_conflict(picture, kept, pictures):
-                same = bool(exact[picture]) and digests[picture] == digests[kept]
+                same = bool(equal[picture] == equal[kept])
                 found.append(_duplicate(picture, kept, same, float(closest[picture]), pictures))
         if len({int(pictures.labels[p]) for p in group} - {-1}) > 1:
             found.append(_conflict(kept, group, pictures))
@@ -260,25 +287,9 @@ def _conflict(kept: int, group: list[int], pictures: Pictures) -> Finding:
     return Finding(Kind.CONFLICT, kept, 1.0, detail, others)
 
 
-def _closest(pairs: Pairs, count: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """[count] the smallest difference to another picture, and whether one has equal pixels."""
-    closest, exact = np.full(count, np.inf), np.zeros(count, bool)
-    for ends in (pairs.first, pairs.second):
-        np.minimum.at(closest, ends, pairs.difference)
-        np.logical_or.at(exact, ends, pairs.exact)
-    return closest, exact
-
-
-def _exact_clusters(pairs: Pairs, count: int) -> Ints:
-    equal = pairs.exact
-    first, second, difference = (pairs.first[equal], pairs.second[equal], pairs.difference[equal])
-    return clusters_of(Pairs(first, second, difference, equal[equal]), count)
-
-
 def _neighbor_pairs(features: Tensor) -> Ints:
     """[P, 2] pairs of rows of which one is among the nearest of the other, the lower first."""
-    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
-    near = torch.cat([part.ids for part in store.leave_one_out(NEIGHBORS)]).numpy()  # [N, k]
+    near = near_rows(features, NEIGHBORS).ids.numpy()  # [N, k]
     rows = np.arange(len(near))[:, None].repeat(near.shape[1], axis=1)
     pairs = np.stack([rows.ravel(), near.ravel()], axis=1)
     return np.unique(np.sort(pairs, axis=1), axis=0)
@@ -288,24 +299,19 @@ def _plausible(candidates: Ints, coarse: Tensor, prints: Sequence[Print]) -> Int
     """Pairs whose shapes and coarse pixels do not rule out that they are copies."""
     unit = functional.normalize(coarse, dim=1).numpy()
     left, right = candidates[:, 0], candidates[:, 1]
-    parts = range(0, len(candidates), 65_536)
-    similar = [
-        np.einsum("ij,ij->i", unit[left[s : s + 65_536]], unit[right[s : s + 65_536]])
-        for s in parts
-    ]
+    correlation = np.empty(len(candidates))
+    for start in range(0, len(candidates), 65_536):
+        part = slice(start, start + 65_536)
+        correlation[part] = np.einsum("ij,ij->i", unit[left[part]], unit[right[part]])
     flat = np.linalg.norm(coarse.numpy(), axis=1) < 1e-3 * coarse.shape[1]
+    alike = (correlation >= _LEAST_CORRELATION) | (flat[left] & flat[right])
     shapes = np.log([one.width / one.height for one in prints])
     stretch = np.abs(shapes[left] - shapes[right])
-    alike = (np.concatenate([*similar, np.empty(0)]) >= _LEAST_CORRELATION) | (
-        flat[left] & flat[right]
-    )
     kept: Ints = candidates[alike & (stretch <= np.log(_LARGEST_STRETCH))]
     return kept
 
 
-def _compare(
-    tiny: Tensor, candidates: Ints, on_progress: Callable[[int], object]
-) -> NDArray[np.float64]:
+def _compare(tiny: Tensor, candidates: Ints, on_progress: Callable[[int], object]) -> Floats:
     """[P] the difference of each pair; the other way round too where it is a close call.
 
     Pairs that are far apart at half the size keep that difference, which is above every limit here.
@@ -314,16 +320,13 @@ def _compare(
     for start in range(0, len(candidates), _BATCH):
         pairs = torch.from_numpy(candidates[start : start + _BATCH])
         first, second = tiny[pairs[:, 0]].float() / 255, tiny[pairs[:, 1]].float() / 255
-        gap = differences(_smaller(first), _smaller(second))
+        smaller = [functional.adaptive_avg_pool2d(side, _ROUGH_SIDE) for side in (first, second)]
+        gap = differences(*smaller)
         likely = gap <= _LARGEST_ROUGH
         gap[likely] = _fine(first[likely], second[likely])
         parts.append(gap.double().numpy())
         on_progress(len(pairs))
     return np.concatenate(parts)
-
-
-def _smaller(pictures: Tensor) -> Tensor:
-    return functional.adaptive_avg_pool2d(pictures, _ROUGH_SIDE)
 
 
 def _fine(first: Tensor, second: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Everything that can be found out about a datastore, or a set of features with labels."""
+"""Everything that can be found out about features with labels, or about a datastore."""
 
-import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,18 @@ from torch import Tensor
 from ..core.votes import squared_distances
 from ..data.decode import BadImageError, decode_image
 from ..data.keys import Print, print_of
-from ..data.splits import Fold, stratified_folds
+from ..data.splits import stratified_folds
 from ..fit.voices import Voices, out_of_fold
-from ..store.datastore import Datastore
-from .duplicates import Pairs, clusters_of, duplicate_findings, find_pairs
-from .findings import STORED, Finding, Ints, Kind, Pictures, counts_of
+from ..store.backend import RowStore
+from .duplicates import (
+    Pairs,
+    clusters_of,
+    duplicate_findings,
+    feature_pairs,
+    find_pairs,
+    near_rows,
+)
+from .findings import STORED, Finding, Ints, Kind, Pictures
 from .html import plain
 from .labels import (
     NEIGHBOR,
@@ -34,9 +41,6 @@ from .labels import (
 from .learning_curve import FRACTIONS, LearningCurve, measure_curve
 
 FOLDS = 5
-
-SAME_FEATURES = 0.9995
-"""Cosine above which two stored rows are taken for one picture, where there are no pixels."""
 
 Watch = Callable[[str, int], Callable[[int], object]]
 """From the name of a phase and how many steps it has to what is called when some are done."""
@@ -77,7 +81,7 @@ class Checkup:
 
     def counts(self) -> dict[Kind, int]:
         """How many findings there are of each kind that was looked for, the most urgent first."""
-        found = counts_of(self.findings)
+        found = Counter(finding.kind for finding in self.findings)
         return {kind: found[kind] for kind in Kind if kind not in self.unseen or found[kind]}
 
     @contextmanager
@@ -107,11 +111,14 @@ def examine(
         watch: told of the progress.
         with_curve: measure what more pictures would bring, which takes longest.
     """
-    rows = subset(checkup.pictures, checkup.usable)
-    found: list[Finding] = []
+    usable = checkup.usable
+    rows = checkup.pictures.take(usable)
     with checkup.phase("duplicates"):
-        pairs = _pairs(checkup.features, prints, watch)
-        found += duplicate_findings(pairs, rows)
+        if prints is None:
+            pairs = feature_pairs(checkup.features)
+        else:
+            pairs = find_pairs(prints, checkup.features, watch)
+        found = duplicate_findings(pairs, rows)
     if len(set(checkup.pictures.splits)) < 2:
         checkup.unseen |= {Kind.CROSS_SPLIT, Kind.GROUP_ACROSS}
     if groups is not None:
@@ -122,15 +129,10 @@ def examine(
         found += _outliers(checkup, rows)
     found += balance_findings(rows)
     found += _look_at_labels(checkup, rows, pairs, groups, seed, watch, with_curve)
-    checkup.findings += [_renumbered(one, checkup.usable) for one in found]
-
-
-def subset(pictures: Pictures, chosen: Ints) -> Pictures:
-    """Some of the pictures."""
-    return Pictures(
-        [pictures.splits[i] for i in chosen], pictures.rows[chosen], pictures.ids[chosen],
-        [pictures.paths[i] for i in chosen], pictures.labels[chosen], pictures.label_names,
-    )  # fmt: skip
+    for one in found:  # the numbers of usable pictures become those of all
+        others = tuple(usable[list(one.others)].tolist())
+        picture = int(usable[one.picture]) if one.picture >= 0 else one.picture
+        checkup.findings.append(replace(one, picture=picture, others=others))
 
 
 def group_findings(groups: Ints, pictures: Pictures) -> list[Finding]:
@@ -140,51 +142,19 @@ def group_findings(groups: Ints, pictures: Pictures) -> list[Finding]:
         groups: [M].
         pictures: the same M.
     """
-    members: dict[int, list[int]] = {}
-    for picture, group in enumerate(groups.tolist()):
-        members.setdefault(group, []).append(picture)
+    firsts: dict[int, dict[str, int]] = {}  # of each group its first picture in each split
+    for picture, (group, split) in enumerate(zip(groups.tolist(), pictures.splits, strict=True)):
+        firsts.setdefault(group, {}).setdefault(split, picture)
     found = []
-    for ones in members.values():
-        splits = list(dict.fromkeys(pictures.splits[one] for one in ones))
-        if len(splits) > 1:
-            firsts = [next(p for p in ones if pictures.splits[p] == split) for split in splits]
+    for ones in firsts.values():
+        if len(ones) > 1:
             detail = (
-                f"Its group has pictures in {' and '.join(splits)}: keep a group on one side, or "
+                f"Its group has pictures in {' and '.join(ones)}: keep a group on one side, or "
                 "what is measured lies."
             )
-            found.append(Finding(Kind.GROUP_ACROSS, firsts[0], 1.0, detail, tuple(firsts[1:])))
+            first, *others = ones.values()
+            found.append(Finding(Kind.GROUP_ACROSS, first, 1.0, detail, tuple(others)))
     return found
-
-
-def feature_pairs(features: Tensor) -> Pairs:
-    """Pairs of rows with the same, or nearly the same, features.
-
-    Args:
-        features: [M, D].
-    """
-    digests = [hashlib.sha256(row.tobytes()).digest() for row in features.numpy()]
-    store = Datastore.from_features(features, torch.zeros(len(features), dtype=torch.int64))
-    first, second, gap = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
-    start = 0
-    for near in store.leave_one_out(NEIGHBOR):
-        row, place = (near.similarities >= SAME_FEATURES).nonzero(as_tuple=True)
-        first.append(row.numpy() + start)
-        second.append(near.ids[row, place].numpy())
-        gap.append(1 - near.similarities[row, place].double().clamp(max=1).numpy())
-        start += len(near.ids)
-    pairs = np.sort(np.stack([np.concatenate(first), np.concatenate(second)], axis=1), axis=1)
-    pairs, kept = np.unique(pairs, axis=0, return_index=True)
-    same = np.array([digests[a] == digests[b] for a, b in pairs.tolist()], dtype=bool)
-    return Pairs(pairs[:, 0], pairs[:, 1], np.concatenate(gap)[kept], same)
-
-
-def _pairs(features: Tensor, prints: Sequence[Print] | None, watch: Watch) -> Pairs:
-    if len(features) < 2:
-        nothing = np.empty(0, np.int64)
-        return Pairs(nothing, nothing, np.empty(0), np.empty(0, bool))
-    if prints is None:
-        return feature_pairs(features)
-    return find_pairs(prints, features, watch)
 
 
 def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
@@ -192,9 +162,8 @@ def _outliers(checkup: Checkup, rows: Pictures) -> list[Finding]:
         checkup.skipped.append(f"Outliers: {len(rows)} pictures are too few.")
         checkup.unseen.add(Kind.OUTLIER)
         return []
-    store = Datastore.from_features(checkup.features, np.maximum(rows.labels, 0))
-    near = [part.similarities for part in store.leave_one_out(NEIGHBOR)]
-    distances = squared_distances(torch.cat(near)[:, -1].double()).sqrt()
+    similarities = near_rows(checkup.features, NEIGHBOR).similarities
+    distances = squared_distances(similarities[:, -1].double()).sqrt()
     return outlier_findings(distances.numpy(), rows)
 
 
@@ -218,25 +187,19 @@ def _look_at_labels(
             "Label errors and learning curve: fewer than two classes have two pictures."
         )
         return []
-    owners = _owners(pairs, groups, len(rows))
-    folds = stratified_folds(labels, FOLDS, seed, owners)
+    folds = stratified_folds(labels, FOLDS, seed, _owners(pairs, groups, len(rows)))
     with checkup.phase("label errors"):
         done = watch("Asking out of fold", len(folds))
         voices = out_of_fold(checkup.features, labels, classes, folds, done)
         scores = score_labels(voices, labels)
     if with_curve:
         with checkup.phase("learning curve"):
-            checkup.curve = _curve(checkup.features, labels, classes, folds, voices, seed, watch)
+            done = watch("Learning curve", len(folds) * len(FRACTIONS))
+            checkup.curve = measure_curve(
+                checkup.features, labels, classes, folds, voices, seed, done
+            )
     checkup.voices, checkup.scores = voices, scores
     return label_findings(scores, voices, rows)
-
-
-def _curve(
-    features: Tensor, labels: Tensor, classes: int, folds: list[Fold], voices: Voices, seed: int,
-    watch: Watch,
-) -> LearningCurve:  # fmt: skip
-    done = watch("Learning curve", len(folds) * len(FRACTIONS))
-    return measure_curve(features, labels, classes, folds, voices, seed, done)
 
 
 def _owners(pairs: Pairs, groups: Ints | None, count: int) -> Tensor | None:
@@ -251,17 +214,9 @@ def _owners(pairs: Pairs, groups: Ints | None, count: int) -> Tensor | None:
     return torch.from_numpy(joined[clusters].astype(np.int64))
 
 
-def _renumbered(finding: Finding, usable: Ints) -> Finding:
-    if finding.picture < 0:
-        return finding
-    others = tuple(int(usable[other]) for other in finding.others)
-    values = finding.__dict__ | {"picture": int(usable[finding.picture]), "others": others}
-    return Finding(**values)
-
-
 def inspect_datastore(
-    store: Datastore,
-    label_names: list[str],
+    store: RowStore,
+    label_names: Sequence[str],
     *,
     root: Path | None = None,
     seed: int = 0,
@@ -296,14 +251,14 @@ def inspect_datastore(
     else:
         check_root(root, pictures)
         with checkup.phase("decoding"):
-            prints = _prints(root, pictures, watch)
+            prints = _prints_of_stored(root, pictures, watch)
         if prints is None:
             checkup.skipped.append("Pixels: not every picture of the datastore can be opened.")
     examine(checkup, prints, None, seed, watch, with_curve=with_curve)
     return checkup
 
 
-def pictures_of(store: Datastore, names: list[str]) -> Pictures:
+def pictures_of(store: RowStore, names: Sequence[str]) -> Pictures:
     """The rows of a datastore as pictures of one split.
 
     Args:
@@ -340,11 +295,13 @@ def open_picture(root: Path, path: str) -> Image.Image | None:
         root: the folder.
         path: as it is stored.
     """
-    place = place_of(root, path)
-    if place is None:
-        return None
+    return decoded_or_none(place_of(root, path))
+
+
+def decoded_or_none(picture: Path | bytes | None) -> Image.Image | None:
+    """A decoded picture; None where there is none that can be read."""
     try:
-        return decode_image(place)
+        return None if picture is None else decode_image(picture)
     except BadImageError:
         return None
 
@@ -356,7 +313,8 @@ def place_of(root: Path, path: str) -> Path | None:
     return place if is_inside and place.is_file() else None
 
 
-def _prints(root: Path, pictures: Pictures, watch: Watch) -> list[Print] | None:
+def _prints_of_stored(root: Path, pictures: Pictures, watch: Watch) -> list[Print] | None:
+    """One per row; None as soon as one picture cannot be opened."""
     done = watch("Decoding", len(pictures))
     found = []
     for path in pictures.paths:

@@ -1,7 +1,6 @@
 """What is wrong with a set of pictures, picture by picture, and how it is written to a csv."""
 
 import csv
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 COLUMNS = (
     "kind", "split", "row", "sample_id", "path", "label", "suggested_label", "score", "detail",
@@ -62,6 +62,13 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, chosen: Ints) -> "Pictures":
+        """Some of the pictures, numbered anew."""
+        return Pictures(
+            [self.splits[i] for i in chosen], self.rows[chosen], self.ids[chosen],
+            [self.paths[i] for i in chosen], self.labels[chosen], self.label_names,
+        )  # fmt: skip
+
     def name_of(self, picture: int) -> str:
         """What a picture is called for a reader: its path, else split and row."""
         return self.paths[picture] or f"{self.splits[picture]} row {self.rows[picture]}"
@@ -97,16 +104,10 @@ class Finding:
     split: str = ""
 
 
-def counts_of(findings: Sequence[Finding]) -> dict[str, int]:
-    """How many there are of each kind, also those that do not occur, the most urgent first."""
-    found = Counter(finding.kind for finding in findings)
-    return {str(kind): found[kind] for kind in Kind}
-
-
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
     """The most urgent kind first, the surest first within a kind."""
-    urgency = {kind: number for number, kind in enumerate(Kind)}
-    return sorted(findings, key=lambda f: (urgency[f.kind], -f.score, f.picture, f.label))
+    kinds = list(Kind)
+    return sorted(findings, key=lambda f: (kinds.index(f.kind), -f.score, f.picture, f.label))
 
 
 def write_csv(path: Path, findings: Sequence[Finding], pictures: Pictures) -> None:
@@ -128,21 +129,17 @@ def write_csv(path: Path, findings: Sequence[Finding], pictures: Pictures) -> No
 
 
 def _line(finding: Finding, pictures: Pictures) -> list[str]:
-    names = pictures.label_names
-    suggested = str(names[finding.suggested]) if finding.suggested >= 0 else ""
-    if finding.picture < 0:
-        label = str(names[finding.label]) if finding.label >= 0 else ""
-        place = [finding.split, "", "", "", label]
-    else:
-        one = finding.picture
+    one, label = finding.picture, finding.label
+    place = [finding.split, "", "", ""]
+    if one >= 0:
+        label = int(pictures.labels[one])
         place = [
             pictures.splits[one], str(pictures.rows[one]), str(pictures.ids[one]),
-            pictures.paths[one], pictures.label_of(one),
+            pictures.paths[one],
         ]  # fmt: skip
-    others = " | ".join(
-        f"{pictures.splits[other]}:{pictures.name_of(other)}" for other in finding.others
-    )
-    cells = [*place, suggested, f"{finding.score:.4f}", finding.detail, others]
+    labels = [str(pictures.label_names[n]) if n >= 0 else "" for n in (label, finding.suggested)]
+    others = " | ".join(f"{pictures.splits[i]}:{pictures.name_of(i)}" for i in finding.others)
+    cells = [*place, *labels, f"{finding.score:.4f}", finding.detail, others]
     return [str(finding.kind), *map(_harmless, cells)]
 
 

@@ -1,16 +1,15 @@
 """Labels that are likely wrong, pictures unlike all others, and classes with too few pictures."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import median_abs_deviation
+from scipy.stats import median_abs_deviation, rankdata
 from torch import Tensor
 
 from ..fit.voices import Voices
-from .findings import Finding, Ints, Kind, Pictures
+from .findings import Finding, Floats, Ints, Kind, Pictures
 
 NEIGHBOR = 5
 """The distance to this neighbour is what counts; a lone pair of strangers is still far."""
@@ -18,11 +17,20 @@ NEIGHBOR = 5
 LARGEST_DEVIATION = 4.0
 """In robust standard deviations of log distance; a normal tail beyond it holds 3 in 100,000."""
 
+FEWEST = 5
+"""Fewer pictures of a class for training are named."""
+
+LARGEST_RATIO = 20.0
+"""A class with fewer than one picture for so many of the largest class is named."""
+
+LARGEST_OWN_SHARE = 0.1
+"""A picture is named where p(label) is below this share of what its class has on average."""
+
 _FEWEST_OF_A_CLASS = 20
 _SMALLEST_SPREAD = 0.02  # of log distance: where all distances are equal none is far
 
 
-def deviations(distances: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def deviations(distances: Floats, labels: Ints) -> Floats:
     """How far each row is from all others, compared with other rows.
 
     The smaller of two comparisons: with all rows, and with its class, which may be a scattered one.
@@ -35,17 +43,15 @@ def deviations(distances: NDArray[np.float64], labels: NDArray[np.int64]) -> NDA
         [N] robust standard deviations of log distance above the median.
     """
     logs = np.log(np.maximum(distances, 1e-12))
-    found = _robust(logs, logs)
+    found = _robust(logs)
     for label in np.unique(labels):
         rows = labels == label
         if rows.sum() >= _FEWEST_OF_A_CLASS:
-            found[rows] = np.minimum(found[rows], _robust(logs[rows], logs[rows]))
+            found[rows] = np.minimum(found[rows], _robust(logs[rows]))
     return found
 
 
-def conformal_p_values(
-    distances: NDArray[np.float64], labels: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def conformal_p_values(distances: Floats, labels: Ints) -> Floats:
     """The share of the other rows of its class that are as far, with the row itself counted.
 
     Args:
@@ -58,14 +64,12 @@ def conformal_p_values(
     """
     found = np.ones(len(distances))
     for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        ordered = np.sort(distances[rows])
-        as_far = len(rows) - np.searchsorted(ordered, distances[rows], side="left")
-        found[rows] = as_far / len(rows)
+        rows = labels == label
+        found[rows] = rankdata(-distances[rows], "max") / rows.sum()
     return found
 
 
-def outlier_findings(distances: NDArray[np.float64], pictures: Pictures) -> list[Finding]:
+def outlier_findings(distances: Floats, pictures: Pictures) -> list[Finding]:
     """The pictures that are far from all others.
 
     Args:
@@ -85,20 +89,12 @@ def outlier_findings(distances: NDArray[np.float64], pictures: Pictures) -> list
     return found
 
 
-def _robust(values: NDArray[np.float64], among: NDArray[np.float64]) -> NDArray[np.float64]:
-    spread = max(float(median_abs_deviation(among, scale="normal")), _SMALLEST_SPREAD)
-    deviations: NDArray[np.float64] = (values - np.median(among)) / spread
-    return deviations
+def _robust(values: Floats) -> Floats:
+    spread = max(float(median_abs_deviation(values, scale="normal")), _SMALLEST_SPREAD)
+    return np.asarray((values - np.median(values)) / spread)
 
 
-FEWEST = 5
-"""Fewer pictures of a class for training are named."""
-
-LARGEST_RATIO = 20.0
-"""A class with fewer than one picture for so many of the largest class is named."""
-
-
-def counts_by_split(pictures: Pictures) -> dict[str, NDArray[np.int64]]:
+def counts_by_split(pictures: Pictures) -> dict[str, Ints]:
     """[C] pictures per class of each split, in the order in which the splits come."""
     classes = len(pictures.label_names)
     splits = np.array(pictures.splits, dtype=object)
@@ -121,18 +117,18 @@ def balance_findings(pictures: Pictures) -> list[Finding]:
     split = "train" if "train" in counts else next(iter(counts))
     found = []
     for label, count in enumerate(counts[split].tolist()):
-        reason = _reason(label, count, split, counts)
+        reason = _why_small(label, count, split, counts)
         if reason:
             score = 1 - count / max(1, int(counts[split].max()))
             found.append(Finding(Kind.IMBALANCE, -1, score, reason, label=label, split=split))
     return found
 
 
-def _reason(label: int, count: int, split: str, counts: dict[str, NDArray[np.int64]]) -> str:
+def _why_small(label: int, count: int, split: str, counts: dict[str, Ints]) -> str:
     elsewhere = [name for name, of in counts.items() if name != split and of[label]]
     if not count:
-        where = f", but {_listed(elsewhere)} has some: it cannot be learnt" if elsewhere else ""
-        return f"No picture in {split}{where}."
+        where = f", but {' and '.join(elsewhere)} has some: it cannot be learnt"
+        return f"No picture in {split}{where if elsewhere else ''}."
     if count < FEWEST:
         few = "1 picture" if count == 1 else f"{count} pictures"
         return f"{few} in {split}: too few to learn from and to measure."
@@ -145,14 +141,6 @@ def _reason(label: int, count: int, split: str, counts: dict[str, NDArray[np.int
     return ""
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)
-
-
-LARGEST_OWN_SHARE = 0.1
-"""A picture is named where p(label) is below this share of what its class has on average."""
-
-
 class LabelScores(NamedTuple):
     """How likely each label is wrong.
 
@@ -162,7 +150,7 @@ class LabelScores(NamedTuple):
         is_named: [N] bool, sure enough to be named.
     """
 
-    score: NDArray[np.float64]
+    score: Floats
     suggested: Ints
     is_named: NDArray[np.bool_]
 
@@ -184,7 +172,7 @@ def score_labels(voices: Voices, labels: Tensor) -> LabelScores:
     others = blend.scatter(1, labels[:, None], -torch.inf)
     best, suggested = others.max(dim=1)
     score = torch.sigmoid(best - own)
-    usual = _usual_confidence(blend.exp(), labels, voices.asked)
+    usual = _usual_confidence(own.exp(), labels, voices.asked, blend.shape[1])
     agree = (voices.head.argmax(1) == suggested) & (voices.knn.argmax(1) == suggested)
     is_sure = best.exp() >= usual[suggested]
     is_unlike = own.exp() < LARGEST_OWN_SHARE * usual[labels]
@@ -214,10 +202,8 @@ def label_findings(scores: LabelScores, voices: Voices, pictures: Pictures) -> l
     return found
 
 
-def _usual_confidence(probabilities: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
-    """[C] the mean of p(c) over the rows labelled c; 1 for a class without rows."""
-    classes = probabilities.shape[1]
-    own = probabilities.gather(1, labels[:, None])[:, 0][asked]
-    counts = torch.bincount(labels[asked], minlength=classes).double()
-    sums = torch.zeros(classes, dtype=torch.float64).scatter_add(0, labels[asked], own.double())
+def _usual_confidence(own: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
+    """[C] the mean probability of their own label over the rows of a class; 1 without rows."""
+    counts = torch.bincount(labels[asked], minlength=classes)
+    sums = torch.bincount(labels[asked], own[asked], minlength=classes)
     return torch.where(counts > 0, sums / counts.clamp_min(1), 1.0)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 from torch import Tensor
 
 from ..core.votes import blend_log_probs
 from ..data.splits import Fold, few_rows
 from ..fit.voices import WEIGHT, HeadCell, Voices, ask, choose_cell
+from .findings import Floats
 
 FRACTIONS = (0.125, 0.25, 0.5)
 """Parts of the fitted rows that are tried beside all of them."""
@@ -27,7 +27,6 @@ LEAST_FIT = 0.85
 
 _FEWEST_SIZES = 3
 _FEWEST_PER_CLASS = 2.0
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def measure_curve(
     """
     sizes = np.zeros((len(folds), len(FRACTIONS) + 1))
     accuracies = np.zeros_like(sizes)
-    blend = voices.blend
+    answers = voices.blend.argmax(1)
     cells: dict[float, HeadCell] = {}
     for row, fold in enumerate(folds):
         held_out, wanted = torch.from_numpy(fold.held_out), labels[fold.held_out]
@@ -98,14 +97,13 @@ def measure_curve(
             head, knn = ask(
                 features[rows], labels[rows], num_labels, features[held_out], cells[fraction]
             )
-            answers = blend_log_probs(head, knn, WEIGHT).argmax(1)
+            found = blend_log_probs(head, knn, WEIGHT).argmax(1)
             sizes[row, column] = len(rows)
-            accuracies[row, column] = (answers == wanted).double().mean()
+            accuracies[row, column] = (found == wanted).double().mean()
             on_progress(1)
         sizes[row, -1] = len(fold.fitted)
-        accuracies[row, -1] = (blend[held_out].argmax(1) == wanted).double().mean()
-    present = len(labels.unique())
-    return fit_curve(sizes.mean(axis=0), accuracies, present)
+        accuracies[row, -1] = (answers[held_out] == wanted).double().mean()
+    return fit_curve(sizes.mean(axis=0), accuracies, len(labels.unique()))
 
 
 def fit_curve(sizes: Floats, accuracies: Floats, classes: int) -> LearningCurve:

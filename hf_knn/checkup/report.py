@@ -1,12 +1,14 @@
 """A checkup as a page with pictures: the most urgent first, each with what to do about it."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 from PIL import Image
 
 from .examine import Checkup
-from .findings import STORED, Finding, Kind, Pictures, counts_of, in_order
+from .findings import STORED, Finding, Kind, Pictures, in_order
 from .html import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
 from .labels import counts_by_split
 from .svg import curve_svg
@@ -31,7 +33,6 @@ TITLES = {
     Kind.OUTLIER: "Outliers",
     Kind.IMBALANCE: "Small classes",
 }
-
 ADVICE = {
     Kind.BROKEN: "Repair or delete them. Training leaves them out.",
     Kind.NO_LABEL: "Give them a label or take them out. Training refuses them.",
@@ -53,7 +54,6 @@ ADVICE = {
     Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
     Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
 }
-
 _DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
 
 
@@ -64,11 +64,9 @@ def sections_of(checkup: Checkup, show: Show) -> list[Section]:
         checkup: done.
         show: gives the pictures.
     """
-    by_kind: dict[Kind, list[Finding]] = {kind: [] for kind in Kind}
-    for finding in in_order(checkup.findings):
-        by_kind[finding.kind].append(finding)
+    by_kind = groupby(in_order(checkup.findings), lambda finding: finding.kind)
     sections = [_summary(checkup)]
-    sections += [_section(kind, found, checkup, show) for kind, found in by_kind.items() if found]
+    sections += [_section(kind, list(found), checkup, show) for kind, found in by_kind]
     if checkup.pictures.label_names:
         sections.append(_classes(checkup))
     if checkup.curve is not None:
@@ -83,13 +81,12 @@ def first_things(findings: Sequence[Finding], most: int = 3) -> list[str]:
         findings: in any order.
         most: how many lines.
     """
-    counts = counts_of(findings)
-    lines = []
-    for kind in Kind:
-        if counts[kind]:
-            advice = ADVICE[kind].split(". ")[0].rstrip(".")
-            lines.append(f"{TITLES[kind]} ({counts[kind]}): {advice}.")
-    return lines[:most]
+    counts = Counter(finding.kind for finding in findings)
+    return [
+        f"{TITLES[kind]} ({counts[kind]}): {ADVICE[kind].split('. ')[0].rstrip('.')}."
+        for kind in Kind
+        if counts[kind]
+    ][:most]
 
 
 def label_note(checkup: Checkup) -> str:
@@ -134,22 +131,22 @@ def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> 
     if kind is Kind.LABEL_ERROR:
         text.append(label_note(checkup))
     if kind in (Kind.BROKEN, Kind.NO_LABEL):
-        return Section(heading, text, tables=[_places(found, checkup)])
+        return Section(heading, text, tables=[_places(found, checkup.pictures)])
     if kind is Kind.IMBALANCE:
-        return Section(heading, text, tables=[_small_classes(found, checkup)])
+        names = checkup.pictures.label_names
+        rows = [(str(names[one.label]), one.detail) for one in found]
+        return Section(heading, text, tables=[Table(("class", "what is wrong"), rows)])
     if kind in _DUPLICATES:
         bundles = _bundles(found)
-        if len(bundles) > MOST_SHOWN:
-            text.append(_more(len(bundles) - MOST_SHOWN, "groups"))
         groups = [_group(kind, *bundle, checkup, show) for bundle in bundles[:MOST_SHOWN]]
-        return Section(heading, text, groups=groups)
-    if len(found) > MOST_SHOWN:
-        text.append(_more(len(found) - MOST_SHOWN, "pictures"))
-    return Section(heading, text, tiles=[_tile(one, checkup, show) for one in found[:MOST_SHOWN]])
+        return Section(heading, [*text, *_hidden(len(bundles), "groups")], groups=groups)
+    tiles = [_tile(one, checkup, show) for one in found[:MOST_SHOWN]]
+    return Section(heading, [*text, *_hidden(len(found), "pictures")], tiles=tiles)
 
 
-def _more(count: int, what: str) -> str:
-    return f"{count:,} more {what} are in findings.csv."
+def _hidden(count: int, what: str) -> list[str]:
+    more = count - MOST_SHOWN
+    return [f"{more:,} more {what} are in findings.csv."] if more > 0 else []
 
 
 def _bundles(found: list[Finding]) -> list[tuple[int, list[int]]]:
@@ -167,18 +164,16 @@ def _group(kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Sho
     pictures = checkup.pictures
     is_choice = kind in (Kind.CONFLICT, Kind.GROUP_ACROSS)
     tone = Tone.NEUTRAL if is_choice else Tone.GOOD
-    tiles = [_plain_tile(kept, "" if is_choice else "keep", tone, checkup, show)]
+    tiles = [_plain_tile(kept, "" if is_choice else "keep", tone, pictures, show)]
     other = Tone.BAD if kind is Kind.CROSS_SPLIT else Tone.NEUTRAL
-    for picture in others[: MOST_IN_A_GROUP - 1]:
-        role = "" if is_choice else "copy"
-        tiles.append(_plain_tile(picture, role, other, checkup, show))
-    hidden = len(others) - (MOST_IN_A_GROUP - 1)
-    title = f"{pictures.name_of(kept)} and {len(others)} more" if hidden > 0 else ""
-    return Group(tiles, title)
+    role = "" if is_choice else "copy"
+    shown = others[: MOST_IN_A_GROUP - 1]
+    tiles += [_plain_tile(picture, role, other, pictures, show) for picture in shown]
+    is_cut = len(shown) < len(others)
+    return Group(tiles, f"{pictures.name_of(kept)} and {len(others)} more" if is_cut else "")
 
 
-def _plain_tile(picture: int, role: str, tone: Tone, checkup: Checkup, show: Show) -> Tile:
-    pictures = checkup.pictures
+def _plain_tile(picture: int, role: str, tone: Tone, pictures: Pictures, show: Show) -> Tile:
     lines = [", ".join(filter(None, (_place_of(picture, pictures), role)))]
     lines.append(pictures.name_of(picture))
     label = pictures.label_of(picture) or "no label"
@@ -208,19 +203,13 @@ def _thumbnail(picture: int, show: Show) -> str | None:
     return None if image is None else thumbnail(image)
 
 
-def _places(found: list[Finding], checkup: Checkup) -> Table:
-    pictures = checkup.pictures
+def _places(found: list[Finding], pictures: Pictures) -> Table:
     rows = [
         (pictures.splits[one.picture], str(pictures.rows[one.picture]),
          pictures.paths[one.picture], pictures.label_of(one.picture), one.detail)
         for one in found
     ]  # fmt: skip
     return Table(("split", "row", "file", "label", "what is wrong"), rows, numeric=[1])
-
-
-def _small_classes(found: list[Finding], checkup: Checkup) -> Table:
-    names = checkup.pictures.label_names
-    return Table(("class", "what is wrong"), [(str(names[f.label]), f.detail) for f in found])
 
 
 def _classes(checkup: Checkup) -> Section:

@@ -11,15 +11,30 @@ from torch import Tensor
 
 from ..core.config import Normalization
 from ..core.search import normalize_rows
+from .findings import Floats, Ints
 from .html import plain
 from .learning_curve import LearningCurve
 
 MOST_ROWS = 5_000
+"""Rows on a map; of more, so many are drawn at random."""
+
+MOST_COLOURS = 12
+"""Classes with a colour of their own on a map; the largest ones."""
+
 _PRINCIPAL = 50
 _PERPLEXITY = 30.0
+_COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e9d", "#8c6d31",
+    "#b22222", "#2f4f4f", "#7fbf3f", "#5b5bd6",
+)  # fmt: skip
+_GREY, _INK, _LINE = "#c3c9cf", "#1c2126", "#d5dbe1"
+_LONGEST_NAME = 26
+
+Spot = Callable[[float, float], tuple[float, float]]
+"""From a size and an accuracy to a place in a drawing."""
 
 
-def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def place_features(features: Tensor, seed: int) -> tuple[Ints, Floats]:
     """Places rows in the plane so that neighbours stay neighbours: PCA to 50, then t-SNE.
 
     Args:
@@ -47,28 +62,12 @@ def place_features(features: Tensor, seed: int) -> tuple[NDArray[np.int64], NDAr
     return rows, placed.astype(np.float64)
 
 
-MOST_COLOURS = 12
-"""Classes with a colour of their own on a map; the largest ones."""
-
-_COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e9d", "#8c6d31",
-    "#b22222", "#2f4f4f", "#7fbf3f", "#5b5bd6",
-)  # fmt: skip
-
-_GREY, _INK, _LINE = "#c3c9cf", "#1c2126", "#d5dbe1"
-_LONGEST_NAME = 26
-Floats = NDArray[np.float64]
-
-Spot = Callable[[float, float], tuple[float, float]]
-"""From a size and an accuracy to a place in a drawing."""
-
-
 def map_svg(
     places: Floats,
-    labels: NDArray[np.int64],
+    labels: Ints,
     names: Sequence[str],
     marked: NDArray[np.bool_],
-    ids: NDArray[np.int64] | None = None,
+    ids: Ints | None = None,
 ) -> str:
     """Draws placed rows with a legend, the largest classes in colours of their own.
 
@@ -176,11 +175,7 @@ def _mark(low: tuple[float, float], mid: tuple[float, float], high: tuple[float,
 
 
 def _dots(
-    spots: Floats,
-    chosen: NDArray[np.bool_],
-    colour: str,
-    radius: int,
-    ids: NDArray[np.int64] | None,
+    spots: Floats, chosen: NDArray[np.bool_], colour: str, radius: int, ids: Ints | None
 ) -> str:
     rows = np.flatnonzero(chosen)
     names = [""] * len(rows) if ids is None else [f' data-row="{i}"' for i in ids[rows].tolist()]

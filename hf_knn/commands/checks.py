@@ -1,9 +1,9 @@
-"""`hf-knn doctor | inspect`: what is wrong with pictures, and with what a datastore remembers."""
+"""`hf-knn doctor | inspect | code`: what is wrong with pictures, stored rows, and code."""
 
-import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,25 @@ from PIL import Image
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import CONFIG_NAME
 
-from ..checkup import html
+from .. import __version__
 from ..checkup.doctor import DoctorOptions, Source, check_up, open_source
-from ..checkup.examine import Checkup, Watch, inspect_datastore, open_picture
+from ..checkup.examine import Checkup, Watch, decoded_or_none, inspect_datastore, open_picture
 from ..checkup.findings import write_csv
 from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
+from ..checkup.html import Table as PageTable
 from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
+from ..core.files import HubFiles
+from ..core.manifest import MANIFEST_NAME
 from ..data.batches import picture_of
-from ..data.decode import BadImageError, decode_image
+from ..data.decode import BadImageError
+from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
+from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from .console import console
+from .console import console, print_json, right
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -58,7 +64,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
             options.output / PAGE_NAME, f"Check of {name}", sections_of(checkup, show), lead
         )
     if options.json_output:
-        typer.echo(json.dumps(summary_of(checkup, page), indent=2, ensure_ascii=False))
+        print_json(summary_of(checkup, page))
         return
     print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
@@ -102,9 +108,8 @@ def print_checkup(checkup: Checkup, page: Path) -> None:
         checkup: done.
         page: the report.
     """
-    table = Table(title=f"{len(checkup.pictures)} pictures", title_justify="left")
-    table.add_column("finding")
-    table.add_column("how many", justify="right")
+    title = f"{len(checkup.pictures)} pictures"
+    table = Table("finding", right("how many"), title=title, title_justify="left")
     for kind, count in checkup.counts().items():
         table.add_row(TITLES[kind], f"[{'bold' if count else 'dim'}]{count}[/]")
     console.print(table)
@@ -183,7 +188,7 @@ def inspect_checkpoint(
             that has none of its pictures.
         OSError: if something is not there or cannot be written.
     """
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model: KnnForImageClassification = KnnForImageClassification.from_pretrained(checkpoint)
     store = model.datastore
     if store is None or not len(store):
         raise ValueError(f"Expected {checkpoint} to hold a datastore with rows, but it has none.")
@@ -198,24 +203,25 @@ def inspect_checkpoint(
         image = None if root is None else open_picture(root, pictures.paths[number])
         if image is not None or model.thumbnails is None:
             return image
-        return _decoded(model.thumbnails.get(int(store.ids[number])))
+        return decoded_or_none(model.thumbnails.get(int(pictures.ids[number])))
 
+    facts = _facts(model, store)
+    rows = [(fact, str(value)) for fact, value in facts.items() if value != ""]
     sections = sections_of(checkup, show)
     sections[1:1] = [drawing] if drawing else []
-    sections.insert(-1, _facts(model, store))
+    sections.insert(-1, Section("Checkpoint", tables=[PageTable(("", ""), rows)]))
     name = plain(Path(checkpoint).name)
     with checkup.phase("report"):
         write_csv(output / CSV_NAME, checkup.findings, pictures)
         lead = _lead(root, model.thumbnails is not None)
         page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [lead])
     if json_output:
-        values = summary_of(checkup, page) | {"checkpoint": _fact_rows(model, store)}
-        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        print_json(summary_of(checkup, page) | {"checkpoint": facts})
         return
     print_checkup(checkup, page)
+    manifest = escape(f"{plain(checkpoint)}/{MANIFEST_NAME}")
     console.print(
-        f"All {len(store)} rows are what {escape(store_name(checkpoint))} promises, byte for byte.",
-        highlight=False,
+        f"All {len(store)} rows are what {manifest} promises, byte for byte.", highlight=False
     )
     place = escape(shlex.quote(plain(checkpoint)))
     if checkup.findings and Path(checkpoint).is_dir():
@@ -224,11 +230,6 @@ def inspect_checkpoint(
             f"--ids ID --label CLASS[/], or [bold]hf-knn forget {place} --ids ID[/]",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
-
-
-def store_name(checkpoint: str) -> str:
-    """The manifest of a checkpoint, for a reader."""
-    return f"{plain(checkpoint)}/datastore.json"
 
 
 def _map(checkup: Checkup, seed: int, watch: Watch) -> Section | None:
@@ -251,13 +252,7 @@ def _map(checkup: Checkup, seed: int, watch: Watch) -> Section | None:
     return Section("Map", text, drawings=[Drawing(svg_uri(svg), alt)])
 
 
-def _facts(model: KnnForImageClassification, store: Datastore) -> Section:
-    facts = _fact_rows(model, store)
-    rows = [(name, str(value)) for name, value in facts.items() if value != ""]
-    return Section("Checkpoint", tables=[html.Table(("", ""), rows)])
-
-
-def _fact_rows(model: KnnForImageClassification, store: Datastore) -> dict[str, Any]:
+def _facts(model: KnnForImageClassification, store: RowStore) -> dict[str, Any]:
     config = model.config
     facts: dict[str, Any] = {
         "rows": len(store), "width": store.dim, "stored as": store.dtype, "metric": store.metric,
@@ -266,10 +261,10 @@ def _fact_rows(model: KnnForImageClassification, store: Datastore) -> dict[str, 
         "classes": config.classes, "backbone": getattr(config, "base_model", None) or "",
     }  # fmt: skip
     facts |= {f"source: {name}": value for name, value in store.source.items()}
-    if store.manifest is not None:
+    if isinstance(store, Datastore) and store.manifest is not None:  # the one that has files
         facts |= {f"sha256 of {blob.name}": blob.sha256 for blob in store.manifest.blobs}
-        if store.manifest.binding is not None:
-            facts["fingerprint of backbone"] = store.manifest.binding.fingerprint
+    if store.binding is not None:
+        facts["fingerprint of backbone"] = store.binding.fingerprint
     return facts
 
 
@@ -282,11 +277,44 @@ def _lead(root: Path | None, has_thumbnails: bool) -> str:
     return f"{said}. This checkpoint holds no pictures: pass --pictures FOLDER to see them here."
 
 
-def _decoded(small: bytes | None) -> Image.Image | None:
-    """A stored thumbnail; None where there is none that can be read."""
-    if small is None:
-        return None
-    try:
-        return decode_image(small)
-    except BadImageError:
-        return None
+def check_code(checkpoint: str, revision: str | None) -> None:
+    """Says whether the code that comes with a checkpoint is that of the installed package.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        revision: a branch, a tag or a commit of a Hub id; None is its main branch.
+
+    Raises:
+        ValueError: for what is no checkpoint, or a folder with a revision.
+        OSError: if there is no such repository or revision, or it cannot be reached.
+        typer.Exit: with 1, if there is a difference.
+    """
+    place, folder = plain(checkpoint), Path(checkpoint)
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"Expected no revision of a folder, but got {revision!r}; leave it out.")
+    files = HubFiles(checkpoint, {"revision": revision})
+
+    def read_from_hub(name: str) -> str | None:
+        path = files.resolve(name)
+        return None if path is None else reader_of(path.parent)(name)
+
+    read = reader_of(folder) if folder.is_dir() else read_from_hub
+    if read(CONFIG_NAME) is None:
+        raise ValueError(f"Expected {place} to be a checkpoint, but it has no {CONFIG_NAME}.")
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    installed = f"that of the installed hf-knn {__version__}"
+    problems, old = compare_code(read), legacy_code(read)
+    if not problems:
+        hashes = ", ".join(f"{name} (sha256 {digest})" for name, digest in code_hashes().items())
+        say(escape(f"The code of {place} is {installed}: {hashes}."))
+        return
+    say(escape(f"The code of {place} is not {installed}."))
+    if old:
+        say(f"It is named like that of hf-knn 0.1, which wrote {len(old)} files into a checkpoint.")
+    for problem in problems:
+        say(escape(f"- {plain(problem)}"))
+    say(
+        "Read it before you pass trust_remote_code=True; save the checkpoint again with this "
+        "package to replace it."
+    )
+    raise typer.Exit(1)

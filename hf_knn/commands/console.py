@@ -1,21 +1,28 @@
-"""What all commands of `hf-knn` share: messages, tables, and errors that say what to do."""
+"""What all commands of `hf-knn` share: messages, tables, errors that say what to do, and a lock."""
 
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from ..data.loading import hide_progress_bars
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
+from ..store.folders import exclusive_lock
 
 console = Console()
+right = partial(Column, justify="right")
+"""A column of numbers in a table."""
 
 
 def run(command: Callable[..., None], *args: Any) -> None:
@@ -45,6 +52,33 @@ def run(command: Callable[..., None], *args: Any) -> None:
             logger.setLevel(level)
 
 
+def print_json(value: object) -> None:
+    """What `--json` prints instead of tables."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def changing(checkpoint: Path) -> Iterator[Path]:
+    """Keeps others from writing a checkpoint while a command changes it.
+
+    Args:
+        checkpoint: a folder.
+
+    Returns:
+        A context that holds the lock; its value is the folder without links.
+
+    Raises:
+        ValueError: if it is no folder.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(
+            f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
+        )
+    folder = checkpoint.resolve()
+    with exclusive_lock(folder):
+        yield folder
+
+
 def metrics_table(metrics: dict[str, float], title: str) -> Table:
     """Head, neighbours and blend as a table.
 
@@ -52,9 +86,8 @@ def metrics_table(metrics: dict[str, float], title: str) -> Table:
         metrics: what `KnnTrainer.evaluate` returned.
         title: of the table.
     """
-    table = Table(title=title, title_justify="left")
-    for column in ("", "top-1", "mean per class", "NLL", "ECE"):
-        table.add_column(column, justify="left" if not column else "right")
+    names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
+    table = Table("", *names, title=title, title_justify="left")
     for voice, label in VOICE_NAMES.items():
         if f"eval_{voice}_top1" in metrics:
             values = [metrics[f"eval_{voice}_{name}"] for name in ("top1", "mean_class")]

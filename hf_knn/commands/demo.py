@@ -1,6 +1,5 @@
 """`hf-knn demo`: the page around a checkpoint, here or as a Space of the Hub."""
 
-import io
 import re
 import shutil
 import subprocess
@@ -18,11 +17,11 @@ from ..checkup.examine import check_root, open_picture, pictures_of
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
 from ..features.backends import check_backend
+from ..model.thumbnails import small_webp
 from ..store.datastore import Datastore
 from .console import console
 
 _PICTURES = "pictures.zip"
-_SIDE = 192
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 
@@ -47,9 +46,9 @@ def show_demo(
     # -P: what lies in the folder one happens to be in is not imported
     command = [sys.executable, "-P", "-m", "hf_knn_space"]
     command += [] if checkpoint is None else [checkpoint]
-    command += [] if port is None else ["--port", str(port)]
-    command += [] if pictures is None else ["--pictures", str(pictures)]
-    command += [] if backend is None else ["--backend", check_backend(backend)]
+    given = {"port": port, "pictures": pictures, "backend": backend and check_backend(backend)}
+    for name, value in given.items():
+        command += [] if value is None else [f"--{name}", str(value)]
     try:
         status = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:  # how one closes it
@@ -137,17 +136,13 @@ def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
     Raises:
         ValueError: if none was found, or the checkpoint holds no rows.
     """
-    is_folder = Path(checkpoint).is_dir()
-    store = Datastore.load(checkpoint) if is_folder else Datastore.from_pretrained(checkpoint)
+    store = Datastore.from_pretrained(checkpoint)
     check_root(pictures, pictures_of(store, []))
     count = 0
     with zipfile.ZipFile(target, "w") as file:  # stored: WEBP cannot be packed further
         for path in dict.fromkeys(store.paths or []):
             image = open_picture(pictures, path)
             if image is not None:
-                image.thumbnail((_SIDE, _SIDE))
-                buffer = io.BytesIO()
-                image.save(buffer, "WEBP", quality=82)
-                file.writestr(f"{path}.webp", buffer.getvalue())
+                file.writestr(f"{path}.webp", small_webp(image))
                 count += 1
     return count

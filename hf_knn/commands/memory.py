@@ -23,9 +23,8 @@ from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.folders import exclusive_lock
 from ..store.remote import DatastoreReference, read_manifest
-from .console import console, say_what_was_skipped
+from .console import changing, console, print_json, say_what_was_skipped
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
@@ -104,19 +103,19 @@ def forget_rows(
         wanted = torch.tensor([*ids, *_ids_of_paths(store, paths)], dtype=torch.int64)
         if (label is None) != (len(wanted) > 0):
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
+        names = model.config.class_names
         if label is not None:
-            if label not in model.config.class_names:
+            if label not in names:
                 raise ValueError(
-                    f"Expected one of the classes {model.config.class_names[:_SHOWN]}, but got "
-                    f"{label!r}."
+                    f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
                 )
-            wanted = store.ids_labelled(model.config.class_names.index(label))
+            wanted = store.ids_labelled(names.index(label))
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
-            names = json.dumps(model.config.class_names, ensure_ascii=False)
-            (backup / _CLASSES_NAME).write_text(names + "\n", encoding="utf-8")
+            text = json.dumps(names, ensure_ascii=False)
+            (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
 
     _change(checkpoint, change, json_output)
@@ -184,7 +183,7 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
     models = [KnnForImageClassification.from_pretrained(name) for name in (first, second)]
     found = compare(models[0], models[1])
     if json_output:
-        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        print_json(asdict(found))
         return
     if found.is_nothing:
         console.print("Both are the same.")
@@ -212,10 +211,7 @@ def _change(
     after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
 ) -> None:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
-    if not checkpoint.is_dir():
-        raise ValueError(f"Expected {checkpoint} to be a checkpoint folder, for it to be changed.")
-    folder = checkpoint.resolve()
-    with exclusive_lock(folder):
+    with changing(checkpoint) as folder:
         was_interrupted = settle(folder)
         if was_interrupted:
             typer.echo(_TAKEN_BACK, err=True)
@@ -228,7 +224,7 @@ def _change(
                 receipt = change(model)
                 model.save_pretrained(checkpoint)
     if json_output:
-        typer.echo(json.dumps(asdict(receipt), indent=2, ensure_ascii=False))
+        print_json(asdict(receipt))
         return
     console.print(escape(str(receipt)), soft_wrap=True)
     if receipt.action != "forget":
@@ -289,7 +285,7 @@ def _holds_datastore_alone(name: str) -> bool:
 def _check_maker(store: Datastore, checkpoint: Path, other: str) -> None:
     """Refuses rows of another backbone, as far as their manifest says whose they are."""
     ours = read_manifest(checkpoint / MANIFEST_NAME).binding
-    theirs = None if store.manifest is None else store.manifest.binding
+    theirs = store.binding
     if theirs is not None and ours is not None and theirs.fingerprint != ours.fingerprint:
         raise ValueError(
             f"Expected rows of the backbone {ours.fingerprint[:12]}…, but {other} has rows of "
@@ -302,9 +298,7 @@ def _short(value: Any) -> str:
 
 
 def _difference_table(found: Difference) -> Table:
-    table = Table(title="From the first to the second", title_justify="left")
-    table.add_column("")
-    table.add_column("what")
+    table = Table("", "what", title="From the first to the second", title_justify="left")
     for name in ("added", "removed", "changed"):
         ids = getattr(found, name)
         if ids:
@@ -350,12 +344,8 @@ def move_to_milvus(
         ImportError: without pymilvus.
         OSError: if the server does not answer, or something cannot be written.
     """
-    if not checkpoint.is_dir():
-        raise ValueError(
-            f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
-        )
     manifest = checkpoint / MANIFEST_NAME
-    with exclusive_lock(checkpoint.resolve()):  # or a row that is taught meanwhile would be lost
+    with changing(checkpoint):  # or a row that is taught meanwhile would be lost
         if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
             raise ValueError(
                 f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."

@@ -6,9 +6,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.markup import escape
@@ -55,8 +55,7 @@ _FINE_TUNING_ALONE = (
 """Options that do nothing for a backbone that is not trained."""
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """Pictures or features of the three parts; `validation` and `test` may be missing."""
 
     train: Any
@@ -126,14 +125,13 @@ def _report(
         f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
     )
     draw_reliability(model, options.output)
-    card = make_card(model, options.output.name, _existing_card(options.output), options.output)
-    (options.output / CARD_NAME).write_text(card, encoding="utf-8")
+    path = options.output / CARD_NAME
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else None
+    card = make_card(model, options.output.name, earlier, options.output)
+    path.write_text(card, encoding="utf-8")
     report = {
         "options": asdict(options) | {"output": str(options.output)},
-        "rows": {
-            name: 0 if part is None else len(part)
-            for name, part in zip(("train", "validation", "test"), _all(parts), strict=True)
-        },
+        "rows": {n: 0 if part is None else len(part) for n, part in parts._asdict().items()},
         "metrics": metrics,
         "chosen": {"k": result.k, "temperature": result.temperature, "λ": result.knn_weight},
         "skipped": skipped,
@@ -170,15 +168,6 @@ def _draw_neighbors(
         return path.read_bytes()
 
 
-def _existing_card(folder: Path) -> str | None:
-    path = folder / CARD_NAME
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _all(parts: Parts) -> tuple[Any, Any, Any]:
-    return parts.train, parts.validation, parts.test
-
-
 @contextmanager
 def _work_folder(options: TrainOptions) -> Iterator[Path]:
     """Where a run keeps its checkpoints: beside the output until it is done, to be resumed."""
@@ -194,12 +183,8 @@ def _work_folder(options: TrainOptions) -> Iterator[Path]:
 def _trainer(
     model: KnnForImageClassification, options: TrainOptions, folder: Path, parts: Parts
 ) -> KnnTrainer:
-    trainer = KnnTrainer(
-        model,
-        _arguments(options, folder),
-        train_dataset=parts.train,
-        eval_dataset=parts.validation,
-    )
+    arguments = _arguments(options, folder)
+    trainer = KnnTrainer(model, arguments, train_dataset=parts.train, eval_dataset=parts.validation)
     trainer.remove_callback(PrinterCallback)
     if options.fine_tune:
         trainer.remove_callback(ProgressCallback)
@@ -238,13 +223,10 @@ def _extract(
         if name in splits:
             with progress_bars():
                 found[name] = extract_features(
-                    model,
-                    splits[name],
-                    batch_size=options.batch_size,
-                    precision=options.precision,
-                    on_bad_image=options.on_bad_image,
+                    model, splits[name], batch_size=options.batch_size,
+                    precision=options.precision, on_bad_image=options.on_bad_image,
                     group_by=options.group_by if name == "train" else None,
-                )
+                )  # fmt: skip
             say_what_was_skipped(found[name])
     return found
 

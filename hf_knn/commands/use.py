@@ -1,27 +1,30 @@
-"""What the commands of `hf-knn` do with a checkpoint: evaluate, tune, predict."""
+"""`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
 import json
+import math
+import shutil
 import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import typer
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
 from ..data.loading import load_splits, prepare
+from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.metrics import COMPLEMENTARITY
 from ..fit.plots import draw_tuning
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
 from ..model.modeling import KnnForImageClassification
-from ..model.pictures import features_of
-from ..store.folders import exclusive_lock
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import changing, console, metrics_table, print_json, right, say_what_was_skipped
 
 
 def evaluate_pictures(
@@ -46,7 +49,7 @@ def evaluate_pictures(
         trainer.remove_callback(PrinterCallback)
         metrics = trainer.evaluate(rows)
     if json_output:
-        typer.echo(json.dumps(metrics, indent=2))
+        print_json(metrics)
         return
     console.print(metrics_table(metrics, f"{len(rows)} pictures"))
     known = {name: metrics[f"eval_{name}"] for name in COMPLEMENTARITY if f"eval_{name}" in metrics}
@@ -79,42 +82,26 @@ def tune_checkpoint(
         ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
         OSError: if something is not there or cannot be written.
     """
-    if not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
-        )
-    with exclusive_lock(Path(checkpoint).resolve()):
-        _tune(Path(checkpoint), pictures, split, criterion, calibrate, on_bad_image, plot)
-
-
-def _tune(
-    checkpoint: Path,
-    pictures: str,
-    split: str | None,
-    criterion: str | None,
-    calibrate: bool,
-    on_bad_image: str,
-    plot: Path | None,
-) -> None:
-    model, rows = _open(str(checkpoint), pictures, split or "validation", on_bad_image)
-    if model.datastore is None:
-        raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-    known = set(model.datastore.paths or [])
-    if known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
+    with changing(Path(checkpoint)):
+        model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
+        if model.datastore is None:
+            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        known = set(model.datastore.paths or [])
+        if known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
+            console.print(
+                "[yellow]Most of these pictures are named like those in the datastore.[/] If they "
+                "are the same, k-NN has seen them, and what is chosen here will favour it."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
+        model.save_pretrained(checkpoint)
         console.print(
-            "[yellow]Most of these pictures are named like those in the datastore.[/] If they are "
-            "the same, k-NN has seen them, and what is chosen here will favour it."
+            f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
+            f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(checkpoint)}."
         )
-    with tempfile.TemporaryDirectory() as folder:
-        result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
-    model.save_pretrained(checkpoint)
-    console.print(
-        f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
-        f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(str(checkpoint))}."
-    )
-    if plot is not None:
-        draw_tuning(result, plot)
-        console.print(f"Drawn: {escape(str(plot))}")
+        if plot is not None:
+            draw_tuning(result, plot)
+            console.print(f"Drawn: {escape(str(plot))}")
 
 
 def push_checkpoint(
@@ -181,31 +168,6 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
     )
 
 
-def predict_images(
-    checkpoint: str, images: list[Path], top: int, neighbors: int, json_output: bool
-) -> None:
-    """Classifies pictures and shows the neighbours that voted.
-
-    Args:
-        checkpoint: a folder or a Hub id.
-        images: picture files.
-        top: classes shown per picture.
-        neighbors: neighbours shown per picture.
-        json_output: print JSON instead of tables.
-
-    Raises:
-        ValueError: if a picture cannot be decoded, or the checkpoint is damaged.
-        OSError: if something is not there.
-    """
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    answers = [_answer(model, path, top, neighbors) for path in images]
-    if json_output:
-        typer.echo(json.dumps(answers, indent=2, ensure_ascii=False))
-        return
-    for answer in answers:
-        _print_answer(answer)
-
-
 def _open(
     checkpoint: str, pictures: str, split: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
@@ -227,62 +189,115 @@ def _silent(folder: str) -> KnnTrainingArguments:
     )
 
 
-def _answer(
-    model: KnnForImageClassification, path: Path, top: int, neighbors: int
-) -> dict[str, Any]:
-    features = features_of(model, [path]).to(model.device)
-    with torch.inference_mode():
-        output = model(features=features, return_neighbors=True)
-    names = model.config.class_names
-    probabilities = output.logits[0].exp()
-    head = output.head_logits[0].float().softmax(-1)
-    votes = None if output.knn_log_probs is None else output.knn_log_probs[0].exp()
-    classes = probabilities.topk(min(top, len(probabilities))).indices.tolist()
-    answer: dict[str, Any] = {
-        "image": str(path),
-        "classes": [
-            {
-                "label": names[c],
-                "probability": float(probabilities[c]),
-                "head": float(head[c]) if c < len(head) else None,
-                "knn": None if votes is None else float(votes[c]),
-            }
-            for c in classes
-        ],
-        "neighbors": [],
-    }
-    if output.neighbors is not None and model.datastore is not None:
-        found = output.neighbors
-        rows = zip(found.labels[0].tolist(), found.similarities[0].tolist(),
-                   found.ids[0].tolist(), strict=True)  # fmt: skip
-        answer["neighbors"] = [
-            {
-                "label": names[label],
-                "similarity": similarity,
-                "id": row_id,
-                "path": model.datastore.path_of(row_id),
-            }
-            for label, similarity, row_id in list(rows)[:neighbors]
-        ]
-    return answer
+@dataclass(frozen=True)
+class CacheEntry:
+    """One folder of the cache.
+
+    Attributes:
+        kind: `features`, `graph`, `choices` (of backends) or `keys` (of pictures in memory).
+        name: of the folder.
+        model: what it belongs to; empty if unknown.
+        backend: and precision, of features.
+        pictures: how the first dataset looked, of features.
+        rows: pictures it holds, of features.
+        bytes: on disk.
+        used: seconds since 1970 at which it was last of use.
+    """
+
+    kind: str
+    name: str
+    model: str
+    backend: str
+    pictures: str
+    rows: int
+    bytes: int
+    used: float
 
 
-def _print_answer(answer: dict[str, Any]) -> None:
-    table = Table(title=escape(answer["image"]), title_justify="left")
-    for column in ("class", "blend", "head", "neighbours"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for row in answer["classes"]:
-        shares = [row["probability"], row["head"], row["knn"]]
-        table.add_row(
-            escape(row["label"]), *["-" if share is None else f"{share:.1%}" for share in shares]
-        )
-    console.print(table)
-    if not answer["neighbors"]:
+def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
+    """Lists the cache, and clears what is listed.
+
+    Args:
+        clear: remove what is listed.
+        older_than: list only what was not used for so many days, >= 0; None lists everything.
+        json_output: print JSON instead of a table.
+
+    Raises:
+        OSError: if something cannot be removed.
+    """
+    latest = math.inf if older_than is None else time.time() - older_than * 86_400
+    found = {path: entry for path, entry in cache_entries().items() if entry.used <= latest}
+    entries = list(found.values())
+    if clear:
+        for path in found:
+            shutil.rmtree(path)
+    if json_output:
+        document = {"root": str(cache_root()), "cleared": clear}
+        print_json(document | {"entries": [asdict(entry) for entry in entries]})
         return
-    near = Table(title="nearest training pictures", title_justify="left")
-    for column in ("label", "similarity", "id", "picture"):
-        near.add_column(column, justify="right" if column in ("similarity", "id") else "left")
-    for row in answer["neighbors"]:
-        place = escape(row["path"] or "-")
-        near.add_row(escape(row["label"]), f"{row['similarity']:.3f}", str(row["id"]), place)
-    console.print(near)
+    if entries:
+        console.print(_cache_table(entries))
+    total = sum(entry.bytes for entry in entries)
+    verb = "Cleared" if clear else "Kept"
+    console.print(f"{verb} in {escape(str(cache_root()))}: {_size(total)}.", soft_wrap=True)
+    if entries and not clear:
+        console.print("Next: [bold]hf-knn cache --clear[/], or with --older-than 30")
+
+
+def cache_entries() -> dict[Path, CacheEntry]:
+    """What the cache holds by folder, the most recently used first."""
+    root = cache_root()
+    features, keys = root / "features", root / "features" / KEYS_FOLDER
+    places = {
+        "features": [path for path in features.glob("*") if path != keys],
+        "graph": list((root / "graphs").glob("*")),
+        "choices": [root / "backends"],
+        "keys": [keys],
+    }
+    found = {
+        p: _cache_entry(kind, p) for kind, paths in places.items() for p in paths if p.is_dir()
+    }
+    return dict(sorted(found.items(), key=lambda pair: -pair[1].used))
+
+
+def _cache_entry(kind: str, folder: Path) -> CacheEntry:
+    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    used = max((state.st_mtime for state in states), default=folder.stat().st_mtime)
+    about: dict[str, Any] = {}
+    rows, place = 0, folder / ABOUT_NAME
+    if kind == "features":
+        rows = sum(map(_rows_of, folder.glob("shard-*.safetensors")))
+        if place.is_file():
+            used = place.stat().st_mtime
+            with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
+                about = json.loads(place.read_text(encoding="utf-8"))
+    return CacheEntry(
+        kind, folder.name, str(about.get("model", "")),
+        " ".join(filter(None, [about.get("backend"), about.get("precision")])),
+        str(about.get("first_pictures", "")), rows, sum(state.st_size for state in states), used,
+    )  # fmt: skip
+
+
+def _rows_of(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_slice("features").get_shape()[0])
+    except SafetensorError:
+        return 0  # damaged: the next extraction computes it again
+
+
+def _cache_table(entries: list[CacheEntry]) -> Table:
+    table = Table(
+        "kind", "model", "backend", "first pictures", right("rows"), right("size"), "last used"
+    )
+    for entry in entries:
+        table.add_row(
+            entry.kind, escape(Path(entry.model).name), entry.backend, escape(entry.pictures),
+            f"{entry.rows:,}" if entry.rows else "", _size(entry.bytes),
+            time.strftime("%Y-%m-%d", time.localtime(entry.used)),
+        )  # fmt: skip
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

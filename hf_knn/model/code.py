@@ -3,11 +3,13 @@
 Version 0.1 wrote 51 files, which a new version takes away; any other `.py` file is the user's.
 """
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
@@ -34,7 +36,9 @@ LEGACY_CODE = (
 """The modules that version 0.1 wrote into every checkpoint."""
 
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
-_LARGEST_TEXT = 2**20
+_LARGEST_TEXT = 16 * 2**20  # the names of 20,000 classes are 3 MB
+_CONFIGS = (CONFIG_NAME, "preprocessor_config.json", "processor_config.json")
+"""Files of an image classifier that can name code."""
 
 Read = Callable[[str], str | None]
 """Reads a file of a checkpoint by name; None if it is not there."""
@@ -70,7 +74,7 @@ def legacy_code(read: Read) -> set[str]:
 
 
 def reader_of(folder: Path) -> Read:
-    """Reads texts of a folder; what is not one of moderate size counts as not there.
+    """Reads texts of a folder; one above 16 MB counts as empty.
 
     Args:
         folder: of a checkpoint, which need not exist.
@@ -78,9 +82,10 @@ def reader_of(folder: Path) -> Read:
 
     def read(name: str) -> str | None:
         path = folder / name
-        if not path.is_file() or path.stat().st_size > _LARGEST_TEXT:
+        if not path.is_file():
             return None
-        return path.read_text(encoding="utf-8", errors="replace")
+        data = path.read_bytes() if path.stat().st_size <= _LARGEST_TEXT else b""
+        return data.decode("utf-8", errors="replace")
 
     return read
 
@@ -99,13 +104,38 @@ def compare_code(read: Read) -> list[str]:
         text = read(name)
         if text is None:
             problems.append(f"{name} is missing.")
-        elif text != (_TRAVELS / name).read_text(encoding="utf-8"):
+        elif text.encode() != (_TRAVELS / name).read_bytes():
             problems.append(f"{name} is not that of the installed package.")
-    modules = _named_modules(read(CONFIG_NAME))
-    others = sorted(modules - {name.removesuffix(".py") for name in CODE_NAMES})
-    if others:
-        problems.append(f"`auto_map` in {CONFIG_NAME} runs other code: {', '.join(others)}.")
+    ours = {name.removesuffix(".py") for name in CODE_NAMES}
+    for name in _CONFIGS:
+        text = read(name)
+        if text is None:
+            continue
+        try:
+            others = {target.rpartition(".")[0] for target in _code_named_in(json.loads(text))}
+        except (ValueError, RecursionError):
+            problems.append(f"{name} cannot be read, so nobody knows what code it names.")
+            continue
+        if others - ours:
+            problems.append(f"{name} runs other code: {', '.join(sorted(others - ours))}.")
     return problems
+
+
+def code_hashes() -> dict[str, str]:
+    """The sha256 of each file of code of the installed package, by name."""
+    return {n: hashlib.sha256((_TRAVELS / n).read_bytes()).hexdigest() for n in CODE_NAMES}
+
+
+def _code_named_in(values: Any, key: str = "") -> Iterator[str]:
+    """The classes in an `auto_map`, and in `custom_pipelines`, at any depth of a configuration."""
+    if isinstance(values, str) and key in ("auto_map", "impl"):
+        yield values
+    elif isinstance(values, list):
+        for value in values:
+            yield from _code_named_in(value, key)
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _code_named_in(value, key if key == "auto_map" else name)
 
 
 def _named_modules(config: str | None) -> set[str]:

@@ -175,6 +175,10 @@ class RowStore(SearchBackend, Protocol):
         """The sum of the hashes of all rows, see `sum_of`."""
         ...
 
+    def verify(self) -> None:
+        """Reads all rows; a DatastoreError if they are not those that were stored."""
+        ...
+
     def label_beyond(self, classes: int) -> int | None:
         """A label >= classes that a row has; None if there is none."""
         ...

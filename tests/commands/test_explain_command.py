@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 import hf_knn_cli
 from hf_knn import KnnForImageClassification
-from hf_knn.commands.explain import flip_text, notices
+from hf_knn.commands.predict import flip_text, notices
 
 MARKUP = "<img src=x onerror=alert(1)>"
 

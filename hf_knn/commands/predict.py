@@ -1,13 +1,12 @@
-"""`hf-knn predict --explain`: why each answer is what it is, on the screen or as a page."""
+"""`hf-knn predict`: answers and who voted; with `--explain` or `--html` also why."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
+import torch
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
@@ -18,8 +17,9 @@ from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
+from ..model.pictures import features_of
 from ..model.thumbnails import Thumbnails
-from .console import console
+from .console import console, print_json, right
 
 _TILES = 24
 _CHANGED = (
@@ -49,6 +49,31 @@ class ExplainOptions:
     json_output: bool
 
 
+def predict_images(
+    checkpoint: str, images: list[Path], top: int, neighbors: int, json_output: bool
+) -> None:
+    """Classifies pictures and shows the neighbours that voted.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        images: picture files.
+        top: classes shown per picture.
+        neighbors: neighbours shown per picture.
+        json_output: print JSON instead of tables.
+
+    Raises:
+        ValueError: if a picture cannot be decoded, or the checkpoint is damaged.
+        OSError: if something is not there.
+    """
+    model = KnnForImageClassification.from_pretrained(checkpoint)
+    answers = [_answer(model, path, top, neighbors) for path in images]
+    if json_output:
+        print_json(answers)
+        return
+    for answer in answers:
+        _print_answer(answer)
+
+
 def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOptions) -> None:
     """Classifies pictures and says why.
 
@@ -69,8 +94,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     found = model.explain(decoded, max_error=options.max_error)
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
-        rows = [{"image": str(p), **_as_dict(e)} for p, e in zip(images, found, strict=True)]
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json([{"image": str(p)} | _as_dict(e) for p, e in zip(images, found, strict=True)])
     if options.page is not None:
         pairs = zip(images, decoded, found, strict=True)
         show = partial(_stored, options.pictures, model.thumbnails)
@@ -122,6 +146,67 @@ def _as_dict(explanation: Explanation) -> dict[str, Any]:
         "neighbors": [voter._asdict() for voter in explanation.neighbors],
         "flip": None if flip is None else flip._asdict(),
     }
+
+
+def _answer(
+    model: KnnForImageClassification, path: Path, top: int, neighbors: int
+) -> dict[str, Any]:
+    features = features_of(model, [path]).to(model.device)
+    with torch.inference_mode():
+        output = model(features=features, return_neighbors=True)
+    names = model.config.class_names
+    probabilities = output.logits[0].exp()
+    head = output.head_logits[0].float().softmax(-1)
+    votes = None if output.knn_log_probs is None else output.knn_log_probs[0].exp()
+    classes = probabilities.topk(min(top, len(probabilities))).indices.tolist()
+    answer: dict[str, Any] = {
+        "image": str(path),
+        "classes": [
+            {
+                "label": names[c],
+                "probability": float(probabilities[c]),
+                "head": float(head[c]) if c < len(head) else None,
+                "knn": None if votes is None else float(votes[c]),
+            }
+            for c in classes
+        ],
+        "neighbors": [],
+    }
+    if output.neighbors is not None and model.datastore is not None:
+        found = output.neighbors
+        columns = (found.labels, found.similarities, found.ids)
+        rows = zip(*(column[0, :neighbors].tolist() for column in columns), strict=True)
+        answer["neighbors"] = [
+            {
+                "label": names[label],
+                "similarity": similarity,
+                "id": row_id,
+                "path": model.datastore.path_of(row_id),
+            }
+            for label, similarity, row_id in rows
+        ]
+    return answer
+
+
+def _print_answer(answer: dict[str, Any]) -> None:
+    voices = map(right, ("blend", "head", "neighbours"))
+    table = Table("class", *voices, title=escape(answer["image"]), title_justify="left")
+    for row in answer["classes"]:
+        shares = [row["probability"], row["head"], row["knn"]]
+        table.add_row(
+            escape(row["label"]), *["-" if share is None else f"{share:.1%}" for share in shares]
+        )
+    console.print(table)
+    if not answer["neighbors"]:
+        return
+    near = Table(
+        "label", right("similarity"), right("id"), "picture",
+        title="nearest training pictures", title_justify="left",
+    )  # fmt: skip
+    for row in answer["neighbors"]:
+        place = escape(row["path"] or "-")
+        near.add_row(escape(row["label"]), f"{row['similarity']:.3f}", str(row["id"]), place)
+    console.print(near)
 
 
 def _print(path: Path, explanation: Explanation, options: ExplainOptions) -> None:
