@@ -211,7 +211,7 @@ class Overlay:
             features = torch.from_numpy(np.stack(parts))
             labels, ids = [row.label for row in rows], [row.row_id for row in rows]
             self.model.teach(features=features, labels=labels, ids=ids)
-            self.model.changes.clear()  # one teaching of everything is not what was done last
+            self.model.changes = []  # one teaching of everything is not what was done last
             self.examples = {row.row_id: row for row in rows}
 
 

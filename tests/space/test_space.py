@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -452,7 +453,7 @@ def test_the_rows_are_counted_once_for_all_visitors(model, lessons, monkeypatch)
         return count(store)
 
     monkeypatch.setattr(Datastore, "hash_sum", counting)
-    model.follower = None
+    model.memory = replace(model.memory, tally=None)
     service = Service(model, Visitors(model, None))
     for _ in range(2):
         service.teach(lessons[:1], "dog", "", "")
