@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..store.folders import written_whole
 from .batches import IMAGE, picture_of
 from .decode import BadImageError
 
@@ -83,16 +84,11 @@ def _recall(place: Path) -> NDArray[np.uint8] | None:
 
 
 def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with written_whole(place) as temporary, temporary.open("wb") as file:
             np.save(file, keys, allow_pickle=False)
-        temporary.replace(place)
     except OSError as error:  # what is not remembered is computed again
         logger.debug("%s: %s", place, error)
-        if temporary.exists():
-            temporary.unlink()
 
 
 class Print(NamedTuple):

@@ -5,25 +5,20 @@ the least to wait for, so that pictures encoded by one backend are not encoded a
 choice is made here and nowhere else.
 """
 
-import hashlib
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..core.config import KnnConfig
-from .cache import cache_root
+from ..store.folders import written_whole
+from .cache import cache_root, short_name
 from .encoders import (
     AUTO,
     BACKENDS,
@@ -32,12 +27,11 @@ from .encoders import (
     TORCH,
     Encoder,
     TorchEncoder,
+    Work,
     one_torch_thread,
 )
 from .graphs import (
     GraphError,
-    OnnxEncoder,
-    OpenVinoEncoder,
     check_installed,
     installed_backends,
     is_known_to_agree,
@@ -61,36 +55,6 @@ SAMPLE = 32
 
 BACKEND_VARIABLE = "HF_KNN_BACKEND"
 _ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be encoded, and by what.
-
-    Attributes:
-        backbone: the vision model.
-        config: names the poolings.
-        mark: a name of the backbone's weights and architecture.
-        precision: `fp32`, `bf16` or `fp16`.
-        batch_size: pictures per forward pass, >= 1.
-        processor: a name of the image processor's settings.
-        missing: how many pictures a backend, by its name, would have to encode: those of which the
-            cache holds no features by it.
-        is_kept: whether the features are kept; those of a model that is being trained are not, and
-            `auto` makes no graph of each of its states.
-        sample: makes [b, 3, H, W] float32, at most so many pictures as the encoder will get them,
-            b >= 1; None if none of them can be decoded.
-    """
-
-    backbone: PreTrainedModel
-    config: KnnConfig
-    mark: str
-    precision: str
-    batch_size: int
-    processor: str
-    missing: Callable[[str], int]
-    is_kept: bool
-    sample: Callable[[int], Tensor | None]
 
 
 def check_backend(backend: str | None) -> str:
@@ -161,12 +125,12 @@ def open_encoder(backend: str, work: Work) -> Encoder:
         return torch_encoder
     if backend == COMPILE:
         return _compile(work, torch_encoder)
-    encoder = _load(backend, work, pixels)
-    if not is_known_to_agree(encoder, work.precision):
+    encoder = load_encoder(backend, work, pixels)
+    if not is_known_to_agree(encoder):
         pixels = _many(work)
         gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
         _check_gap(backend, gap)
-        note_agreement(encoder, work.precision, gap)
+        note_agreement(encoder, gap)
     return encoder
 
 
@@ -234,13 +198,13 @@ def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
         return None
     for name in installed_backends():
         try:
-            encoder = _load(name, work, pixels)
+            encoder = load_encoder(name, work, pixels)
             gap = largest_gap(encoder.encode(pixels)(), wanted)
         except GraphError as error:
             logger.warning("Backend %s is not used: %s", name, error)
             continue
         if gap <= TOLERANCE:
-            note_agreement(encoder, work.precision, gap)
+            note_agreement(encoder, gap)
             contestants[name] = encoder
         else:
             logger.warning("Backend %s is not used: off by %.1e.", name, gap)
@@ -249,13 +213,6 @@ def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
         for name, contestant in contestants.items():
             seconds[name] = min(seconds[name], _seconds(contestant, pixels))
     return {name: len(pixels) / value for name, value in seconds.items()}
-
-
-def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
-    shape = (pixels.shape[2], pixels.shape[3])
-    return load_encoder(
-        name, work.backbone, work.config, shape, work.mark, work.precision, work.batch_size
-    )
 
 
 def _seconds(encoder: Encoder, pixels: Tensor) -> float:
@@ -279,16 +236,9 @@ def _key_of(work: Work) -> str:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = ""
-    key: dict[str, Any] = {
-        "backbone": work.mark,
-        "poolings": [work.config.pooling, work.config.store_pooling],
-        "processor": work.processor,
-        "precision": work.precision,
-        "machine": [platform.node(), platform.machine(), torch.get_num_threads()],
-        "versions": versions,
-        "encoders": 3,  # of ours: what was measured with older ones is measured again
-    }
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    machine = [platform.node(), platform.machine(), torch.get_num_threads()]
+    # encoders: of ours; what was measured with older ones is measured again
+    return short_name(work.key | {"machine": machine, "versions": versions, "encoders": 3})
 
 
 def _read(place: Path) -> dict[str, float] | None:
@@ -303,11 +253,9 @@ def _read(place: Path) -> dict[str, float] | None:
 
 
 def _remember(place: Path, rates: dict[str, float]) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"pictures_per_second": rates}, indent=2) + "\n", "utf-8")
-        temporary.replace(place)
+        with written_whole(place) as temporary:
+            text = json.dumps({"pictures_per_second": rates}, indent=2)
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         logger.warning("What backends take is not remembered: %s", error)
-        temporary.unlink(missing_ok=True)
