@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.backbone import split_features
-from ..core.head import KnnHead
+from ..core.backbone import KnnHead, split_features
 from ..core.votes import ClassWeighting
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification

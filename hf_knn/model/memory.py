@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.backbone import KnnHead
 from ..core.config import KnnConfig
-from ..core.head import KnnHead
 from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes

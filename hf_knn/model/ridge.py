@@ -11,8 +11,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..core.backbone import KnnHead
 from ..core.config import Head, KnnConfig, Normalization
-from ..core.head import KnnHead
 from ..core.votes import ClassWeighting
 from ..store.backend import RowStore
 

@@ -1,16 +1,27 @@
 """Small pictures of stored rows, kept in a checkpoint when that was asked for, in one file."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..core.backbone import extract
+from ..core.config import KnnConfig
 from ..core.manifest import DatastoreError
 from ..core.reading import THUMBNAILS_NAME
+from ..data.batches import pixel_batches
+from ..data.decode import read_picture
+from ..store.backend import RowStore
+from .backbones import evaluating
+
+if TYPE_CHECKING:
+    from .modeling import KnnForImageClassification
 
 THUMBNAIL_SIDE = 192
 """The longer side in pixels."""
@@ -148,3 +159,66 @@ def _split(ids: torch.Tensor, ends: torch.Tensor, data: torch.Tensor) -> dict[in
     content = data.numpy().tobytes()
     spans = zip(ids.tolist(), starts, stops, strict=True)
     return {row_id: content[start:stop] for row_id, start, stop in spans}
+
+
+def features_of(model: "KnnForImageClassification", images: Any, batch_size: int = 32) -> Tensor:
+    """Features of pictures, as the datastore's were made.
+
+    Args:
+        model: whose backbone makes them.
+        images: [M, 3, H, W] pixel values, or pictures: paths, file contents, PIL images or arrays.
+        batch_size: pictures per forward pass.
+
+    Returns:
+        [M, D] float32 on the CPU.
+
+    Raises:
+        BadImageError: naming the picture that cannot be decoded.
+        ValueError: for pictures without an image processor.
+    """
+    batches = pixel_batches(images, model.image_processor, batch_size)
+    with evaluating(model):
+        parts = [encode(model.backbone, model.config, pixels).cpu() for pixels in batches]
+    if not parts:
+        return torch.empty(0, model.config.feature_dim + model.config.extra_dim)
+    return torch.cat(parts)  # out here, so that it is a tensor like any other
+
+
+def encode(
+    backbone: PreTrainedModel,
+    config: KnnConfig,
+    pixels: Tensor,
+    run: Callable[..., tuple[Tensor, Any]] = extract,
+) -> Tensor:
+    """Features of pixels, as a backbone and its pooling make them in the mode it is in.
+
+    Args:
+        backbone: the vision model.
+        config: names the poolings.
+        pixels: [B, 3, H, W], of any float type and on any device.
+        run: `extract`, or what was compiled of it.
+
+    Returns:
+        [B, D] float32, on the device of the backbone.
+    """
+    parameter = next(backbone.parameters())
+    features, _ = run(backbone, pixels.to(parameter.device, parameter.dtype), config)
+    return features.float()
+
+
+def small_pictures(images: Any) -> list[bytes]:
+    """WEBP files of pictures; none of pixel values, which no longer are pictures."""
+    if isinstance(images, Tensor):
+        return []
+    return [small_webp(read_picture(image, number)) for number, image in enumerate(images)]
+
+
+def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnails:
+    """Small pictures of stored rows; see `KnnForImageClassification.keep_thumbnails`."""
+    ids = [] if store is None else store.ids.tolist()
+    unknown = sorted(set(images) - set(ids))
+    if unknown:
+        raise ValueError(
+            f"Expected ids of stored rows, but the datastore does not have {unknown[:10]}."
+        )
+    return Thumbnails({i: small_webp(read_picture(image, i)) for i, image in images.items()})
