@@ -13,7 +13,7 @@ from ..core.votes import ClassWeighting
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..model.ridge import center_head, prepare_rows, solve_head
-from ..store.datastore import Datastore
+from ..store.backend import SearchBackend
 from .grids import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -167,7 +167,7 @@ def copy_head(heads: ProbeHeads, target: KnnHead) -> None:
 
 
 def own_votes(
-    store: Callable[[ImageFeatures], Datastore],
+    store: Callable[[ImageFeatures], SearchBackend],
     features: ImageFeatures,
     model: KnnForImageClassification,
     grid: ProbeGrid | list[ProbeConfig],

@@ -13,7 +13,7 @@ from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..core.votes import knn_log_probs
 from ..features.extract import ImageFeatures
-from ..store.datastore import Datastore
+from ..store.backend import SearchBackend
 from ..store.folders import write_durably
 from .blend import default_grid, tune
 
@@ -39,7 +39,7 @@ class OwnVotes(NamedTuple):
     @classmethod
     def of(
         cls,
-        store: Datastore,
+        store: SearchBackend,
         features: ImageFeatures,
         config: KnnConfig,
         cell: tuple[int, float] | None = None,
@@ -98,7 +98,7 @@ class OwnVotes(NamedTuple):
 def own_log_probs(
     neighbors: Neighbors,
     labels: Tensor,
-    store: Datastore,
+    store: SearchBackend,
     config: KnnConfig,
     cell: tuple[int, float],
 ) -> Tensor:
@@ -120,7 +120,7 @@ def own_log_probs(
 
 
 def _choose(
-    store: Datastore, queries: Tensor, features: ImageFeatures, config: KnnConfig
+    store: SearchBackend, queries: Tensor, features: ImageFeatures, config: KnnConfig
 ) -> tuple[int, float]:
     """K and temperature by leave-one-out log-likelihood, on a sample of many rows."""
     generator = torch.Generator().manual_seed(0)
