@@ -53,7 +53,6 @@ WORTH_SECONDS = 30.0
 SAMPLE = 32
 """Pictures that a backend is measured and checked on."""
 
-BACKEND_VARIABLE = "HF_KNN_BACKEND"
 _ROUNDS = 3
 
 
@@ -64,7 +63,7 @@ def check_backend(backend: str | None) -> str:
         ValueError: for a name there is not.
         ImportError: for one that is not installed.
     """
-    backend = backend or os.environ.get(BACKEND_VARIABLE) or AUTO
+    backend = backend or os.environ.get("HF_KNN_BACKEND") or AUTO
     if backend not in BACKENDS:
         raise ValueError(f"Expected `backend` to be one of {list(BACKENDS)}, but got {backend!r}.")
     if backend not in (AUTO, TORCH, COMPILE):
@@ -118,49 +117,43 @@ def open_encoder(backend: str, work: Work) -> Encoder:
         ValueError: if the backbone cannot be exported or compiled, or then answers otherwise.
     """
     torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
-    if backend == TORCH:
+    pixels = None if backend == TORCH else work.sample(1)
+    if pixels is None:  # asked for, or nothing to encode
         return torch_encoder
-    pixels = work.sample(1)
-    if pixels is None:  # nothing to encode: any will do
-        return torch_encoder
-    if backend == COMPILE:
-        return _compile(work, torch_encoder)
-    encoder = load_encoder(backend, work, pixels)
-    if not is_known_to_agree(encoder):
-        pixels = _many(work)
-        gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
-        _check_gap(backend, gap)
-        note_agreement(encoder, gap)
-    return encoder
+    if backend == COMPILE:  # its code is made, and checked, in every process
+        encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+        _check_gap(backend, encoder, *_answered(work, torch_encoder))
+        return encoder
+    graph = load_encoder(backend, work, pixels)
+    if not is_known_to_agree(graph):
+        note_agreement(graph, _check_gap(backend, graph, *_answered(work, torch_encoder)))
+    return graph
 
 
-def _many(work: Work) -> Tensor:
+def _answered(work: Work, torch_encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Pixels of some pictures and their features."""
     pixels = work.sample(SAMPLE)
     assert pixels is not None  # one of them could be decoded before
-    return pixels
+    return pixels, torch_encoder.encode(pixels)()
 
 
-def _compile(work: Work, torch_encoder: Encoder) -> Encoder:
-    """The backbone through `torch.compile`; its code is made, and checked, in every process."""
-    pixels = _many(work)
-    encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+def _check_gap(backend: str, encoder: Encoder, pixels: Tensor, wanted: Tensor) -> float:
+    """How far an encoder is from PyTorch's features."""
     try:
-        found = encoder.encode(pixels)()
-    except RuntimeError as error:  # what the compiler's own errors are
+        gap = largest_gap(encoder.encode(pixels)(), wanted)
+    except RuntimeError as error:
+        if backend != COMPILE:
+            raise
         raise GraphError(
             f"Expected a backbone that torch.compile can compile here, but got: {error}; install a "
             "C++ compiler if it misses one, or choose backend='torch'."
         ) from error
-    _check_gap(COMPILE, largest_gap(found, torch_encoder.encode(pixels)()))
-    return encoder
-
-
-def _check_gap(backend: str, gap: float) -> None:
     if gap > TOLERANCE:
         raise GraphError(
             f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
             f"differ by {gap:.1e}; choose backend='torch'."
         )
+    return gap
 
 
 def largest_gap(found: Tensor, wanted: Tensor) -> float:
@@ -198,16 +191,11 @@ def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
         return None
     for name in installed_backends():
         try:
-            encoder = load_encoder(name, work, pixels)
-            gap = largest_gap(encoder.encode(pixels)(), wanted)
+            graph = load_encoder(name, work, pixels)
+            note_agreement(graph, _check_gap(name, graph, pixels, wanted))
+            contestants[name] = graph
         except GraphError as error:
             logger.warning("Backend %s is not used: %s", name, error)
-            continue
-        if gap <= TOLERANCE:
-            note_agreement(encoder, gap)
-            contestants[name] = encoder
-        else:
-            logger.warning("Backend %s is not used: off by %.1e.", name, gap)
     seconds = {name: float("inf") for name in contestants}
     for _ in range(_ROUNDS):
         for name, contestant in contestants.items():

@@ -73,14 +73,12 @@ class Encoder(Protocol):
     """What turns pixels into features.
 
     Attributes:
-        name: of the backend.
         streams: how many threads should call it at the same time, >= 1; with 1, only the thread
             that made it.
         batch_size: the most pictures per call.
         pinned: whether pixels should come in memory that a GPU can copy from by itself.
     """
 
-    name: str
     streams: int
     batch_size: int
     pinned: bool
@@ -113,7 +111,6 @@ class TorchEncoder:
         compiled: bool = False,
     ) -> None:
         self.backbone, self.config = backbone, config
-        self.name = COMPILE if compiled else TORCH
         self._extract = torch.compile(extract) if compiled else extract
         self.device = next(backbone.parameters()).device
         self.autocast = None if precision == "fp32" else PRECISIONS[precision]

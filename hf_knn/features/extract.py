@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
-from ..data.batches import BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
+from ..data.batches import IMAGE, BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
 from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
@@ -204,7 +204,7 @@ def _fill(
             try:
                 for part in encode_rows(rows, missing, processor, encoder):
                     if part.bad and on_bad_image == "fail":
-                        _refuse(part.bad[0])
+                        raise _refusal(part.bad[0])
                     table.put(part)
                     computed += len(part.rows)
                     bar.update(len(part.rows) + len(part.bad))
@@ -219,11 +219,11 @@ def _collect(
     table: FeatureTable, rows: Any, labels: Tensor, groups: Tensor | None
 ) -> ImageFeatures:
     paths, ids = paths_of(rows), ids_of(rows)
-    raw = rows.select_columns(["image"])
-    bad = []
-    for row, reason in table.bad():
-        path = (raw[row]["image"] or {}).get("path") or ""
-        bad.append(BadRow(row, int(ids[row]), path, reason))
+    raw = rows.select_columns([IMAGE])
+    bad = [
+        BadRow(row, int(ids[row]), (raw[row][IMAGE] or {}).get("path") or "", reason)
+        for row, reason in table.bad()
+    ]
     kept = table.good()
     if len(kept) == 0:
         raise ValueError(
@@ -243,8 +243,8 @@ def _collect(
     )
 
 
-def _refuse(bad: BadRow) -> None:
-    raise ValueError(
+def _refusal(bad: BadRow) -> ValueError:
+    return ValueError(
         f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
         f"cannot: {bad.reason}; repair or remove it, or pass on_bad_image='skip'."
     )

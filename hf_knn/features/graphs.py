@@ -74,7 +74,7 @@ class GraphEncoder:
     pinned = False
 
     def __init__(self, backend: str, path: Path, batch_size: int, precision: str) -> None:
-        self.name, package = backend, _NEEDED[backend][-1]
+        package = _NEEDED[backend][-1]
         self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
         self.note = path.with_name(f"agrees-{package}-{version(package)}-{precision}.txt")
         try:
