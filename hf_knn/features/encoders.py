@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..core.backbone import extract
 from ..core.config import KnnConfig
 from ..data.batches import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
-from ..model.thumbnails import encode
+from ..model.pictures import encode
 
 TORCH, COMPILE, ONNX, OPENVINO, AUTO = "torch", "compile", "onnx", "openvino", "auto"
 BACKENDS = (AUTO, TORCH, COMPILE, ONNX, OPENVINO)

@@ -27,7 +27,7 @@ from ..data.keys import picture_keys
 from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
-from ..model.thumbnails import features_of
+from ..model.pictures import features_of
 from ..store.index import has_fast_bfloat16
 from .backends import SAMPLE, check_backend, choose_backend, open_encoder
 from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list, short_name

@@ -28,8 +28,8 @@ from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
+from .pictures import Thumbnails, features_of, small_pictures, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
-from .thumbnails import Thumbnails, features_of, small_pictures, thumbnails_of
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",

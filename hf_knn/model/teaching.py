@@ -20,6 +20,7 @@ from ..store.backend import RowStore, SearchBackend, as_row_store, check_alike
 from ..store.table import StoredRows
 from .classes import Classes, Label
 from .memory import Gone, Memory, Tally
+from .pictures import Thumbnails
 from .receipts import (
     ELSEWHERE_NOTE,
     HEAD_NOTE,
@@ -31,7 +32,6 @@ from .receipts import (
     notes_of_forgotten,
 )
 from .ridge import center_head, solve_head
-from .thumbnails import Thumbnails
 
 
 def teach(

@@ -1,4 +1,4 @@
-"""Small pictures of stored rows, kept in a checkpoint when that was asked for, in one file."""
+"""Pictures of a model: their features, and small copies of stored ones, kept in one file."""
 
 import io
 from collections.abc import Callable, Iterable, Mapping
