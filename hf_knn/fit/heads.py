@@ -22,9 +22,9 @@ from .grids import (
     ProbeGrid,
     ProbeSettings,
 )
-from .own_votes import OwnVotes
 from .ridge import RidgeFit, fit_ridge
 from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_probes, train_probes
+from .voices import OwnVotes
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
 from ..fit.measure import ask_folds, ask_voices, choose_blend, describe_measurement, measure_voices
-from ..fit.own_votes import OwnVotes
 from ..fit.sweep import ProbeChoice
+from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification

@@ -17,8 +17,15 @@ from transformers import get_cosine_schedule_with_warmup
 from hf_knn.core.backbone import KnnHead
 from hf_knn.fit import sweep as probe
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
-from hf_knn.fit.stacked import Layer, initial_layers
-from hf_knn.fit.sweep import ProbeChoice, ProbeHeads, choose_probe, score_probes, train_probes
+from hf_knn.fit.sweep import (
+    Layer,
+    ProbeChoice,
+    ProbeHeads,
+    choose_probe,
+    initial_layers,
+    score_probes,
+    train_probes,
+)
 from hf_knn.fit.weights import class_weights, loss_factors
 
 INF = math.inf
