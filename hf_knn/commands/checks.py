@@ -23,8 +23,8 @@ from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
 from ..checkup.html import Table as PageTable
 from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
-from ..core.files import HubFiles
 from ..core.manifest import MANIFEST_NAME
+from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
