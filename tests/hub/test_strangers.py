@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import hf_knn
 from support.golden import lay_out
 from support.hub_checks import REPO
 from support.hub_server import TOKEN, Hub
@@ -82,3 +83,21 @@ def test_a_push_over_a_repository_of_version_one_leaves_two_files(
     model.origin = None
     model.push_to_hub(REPO)
     assert "search.py" in hub.files(REPO)
+
+
+def test_the_code_of_a_repository_is_compared_before_anybody_runs_it(hub: Hub, model: Any) -> None:
+    model.push_to_hub(REPO)
+    assert hf_knn("code", REPO).exit_code == 0
+    files = hub.files(REPO)
+    changed = {"modeling_hf_knn.py": files["modeling_hf_knn.py"] + b"import os\n"}
+    hub.repo(REPO).commit("main", files | changed, "more")
+    hub.repo(REPO).commit("safe", files, "as it was")
+    done = hf_knn("code", REPO)
+    assert done.exit_code == 1
+    assert "modeling_hf_knn.py is not that of the installed package" in done.stdout
+    done = hf_knn("code", REPO, "--revision", "safe")
+    assert done.exit_code == 0, done.output
+    assert f"{REPO} (safe)" in done.stdout
+    done = hf_knn("code", "org/nothing")
+    assert done.exit_code == 1
+    assert "org/nothing" in done.stderr
