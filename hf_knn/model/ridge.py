@@ -463,4 +463,4 @@ def solve_head(state: RidgeState, config: KnnConfig, like: KnnHead) -> nn.Linear
     with torch.no_grad():
         layer.weight.copy_(weight / config.head_temperature)
         layer.bias.copy_((bias / config.head_temperature).clamp(min=IMPOSSIBLE))
-    return layer.requires_grad_(old.requires_grad)
+    return layer.requires_grad_(old.requires_grad).train(like.training)
