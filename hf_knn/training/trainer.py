@@ -33,9 +33,17 @@ from ..store.datastore import Datastore
 from ..store.hub import PushTarget
 from .arguments import KnnTrainingArguments
 from .callbacks import callbacks_of, taking_part
-from .checkpoints import STAGING, find_whole, publish_with_state, start_staging
+from .checkpoints import (
+    STAGING,
+    find_whole,
+    is_due,
+    prepare_checkpoint_push,
+    prepare_push,
+    publish_with_state,
+    push_in_background,
+    start_staging,
+)
 from .heads import check_at_once, fit_at_once, sweep_parts
-from .hub import is_due, prepare_checkpoint_push, prepare_push, push_in_background
 from .loss import KnnLoss, check_finite
 from .rows import (
     KnownFeatures,
