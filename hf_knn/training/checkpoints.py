@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or invisible, the newest that is whole, and what of them is pushed."""
+"""Training checkpoints: whole or invisible, the newest whole one, and what of them is pushed."""
 
 import json
 import logging
