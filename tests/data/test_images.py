@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin
 from support.pictures import encoded
 
-from hf_knn.data.decode import ALLOWED_FORMATS, MAX_PIXELS, BadImageError, decode_image
+from hf_knn.data.decode import (
+    ALLOWED_FORMATS,
+    MAX_PIXELS,
+    BadImageError,
+    decode_image,
+    read_picture,
+)
 
 Pixels = NDArray[np.int64]
 Rows = Sequence[Sequence[tuple[int, ...]]]
@@ -227,6 +233,22 @@ def test_an_opened_picture_is_not_changed() -> None:
 def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         decode_image(tmp_path / "nothing.png")
+
+
+def test_one_of_several_is_named_by_its_path_or_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(blocks([[RED, BLUE]])))
+    wanted = pixels_of(decode_image(path))
+    array = wanted.astype(np.uint8)
+    picture: Any
+    for picture in (path, str(path), path.read_bytes(), Image.open(path), array):
+        assert np.array_equal(pixels_of(read_picture(picture, 0)), wanted)
+    for picture in (b"nothing", b"", None, 5, np.zeros((2, 2, 2, 2))):
+        with pytest.raises(BadImageError, match="Expected picture 7 to be readable, but "):
+            read_picture(picture, 7)
+    for name in ("nothing.png", "."):
+        with pytest.raises(BadImageError, match=f"Expected {tmp_path / name} to be readable"):
+            read_picture(tmp_path / name, 7)
 
 
 def test_a_folder_is_no_picture(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_knn.data.batches import keeping_layout
+from hf_knn.data.batches import keeping_layout, pixel_batches, read_batch
+from hf_knn.data.decode import BadImageError
 from hf_knn.data.loading import prepare
 from hf_knn.features.encoders import encode_rows
 
@@ -73,6 +74,23 @@ def test_pixels_are_those_of_the_processor_one_by_one(name: str, streams: int) -
         wanted = processor(images=image, return_tensors="pt")["pixel_values"].flatten()
         assert wanted.std() > 0.1
         assert (pixels - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_that_are_no_rows_come_to_the_same_pixels(name: str) -> None:
+    files, processor = jpegs(), PROCESSORS[name]
+    kinds = Features({"image": ImageColumn(), "label": ClassLabel(names=["a"])})
+    cells = [{"bytes": data, "path": None} for data in files]
+    rows = prepare(Dataset.from_dict({"image": cells, "label": [0] * len(files)}, features=kinds))
+    wanted = read_batch(rows, range(len(files)), processor).pixel_values
+    assert wanted is not None
+    parts = list(pixel_batches(files, processor, 4))
+    assert [len(part) for part in parts] == [4, 2]
+    assert torch.equal(torch.cat(parts), wanted)
+    assert torch.equal(torch.cat(list(pixel_batches(wanted, None, 5))), wanted)
+    files[5] = b"nothing"
+    with pytest.raises(BadImageError, match="picture 5"):
+        list(pixel_batches(files, processor, 4))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -8,7 +8,7 @@ from support.forks import Fork
 from support.stored import names_in
 
 from hf_knn.store import folders as storage
-from hf_knn.store.folders import replaced_folder, write_durably
+from hf_knn.store.folders import replaced_folder, write_durably, written_whole
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
@@ -23,6 +23,24 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
         write_durably(path, fail)
     assert names_in(tmp_path) == {"file"}
     assert path.read_text() == "old"
+
+
+def test_a_file_that_can_be_made_again_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+
+    def fail() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert names_in(path.parent) == set()
+    for text in ("whole", "anew"):
+        with written_whole(path) as temporary:
+            temporary.write_text(text)
+        assert names_in(path.parent) == {"file"}
+        assert path.read_text() == text
 
 
 @pytest.fixture
