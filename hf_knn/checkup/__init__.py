@@ -22,13 +22,5 @@ _HOMES = {
     "score_labels": "labels",
     "thumbnail": "html",
 }
-__all__ = [
-    "PAGE_STYLE",
-    "find_pairs",
-    "inspect_datastore",
-    "map_svg",
-    "place_features",
-    "score_labels",
-    "thumbnail",
-]
+__all__ = [*_HOMES]
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -260,9 +260,10 @@ class KnnForImageClassification(PreTrainedModel):
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
-        if self.datastore is None or len(self.datastore) == 0:
+        store = self.datastore
+        if store is None or len(store) == 0:
             return None
-        return self.datastore.search(features.float(), self.config.k, sample_ids)
+        return store.search(features.float(), self.config.k, sample_ids)
 
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None

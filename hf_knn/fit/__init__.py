@@ -40,22 +40,5 @@ _HOMES = {
     "train_probes": "sweep",
     "tune": "blend",
 }
-__all__ = [
-    "FactorControl",
-    "ProbeConfig",
-    "ProbeGrid",
-    "ProbeScore",
-    "ProbeSettings",
-    "TuneResult",
-    "choose_probe",
-    "default_grid",
-    "draw_neighbors",
-    "fit_ridge",
-    "knn_loss_weights",
-    "out_of_fold",
-    "score_log_probs",
-    "score_probes",
-    "train_probes",
-    "tune",
-]
+__all__ = [*_HOMES]
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

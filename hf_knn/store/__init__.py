@@ -14,5 +14,5 @@ _HOMES = {
     "SearchBackend": "backend",
     "ShardedDatastore": "sharded",
 }
-__all__ = ["Datastore", "SearchBackend", "ShardedDatastore"]
+__all__ = [*_HOMES]
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

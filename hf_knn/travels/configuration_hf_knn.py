@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 a9d0e1d30134da610e6ef8d0ab3efb64e5eb03e432ad4d64da59f9c72512a773.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 ab93daac9c5ede8f087659ef065960a3a1450d331bdd337db5e77d0ac4bef751.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 a9d0e1d30134da610e6ef8d0ab3efb64e5eb03e432ad4d64da59f9c72512a773.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 ab93daac9c5ede8f087659ef065960a3a1450d331bdd337db5e77d0ac4bef751.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1834,9 +1834,10 @@ class KnnForImageClassification(PreTrainedModel):
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
-        if self.datastore is None or len(self.datastore) == 0:
+        store = self.datastore
+        if store is None or len(store) == 0:
             return None
-        return self.datastore.search(features.float(), self.config.k, sample_ids)
+        return store.search(features.float(), self.config.k, sample_ids)
 
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None

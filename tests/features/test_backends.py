@@ -13,11 +13,10 @@ from torch import Tensor
 
 from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
 from hf_knn.features import backends as backend_choice
-from hf_knn.features import graphs as encoder_graphs
-from hf_knn.features.backends import choose_backend, largest_gap, open_encoder
+from hf_knn.features import backends as encoder_graphs
+from hf_knn.features.backends import GraphError, choose_backend, largest_gap, open_encoder
 from hf_knn.features.encoders import Work
 from hf_knn.features.extract import ImageFeatures
-from hf_knn.features.graphs import GraphError
 
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
