@@ -86,13 +86,13 @@ def open_source(options: DoctorOptions) -> Source:
         ]  # fmt: skip
     if not records:
         raise ValueError(f"Expected {options.pictures} to hold pictures, but it has none.")
-    of_split, row, ids, paths, labels, places, groups = zip(*records, strict=True)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    of_split, row, sample_id, path, label, place, group = zip(*records, strict=True)
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(group))}
     return Source(
         parts,
-        Pictures(of_split, np.array(row), np.array(ids), paths, np.array(labels), names),
-        np.array(places),
-        None if options.group_by is None else np.array([numbers[group] for group in groups]),
+        Pictures(of_split, np.array(row), np.array(sample_id), path, np.array(label), names),
+        np.array(place),
+        None if options.group_by is None else np.array([numbers[one] for one in group]),
     )
 
 

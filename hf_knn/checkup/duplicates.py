@@ -188,8 +188,12 @@ def find_pairs(
     candidates = _plausible(candidates, coarse, [prints[row] for row in chosen])
     gaps = _compare(tiny, candidates, watch("Comparing look-alikes", len(candidates)))
     near = gaps <= LARGEST_DIFFERENCE
-    alike = Pairs(*chosen[candidates[near].T], gaps[near], np.zeros(int(near.sum()), bool))
-    return Pairs(*map(np.concatenate, zip(equal, alike, strict=True)))
+    alike = chosen[candidates[near]]  # [P, 2]
+    return Pairs(
+        np.concatenate([equal.first, alike[:, 0]]), np.concatenate([equal.second, alike[:, 1]]),
+        np.concatenate([equal.difference, gaps[near]]),
+        np.concatenate([equal.exact, np.zeros(len(alike), bool)]),
+    )  # fmt: skip
 
 
 def feature_pairs(features: Tensor) -> Pairs:
@@ -240,7 +244,8 @@ def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
         pictures: those that were compared.
     """
     clusters = clusters_of(pairs, len(pictures))
-    equal = clusters_of(Pairs(*(values[pairs.exact] for values in pairs)), len(pictures))
+    first, second = pairs.first[pairs.exact], pairs.second[pairs.exact]
+    equal = clusters_of(pairs._replace(first=first, second=second), len(pictures))
     closest = np.full(len(pictures), np.inf)  # the smallest difference to another picture
     for ends in (pairs.first, pairs.second):
         np.minimum.at(closest, ends, pairs.difference)
