@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import pytest
 
@@ -63,7 +64,10 @@ def test_public_names_are_what_design_promises() -> None:
 def test_every_public_name_is_there_and_nothing_else(name: str) -> None:
     package = import_module(name)
     for public in package.__all__:
-        assert getattr(package, public) is not None, public
+        found = getattr(package, public)
+        assert found is not None, public
+        # a module of that name would hide it as soon as it is imported
+        assert not isinstance(found, ModuleType), public
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
 

@@ -66,7 +66,7 @@ def open_source(options: DoctorOptions) -> Source:
     records: list[tuple[Any, ...]] = []
     names: list[str] = []
     splits, has_labels = load_pictures(options.pictures)
-    for split, dataset in splits.items():
+    for name, dataset in splits.items():
         names = label_names(dataset) if has_labels else []
         labels = _labels_or_none(dataset)
         rows = np.arange(len(labels))
@@ -75,24 +75,24 @@ def open_source(options: DoctorOptions) -> Source:
             rows = few_rows(torch.from_numpy(labels), share, options.seed)
         has_label = labels[rows] >= 0
         good = rows[has_label]
-        parts[split] = dataset if len(good) == len(dataset) else dataset.select(good)
+        parts[name] = dataset if len(good) == len(dataset) else dataset.select(good)
         places = np.where(has_label, np.cumsum(has_label) - 1, -1).tolist()
         paths, ids = paths_of(dataset), ids_of(dataset).numpy()
-        groups = _group_values(dataset, options.group_by, split)
+        groups = _group_values(dataset, options.group_by, name)
         records += [
-            (split, row, ids[row], paths[row], labels[row] if has_labels else -1, place,
+            (name, row, ids[row], paths[row], labels[row] if has_labels else -1, place,
              groups[row])
             for row, place in zip(rows.tolist(), places, strict=True)
         ]  # fmt: skip
     if not records:
         raise ValueError(f"Expected {options.pictures} to hold pictures, but it has none.")
-    of_split, row, sample_id, path, label, place, group = zip(*records, strict=True)
-    numbers = {one: number for number, one in enumerate(dict.fromkeys(group))}
+    split, row, row_id, path, label, place, group = zip(*records, strict=True)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(group))}
     return Source(
         parts,
-        Pictures(of_split, np.array(row), np.array(sample_id), path, np.array(label), names),
+        Pictures(split, np.array(row), np.array(row_id), path, np.array(label), names),
         np.array(place),
-        None if options.group_by is None else np.array([numbers[one] for one in group]),
+        None if options.group_by is None else np.array([numbers[name] for name in group]),
     )
 
 

@@ -157,6 +157,10 @@ class Pairs(NamedTuple):
     difference: Floats
     exact: NDArray[np.bool_]
 
+    def only(self, kept: NDArray[np.bool_]) -> "Pairs":
+        """Those whose `kept` [P] is True."""
+        return Pairs(self.first[kept], self.second[kept], self.difference[kept], self.exact[kept])
+
 
 def find_pairs(
     prints: Sequence[Print],
@@ -188,12 +192,13 @@ def find_pairs(
     candidates = _plausible(candidates, coarse, [prints[row] for row in chosen])
     gaps = _compare(tiny, candidates, watch("Comparing look-alikes", len(candidates)))
     near = gaps <= LARGEST_DIFFERENCE
-    alike = chosen[candidates[near]]  # [P, 2]
+    first, second = chosen[candidates[near].T]
     return Pairs(
-        np.concatenate([equal.first, alike[:, 0]]), np.concatenate([equal.second, alike[:, 1]]),
+        np.concatenate([equal.first, first]),
+        np.concatenate([equal.second, second]),
         np.concatenate([equal.difference, gaps[near]]),
-        np.concatenate([equal.exact, np.zeros(len(alike), bool)]),
-    )  # fmt: skip
+        np.concatenate([equal.exact, np.zeros(len(first), bool)]),
+    )
 
 
 def feature_pairs(features: Tensor) -> Pairs:
@@ -244,8 +249,7 @@ def duplicate_findings(pairs: Pairs, pictures: Pictures) -> list[Finding]:
         pictures: those that were compared.
     """
     clusters = clusters_of(pairs, len(pictures))
-    first, second = pairs.first[pairs.exact], pairs.second[pairs.exact]
-    equal = clusters_of(pairs._replace(first=first, second=second), len(pictures))
+    equal = clusters_of(pairs.only(pairs.exact), len(pictures))
     closest = np.full(len(pictures), np.inf)  # the smallest difference to another picture
     for ends in (pairs.first, pairs.second):
         np.minimum.at(closest, ends, pairs.difference)

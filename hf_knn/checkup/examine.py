@@ -18,7 +18,7 @@ from ..core.votes import squared_distances
 from ..data.decode import BadImageError, decode_image
 from ..data.keys import Print, print_of
 from ..data.splits import stratified_folds
-from ..fit.out_of_fold import Voices, out_of_fold
+from ..fit.voices import Voices, out_of_fold
 from ..store.backend import RowStore
 from .duplicates import (
     Pairs,

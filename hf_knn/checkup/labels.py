@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import median_abs_deviation, rankdata
 from torch import Tensor
 
-from ..fit.out_of_fold import Voices
+from ..fit.voices import Voices
 from .findings import Finding, Floats, Ints, Kind, Pictures
 
 NEIGHBOR = 5

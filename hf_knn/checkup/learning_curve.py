@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.votes import blend_log_probs
 from ..data.splits import Fold, few_rows
-from ..fit.out_of_fold import WEIGHT, HeadCell, Voices, ask, choose_cell
+from ..fit.voices import WEIGHT, HeadCell, Voices, ask, choose_cell
 from .findings import Floats
 
 FRACTIONS = (0.125, 0.25, 0.5)

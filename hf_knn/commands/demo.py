@@ -17,7 +17,7 @@ from ..checkup.examine import check_root, open_picture, pictures_of
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
 from ..features.backends import check_backend
-from ..model.thumbnails import small_webp
+from ..model.pictures import small_webp
 from ..store.datastore import Datastore
 from .console import console
 

@@ -17,8 +17,7 @@ from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
-from ..model.pictures import features_of
-from ..model.thumbnails import Thumbnails
+from ..model.pictures import Thumbnails, features_of
 from .console import console, print_json, right
 
 _TILES = 24

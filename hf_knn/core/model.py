@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .backbone import build_backbone, extract, split_features
+from .backbone import KnnHead, build_backbone, extract, split_features
 from .config import KnnConfig
 from .frozen import FrozenDatastore
-from .head import KnnHead
 from .manifest import MANIFEST_NAME
 from .reading import HubFiles, bind, read_datastore
 from .search import Neighbors

@@ -78,10 +78,8 @@ def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
     pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
     items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
     pixels, good, bad = process_rows(items, processor)
-    numbers = [int(row) for row in rows]
-    return Batch(
-        pixels, [numbers[i] for i in good], [row._replace(row=numbers[row.row]) for row in bad]
-    )
+    named = [row._replace(row=int(rows[row.row])) for row in bad]
+    return Batch(pixels, [int(rows[place]) for place in good], named)
 
 
 def process_rows(

@@ -104,7 +104,9 @@ def _decode_opened(image: Image.Image, formats: tuple[str, ...], max_pixels: int
     kind = "JPEG" if image.format == "MPO" else image.format  # phones put several JPEGs into one
     if kind is not None and kind not in formats:
         raise BadImageError(f"not a picture in one of the formats {', '.join(formats)}")
-    _check_pixels(image, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImageError(f"the picture has {width} x {height} pixels, more than {max_pixels}")
     try:
         if kind is not None:  # one made in memory has a single frame
             image.seek(0)
@@ -127,12 +129,6 @@ def _what_else(data: bytes) -> str | None:
         return "an archive"
     edges = (data if len(data) <= 2 * _EDGE else data[:_EDGE] + data[-_EDGE:]).lower()
     return next((kind for mark, kind in _FOREIGN.items() if mark in edges), None)
-
-
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImageError(f"the picture has {width} x {height} pixels, more than {max_pixels}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..store.folders import written_whole
 from .batches import IMAGE, picture_of
 from .decode import BadImageError
 
@@ -56,11 +58,8 @@ def picture_keys(rows: Any, memo: Path | None = None) -> NDArray[np.uint8]:
 def _keys_of(chunks: list[Any]) -> Iterator[bytes]:
     for chunk in chunks:
         for data, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
-            if data.is_valid:
-                name = hashlib.sha256(data.as_buffer())
-            else:
-                name = hashlib.sha256(_name_of_file(path.as_py()))
-            yield name.digest()[:KEY_BYTES]
+            content = data.as_buffer() if data.is_valid else _name_of_file(path.as_py())
+            yield hashlib.sha256(content).digest()[:KEY_BYTES]
 
 
 def _name_of_file(path: str | None) -> bytes:
@@ -83,16 +82,11 @@ def _recall(place: Path) -> NDArray[np.uint8] | None:
 
 
 def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with written_whole(place) as temporary, temporary.open("wb") as file:
             np.save(file, keys, allow_pickle=False)
-        temporary.replace(place)
     except OSError as error:  # what is not remembered is computed again
         logger.debug("%s: %s", place, error)
-        if temporary.exists():
-            temporary.unlink()
 
 
 class Print(NamedTuple):
@@ -136,8 +130,9 @@ def prints_of(
     """
     found: list[Print | Broken] = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for rows in _batches(len(dataset)):
-            found += threads.map(lambda row: _print_row(dataset, row), rows)
+        for start in range(0, len(dataset), _BATCH):
+            rows = range(start, min(start + _BATCH, len(dataset)))
+            found += threads.map(partial(_print_row, dataset), rows)
             on_progress(len(rows))
     return found
 
@@ -147,8 +142,3 @@ def _print_row(dataset: Any, row: int) -> Print | Broken:
         return print_of(picture_of(dataset, row))
     except (BadImageError, OSError) as error:
         return Broken(str(error))
-
-
-def _batches(count: int) -> Iterator[range]:
-    for start in range(0, count, _BATCH):
-        yield range(start, min(start + _BATCH, count))

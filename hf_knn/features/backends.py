@@ -5,25 +5,20 @@ the least to wait for, so that pictures encoded by one backend are not encoded a
 choice is made here and nowhere else.
 """
 
-import hashlib
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..core.config import KnnConfig
-from .cache import cache_root
+from ..store.folders import written_whole
+from .cache import cache_root, short_name
 from .encoders import (
     AUTO,
     BACKENDS,
@@ -32,12 +27,11 @@ from .encoders import (
     TORCH,
     Encoder,
     TorchEncoder,
+    Work,
     one_torch_thread,
 )
 from .graphs import (
     GraphError,
-    OnnxEncoder,
-    OpenVinoEncoder,
     check_installed,
     installed_backends,
     is_known_to_agree,
@@ -59,38 +53,7 @@ WORTH_SECONDS = 30.0
 SAMPLE = 32
 """Pictures that a backend is measured and checked on."""
 
-BACKEND_VARIABLE = "HF_KNN_BACKEND"
 _ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be encoded, and by what.
-
-    Attributes:
-        backbone: the vision model.
-        config: names the poolings.
-        mark: a name of the backbone's weights and architecture.
-        precision: `fp32`, `bf16` or `fp16`.
-        batch_size: pictures per forward pass, >= 1.
-        processor: a name of the image processor's settings.
-        missing: how many pictures a backend, by its name, would have to encode: those of which the
-            cache holds no features by it.
-        is_kept: whether the features are kept; those of a model that is being trained are not, and
-            `auto` makes no graph of each of its states.
-        sample: makes [b, 3, H, W] float32, at most so many pictures as the encoder will get them,
-            b >= 1; None if none of them can be decoded.
-    """
-
-    backbone: PreTrainedModel
-    config: KnnConfig
-    mark: str
-    precision: str
-    batch_size: int
-    processor: str
-    missing: Callable[[str], int]
-    is_kept: bool
-    sample: Callable[[int], Tensor | None]
 
 
 def check_backend(backend: str | None) -> str:
@@ -100,7 +63,7 @@ def check_backend(backend: str | None) -> str:
         ValueError: for a name there is not.
         ImportError: for one that is not installed.
     """
-    backend = backend or os.environ.get(BACKEND_VARIABLE) or AUTO
+    backend = backend or os.environ.get("HF_KNN_BACKEND") or AUTO
     if backend not in BACKENDS:
         raise ValueError(f"Expected `backend` to be one of {list(BACKENDS)}, but got {backend!r}.")
     if backend not in (AUTO, TORCH, COMPILE):
@@ -154,49 +117,43 @@ def open_encoder(backend: str, work: Work) -> Encoder:
         ValueError: if the backbone cannot be exported or compiled, or then answers otherwise.
     """
     torch_encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size)
-    if backend == TORCH:
+    pixels = None if backend == TORCH else work.sample(1)
+    if pixels is None:  # asked for, or nothing to encode
         return torch_encoder
-    pixels = work.sample(1)
-    if pixels is None:  # nothing to encode: any will do
-        return torch_encoder
-    if backend == COMPILE:
-        return _compile(work, torch_encoder)
-    encoder = _load(backend, work, pixels)
-    if not is_known_to_agree(encoder, work.precision):
-        pixels = _many(work)
-        gap = largest_gap(encoder.encode(pixels)(), torch_encoder.encode(pixels)())
-        _check_gap(backend, gap)
-        note_agreement(encoder, work.precision, gap)
-    return encoder
+    if backend == COMPILE:  # its code is made, and checked, in every process
+        encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+        _check_gap(backend, encoder, *_answered(work, torch_encoder))
+        return encoder
+    graph = load_encoder(backend, work, pixels)
+    if not is_known_to_agree(graph):
+        note_agreement(graph, _check_gap(backend, graph, *_answered(work, torch_encoder)))
+    return graph
 
 
-def _many(work: Work) -> Tensor:
+def _answered(work: Work, torch_encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Pixels of some pictures and their features."""
     pixels = work.sample(SAMPLE)
     assert pixels is not None  # one of them could be decoded before
-    return pixels
+    return pixels, torch_encoder.encode(pixels)()
 
 
-def _compile(work: Work, torch_encoder: Encoder) -> Encoder:
-    """The backbone through `torch.compile`; its code is made, and checked, in every process."""
-    pixels = _many(work)
-    encoder = TorchEncoder(work.backbone, work.config, work.precision, work.batch_size, True)
+def _check_gap(backend: str, encoder: Encoder, pixels: Tensor, wanted: Tensor) -> float:
+    """How far an encoder is from PyTorch's features."""
     try:
-        found = encoder.encode(pixels)()
-    except RuntimeError as error:  # what the compiler's own errors are
+        gap = largest_gap(encoder.encode(pixels)(), wanted)
+    except RuntimeError as error:
+        if backend != COMPILE:
+            raise
         raise GraphError(
             f"Expected a backbone that torch.compile can compile here, but got: {error}; install a "
             "C++ compiler if it misses one, or choose backend='torch'."
         ) from error
-    _check_gap(COMPILE, largest_gap(found, torch_encoder.encode(pixels)()))
-    return encoder
-
-
-def _check_gap(backend: str, gap: float) -> None:
     if gap > TOLERANCE:
         raise GraphError(
             f"Expected features of backend={backend!r} within {TOLERANCE:g} of PyTorch's, but they "
             f"differ by {gap:.1e}; choose backend='torch'."
         )
+    return gap
 
 
 def largest_gap(found: Tensor, wanted: Tensor) -> float:
@@ -234,28 +191,16 @@ def _measure(work: Work, pixels: Tensor, rows: int) -> dict[str, float] | None:
         return None
     for name in installed_backends():
         try:
-            encoder = _load(name, work, pixels)
-            gap = largest_gap(encoder.encode(pixels)(), wanted)
+            graph = load_encoder(name, work, pixels)
+            note_agreement(graph, _check_gap(name, graph, pixels, wanted))
+            contestants[name] = graph
         except GraphError as error:
             logger.warning("Backend %s is not used: %s", name, error)
-            continue
-        if gap <= TOLERANCE:
-            note_agreement(encoder, work.precision, gap)
-            contestants[name] = encoder
-        else:
-            logger.warning("Backend %s is not used: off by %.1e.", name, gap)
     seconds = {name: float("inf") for name in contestants}
     for _ in range(_ROUNDS):
         for name, contestant in contestants.items():
             seconds[name] = min(seconds[name], _seconds(contestant, pixels))
     return {name: len(pixels) / value for name, value in seconds.items()}
-
-
-def _load(name: str, work: Work, pixels: Tensor) -> OnnxEncoder | OpenVinoEncoder:
-    shape = (pixels.shape[2], pixels.shape[3])
-    return load_encoder(
-        name, work.backbone, work.config, shape, work.mark, work.precision, work.batch_size
-    )
 
 
 def _seconds(encoder: Encoder, pixels: Tensor) -> float:
@@ -279,16 +224,9 @@ def _key_of(work: Work) -> str:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = ""
-    key: dict[str, Any] = {
-        "backbone": work.mark,
-        "poolings": [work.config.pooling, work.config.store_pooling],
-        "processor": work.processor,
-        "precision": work.precision,
-        "machine": [platform.node(), platform.machine(), torch.get_num_threads()],
-        "versions": versions,
-        "encoders": 3,  # of ours: what was measured with older ones is measured again
-    }
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    machine = [platform.node(), platform.machine(), torch.get_num_threads()]
+    # encoders: of ours; what was measured with older ones is measured again
+    return short_name(work.key | {"machine": machine, "versions": versions, "encoders": 3})
 
 
 def _read(place: Path) -> dict[str, float] | None:
@@ -303,11 +241,9 @@ def _read(place: Path) -> dict[str, float] | None:
 
 
 def _remember(place: Path, rates: dict[str, float]) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"pictures_per_second": rates}, indent=2) + "\n", "utf-8")
-        temporary.replace(place)
+        with written_whole(place) as temporary:
+            text = json.dumps({"pictures_per_second": rates}, indent=2)
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         logger.warning("What backends take is not remembered: %s", error)
-        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Features on disk, by picture: what was computed once is read, whatever dataset it comes in."""
 
+import hashlib
 import json
 import logging
 import os
@@ -20,8 +21,14 @@ from ..data.keys import KEY_BYTES
 from .encoders import Encoded
 
 logger = logging.getLogger(__name__)
-ABOUT_NAME = "about.json"
-KEYS_FOLDER = "keys"
+
+ABOUT_NAME, KEYS_FOLDER = "about.json", "keys"
+SHARD_ROWS = 256
+"""Rows per cache file: what a kill can cost, beside the batches under way."""
+
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+Part = tuple[NDArray[np.int64], Tensor, dict[int, str]]
+"""What one rank knows: rows [n], their features [n, D], and of bad rows the reason."""
 
 
 class Shard(NamedTuple):
@@ -148,29 +155,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("HF_KNN_CACHE") or Path.home() / ".cache" / "hf_knn")
 
 
-def stacked(keys: Sequence[bytes]) -> NDArray[np.uint8]:
-    """A list of keys as [n, 16] uint8."""
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
-
-
-SHARD_ROWS = 256
-"""Rows per cache file: what a kill can cost, beside the batches under way."""
-
-_UNKNOWN, _GOOD, _BAD = 0, 1, 2
-
-
-class Part(NamedTuple):
-    """What one rank knows.
-
-    Attributes:
-        rows: [n] int64.
-        features: [n, D] float32.
-        reasons: of bad rows, by row.
-    """
-
-    rows: NDArray[np.int64]
-    features: Tensor
-    reasons: dict[int, str]
+def short_name(key: Any) -> str:
+    """A name for what depends on some JSON values."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class FeatureTable:
@@ -181,9 +168,12 @@ class FeatureTable:
         width: D.
         keys: [N, 16] uint8, see `picture_keys`; None takes each row for another picture and keeps
             nothing.
+        cache: where to look, and where to keep what is computed.
     """
 
-    def __init__(self, rows: int, width: int, keys: NDArray[np.uint8] | None) -> None:
+    def __init__(
+        self, rows: int, width: int, keys: NDArray[np.uint8] | None, cache: FeatureCache
+    ) -> None:
         self.features = torch.empty(rows, width)
         self._state = np.zeros(rows, np.uint8)
         self._mine = np.ones(rows, bool)
@@ -193,23 +183,23 @@ class FeatureTable:
         for row, key in enumerate(self._keys or []):
             self._rows_of.setdefault(key, []).append(row)
         self._unwritten: list[int] = []
+        self._cache = cache
 
     def share(self, rank: int, ranks: int) -> None:
         """Leaves this rank its share of the rows, in blocks of a shard."""
         self._mine = (np.arange(len(self._state)) // SHARD_ROWS) % ranks == rank
 
-    def take(self, cache: FeatureCache, with_bad: bool) -> None:
+    def take(self, with_bad: bool) -> None:
         """Fills in what was computed before.
 
         Args:
-            cache: to look in.
             with_bad: whether pictures that could not be decoded are known to be bad; else they are
                 tried again.
         """
         if self._keys is None:
             return
         wanted = {key for key, is_mine in zip(self._keys, self._mine, strict=True) if is_mine}
-        for shard in cache.shards_with(wanted):
+        for shard in self._cache.shards_with(wanted):
             places, sources = [], []
             for place, key in enumerate(key_list(shard.keys)):
                 rows = [row for row in self._rows_of.get(key, ()) if self._mine[row]]
@@ -218,8 +208,7 @@ class FeatureTable:
                     sources += [place] * len(rows)
                 elif with_bad:
                     self._set_bad(rows, shard.reasons[place - len(shard.features)])
-            self.features[places] = shard.features[sources]
-            self._state[places] = _GOOD
+            self._set_good(places, shard.features[sources])
 
     def missing(self) -> list[int]:
         """This rank's rows that are not known, one per picture."""
@@ -229,37 +218,32 @@ class FeatureTable:
         first = {self._keys[row]: row for row in reversed(rows)}
         return sorted(first.values())
 
-    def put(self, part: Encoded, cache: FeatureCache) -> None:
+    def put(self, part: Encoded) -> None:
         """Fills in what was just computed, and writes each shard that is full."""
-        if part.features is not None:
-            for row, feature in zip(part.rows, part.features, strict=True):
-                same = self._same(row)
-                self.features[same] = feature
-                self._state[same] = _GOOD
+        for place, row in enumerate(part.rows):
+            assert part.features is not None
+            self._set_good(self._same(row), part.features[place])
         for bad in part.bad:
             self._set_bad(self._same(bad.row), bad.reason)
         self._unwritten += sorted([*part.rows, *(bad.row for bad in part.bad)])
         while len(self._unwritten) >= SHARD_ROWS:
-            self._write(self._unwritten[:SHARD_ROWS], cache)
-            del self._unwritten[:SHARD_ROWS]
+            self._write(SHARD_ROWS)
 
-    def flush(self, cache: FeatureCache) -> None:
+    def flush(self) -> None:
         """Writes the last shard."""
         if self._unwritten:
-            self._write(self._unwritten, cache)
-            self._unwritten = []
+            self._write(len(self._unwritten))
 
     def own(self) -> Part:
         """What this rank knows, for the others."""
         rows = np.flatnonzero(self._mine & (self._state == _GOOD))
-        return Part(rows, self.features[rows], self._reasons)
+        return rows, self.features[rows], self._reasons
 
     def merge(self, parts: Iterable[Part]) -> None:
         """Fills in what the ranks know."""
-        for part in parts:
-            self.features[part.rows] = part.features
-            self._state[part.rows] = _GOOD
-            for row, reason in part.reasons.items():
+        for rows, features, reasons in parts:
+            self._set_good(rows, features)
+            for row, reason in reasons.items():
                 self._set_bad([row], reason)
 
     def good(self) -> Tensor:
@@ -275,15 +259,22 @@ class FeatureTable:
             return [row]
         return [other for other in self._rows_of[self._keys[row]] if self._mine[other]]
 
+    def _set_good(self, rows: Sequence[int] | NDArray[np.int64], features: Tensor) -> None:
+        self.features[rows] = features
+        self._state[rows] = _GOOD
+
     def _set_bad(self, rows: Iterable[int], reason: str) -> None:
         for row in rows:
             self._state[row] = _BAD
             self._reasons[row] = reason
 
-    def _write(self, rows: list[int], cache: FeatureCache) -> None:
+    def _write(self, count: int) -> None:
+        """The oldest rows that are in no file yet, as one shard."""
+        rows, self._unwritten = self._unwritten[:count], self._unwritten[count:]
         if self._keys is None:
             return
         good = [row for row in rows if self._state[row] == _GOOD]
         bad = [row for row in rows if self._state[row] == _BAD]
-        keys = stacked([self._keys[row] for row in good + bad])
-        cache.write(Shard(keys, self.features[good], [self._reasons[row] for row in bad]))
+        keys = b"".join(self._keys[row] for row in good + bad)
+        shard = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+        self._cache.write(Shard(shard, self.features[good], [self._reasons[row] for row in bad]))

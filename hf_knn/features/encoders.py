@@ -3,11 +3,11 @@
 Decoding runs ahead in threads, and memory stays bounded.
 """
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -32,18 +32,53 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be encoded, and by what.
+
+    Attributes:
+        backbone: the vision model.
+        config: names the poolings.
+        mark: a name of the backbone's weights and architecture.
+        precision: `fp32`, `bf16` or `fp16`.
+        batch_size: pictures per forward pass, >= 1.
+        processor: a name of the image processor's settings.
+        missing: how many pictures a backend, by its name, would have to encode: those of which the
+            cache holds no features by it.
+        is_kept: whether the features are kept; those of a model that is being trained are not, and
+            `auto` makes no graph of each of its states.
+        sample: makes [b, 3, H, W] float32, at most so many pictures as the encoder will get them,
+            b >= 1; None if none of them can be decoded.
+    """
+
+    backbone: PreTrainedModel
+    config: KnnConfig
+    mark: str
+    precision: str
+    batch_size: int
+    processor: str
+    missing: Callable[[str], int]
+    is_kept: bool
+    sample: Callable[[int], Tensor | None]
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What features depend on, whichever backend makes them."""
+        poolings = [self.config.pooling, self.config.store_pooling]
+        same = {"backbone": self.mark, "poolings": poolings, "processor": self.processor}
+        return same | {"precision": self.precision}
+
+
 class Encoder(Protocol):
     """What turns pixels into features.
 
     Attributes:
-        name: of the backend.
         streams: how many threads should call it at the same time, >= 1; with 1, only the thread
             that made it.
         batch_size: the most pictures per call.
         pinned: whether pixels should come in memory that a GPU can copy from by itself.
     """
 
-    name: str
     streams: int
     batch_size: int
     pinned: bool
@@ -76,7 +111,6 @@ class TorchEncoder:
         compiled: bool = False,
     ) -> None:
         self.backbone, self.config = backbone, config
-        self.name = COMPILE if compiled else TORCH
         self._extract = torch.compile(extract) if compiled else extract
         self.device = next(backbone.parameters()).device
         self.autocast = None if precision == "fp32" else PRECISIONS[precision]
@@ -131,12 +165,6 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def frozen_copy(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A copy to be traced: in evaluation mode, on the CPU, without gradients."""
-    copied = copy.deepcopy(backbone).cpu().eval()
-    return copied.requires_grad_(False)
-
-
 class Encoded(NamedTuple):
     """Some pictures and their features.
 
@@ -172,45 +200,25 @@ def encode_rows(
             batch = batch._replace(pixel_values=batch.pixel_values.pin_memory())
         return batch
 
-    if encoder.streams > 1:
-        yield from _side_by_side(batches, read, encoder)
-    else:
-        yield from _one_behind(batches, read, encoder)
+    def start(batch: Batch) -> Callable[[], Encoded]:
+        if batch.pixel_values is None:
+            return lambda: Encoded(None, batch.rows, batch.bad)
+        waiting = encoder.encode(batch.pixel_values)
+        return lambda: Encoded(waiting(), batch.rows, batch.bad)
 
-
-def _side_by_side(
-    batches: list[list[int]], read: Callable[[list[int]], Batch], encoder: Encoder
-) -> Iterator[Encoded]:
-    """Each thread takes a batch all the way: no core waits for another."""
-
-    def work(wanted: list[int]) -> Encoded:
-        batch = read(wanted)
-        features = None
-        if batch.pixel_values is not None:
-            features = encoder.encode(batch.pixel_values)()
-        return Encoded(features, batch.rows, batch.bad)
-
-    with one_torch_thread():
-        yield from in_order(work, batches, encoder.streams)
-
-
-def _one_behind(
-    batches: list[list[int]], read: Callable[[list[int]], Batch], encoder: Encoder
-) -> Iterator[Encoded]:
-    """Threads read ahead; a result is waited for when the next batch is under way."""
-    readers = max(1, min(MOST_READERS, torch.get_num_threads()))
-    pending: tuple[Callable[[], Tensor], Batch] | None = None
-    for batch in in_order(read, batches, readers):
-        started = None if batch.pixel_values is None else encoder.encode(batch.pixel_values)
-        if pending is not None:
-            yield Encoded(pending[0](), pending[1].rows, pending[1].bad)
-            pending = None
-        if started is None:
-            yield Encoded(None, batch.rows, batch.bad)
-        else:
-            pending = started, batch
-    if pending is not None:
-        yield Encoded(pending[0](), pending[1].rows, pending[1].bad)
+    if encoder.streams > 1:  # each thread takes a batch all the way: no core waits for another
+        with one_torch_thread():
+            yield from in_order(lambda wanted: start(read(wanted))(), batches, encoder.streams)
+        return
+    # threads read ahead; a result is waited for when the next batch is under way
+    finish: Callable[[], Encoded] | None = None
+    for batch in in_order(read, batches, max(1, min(MOST_READERS, torch.get_num_threads()))):
+        started = start(batch)
+        if finish is not None:
+            yield finish()
+        finish = started
+    if finish is not None:
+        yield finish()
 
 
 def in_order(work: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[Made]:

@@ -22,16 +22,16 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
-from ..data.batches import BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
+from ..data.batches import IMAGE, BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
 from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
 from ..store.index import has_fast_bfloat16
-from .backends import SAMPLE, Work, check_backend, choose_backend, open_encoder
-from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list
-from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, encode_rows
+from .backends import SAMPLE, check_backend, choose_backend, open_encoder
+from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list, short_name
+from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Work, encode_rows
 
 logger = logging.getLogger(__name__)
 
@@ -173,27 +173,26 @@ def extract_features(
         backbone, config, mark_of(backbone), precision, batch_size, settings_of(processor),
         missing, use_cache, partial(_sample, rows, processor),
     )  # fmt: skip
+    _warn_of_slow_precision(backbone, precision)
     with in_eval_mode(backbone):
         chosen = _choose_together(backend, work)
-    cache = _cache_of(root, work, chosen, rows) if use_cache else FeatureCache(None)
-    _warn_of_slow_precision(backbone, precision)
-    table = FeatureTable(len(rows), config.feature_dim + config.extra_dim, keys)
-    started = time.perf_counter()
-    with in_eval_mode(backbone):
-        computed = _fill(table, rows, cache, work, chosen, processor, on_bad_image, progress)
-    elapsed = time.perf_counter() - started
-    found = _collect(table, rows, labels, groups, computed, elapsed)
-    return replace(found, backend=chosen)
+        cache = _cache_of(root, work, chosen, rows) if use_cache else FeatureCache(None)
+        table = FeatureTable(len(rows), config.feature_dim + config.extra_dim, keys, cache)
+        started = time.perf_counter()
+        computed = _fill(table, rows, work, chosen, processor, on_bad_image, progress)
+        seconds = time.perf_counter() - started if computed else 0.0
+    found = _collect(table, rows, labels, groups)
+    return replace(found, seconds=seconds, computed=computed, backend=chosen)
 
 
 def _fill(
-    table: FeatureTable, rows: Any, cache: FeatureCache, work: Work, backend: str, processor: Any,
-    on_bad_image: str, progress: bool,
+    table: FeatureTable, rows: Any, work: Work, backend: str, processor: Any, on_bad_image: str,
+    progress: bool,
 ) -> int:  # fmt: skip
     """Fills in this rank's share and what other ranks have; returns how many were encoded here."""
     state = PartialState()
     table.share(state.process_index, state.num_processes)
-    table.take(cache, with_bad=on_bad_image == "skip")
+    table.take(with_bad=on_bad_image == "skip")
     missing = table.missing()
     computed = 0
     if missing:
@@ -205,27 +204,26 @@ def _fill(
             try:
                 for part in encode_rows(rows, missing, processor, encoder):
                     if part.bad and on_bad_image == "fail":
-                        _refuse(part.bad[0])
-                    table.put(part, cache)
+                        raise _refusal(part.bad[0])
+                    table.put(part)
                     computed += len(part.rows)
                     bar.update(len(part.rows) + len(part.bad))
             finally:  # also at a bad picture or Ctrl-C: what was computed is kept
-                table.flush(cache)
+                table.flush()
     if state.num_processes > 1:
         table.merge(gather_object([table.own()]))
     return computed
 
 
 def _collect(
-    table: FeatureTable, rows: Any, labels: Tensor, groups: Tensor | None, computed: int,
-    elapsed: float,
-) -> ImageFeatures:  # fmt: skip
+    table: FeatureTable, rows: Any, labels: Tensor, groups: Tensor | None
+) -> ImageFeatures:
     paths, ids = paths_of(rows), ids_of(rows)
-    raw = rows.select_columns(["image"])
-    bad = []
-    for row, reason in table.bad():
-        path = (raw[row]["image"] or {}).get("path") or ""
-        bad.append(BadRow(row, int(ids[row]), path, reason))
+    raw = rows.select_columns([IMAGE])
+    bad = [
+        BadRow(row, int(ids[row]), (raw[row][IMAGE] or {}).get("path") or "", reason)
+        for row, reason in table.bad()
+    ]
     kept = table.good()
     if len(kept) == 0:
         raise ValueError(
@@ -241,14 +239,12 @@ def _collect(
         label_names=label_names(rows),
         paths=[paths[row] for row in kept.tolist()],
         skipped=bad,
-        seconds=elapsed if computed else 0.0,
-        computed=computed,
         groups=None if groups is None else groups[kept],
     )
 
 
-def _refuse(bad: BadRow) -> None:
-    raise ValueError(
+def _refusal(bad: BadRow) -> ValueError:
+    return ValueError(
         f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
         f"cannot: {bad.reason}; repair or remove it, or pass on_bad_image='skip'."
     )
@@ -285,25 +281,15 @@ def settings_of(processor: Any) -> str:
 
 
 def _cache_of(root: Path, work: Work, backend: str, rows: Any) -> FeatureCache:
-    poolings = [work.config.pooling, work.config.store_pooling]
-    key = {
-        "backbone": work.mark,
-        "poolings": poolings,
-        "processor": work.processor,
-        "precision": work.precision,
-        "backend": backend,
-        "format": 2,
-    }
-    text = json.dumps(key, sort_keys=True)
     names = label_names(rows)
     about = {
         "model": work.backbone.config.name_or_path or type(work.backbone).__name__,
-        "pooling": "+".join(dict.fromkeys(map(str, poolings))),
+        "pooling": "+".join(dict.fromkeys(map(str, work.key["poolings"]))),
         "precision": work.precision,
         "backend": backend,
         "first_pictures": f"{len(rows)} of {', '.join(names[:3])}{' …' * (len(names) > 3)}",
     }
-    return FeatureCache(root / hashlib.sha256(text.encode()).hexdigest()[:24], about)
+    return FeatureCache(root / short_name(work.key | {"backend": backend, "format": 2}), about)
 
 
 def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:

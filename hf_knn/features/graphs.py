@@ -4,8 +4,7 @@ Both run several batches at once, each on a thread of its own: that scales bette
 one batch on all of them, and decoding finds its place in between.
 """
 
-import hashlib
-import json
+import copy
 import logging
 import os
 import warnings
@@ -16,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.backbone import extract
 from ..core.config import KnnConfig
-from .cache import cache_root
-from .encoders import CPU_BATCH, ONNX, OPENVINO, frozen_copy
+from ..store.folders import written_whole
+from .cache import cache_root, short_name
+from .encoders import CPU_BATCH, ONNX, OPENVINO, Work
 
 logger = logging.getLogger(__name__)
+
 _NEEDED = {ONNX: ("onnx", "onnxruntime"), OPENVINO: ("onnx", "openvino")}
 _INPUT, _OUTPUT = "pixel_values", "features"
 _EMBEDDED = 1_500_000_000
-
-
 # what tracing raises at models that are no graph, and the runtimes at graphs they do not know
 _REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, OSError)
 
@@ -55,93 +55,84 @@ class FeatureGraph(nn.Module):
         return extract(self.backbone, pixel_values, self.config)[0]
 
 
-class OnnxEncoder:
-    """The graph by onnxruntime, one thread per call.
+class GraphEncoder:
+    """A graph in memory, called by several threads at the same time.
 
     Args:
+        backend: `onnx` or `openvino`.
         path: of the graph.
         batch_size: the most pictures per call.
+        precision: `fp32`; OpenVINO also takes `bf16`.
+
+    Attributes:
+        note: the file that says how well it agreed with PyTorch, in this version of the runtime.
+
+    Raises:
+        GraphError: if the runtime refuses the graph.
     """
 
-    name = ONNX
-    package = "onnxruntime"
     pinned = False
 
-    def __init__(self, path: Path, batch_size: int) -> None:
-        import onnxruntime
-
-        self.path = path
+    def __init__(self, backend: str, path: Path, batch_size: int, precision: str) -> None:
+        package = _NEEDED[backend][-1]
         self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        self.note = path.with_name(f"agrees-{package}-{version(package)}-{precision}.txt")
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            if backend == ONNX:
+                self._run = _open_onnx(str(path))
+            else:
+                self._run = _open_openvino(str(path), self.streams, precision)
         except _REFUSALS as error:
-            raise GraphError(f"onnxruntime refuses the graph: {error}") from error
+            raise GraphError(f"{package} refuses the graph: {error}") from error
 
     def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
         """See `Encoder`."""
-        found = self._session.run([_OUTPUT], {_INPUT: pixels.numpy()})[0]
-        return lambda: torch.from_numpy(found)
+        found = torch.from_numpy(self._run(pixels.numpy()))
+        return lambda: found
 
 
-class OpenVinoEncoder:
-    """The graph by OpenVINO, one stream per core.
+def _open_onnx(path: str) -> Callable[[NDArray], NDArray]:
+    """One thread per call."""
+    import onnxruntime
 
-    Args:
-        path: of the graph.
-        batch_size: the most pictures per call.
-        precision: `fp32` or `bf16`.
-    """
-
-    name = OPENVINO
-    package = "openvino"
-    pinned = False
-
-    def __init__(self, path: Path, batch_size: int, precision: str = "fp32") -> None:
-        import openvino
-
-        self.path = path
-        self.streams, self.batch_size = torch.get_num_threads(), min(batch_size, CPU_BATCH)
-        kinds = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
-        options: dict[str, Any] = {
-            "NUM_STREAMS": self.streams,
-            "INFERENCE_NUM_THREADS": self.streams,
-            "INFERENCE_PRECISION_HINT": kinds[precision],
-        }
-        try:
-            core = openvino.Core()
-            self._model = core.compile_model(core.read_model(str(path)), "CPU", options)
-        except _REFUSALS as error:
-            raise GraphError(f"OpenVINO refuses the graph: {error}") from error
-
-    def encode(self, pixels: Tensor) -> Callable[[], Tensor]:
-        """See `Encoder`."""
-        request = self._model.create_infer_request()  # one may not be shared by threads
-        found = request.infer({0: pixels.numpy()}, share_inputs=True)[0]
-        return lambda: torch.from_numpy(found)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run([_OUTPUT], {_INPUT: pixels})[0]
 
 
-def is_known_to_agree(encoder: OnnxEncoder | OpenVinoEncoder, precision: str) -> bool:
+def _open_openvino(path: str, streams: int, precision: str) -> Callable[[NDArray], NDArray]:
+    """One stream per core."""
+    import openvino
+
+    kinds = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
+    options: dict[str, Any] = {
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": streams,
+        "INFERENCE_PRECISION_HINT": kinds[precision],
+    }
+    core = openvino.Core()
+    graph = core.compile_model(core.read_model(path), "CPU", options)
+
+    def run(pixels: NDArray) -> NDArray:
+        request = graph.create_infer_request()  # one may not be shared by threads
+        return request.infer({0: pixels}, share_inputs=True)[0]
+
+    return run
+
+
+def is_known_to_agree(encoder: GraphEncoder) -> bool:
     """Whether this graph was compared with PyTorch before, in this version of the runtime."""
-    return _agreement(encoder, precision).is_file()
+    return encoder.note.is_file()
 
 
-def note_agreement(encoder: OnnxEncoder | OpenVinoEncoder, precision: str, gap: float) -> None:
+def note_agreement(encoder: GraphEncoder, gap: float) -> None:
     """Remembers that the graph was compared with PyTorch, and how well it agreed."""
-    place = _agreement(encoder, precision)
     try:
-        place.write_text(f"{gap:.3e}\n", encoding="utf-8")
+        encoder.note.write_text(f"{gap:.3e}\n", encoding="utf-8")
     except OSError as error:  # compared again the next time
-        logger.debug("%s: %s", place, error)
-
-
-def _agreement(encoder: OnnxEncoder | OpenVinoEncoder, precision: str) -> Path:
-    package = encoder.package
-    return encoder.path.with_name(f"agrees-{package}-{version(package)}-{precision}.txt")
+        logger.debug("%s: %s", encoder.note, error)
 
 
 def installed_backends() -> list[str]:
@@ -163,46 +154,35 @@ def check_installed(backend: str) -> None:
         )
 
 
-def load_encoder(
-    backend: str, backbone: PreTrainedModel, config: KnnConfig, shape: tuple[int, int], mark: str,
-    precision: str, batch_size: int,
-) -> OnnxEncoder | OpenVinoEncoder:  # fmt: skip
+def load_encoder(backend: str, work: Work, pixels: Tensor) -> GraphEncoder:
     """Exports the graph unless that was done before, and opens it.
 
     Args:
         backend: `onnx` or `openvino`.
-        backbone: with float32 weights.
-        config: names the poolings.
-        shape: height and width of the pixels.
-        mark: a name of the backbone's weights and architecture.
-        precision: `fp32`; OpenVINO also takes `bf16`.
-        batch_size: the most pictures per call.
+        work: with float32 weights.
+        pixels: [B, 3, H, W], as large as all that will come.
 
     Raises:
         GraphError: if the backbone is no graph, or the runtime refuses it.
         ImportError: if a package is missing.
     """
     check_installed(backend)
-    path = _graph_of(backbone, config, shape, mark)
-    if backend == ONNX:
-        return OnnxEncoder(path, batch_size)
-    return OpenVinoEncoder(path, batch_size, precision)
+    path = _graph_of(work, (pixels.shape[2], pixels.shape[3]))
+    return GraphEncoder(backend, path, work.batch_size, work.precision)
 
 
 def _missing(backend: str) -> list[str]:
     return [name for name in _NEEDED[backend] if find_spec(name) is None]
 
 
-def _graph_of(
-    backbone: PreTrainedModel, config: KnnConfig, shape: tuple[int, int], mark: str
-) -> Path:
-    key = [mark, config.pooling, config.store_pooling, shape, version("torch"), 1]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = cache_root() / "graphs" / name / "graph.onnx"
+def _graph_of(work: Work, shape: tuple[int, int]) -> Path:
+    config, backbone = work.config, work.backbone
+    key = [work.mark, config.pooling, config.store_pooling, shape, version("torch"), 1]
+    path = cache_root() / "graphs" / short_name(key) / "graph.onnx"
     if not path.is_file():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _export(FeatureGraph(frozen_copy(backbone), config).eval(), shape, path)
+            own = copy.deepcopy(backbone).cpu().requires_grad_(False)
+            _export(FeatureGraph(own, config).eval(), shape, path)
         except (*_REFUSALS, torch.onnx.errors.OnnxExporterError) as error:
             raise GraphError(f"{type(backbone).__name__} cannot be exported: {error}") from error
     os.utime(path)  # when it was last of use, for `hf-knn cache`
@@ -214,16 +194,11 @@ def _export(graph: FeatureGraph, shape: tuple[int, int], path: Path) -> None:
     if size > _EMBEDDED:
         raise ValueError(f"it has {size / 1e9:.1f} GB of weights, and a graph holds 2 GB")
     pixels = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, about shapes that are constant here
-            # the tracer takes seconds where torch.export takes half a minute
-            torch.onnx.export(
-                graph, (pixels,), str(temporary), dynamo=False, opset_version=18,
-                input_names=[_INPUT], output_names=[_OUTPUT],
-                dynamic_axes={_INPUT: {0: "batch"}, _OUTPUT: {0: "batch"}},
-            )  # fmt: skip
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about shapes that are constant here
+        # the tracer takes seconds where torch.export takes half a minute
+        torch.onnx.export(
+            graph, (pixels,), str(temporary), dynamo=False, opset_version=18,
+            input_names=[_INPUT], output_names=[_OUTPUT],
+            dynamic_axes={_INPUT: {0: "batch"}, _OUTPUT: {0: "batch"}},
+        )  # fmt: skip

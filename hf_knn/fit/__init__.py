@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .grids import ProbeGrid as ProbeGrid
     from .grids import ProbeSettings as ProbeSettings
     from .metrics import score_log_probs as score_log_probs
-    from .out_of_fold import out_of_fold as out_of_fold
     from .plots import draw_neighbors as draw_neighbors
     from .ridge import fit_ridge as fit_ridge
     from .sweep import ProbeScore as ProbeScore
     from .sweep import choose_probe as choose_probe
     from .sweep import score_probes as score_probes
     from .sweep import train_probes as train_probes
+    from .voices import out_of_fold as out_of_fold
     from .weights import knn_loss_weights as knn_loss_weights
 
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "draw_neighbors": "plots",
     "fit_ridge": "ridge",
     "knn_loss_weights": "weights",
-    "out_of_fold": "out_of_fold",
+    "out_of_fold": "voices",
     "score_log_probs": "metrics",
     "score_probes": "sweep",
     "train_probes": "sweep",

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.backbone import split_features
-from ..core.head import KnnHead
+from ..core.backbone import KnnHead, split_features
 from ..core.votes import ClassWeighting
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..model.ridge import center_head, prepare_rows, solve_head
-from ..store.datastore import Datastore
+from ..store.backend import SearchBackend
 from .grids import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -23,9 +22,9 @@ from .grids import (
     ProbeGrid,
     ProbeSettings,
 )
-from .own_votes import OwnVotes
 from .ridge import RidgeFit, fit_ridge
 from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_probes, train_probes
+from .voices import OwnVotes
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ def copy_head(heads: ProbeHeads, target: KnnHead) -> None:
 
 
 def own_votes(
-    store: Callable[[ImageFeatures], Datastore],
+    store: Callable[[ImageFeatures], SearchBackend],
     features: ImageFeatures,
     model: KnnForImageClassification,
     grid: ProbeGrid | list[ProbeConfig],

@@ -1,6 +1,6 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional
 from ..core.backbone import split_features
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
+from ..data.splits import Fold
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
@@ -37,15 +38,18 @@ class HeldOut(NamedTuple):
 
 
 def ask_voices(
-    model: KnnForImageClassification, features: ImageFeatures, k: int, device: torch.device
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    device: torch.device,
+    k: int | None = None,
 ) -> HeldOut:
     """Asks the datastore and the head of a model about rows.
 
     Args:
         model: with a datastore.
         features: the rows, which it has not seen.
-        k: the largest k that shall be tried.
         device: of the head.
+        k: how many neighbours; None takes as many as `choose_blend` tries.
     """
     head_part, store_part = split_features(features.features, model.config)
     store = model.datastore
@@ -53,10 +57,35 @@ def ask_voices(
     with evaluating(model):
         logits = model.head(head_part.to(device)).float()
     head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
+    k = k or max(_grid_for(model, len(features)).k)
     return HeldOut(store.search(store_part, k), head_log_probs, features.labels)
 
 
-def joined(parts: Sequence[HeldOut]) -> HeldOut:
+def ask_folds(
+    model: KnnForImageClassification,
+    features: ImageFeatures,
+    folds: Sequence[Fold],
+    fit: Callable[[ImageFeatures], KnnForImageClassification],
+    device: torch.device,
+) -> HeldOut:
+    """Asks about each row a model that has not seen it, for as many neighbours as the whole would.
+
+    Args:
+        model: the whole, which has seen all rows.
+        features: all rows.
+        folds: of these rows.
+        fit: a model with a datastore, from some of the rows.
+        device: of the heads.
+    """
+    k = max(_grid_for(model, len(features)).k)
+    parts = []
+    for fold in folds:
+        fitted = fit(features.select(fold.fitted))
+        parts.append(ask_voices(fitted, features.select(fold.held_out), device, k))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[HeldOut]) -> HeldOut:
     """The rows of several folds, with as many neighbours as all of them have."""
     width = min(part.neighbors.labels.shape[1] for part in parts)
     fields = zip(*(part.neighbors for part in parts), strict=True)
@@ -65,21 +94,9 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
     return HeldOut(neighbors, heads, torch.cat([part.labels for part in parts]))
 
 
-def grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
-    """What is tried to choose k, temperature and λ.
-
-    Args:
-        model: what shall be asked.
-        held_out_rows: how many rows it shall be asked about.
-    """
-    rows, classes = 0 if model.datastore is None else len(model.datastore), model.config.classes
-    return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
-
-
 def choose_blend(
     model: KnnForImageClassification,
     held_out: HeldOut,
-    grid: Grid,
     criterion: str | None,
     calibrate: bool,
 ) -> TuneResult:
@@ -88,12 +105,11 @@ def choose_blend(
     Args:
         model: what was asked.
         held_out: its answers.
-        grid: what is tried.
         criterion: see `hf_knn.tune`.
         calibrate: also scale the temperatures of head and blend.
     """
     neighbors, head_log_probs, labels = held_out
-    config = model.config
+    config, grid = model.config, _grid_for(model, len(labels))
     if calibrate:
         head_log_probs = _calibrate_head(model, head_log_probs, labels)
     result = tune(
@@ -177,6 +193,12 @@ def describe_measurement(
         "split": str(getattr(dataset, "split", None) or ""),
         "note": _OWN_NOTE if is_tuned_on else "",
     }
+
+
+def _grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
+    """What is tried to choose k, temperature and λ on so many rows."""
+    rows, classes = 0 if model.datastore is None else len(model.datastore), model.config.classes
+    return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
 def _calibrate_head(model: KnnForImageClassification, log_probs: Tensor, labels: Tensor) -> Tensor:

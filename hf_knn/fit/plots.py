@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
@@ -68,8 +69,8 @@ def draw_tuning(result: TuneResult, path: Path) -> None:
 def draw_neighbors(
     model: KnnForImageClassification,
     queries: ImageFeatures,
-    query_picture: Callable[[int], Any],
-    stored_picture: Callable[[int], Any],
+    query_picture: Callable[[int], Image],
+    stored_picture: Callable[[int], Image],
     path: Path,
     *,
     title: str = "picture and answer (left), nearest training pictures and similarity",
@@ -116,7 +117,7 @@ def draw_neighbors(
     figure.savefig(path, dpi=110)
 
 
-def _show(axes: Any, picture: Any, title: str, is_right: bool) -> None:
+def _show(axes: Any, picture: Image, title: str, is_right: bool) -> None:
     axes.imshow(picture.convert("RGB"), interpolation="nearest")
     axes.set_title(title, fontsize=7)
     axes.set_xticks([])

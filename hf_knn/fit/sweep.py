@@ -1,17 +1,18 @@
 """Heads on cached features, many at once: all combinations of a grid in one computation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from ..core.votes import PROBABILITY_FLOOR
 from .grids import Optimizer, ProbeConfig, ProbeGrid, ProbeSettings, check_configs, generator_of
-from .weights import ChunkFactors, LossFactors, class_weights
+from .weights import LossFactors, class_weights
 
 
 class Layer(NamedTuple):
@@ -48,133 +49,109 @@ def joined(parts: Sequence[Layer]) -> Layer:
     return Layer(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
 
 
-def forward(layers: list[Layer], inputs: Tensor) -> list[Tensor]:
-    """[B, D] -> the output [B, M, out] of each layer, ReLU applied to all but the last."""
+def forward(layers: list[Layer], inputs: Tensor) -> Tensor:
+    """[B, D] -> the logits [M, C, B] of all heads.
+
+    Rows come last: a softmax over few classes is then several times faster than over a last axis.
+    """
     weight, bias = layers[0]
-    shape = (len(inputs), *bias.shape)
-    outputs = [torch.addmm(bias.flatten(), inputs, weight.flatten(0, 1).T).view(shape)]
+    flat = torch.addmm(bias.flatten().unsqueeze(1), weight.flatten(0, 1), inputs.T)
+    outputs = flat.view(*bias.shape, len(inputs))
     for weight, bias in layers[1:]:
-        hidden = outputs[-1].relu_().transpose(0, 1)  # [M, B, H]
-        outputs.append(torch.baddbmm(bias.unsqueeze(1), hidden, weight.mT).transpose(0, 1))
+        outputs = torch.baddbmm(bias.unsqueeze(2), weight, outputs.relu())
     return outputs
 
 
 def loss_slopes(logits: Tensor, labels: Tensor, scales: Tensor, smoothing: float) -> Tensor:
-    """[B, M, C]: the derivative of ``sum(scales * CE)`` by the logits: softmax minus target."""
-    slopes = torch.softmax(logits, dim=2)
-    columns = labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1)  # [B, M, 1]
-    slopes.scatter_add_(2, columns, slopes.new_full(columns.shape, smoothing - 1))
-    if smoothing:
-        slopes -= smoothing / logits.shape[2]
-    return slopes.mul_(scales.unsqueeze(2))
+    """[M, C, B]: the derivative of ``sum(scales * CE)`` by the logits: softmax minus target.
 
-
-def backward(
-    layers: list[Layer],
-    inputs: Tensor,
-    outputs: list[Tensor],
-    slopes: Tensor,
-    gradients: list[Layer],
-) -> None:
-    """Writes the gradients of all layers, from the slopes [B, M, C] of the last one's output."""
-    for i in range(len(layers) - 1, 0, -1):
-        hidden, above = outputs[i - 1].transpose(0, 1), slopes.transpose(0, 1)  # [M, B, ...]
-        torch.bmm(above.mT, hidden, out=gradients[i].weight)
-        torch.sum(above, dim=1, out=gradients[i].bias)
-        below = torch.bmm(above, layers[i].weight).mul_(hidden > 0)  # [M, B, H]
-        slopes = below.transpose(0, 1)
-    flat = slopes.reshape(len(inputs), -1)  # [B, M out]
-    torch.mm(flat.T, inputs, out=gradients[0].weight.flatten(0, 1))
-    torch.sum(flat, dim=0, out=gradients[0].bias.flatten())
-
-
-ADAMW_BETAS = (0.9, 0.999)
-ADAMW_EPSILON = 1e-8
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """What the learning rate is multiplied with: linear from 0 to 1, then half a cosine to 0.
-
-    The same as `transformers.get_cosine_schedule_with_warmup`.
+    By hand, since `cross_entropy` under autograd takes every exponential twice and a buffer more:
+    1.5 times as long for 1000 classes.
 
     Args:
-        step: from 0.
-        steps: in all.
-        warmup: steps of the linear part.
+        logits: [M, C, B].
+        labels: [B] int64.
+        scales: [M, B].
+        smoothing: share of each target that is spread evenly over the classes.
     """
-    if step < warmup:
-        return step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
+    slopes = torch.softmax(logits, dim=1)
+    columns = labels.expand(len(logits), 1, -1)
+    slopes.scatter_add_(1, columns, slopes.new_full(columns.shape, smoothing - 1))
+    if smoothing:
+        slopes -= smoothing / logits.shape[1]
+    return slopes.mul_(scales.unsqueeze(1))
 
 
-class Sgd:
-    """`torch.optim.SGD` with momentum, for parameters [M, ...] with a rate and a decay each."""
+class StackedOptimizer:
+    """`torch.optim` for the parameters [M, ...] of many heads, with a rate and a decay each.
 
-    def __init__(
-        self, parameters: list[Tensor], rates: Tensor, decays: Tensor, momentum: float
-    ) -> None:
-        self.parameters, self.momentum = parameters, momentum
-        self.rates = [_per_head(rates, p) for p in parameters]
-        self.decays = [_per_head(decays, p) for p in parameters]
-        self.buffers = [torch.zeros_like(p) for p in parameters]
-
-    def step(self, gradients: list[Tensor], factor: float) -> None:
-        """One step; the gradients are overwritten."""
-        for parameter, gradient, buffer, rate, decay in zip(
-            self.parameters, gradients, self.buffers, self.rates, self.decays, strict=True
-        ):
-            gradient.addcmul_(parameter, decay)
-            buffer.mul_(self.momentum).add_(gradient)
-            parameter.addcmul_(buffer, rate, value=-factor)
-
-
-class AdamW:
-    """`torch.optim.AdamW`, for parameters [M, ...] with a rate and a decay each."""
-
-    def __init__(self, parameters: list[Tensor], rates: Tensor, decays: Tensor) -> None:
-        self.parameters, self.steps = parameters, 0
-        self.rates = [_per_head(rates, p) for p in parameters]
-        self.decays = [_per_head(decays, p) for p in parameters]
-        self.means = [torch.zeros_like(p) for p in parameters]
-        self.squares = [torch.zeros_like(p) for p in parameters]
-
-    def step(self, gradients: list[Tensor], factor: float) -> None:
-        """One step; the gradients are overwritten."""
-        self.steps += 1
-        first, second = ADAMW_BETAS
-        first_bias, second_bias = 1 - first**self.steps, 1 - second**self.steps
-        for parameter, gradient, mean, square, rate, decay in zip(
-            self.parameters, gradients, self.means, self.squares, self.rates, self.decays,
-            strict=True,
-        ):  # fmt: skip
-            parameter.mul_(1 - factor * rate * decay)
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            root = torch.sqrt(square, out=gradient)
-            root.div_(math.sqrt(second_bias)).add_(ADAMW_EPSILON)
-            parameter.addcmul_(mean / root, rate, value=-factor / first_bias)
-
-
-def make_optimizer(
-    layers: list[Layer], configs: list[ProbeConfig], settings: ProbeSettings, batch_size: int
-) -> Sgd | AdamW:
-    """The optimizer of some heads.
+    The optimizer itself runs at a rate of 1 times the schedule of `transformers`. A step of SGD is
+    linear in the gradients, so these are multiplied with each head's rate. AdamW's is not: there
+    the step is.
 
     Args:
         layers: of the heads; changed in place by each step.
         configs: rate and decay of each head.
         settings: which optimizer, its momentum, and the batch that rates are for.
         batch_size: rows per step.
+        warmup: steps in which the rate rises.
+        steps: in all.
     """
-    parameters = [part for layer in layers for part in layer]
-    device = parameters[0].device
-    scale = batch_size / settings.rate_batch if settings.rate_batch else 1.0
-    rates = torch.tensor([c.learning_rate * scale for c in configs], device=device)
-    decays = torch.tensor([c.weight_decay for c in configs], device=device)
-    if Optimizer(settings.optimizer) is Optimizer.ADAMW:
-        return AdamW(parameters, rates, decays)
-    return Sgd(parameters, rates, decays, settings.momentum)
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        configs: list[ProbeConfig],
+        settings: ProbeSettings,
+        batch_size: int,
+        warmup: int,
+        steps: int,
+    ) -> None:
+        self.parameters = [part.requires_grad_() for layer in layers for part in layer]
+        device = self.parameters[0].device
+        scale = batch_size / settings.rate_batch if settings.rate_batch else 1.0
+        self.rates = torch.tensor([c.learning_rate * scale for c in configs], device=device)
+        self.decays = torch.tensor([c.weight_decay for c in configs], device=device)
+        self.is_sgd = Optimizer(settings.optimizer) is Optimizer.SGD
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(self.parameters, 1.0, settings.momentum, fused=True)
+            if self.is_sgd
+            else torch.optim.AdamW(self.parameters, 1.0, weight_decay=0.0, fused=True)
+        )
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
+
+    def step(self, logits: Tensor, slopes: Tensor) -> None:
+        """One step down the sum of the losses of the heads.
+
+        Args:
+            logits: [M, C, B], from the layers.
+            slopes: [M, C, B], of the loss by the logits.
+        """
+        self.optimizer.zero_grad()
+        logits.backward(slopes)
+        with torch.no_grad():
+            if self.is_sgd:
+                self._step_sgd()
+            else:
+                self._step_adamw()
+        self.schedule.step()
+
+    def _step_sgd(self) -> None:
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            rates, decays = (_per_head(v, parameter) for v in (self.rates, self.decays))
+            parameter.grad.addcmul_(parameter, decays).mul_(rates)
+        self.optimizer.step()
+
+    def _step_adamw(self) -> None:
+        (factor,) = self.schedule.get_last_lr()
+        shrinking = 1 - factor * self.rates * self.decays
+        for parameter in self.parameters:
+            parameter.mul_(_per_head(shrinking, parameter))
+        before = [parameter.clone() for parameter in self.parameters]
+        self.optimizer.step()
+        for parameter, start in zip(self.parameters, before, strict=True):
+            parameter.copy_(start.lerp_(parameter, _per_head(self.rates, parameter)))
 
 
 def _per_head(values: Tensor, parameter: Tensor) -> Tensor:
@@ -224,7 +201,7 @@ class ProbeHeads:
         rows = max(1, _LARGEST_BLOCK // (len(self) * widest))
         for start in range(0, len(features), rows):
             inputs = _standardized(features[start : start + rows], self.mean, self.scale)
-            yield forward(self.layers, inputs)[-1].transpose(0, 1)
+            yield forward(self.layers, inputs).transpose(1, 2)
 
 
 class ProbeScore(NamedTuple):
@@ -295,25 +272,17 @@ def train_probes(
     check_configs(configs)
     _check_rows(features, labels)
     mean, scale = _standardization(features)
-    data = _Data(features, labels, mean, scale, settings)
     weights = class_weights(labels, num_labels, settings.class_weighting)[labels]  # [N]
-    factors = LossFactors(configs, weights, settings, knn_log_probs)
+    factors = LossFactors.of(configs, weights, settings, knn_log_probs)
+    rows = _Rows(features, labels, mean, scale, factors, settings)
     start = initial_layers(features.shape[1], num_labels, settings, features.device)
-    chunks = _chunks(len(configs), start, data.batch_size, settings)
-    parts = []
+    chunks = _chunks(len(configs), start, rows.batch_size, settings)
     bar = transformers_logging.tqdm(
         total=settings.epochs * len(chunks), desc="Training heads", unit="epoch",
         disable=not progress,
     )  # fmt: skip
-    with bar, torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        for chunk in chunks:
-            layers = [repeated(layer, len(chunk)) for layer in start]
-            chosen = configs[chunk.start : chunk.stop]
-            optimizer = make_optimizer(layers, chosen, settings, data.batch_size)
-            for epoch in range(settings.epochs):
-                data.run_epoch(epoch, layers, optimizer, factors.of(chunk))
-                bar.update()
-            parts.append(layers)
+    with bar:
+        parts = [_train_together(chunk, configs, start, rows, bar.update) for chunk in chunks]
     return ProbeHeads(configs, mean, scale, [joined(same) for same in zip(*parts, strict=True)])
 
 
@@ -389,8 +358,8 @@ def choose_probe(table: list[ProbeScore], count: int) -> ProbeChoice:
     return ProbeChoice(best, table[best], table)
 
 
-class _Data:
-    """The rows in the order in which every head sees them."""
+class _Rows:
+    """The rows in the order in which every head sees them, and what each weighs."""
 
     def __init__(
         self,
@@ -398,41 +367,56 @@ class _Data:
         labels: Tensor,
         mean: Tensor,
         scale: Tensor,
+        factors: LossFactors,
         settings: ProbeSettings,
     ) -> None:
-        self.features, self.labels = features, labels
+        self.features, self.labels, self.factors = features, labels, factors
         self.mean, self.scale = mean, scale
         self.settings = settings
         self.batch_size = min(settings.batch_size, len(labels))
         self.steps = math.ceil(len(labels) / self.batch_size)  # per epoch
-        self.warmup = round(settings.warmup_epochs * self.steps)
 
-    def order(self, epoch: int) -> Tensor:
-        """[N] a permutation of the rows that depends on nothing but the seed and the epoch."""
+    def inputs(self, batch: Tensor) -> Tensor:
+        """[B, D] standardised rows of a minibatch of row numbers [B]."""
+        return _standardized(self.features[batch], self.mean, self.scale)
+
+    def batches(self, epoch: int) -> tuple[Tensor, ...]:
+        """Row numbers [B], in an order that depends on nothing but the seed and the epoch."""
         generator = generator_of(self.settings.seed, 2 + epoch)
-        return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        order = torch.randperm(len(self.labels), generator=generator)
+        return order.to(self.labels.device).split(self.batch_size)
 
-    def run_epoch(
-        self,
-        epoch: int,
-        layers: list[Layer],
-        optimizer: Sgd | AdamW,
-        factors: ChunkFactors,
-    ) -> None:
-        """Takes all steps of an epoch, in place."""
-        gradients = [Layer(*map(torch.empty_like, layer)) for layer in layers]
-        flat = [part for layer in gradients for part in layer]
-        steps = self.settings.epochs * self.steps
-        for i, batch in enumerate(self.order(epoch).split(self.batch_size)):
-            inputs = _standardized(self.features[batch], self.mean, self.scale)
-            outputs = forward(layers, inputs)
-            scales = factors.at(batch) / len(batch)  # [B, M]
-            slopes = loss_slopes(
-                outputs[-1], self.labels[batch], scales, self.settings.label_smoothing
-            )
-            backward(layers, inputs, outputs, slopes, gradients)
-            step = epoch * self.steps + i
-            optimizer.step(flat, learning_rate_factor(step, steps, self.warmup))
+
+def _train_together(
+    chunk: range,
+    configs: list[ProbeConfig],
+    start: list[Layer],
+    rows: _Rows,
+    on_epoch: Callable[[], object],
+) -> list[Layer]:
+    """Some of the heads, trained, whatever mode the caller is in."""
+    settings = rows.settings
+    device = start[0].weight.device.type
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+    ):
+        layers = [repeated(layer, len(chunk)) for layer in start]
+        optimizer = StackedOptimizer(
+            layers, configs[chunk.start : chunk.stop], settings, rows.batch_size,
+            round(settings.warmup_epochs * rows.steps), settings.epochs * rows.steps,
+        )  # fmt: skip
+        for epoch in range(settings.epochs):
+            for batch in rows.batches(epoch):
+                logits = forward(layers, rows.inputs(batch))
+                scales = rows.factors.at(chunk, batch) / len(batch)
+                slopes = loss_slopes(
+                    logits.detach(), rows.labels[batch], scales, settings.label_smoothing
+                )
+                optimizer.step(logits, slopes)
+            on_epoch()
+    return [Layer(*(part.detach() for part in layer)) for layer in layers]
 
 
 def _chunks(count: int, head: list[Layer], batch_size: int, settings: ProbeSettings) -> list[range]:

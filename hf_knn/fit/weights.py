@@ -1,7 +1,7 @@
 """What each row weighs in the loss: more where k-NN finds it hard, or its class is small."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -116,26 +116,36 @@ def loss_factors(knn_log_probs: Tensor, config: ProbeConfig, settings: ProbeSett
     return factors
 
 
-class LossFactors:
-    """Factors [N] of each configuration, those that are equal held once.
+class LossFactors(NamedTuple):
+    """What each row weighs to each of M heads, those that are equal held once.
 
-    Args:
-        configs: M of them.
-        weights: [N] class weight of each row.
-        settings: see `loss_factors`.
-        knn_log_probs: [N]; needed where a configuration has an alpha or a gamma.
-
-    Raises:
-        ValueError: for `knn_log_probs` that are missing, of another shape or above 0.
+    Attributes:
+        rows: [U, N] float32, each row different.
+        which: [M] int64, the row of each head.
     """
 
-    def __init__(
-        self,
+    rows: Tensor
+    which: Tensor
+
+    @classmethod
+    def of(
+        cls,
         configs: list[ProbeConfig],
         weights: Tensor,
         settings: ProbeSettings,
         knn_log_probs: Tensor | None,
-    ) -> None:
+    ) -> Self:
+        """Class weights times the factors of each configuration.
+
+        Args:
+            configs: M of them.
+            weights: [N] class weight of each row.
+            settings: see `loss_factors`.
+            knn_log_probs: [N]; needed where a configuration has an alpha or a gamma.
+
+        Raises:
+            ValueError: for `knn_log_probs` that are missing, of another shape or above 0.
+        """
         keys = [config._replace(learning_rate=1.0, weight_decay=0.0) for config in configs]
         distinct = list(dict.fromkeys(keys))
         rows = []
@@ -149,30 +159,13 @@ class LossFactors:
                     "but got None; pass the leave-one-out log p_knn of each row's label."
                 )
             _check_knn_log_probs(knn_log_probs, weights)
-            factors = loss_factors(knn_log_probs.to(weights.device), config, settings)
-            rows.append(weights * factors)
-        self.rows = torch.stack(rows)  # [U, N]
-        self.which = torch.tensor([distinct.index(key) for key in keys], device=weights.device)
+            rows.append(weights * loss_factors(knn_log_probs.to(weights.device), config, settings))
+        which = torch.tensor([distinct.index(key) for key in keys], device=weights.device)
+        return cls(torch.stack(rows), which)
 
-    def of(self, chunk: range) -> "ChunkFactors":
-        """Those of some of the configurations."""
-        return ChunkFactors(self.rows, self.which[chunk.start : chunk.stop])
-
-
-class ChunkFactors(NamedTuple):
-    """Factors of M heads, of which some are equal.
-
-    Attributes:
-        rows: [U, N] float32, each row different.
-        which: [M] int64, the row of each head.
-    """
-
-    rows: Tensor
-    which: Tensor
-
-    def at(self, batch: Tensor) -> Tensor:
-        """[B, M] the factors of a minibatch of row numbers [B]."""
-        return self.rows[:, batch][self.which].T
+    def at(self, heads: range, batch: Tensor) -> Tensor:
+        """[M, B] the factors of some heads for a minibatch of row numbers [B]."""
+        return self.rows[:, batch][self.which[heads.start : heads.stop]]
 
 
 def _check_knn_log_probs(knn_log_probs: Tensor, rows: Tensor) -> None:

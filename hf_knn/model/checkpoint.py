@@ -59,8 +59,8 @@ from .card import (
 )
 from .code import AUTO_MAP, CODE_NAMES, legacy_code, reader_of, write_code
 from .memory import Memory
+from .pictures import Thumbnails
 from .receipts import CHANGES_NAME, read_changes, write_changes
-from .thumbnails import Thumbnails
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.backbone import KnnHead
 from ..core.config import KnnConfig
-from ..core.head import KnnHead
 from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
+from .pictures import Thumbnails
 from .receipts import Receipt
 from .ridge import RidgeState, follows_rows, prepare_rows, sum_rows
-from .thumbnails import Thumbnails
 
 
 @dataclass(frozen=True)

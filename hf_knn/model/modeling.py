@@ -28,10 +28,8 @@ from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
-from .notes import of_unanswered
-from .pictures import features_of, small_pictures, thumbnails_of
-from .receipts import Receipt
-from .thumbnails import Thumbnails
+from .pictures import Thumbnails, features_of, small_pictures, thumbnails_of
+from .receipts import Receipt, note_of_unanswered
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
@@ -386,7 +384,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         keeps = self.thumbnails is not None and images is not None
         small = small_pictures(images) if keeps else []
         self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
-        remark = of_unanswered(self, found, self._memory.receipts[-1].labels)
+        remark = note_of_unanswered(self, found, self._memory.receipts[-1].labels)
         if remark:
             self._memory = self._memory.remarked(remark)
         return self._memory.receipts[-1]

@@ -11,8 +11,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..core.backbone import KnnHead
 from ..core.config import Head, KnnConfig, Normalization
-from ..core.head import KnnHead
 from ..core.votes import ClassWeighting
 from ..store.backend import RowStore
 
@@ -463,4 +463,4 @@ def solve_head(state: RidgeState, config: KnnConfig, like: KnnHead) -> nn.Linear
     with torch.no_grad():
         layer.weight.copy_(weight / config.head_temperature)
         layer.bias.copy_((bias / config.head_temperature).clamp(min=IMPOSSIBLE))
-    return layer.requires_grad_(old.requires_grad)
+    return layer.requires_grad_(old.requires_grad).train(like.training)

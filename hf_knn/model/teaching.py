@@ -18,12 +18,20 @@ from ..core.config import KnnConfig
 from ..core.rows import Values, as_whole_numbers
 from ..store.backend import RowStore, SearchBackend, as_row_store, check_alike
 from ..store.table import StoredRows
-from . import notes
 from .classes import Classes, Label
 from .memory import Gone, Memory, Tally
-from .receipts import Change, Receipt, Scope
+from .pictures import Thumbnails
+from .receipts import (
+    ELSEWHERE_NOTE,
+    HEAD_NOTE,
+    STALE_NOTE,
+    TAUGHT_NOTE,
+    Change,
+    Receipt,
+    Scope,
+    notes_of_forgotten,
+)
 from .ridge import center_head, solve_head
-from .thumbnails import Thumbnails
 
 
 def teach(
@@ -183,7 +191,7 @@ def _remove(
             store.recenter()
         if action == Change.FORGET:
             had = memory.picture is not None
-            said = notes.of_forgotten(store, labels, memory.classes.names, recenter, had)
+            said = notes_of_forgotten(store, labels, memory.classes.names, recenter, had)
         classes = _without_unused(memory.classes, store, dropped)
         done = _Done(action, ids, classes, memory.classes.names_of(labels), said=said)
         after = _after(memory, config, store, done, gone=gone, is_recentered=recenter)
@@ -267,8 +275,8 @@ def _after(
     new = list(classes.names[len(memory.classes.names) :])
     receipt = _receipt(done, new, before, tally, config, store.location)
     measured = memory.measured
-    if measured is not None and notes.STALE not in measured.get("note", ""):
-        measured = measured | {"note": f"{measured.get('note', '')} {notes.STALE}".strip()}
+    if measured is not None and STALE_NOTE not in measured.get("note", ""):
+        measured = measured | {"note": f"{measured.get('note', '')} {STALE_NOTE}".strip()}
     return replace(
         memory, head=head, classes=classes, rows=store, tally=tally, measured=measured,
         receipts=(*memory.receipts, receipt), gone=None,
@@ -283,11 +291,11 @@ def _receipt(
     config: KnnConfig,
     location: str | None,
 ) -> Receipt:
-    remarks = [*done.said, *([notes.TAUGHT] if new else [])]
+    remarks = [*done.said, *([TAUGHT_NOTE] if new else [])]
     if after.ridge is None:
-        remarks.insert(0, notes.HEAD.format(config.head))
+        remarks.insert(0, HEAD_NOTE.format(config.head))
     if location is not None:
-        remarks.append(notes.ELSEWHERE.format(location))
+        remarks.append(ELSEWHERE_NOTE.format(location))
     return Receipt(
         action=str(done.action),
         ids=done.ids.tolist(),

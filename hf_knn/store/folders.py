@@ -61,6 +61,24 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     fsync_path(path.parent)
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that is renamed to it at the end; of a failure nothing stays.
+
+    For what can be computed again: nothing is flushed, and several processes may write at once.
+
+    Args:
+        path: where the file goes; its folder is made.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def stage_file(path: Path, write: Callable[[Path], None], scratch: Path | None = None) -> Path:
     """Writes what `path` shall become and flushes it; the caller renames it into place.
 

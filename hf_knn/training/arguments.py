@@ -1,10 +1,12 @@
 """The arguments of `KnnTrainer`: those of `TrainingArguments` and the k-NN ones."""
 
+import copy
 import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -195,6 +197,28 @@ class KnnTrainingArguments(TrainingArguments):
         """
         text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
         (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def quiet(self, folder: str) -> "KnnTrainingArguments":
+        """The same recipe without saving, evaluating or talking.
+
+        Args:
+            folder: the output folder.
+        """
+        changes: dict[str, Any] = {
+            "output_dir": folder,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "push_to_hub": False,
+            "load_best_model_at_end": False,
+            "do_eval": False,
+        }
+        quiet = copy.copy(self)
+        for name, value in changes.items():
+            setattr(quiet, name, value)
+        return quiet
 
     @property
     def refresh_steps(self) -> int | None:

@@ -1,9 +1,10 @@
 """What happens at the beginning and the end of epochs and steps of a fine-tuning run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ..data.augmentation import EpochRows
 from .arguments import KnnTrainingArguments
@@ -74,6 +75,18 @@ def callbacks_of(
     if args.reweights:
         callbacks.append(RefreshCallback(refresh, loss))
     return callbacks
+
+
+@contextmanager
+def taking_part(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """Adds callbacks to a trainer, and takes them away afterwards."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            trainer.remove_callback(callback)
 
 
 class EpochReport(TrainerCallback):

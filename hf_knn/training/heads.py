@@ -14,10 +14,41 @@ from ..fit.heads import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes
 from ..fit.sweep import ProbeChoice
 from ..model.modeling import KnnForImageClassification
 from .arguments import KnnTrainingArguments
-from .rows import store_of
+from .rows import folds_of, store_of
 
 PartsOf = Callable[[ImageFeatures, ProbeGrid], Iterator[Part]]
 """From all rows and a grid to what is fitted and chosen on."""
+
+
+def sweep_parts(
+    features: ImageFeatures,
+    held_out: ImageFeatures | None,
+    grid: ProbeGrid,
+    model: KnnForImageClassification,
+    args: KnnTrainingArguments,
+) -> Iterator[Part]:
+    """What the heads of a sweep are fitted and chosen on: the validation set, or folds.
+
+    Args:
+        features: all rows.
+        held_out: the validation set, if there is one.
+        grid: of the sweep, which may need votes.
+        model: with the widths.
+        args: of the run.
+
+    Raises:
+        ValueError: without a validation set, if no class has two rows, or two groups.
+    """
+
+    def part(fitted: ImageFeatures, held_out: ImageFeatures) -> Part:
+        votes = own_votes(lambda rows: store_of(rows, model.config, args), fitted, model, grid)
+        return Part(fitted, held_out, votes)
+
+    if held_out is not None:
+        yield part(features, held_out)
+        return
+    for fold in folds_of(features, args):
+        yield part(features.select(fold.fitted), features.select(fold.held_out))
 
 
 def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | None) -> None:

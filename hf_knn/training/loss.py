@@ -12,7 +12,7 @@ from ..core.model import KnnImageClassifierOutput
 from ..core.votes import ClassWeighting
 from ..features.extract import ImageFeatures
 from ..fit.grids import LossNormalization
-from ..fit.own_votes import OwnVotes, own_log_probs
+from ..fit.voices import OwnVotes, own_log_probs
 from ..fit.weights import class_weights, focal_loss_weights, knn_loss_weights
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments

@@ -1,4 +1,4 @@
-"""The rows that a trainer is given: checked, as features, and as a datastore."""
+"""The rows that a trainer is given: checked, as features, as folds, and as a datastore."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..data.augmentation import Augment, EpochRows
 from ..data.loading import fingerprint_of, groups_of, labels_of, prepare
+from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures, extract_features
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
@@ -182,3 +183,12 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
+
+
+def folds_of(features: ImageFeatures, args: KnnTrainingArguments) -> list[Fold]:
+    """Folds of the rows, in which what belongs together stays together.
+
+    Raises:
+        ValueError: if no class has two rows, or two groups.
+    """
+    return stratified_folds(features.labels, args.tune_folds, args.seed, features.groups)

@@ -23,19 +23,18 @@ from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
-from ..fit.measure import ask_voices, choose_blend, describe_measurement, grid_for, measure_voices
-from ..fit.own_votes import OwnVotes
+from ..fit.measure import ask_folds, ask_voices, choose_blend, describe_measurement, measure_voices
 from ..fit.sweep import ProbeChoice
+from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from ..store.hub import PushTarget
 from .arguments import KnnTrainingArguments
-from .callbacks import callbacks_of
+from .callbacks import callbacks_of, taking_part
 from .checkpoints import STAGING, find_whole, publish_with_state, start_staging
-from .folds import ask_folds, quiet_arguments, sweep_parts
-from .heads import check_at_once, fit_at_once
+from .heads import check_at_once, fit_at_once, sweep_parts
 from .hub import is_due, prepare_checkpoint_push, prepare_push, push_in_background
 from .loss import KnnLoss, check_finite
 from .rows import (
@@ -45,6 +44,7 @@ from .rows import (
     check_sources,
     check_tunable,
     checked_rows,
+    folds_of,
     labels_in,
     store_of,
 )
@@ -142,7 +142,7 @@ class KnnTrainer(Trainer):
         self.loss.forget()
         self.loss.weigh_classes(labels_in(pictures))
         callbacks = callbacks_of(pictures, self.args, self._refresh, self.loss)
-        with keeping_trainable(self.model.backbone):
+        with keeping_trainable(self.model.backbone), taking_part(self, callbacks):
             if self.args.freeze_backbone:
                 self.model.backbone.requires_grad_(False)
                 self._prepare_probe()
@@ -150,14 +150,10 @@ class KnnTrainer(Trainer):
                 self.model.datastore = None  # of weights that are about to change
                 if self.args.trainable_blocks is not None:
                     freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
-            for callback in callbacks:
-                self.add_callback(callback)
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
                 self.train_dataset = pictures
-                for callback in callbacks:
-                    self.remove_callback(callback)
         self.build_datastore()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
@@ -213,17 +209,14 @@ class KnnTrainer(Trainer):
             self.build_datastore()
         if dataset is not None:
             features = self._features_of(checked_rows(dataset, self.model))
-            k = max(grid_for(self.model, len(features)).k)
-            held_out = ask_voices(self.model, features, k, self.args.device)
+            held_out = ask_voices(self.model, features, self.args.device)
         else:
-            if self.train_features is None:
-                self.train_features = self._features_of(self.train_dataset)
-            k = max(grid_for(self.model, len(self.train_features)).k)
-            held_out = ask_folds(self.train_features, self.args, self._fit_fold, k)
+            rows = self.train_features or self._features_of(self.train_dataset)
+            self.train_features, folds = rows, folds_of(rows, self.args)
+            held_out = ask_folds(self.model, rows, folds, self._fit_fold, self.args.device)
         self.tune_result = choose_blend(
             self.model,
             held_out,
-            grid_for(self.model, len(held_out.labels)),
             criterion or self.args.tune_criterion,
             self.args.calibrate if calibrate is None else calibrate,
         )
@@ -413,7 +406,7 @@ class KnnTrainer(Trainer):
         """A fresh head and datastore from some of the rows, by the same recipe."""
         model = with_fresh_head(self.model, self.args.seed)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = KnnTrainer(model, quiet_arguments(self.args, folder), train_dataset=features)
+            trainer = KnnTrainer(model, self.args.quiet(folder), train_dataset=features)
             trainer.remove_callback(PrinterCallback)
             trainer.probe_choice = self.probe_choice
             trainer.train()

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e9f3948d3c612be3f0d8fa0d48926f10a8cdb57d5b8daea5b6a613f6e6aab146.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 a9d0e1d30134da610e6ef8d0ab3efb64e5eb03e432ad4d64da59f9c72512a773.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -11,7 +11,7 @@ from support.pictures import random_features
 from hf_knn.checkup.findings import Kind, Pictures
 from hf_knn.checkup.labels import label_findings, score_labels
 from hf_knn.data.splits import stratified_folds
-from hf_knn.fit.out_of_fold import K, choose_cell, out_of_fold
+from hf_knn.fit.voices import K, choose_cell, out_of_fold
 
 CLASSES = 4
 

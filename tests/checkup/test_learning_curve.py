@@ -7,7 +7,7 @@ from support.pictures import random_features
 
 from hf_knn.checkup.learning_curve import FRACTIONS, fit_curve, fit_power_law, measure_curve
 from hf_knn.data.splits import stratified_folds
-from hf_knn.fit.out_of_fold import out_of_fold
+from hf_knn.fit.voices import out_of_fold
 
 SIZES = np.array([100.0, 200.0, 400.0, 800.0])
 

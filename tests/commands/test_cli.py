@@ -16,7 +16,7 @@ from support.commands import hf_knn, save_backbone, wide_terminal  # noqa: F401
 
 from hf_knn import KnnForImageClassification
 from hf_knn.data import decode_image
-from hf_knn.model.thumbnails import small_webp
+from hf_knn.model.pictures import small_webp
 
 ROOT = Path(__file__).parents[2]
 BROKEN = "disc/007.jpg"

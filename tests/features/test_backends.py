@@ -14,7 +14,8 @@ from torch import Tensor
 from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
 from hf_knn.features import backends as backend_choice
 from hf_knn.features import graphs as encoder_graphs
-from hf_knn.features.backends import Work, choose_backend, largest_gap, open_encoder
+from hf_knn.features.backends import choose_backend, largest_gap, open_encoder
+from hf_knn.features.encoders import Work
 from hf_knn.features.extract import ImageFeatures
 from hf_knn.features.graphs import GraphError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_knn.core.head import KnnHead
+from hf_knn.core.backbone import KnnHead
 from hf_knn.fit import sweep as probe
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
 from hf_knn.fit.sweep import (

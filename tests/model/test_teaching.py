@@ -99,6 +99,7 @@ def test_a_ridge_head_equals_a_refit_after_every_change(
     more = cloud(12).features + 0.3
     receipt = model.teach(features=more, labels=["fox"] * 8 + [CLASSES[0]] * 4)
     assert receipt.new_classes == ["fox"]
+    assert not model.head.classifier.training  # as the model that it came into
     assert model.config.class_names == [*CLASSES, "fox"]
     assert_is_refit(model)
     model.relabel(receipt.ids[:3], [CLASSES[1]] * 3)

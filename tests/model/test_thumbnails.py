@@ -17,7 +17,7 @@ import hf_knn_cli
 from hf_knn import KnnForImageClassification
 from hf_knn.core.manifest import DatastoreError
 from hf_knn.core.reading import THUMBNAILS_NAME
-from hf_knn.model.thumbnails import Thumbnails, small_webp
+from hf_knn.model.pictures import Thumbnails, small_webp
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers import BitImageProcessor
 from hf_knn import KnnTrainer, KnnTrainingArguments, extract_features
 from hf_knn.data.augmentation import Augment, EpochRows
 from hf_knn.data.loading import prepare
-from hf_knn.fit.own_votes import OwnVotes
+from hf_knn.fit.voices import OwnVotes
 from hf_knn.fit.weights import class_weights
 from hf_knn.model.backbones import freeze_all_but_last
 from hf_knn.training.checkpoints import newest_whole

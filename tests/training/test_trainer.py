@@ -44,7 +44,7 @@ from hf_knn import (
     extract_features,
     tune,
 )
-from hf_knn.core.head import KnnHead
+from hf_knn.core.backbone import KnnHead
 from hf_knn.data.batches import KnnCollator
 from hf_knn.data.loading import prepare
 from hf_knn.data.splits import split_rows, stratified_folds
