@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..checkup.doctor import DoctorOptions, Source, check_up, open_source
+from ..checkup.doctor import DoctorOptions, check_up, open_source
 from ..checkup.examine import Checkup, Watch, decoded_or_none, inspect_datastore, open_picture
 from ..checkup.findings import write_csv
 from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
@@ -51,12 +51,16 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         checkup = check_up(options, source, watch)
 
     def show(number: int) -> Image.Image | None:
-        return _picture(source, number)
+        try:
+            return None if source.places[number] < 0 else picture_of(*source.picture(number))
+        except (BadImageError, OSError):  # it is a finding already, with this reason
+            return None
 
-    name = Path(options.pictures).name
+    name, backbone = Path(options.pictures).name, options.backbone
+    shown = Path(backbone).name if Path(backbone).exists() else backbone  # or a Hub id
     lead = [
-        f"What hf-knn doctor found in {name}, looked at with {_short(options.backbone)}. "
-        f"{CSV_NAME} beside this page has all of it, to be sorted and worked through."
+        f"What hf-knn doctor found in {name}, looked at with {shown}. {CSV_NAME} beside this page "
+        "has all of it, to be sorted and worked through."
     ]
     with checkup.phase("report"):
         write_csv(options.output / CSV_NAME, checkup.findings, checkup.pictures)
@@ -68,19 +72,13 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         return
     print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
+    words = ["hf-knn", "train", options.pictures, "--backbone", backbone]
+    words += [] if options.group_by is None else ["--group-by", options.group_by]
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
-        f"{escape(plain(_next_command(options)))}[/]",
+        f"{escape(plain(shlex.join(words)))}[/]",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
-
-
-def _next_command(options: DoctorOptions) -> str:
-    """Trains on the same pictures, with the features that are there now."""
-    words = ["hf-knn", "train", options.pictures, "--backbone", options.backbone]
-    if options.group_by is not None:
-        words += ["--group-by", options.group_by]
-    return shlex.join(words)
 
 
 @contextmanager
@@ -153,22 +151,6 @@ def summary_of(checkup: Checkup, page: Path) -> dict[str, Any]:
         "report": str(page),
         "csv": str(page.with_name(CSV_NAME)),
     }
-
-
-def _short(backbone: str) -> str:
-    """A Hub id as it is, a folder without its parents."""
-    return Path(backbone).name if Path(backbone).exists() else backbone
-
-
-def _picture(source: Source, number: int) -> Image.Image | None:
-    if source.places[number] < 0:
-        return None
-    part, row = source.picture(number)
-    try:
-        image: Image.Image = picture_of(part, row)
-    except (BadImageError, OSError):  # it is a finding already, with this reason
-        return None
-    return image
 
 
 def inspect_checkpoint(
@@ -289,7 +271,8 @@ def check_code(checkpoint: str, revision: str | None) -> None:
         OSError: if there is no such repository or revision, or it cannot be reached.
         typer.Exit: with 1, if there is a difference.
     """
-    place, folder = plain(checkpoint), Path(checkpoint)
+    folder = Path(checkpoint)
+    place = plain(checkpoint if revision is None else f"{checkpoint} at {revision}")
     if folder.is_dir() and revision is not None:
         raise ValueError(f"Expected no revision of a folder, but got {revision!r}; leave it out.")
     files = HubFiles(checkpoint, {"revision": revision})
@@ -310,7 +293,7 @@ def check_code(checkpoint: str, revision: str | None) -> None:
         return
     say(escape(f"The code of {place} is not {installed}."))
     if old:
-        say(f"It is named like that of hf-knn 0.1, which wrote {len(old)} files into a checkpoint.")
+        say(f"{len(old)} files are named like those that hf-knn 0.1 wrote into a checkpoint.")
     for problem in problems:
         say(escape(f"- {plain(problem)}"))
     say(

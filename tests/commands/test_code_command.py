@@ -75,7 +75,7 @@ def test_a_file_that_is_missing_is_named(checkpoint: Path) -> None:
 def test_the_51_files_of_the_first_version_are_called_by_name(tmp_path: Path) -> None:
     said = refused(lay_out("vit_cosine", tmp_path / "old"))
     assert len(LEGACY_CODE) == 51
-    assert "It is named like that of hf-knn 0.1, which wrote 51 files into a checkpoint." in said
+    assert "51 files are named like those that hf-knn 0.1 wrote into a checkpoint." in said
     assert "config.json runs other code: configuration_knn, modeling_knn." in said
 
 

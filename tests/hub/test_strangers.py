@@ -97,7 +97,7 @@ def test_the_code_of_a_repository_is_compared_before_anybody_runs_it(hub: Hub, m
     assert "modeling_hf_knn.py is not that of the installed package" in done.stdout
     done = hf_knn("code", REPO, "--revision", "safe")
     assert done.exit_code == 0, done.output
-    assert f"{REPO} (safe)" in done.stdout
+    assert f"{REPO} at safe" in done.stdout
     done = hf_knn("code", "org/nothing")
     assert done.exit_code == 1
     assert "org/nothing" in done.stderr

@@ -55,6 +55,20 @@ def test_the_rows_move_and_predict_finds_them(checkpoint, uri, tmp_path, monkeyp
     assert "refers to Milvus already" in again.output
 
 
+def test_rows_that_lie_there_are_inspected(checkpoint, uri, tmp_path, monkeypatch):
+    beside = hf_knn("inspect", checkpoint, "-o", tmp_path / "beside", "--json")
+    assert hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "seen").exit_code == 0
+    monkeypatch.setenv("HF_KNN_MILVUS_URI", uri)
+    there = hf_knn("inspect", checkpoint, "-o", tmp_path / "there", "--json")
+    assert there.exit_code == 0, there.output
+    found, wanted = json.loads(there.stdout), json.loads(beside.stdout)
+    assert found["counts"] == wanted["counts"]
+    for fact in ("rows", "width", "fingerprint of backbone"):
+        assert found["checkpoint"][fact] == wanted["checkpoint"][fact]
+    pages = [tmp_path / place / "findings.csv" for place in ("beside", "there")]
+    assert pages[0].read_text() == pages[1].read_text()
+
+
 def test_the_index_is_chosen_and_its_recall_said(checkpoint, uri):
     done = hf_knn("milvus", checkpoint, "--uri", uri, "--collection", "hnsw", "--index", "hnsw")
     assert done.exit_code == 0, done.stderr
