@@ -1,6 +1,6 @@
 """Backends that encode: graphs for other runtimes, and which one is used for which model.
 
-The one that was asked for encodes, or the fastest that agrees with PyTorch; a graph is exported once.
+The one asked for encodes, or the fastest that agrees with PyTorch; a graph is exported once.
 What `auto` measures is remembered per model, image processor and machine; it then takes what leaves
 the least to wait for, so that pictures encoded by one backend are not encoded again by another. The
 choice is made here and nowhere else.
