@@ -79,7 +79,10 @@ def read_module(path: Path) -> Module:
     """
     text = path.read_text(encoding="utf-8")
     lines, tree = text.splitlines(), ast.parse(text)
-    module = Module(ast.get_docstring(tree) or "")
+    doc = ast.get_docstring(tree)
+    if doc is None:
+        raise SyntaxError(f"Expected {path.name} to begin with a docstring.")
+    module = Module(doc)
     for node in tree.body[1:]:
         place = f"{path.name}:{node.lineno}"
         if isinstance(node, ast.Import):
@@ -173,9 +176,10 @@ def _reads_of(node: ast.stmt) -> set[str]:
     found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     for part in ast.walk(node):
         for hint in (getattr(part, "annotation", None), getattr(part, "returns", None)):
-            if isinstance(hint, ast.Constant) and isinstance(hint.value, str):
-                quoted = ast.walk(ast.parse(hint.value))
-                found |= {name.id for name in quoted if isinstance(name, ast.Name)}
+            for text in ast.walk(hint) if hint is not None else ():
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    quoted = ast.walk(ast.parse(text.value))
+                    found |= {name.id for name in quoted if isinstance(name, ast.Name)}
     return found
 
 
@@ -227,13 +231,12 @@ def _merged(statements: set[str]) -> list[str]:
 
 
 def _spaced(sections: list[str]) -> list[str]:
-    """Blank lines as between definitions: two around functions and classes, else one or none."""
+    """One blank line around definitions, two around modules, none between plain constants."""
     found, before = list[str](), ""
     for text in sections:
-        if _is_constant(text) and _is_constant(before):
-            found.append(f"\n{text}" if before.endswith('"""') else text)
-        else:
-            found.append(f"\n{text}" if before.startswith("# ----") else f"\n\n{text}")
+        is_close = _is_constant(text) and _is_constant(before) and not before.endswith('"""')
+        blank = "" if is_close else "\n\n" if text.startswith("# ----") else "\n"
+        found.append(blank + text)
         before = text
     return found
 

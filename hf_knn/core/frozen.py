@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .manifest import MANIFEST_NAME, Binding, DatastoreError, FileRecord, Manifest
+from .manifest import FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError, FileRecord, Manifest
 from .rows import RowParts, Values, check_row_numbers, refuse_non_finite
 from .search import Neighbors, RowSpace, Searcher, TorchFirstPass, check_request
 
@@ -110,22 +110,33 @@ class FrozenDatastore:
         neighbors = Neighbors(torch.from_numpy(similarities), self.labels[found], self.ids[found])
         return neighbors.rounded(queries)
 
-    def copy_to(self, folder: Path, binding: Binding | None) -> None:
-        """Copies the files into another folder, bound to the checkpoint that lies there.
+    def copy_to(self, folder: Path) -> None:
+        """Copies the row files into another folder, before anything else is written there.
 
         Args:
-            folder: an existing folder.
-            binding: the checkpoint.
+            folder: made if it is not there.
 
         Raises:
-            DatastoreError: for a file that is no longer what was opened.
+            DatastoreError: for a file that is gone, or no longer what was opened.
         """
+        folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
+            record.verify(path)
             if not target.exists() or not target.samefile(path):
+                target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-            record.verify(target)
+                record.verify(target)
+
+    def write_manifest(self, folder: Path, binding: Binding) -> None:
+        """Binds the row files to the checkpoint that lies beside them.
+
+        Args:
+            folder: where they were copied to.
+            binding: the checkpoint.
+        """
         manifest = replace(self.manifest, binding=binding, faiss_index=None)
+        (folder / FAISS_NAME).unlink(missing_ok=True)  # made from the rows, and not copied
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 

@@ -15,16 +15,23 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from .backbone import KnnHead, build_backbone, extract, split_features
 from .config import KnnConfig
 from .frozen import FrozenDatastore
-from .manifest import MANIFEST_NAME
-from .reading import HubFiles, bind, read_datastore
+from .reading import (
+    PUSH_OPTIONS,
+    HubFiles,
+    bind_again,
+    read_datastore,
+    refuse_other_rows,
+    warn_of_dtype,
+)
 from .search import Neighbors
 from .votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 
-_IN_PACKAGE = (
+_METHODS = (
     "teach", "forget", "relabel", "merge", "undo", "explain", "keep_thumbnails", "fingerprint_rows",
-    "from_backbone", "datastore_uri", "datastore_token", "trust_remote_datastore",
-    "trust_faiss_index",
 )  # fmt: skip
+_OPTIONS = ("trust_faiss_index", "trust_remote_datastore", "datastore_uri", "datastore_token")
+"""Of the package's class, which are missed with a sentence."""
+
 _ONLY_IN_PACKAGE = (
     "`{}` needs the package, of which only what answers came along with this checkpoint: "
     "`pip install hf-knn`, and `import hf_knn` before the checkpoint is opened."
@@ -92,7 +99,7 @@ class KnnForImageClassification(PreTrainedModel):
         self.post_init()
 
     def __getattr__(self, name: str) -> Any:
-        if name in _IN_PACKAGE:
+        if name in _METHODS:
             raise AttributeError(_ONLY_IN_PACKAGE.format(name))
         return super().__getattr__(name)
 
@@ -127,8 +134,8 @@ class KnnForImageClassification(PreTrainedModel):
             StaleDatastoreError: for a datastore of other weights, with both fingerprints.
             ValueError: for an option that only the package has.
         """
-        for name in _IN_PACKAGE:
-            if name in kwargs:
+        for name in _OPTIONS:
+            if kwargs.pop(name, None):
                 raise ValueError(_ONLY_IN_PACKAGE.format(name))
         files = HubFiles(pretrained_model_name_or_path, kwargs)
         kwargs["revision"] = files.revision
@@ -141,6 +148,8 @@ class KnnForImageClassification(PreTrainedModel):
             )
         if load_datastore:
             model.datastore = read_datastore(files, model.config, allow_stale)
+            if model.datastore is not None:
+                warn_of_dtype(model.dtype, model.datastore.manifest.binding)
         return loaded
 
     def save_pretrained(  # type: ignore[override]
@@ -155,25 +164,34 @@ class KnnForImageClassification(PreTrainedModel):
         Args:
             save_directory: the folder.
             is_main_process: False does nothing: only the main process saves.
-            push_to_hub: also push, to `repo_id` or a repository of the folder's name.
+            push_to_hub: also push, to `repo_id` or a repository of the folder's name; `private`,
+                `token`, `revision`, `commit_message`, … go to `push_to_hub`.
             kwargs: see `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: for a folder with another datastore, which only the package replaces whole.
+            DatastoreError: if the files of the datastore are no longer what was opened.
         """
         if not is_main_process:
             return
         self.config.check()
-        folder, repo_id = Path(save_directory), kwargs.pop("repo_id", None)
-        store = self.datastore
+        folder, store = Path(save_directory), self.datastore
+        options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        refuse_other_rows(folder, None if store is None else store.manifest)
+        if store is not None:
+            store.copy_to(folder)
         self.config.has_datastore = store is not None
         super().save_pretrained(folder, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         if store is not None:
-            dtype = str(self.dtype).removeprefix("torch.")
-            store.copy_to(folder, bind(folder, self.config.store_pooling, dtype))
-        else:
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # of what was there before
+            binding = bind_again(
+                folder, self.config.store_pooling, self.dtype, store.manifest.binding
+            )
+            store.write_manifest(folder, binding)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.name)  # type: ignore[arg-type]
+            repo_id = options.pop("repo_id", folder.name)
+            self.push_to_hub(repo_id, **options)
 
     def forward(
         self,

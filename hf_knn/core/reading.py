@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
@@ -37,6 +38,11 @@ THUMBNAILS_NAME = "thumbnails.safetensors"
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
+
+PUSH_OPTIONS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
+)  # fmt: skip
+"""Of `save_pretrained`, which go to `push_to_hub`."""
 
 # where the processor runs does not change its pixels by intent
 _PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
@@ -216,6 +222,60 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
+
+
+def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding | None) -> Binding:
+    """Ties rows that were opened with one checkpoint to another; what was stale stays so.
+
+    Args:
+        folder: see `bind`.
+        pooling: of the datastore's features.
+        dtype: of the backbone.
+        before: the checkpoint that they were opened with.
+    """
+    name = str(dtype).removeprefix("torch.")
+    binding = bind(folder, pooling, name)
+    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+        return binding
+    logger.warning(
+        "The datastore was not made by the backbone, image processor and pooling as they are now; "
+        "it is saved as stale."
+    )
+    return bind(folder, pooling, name, before.fingerprint)  # which is no hash of weights
+
+
+def warn_of_dtype(dtype: torch.dtype, binding: Binding | None) -> None:
+    """Says so if a backbone is loaded in another dtype than made the datastore's features.
+
+    Args:
+        dtype: of the backbone.
+        binding: of the datastore.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if binding is not None and name != binding.dtype:
+        logger.warning(
+            "The backbone is loaded as %s, but %s made the datastore's features; similarities "
+            "can differ a little.", name, binding.dtype,
+        )  # fmt: skip
+
+
+def refuse_other_rows(folder: Path, mine: Manifest | None) -> None:
+    """Refuses to save over another datastore, of which files would be left.
+
+    Args:
+        folder: to be saved into; it need not exist.
+        mine: the datastore to be saved, or None.
+
+    Raises:
+        ValueError: if another one lies there.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return
+    if mine is None or Manifest.read(folder / MANIFEST_NAME).blobs != mine.blobs:
+        raise ValueError(
+            f"Expected {folder} to hold no other datastore; choose another folder, or `pip install "
+            "hf-knn`, which replaces a checkpoint as a whole."
+        )
 
 
 def fingerprint_files(

@@ -1,4 +1,4 @@
-"""Image processors: found beside a model, and always of a kind that a checkpoint can hold."""
+"""A backbone from wherever, with its image processor: opened, copied, frozen, told apart."""
 
 import copy
 import math

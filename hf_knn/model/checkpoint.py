@@ -32,6 +32,7 @@ from ..core.reading import (
     find_problem,
     hash_settings,
     refuse_missing,
+    warn_of_dtype,
 )
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
@@ -324,12 +325,7 @@ class CheckpointAttempt:
             check_store(store, model.config)
         store.digest = STALE if self.is_stale else made_by(model)
         binding = self.manifest.binding
-        dtype = str(model.dtype).removeprefix("torch.")
-        if binding is not None and dtype != binding.dtype:
-            logger.warning(
-                "The backbone is loaded as %s, but %s made the datastore's features; similarities "
-                "can differ a little.", dtype, binding.dtype,
-            )  # fmt: skip
+        warn_of_dtype(model.dtype, binding)
         return store
 
     def _open_elsewhere(self, reference: DatastoreReference, consent: RemoteConsent) -> RowStore:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..core import model as core
 from ..core.config import KnnConfig
+from ..core.reading import PUSH_OPTIONS
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
@@ -31,10 +32,7 @@ from .memory import Memory
 from .pictures import Thumbnails, features_of, small_pictures, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
 
-_PUSH_OPTIONS = (
-    "repo_id", "commit_message", "commit_description", "private", "token", "create_pr", "revision",
-    "parent_commit", "license",
-)  # fmt: skip
+_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license")
 
 
 class KnnForImageClassification(core.KnnForImageClassification):

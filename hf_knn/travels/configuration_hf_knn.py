@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 ab93daac9c5ede8f087659ef065960a3a1450d331bdd337db5e77d0ac4bef751.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -26,13 +26,11 @@ class Choice(StrEnum):
             f"but got {value!r}."
         )
 
-
 class Metric(Choice):
     """How two feature vectors are compared."""
 
     COSINE = "cosine"
     L2 = "l2"
-
 
 class Weighting(Choice):
     """How the vote of a neighbour depends on its distance or rank."""
@@ -41,7 +39,6 @@ class Weighting(Choice):
     UNIFORM = "uniform"
     INVERSE_DISTANCE = "inverse_distance"
     RANK = "rank"
-
 
 class ClassWeighting(Choice):
     """How the loss of an example depends on how frequent its class is."""
@@ -75,7 +72,6 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 """Ranges of numbers, in words and as a check."""
 
-
 class Pooling(Choice):
     """How a backbone's last hidden state becomes one feature vector."""
 
@@ -85,7 +81,6 @@ class Pooling(Choice):
     POOLER = "pooler"
     CLS_MEAN = "cls_mean"
 
-
 class Normalization(Choice):
     """What is done to stored and query features before they are compared."""
 
@@ -93,14 +88,12 @@ class Normalization(Choice):
     L2 = "l2"
     NONE = "none"
 
-
 class Head(Choice):
     """The classifier beside the datastore."""
 
     LINEAR = "linear"
     MLP = "mlp"
     RIDGE = "ridge"
-
 
 class KnnConfig(PreTrainedConfig):
     """Configuration of `KnnForImageClassification`.
@@ -274,7 +267,6 @@ class KnnConfig(PreTrainedConfig):
         """The pooling of the datastore's features."""
         return self.knn_pooling or self.pooling
 
-
 def check_metric(metric: str, normalization: str) -> None:
     """Refuses the combination that has no meaning."""
     if Metric(metric) is Metric.COSINE and Normalization(normalization) is Normalization.NONE:
@@ -283,12 +275,10 @@ def check_metric(metric: str, normalization: str) -> None:
             "'none'; use metric='l2' for features that must not be normalised."
         )
 
-
 def _check_choice(name: str, value: str, choices: type[StrEnum]) -> None:
     allowed = [str(choice) for choice in choices]
     if value not in allowed:
         raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {value!r}.")
-
 
 def _build_backbone_config(
     config: PreTrainedConfig | dict[str, Any] | None,
@@ -310,7 +300,6 @@ def _build_backbone_config(
         )
     values = {key: value for key, value in config.items() if key not in _CODE_KEYS}
     return CONFIG_MAPPING[model_type].from_dict(values)
-
 
 def _names_hub_code(key: str, value: Any) -> bool:
     return key in _CODE_KEYS and key != "_name_or_path" and "/" in str(value)

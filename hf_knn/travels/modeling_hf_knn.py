@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 ab93daac9c5ede8f087659ef065960a3a1450d331bdd337db5e77d0ac4bef751.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -43,13 +43,11 @@ from .configuration_hf_knn import (
 PROBABILITY_FLOOR = 1e-12
 """Where `logits` and every NLL stop: a class of probability 0 has ``log(1e-12)``, never -inf."""
 
-
 def squared_distances(similarities: Tensor, metric: str = Metric.COSINE) -> Tensor:
     """Turns similarities into squared distances, never negative."""
     if Metric(metric) is Metric.L2:
         return (-similarities).clamp_min(0)
     return (2 - 2 * similarities).clamp_min(0)
-
 
 def neighbor_log_weights(
     similarities: Tensor,
@@ -96,7 +94,6 @@ def neighbor_log_weights(
         scores = scores + reliability.to(scores.dtype).log()
     return _log_normalize(scores)
 
-
 def knn_log_probs(
     similarities: Tensor,
     labels: Tensor,
@@ -119,7 +116,6 @@ def knn_log_probs(
     )
     log_probs = _log_scatter_sum(weights, labels, num_labels)  # [B, C]
     return log_probs.to(_result_dtype(similarities))
-
 
 def blend_log_probs(
     head_log_probs: Tensor,
@@ -152,11 +148,9 @@ def blend_log_probs(
     votes = torch.cat([_log(knn_weight) + known, taught], dim=1)
     return torch.where(has_neighbors, torch.logaddexp(votes, head_share), head)
 
-
 def floor_log_probs(log_probs: Tensor) -> Tensor:
     """Clamps log-probabilities at ``log(1e-12)``, as `logits` and every NLL are."""
     return log_probs.clamp_min(math.log(PROBABILITY_FLOOR))
-
 
 def soften(log_probs: Tensor, temperature: float) -> Tensor:
     """Temperature scaling (Guo et al., 2017): ``log_softmax(log p / T)``."""
@@ -166,26 +160,21 @@ def soften(log_probs: Tensor, temperature: float) -> Tensor:
         return log_probs
     return torch.log_softmax(floor_log_probs(log_probs) / temperature, dim=-1)
 
-
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
-
 
 def _widen(values: Tensor) -> Tensor:
     """float64 where the device has it: ``d / 1e-4`` in float32 is off by a part in a thousand."""
     return values.float() if values.device.type == "mps" else values.double()
 
-
 def _result_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
-
 
 def _log_normalize(scores: Tensor) -> Tensor:
     """Log-softmax over the last dimension; rows without any vote stay -inf instead of NaN."""
     total = torch.logsumexp(scores, dim=-1, keepdim=True) if scores.shape[-1] else 0.0
     normalized = scores - total
     return torch.where(normalized.isnan(), -torch.inf, normalized)
-
 
 def _log_scatter_sum(log_weights: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     """[B, k], [B, k] -> [B, C]: log of the sum of exp per class, the class maximum subtracted."""
@@ -194,7 +183,6 @@ def _log_scatter_sum(log_weights: Tensor, labels: Tensor, num_labels: int) -> Te
     offset = torch.where(largest == -torch.inf, 0.0, largest)
     scaled = (log_weights - offset.gather(1, labels)).exp()  # [B, k]
     return torch.zeros_like(empty).scatter_add(1, labels, scaled).log() + offset
-
 
 def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
     """Refuses what is no class number."""
@@ -210,7 +198,6 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
 
 Values = Tensor | NDArray | Sequence[int]
-
 
 def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> Tensor:
     """Brings features of any float dtype, device and layout to the CPU."""
@@ -228,7 +215,6 @@ def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> 
     refuse_non_finite(rows, name)
     return rows.contiguous()
 
-
 def _as_tensor(values: NDArray, name: str) -> Tensor:
     """An array of any float kind, byte order and layout."""
     array = np.asarray(values)
@@ -243,7 +229,6 @@ def _as_tensor(values: NDArray, name: str) -> Tensor:
     native = array.astype(kind.newbyteorder("="), order="C", copy=is_turned)
     return torch.from_numpy(np.ascontiguousarray(native))
 
-
 def refuse_non_finite(rows: Tensor, name: str) -> None:
     """Refuses NaN, infinities and what float32 cannot hold."""
     bad = ~rows.float().isfinite().all(dim=1)
@@ -252,7 +237,6 @@ def refuse_non_finite(rows: Tensor, name: str) -> None:
             f"Expected `{name}` to be finite numbers within float32's range, "
             f"but rows {shown(bad.nonzero().flatten())} are not; drop or repair them."
         )
-
 
 def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
     """Brings labels or ids of any integer dtype to the CPU."""
@@ -271,7 +255,6 @@ def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
         raise ValueError(f"Expected `{name}` to be >= {lowest}, but got {int(numbers.min())}.")
     return numbers
 
-
 def check_row_numbers(labels: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Checks that there is one label and one id per row and no id twice."""
     labels, ids = as_whole_numbers(labels, "labels"), as_whole_numbers(ids, "ids")
@@ -285,12 +268,10 @@ def check_row_numbers(labels: Tensor, ids: Tensor, count: int) -> tuple[Tensor, 
         raise ValueError(f"Expected unique `ids`, but got some twice: {shown(values[counts > 1])}.")
     return labels, ids
 
-
 def shown(numbers: Tensor) -> str:
     """The first ten numbers of a list, for a message."""
     listed = ", ".join(str(number) for number in numbers[:10].tolist())
     return f"[{listed}{', …' if len(numbers) > 10 else ''}]"
-
 
 class RowParts:
     """[N, D] features in one or more arrays, such as the mapped files of a large datastore."""
@@ -346,7 +327,6 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
     | {"window_size"}
 )
 
-
 def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
     """Builds the architecture with random weights, without network and without foreign code."""
     if config.model_type == "timm_wrapper":
@@ -361,7 +341,6 @@ def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrai
         options["add_pooling_layer"] = False
     return AutoModel.from_config(config, trust_remote_code=False, **options)
 
-
 def extract(
     backbone: PreTrainedModel, pixel_values: Tensor, config: KnnConfig, **outputs: Any
 ) -> tuple[Tensor, BaseModelOutput]:
@@ -375,7 +354,6 @@ def extract(
     store_part = pool(backbone, output, pixel_values, config.store_pooling)
     return torch.cat([head_part, store_part], dim=1), output
 
-
 def split_features(features: Tensor, config: KnnConfig) -> tuple[Tensor, Tensor]:
     """Splits features into what the head and what the datastore sees."""
     wanted = config.feature_dim + config.extra_dim
@@ -386,7 +364,6 @@ def split_features(features: Tensor, config: KnnConfig) -> tuple[Tensor, Tensor]
     if config.store_pooling == config.pooling:
         return features, features
     return features[:, : config.feature_dim], features[:, config.feature_dim :]
-
 
 def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
     """Pools the last hidden state into one vector per image."""
@@ -418,7 +395,6 @@ def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: 
         case _:
             return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
 
-
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """The hex sha256 over names, dtypes, shapes and bytes, in the order given."""
     total = hashlib.sha256()
@@ -428,11 +404,9 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
-
 def model_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that a configuration belongs to."""
     return MODEL_MAPPING[type(config)]
-
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
@@ -440,7 +414,6 @@ def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     if hidden.shape[1] != width and hidden.shape[-1] == width:
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
-
 
 def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens: int) -> int:
     """How many tokens (CLS, registers, distillation) come before the patches."""
@@ -453,7 +426,6 @@ def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens:
     down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
     patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
     return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches
-
 
 def _check_timm(config: PreTrainedConfig) -> None:
     if ":" in config.architecture or "/" in config.architecture:
@@ -468,9 +440,7 @@ def _check_timm(config: PreTrainedConfig) -> None:
             f"but got {foreign}; refused."
         )
 
-
 _SMALLEST_LENGTH = 1e-30
-
 
 class KnnHead(nn.Module):
     """A classifier on standardised features: linear, or with hidden layers."""
@@ -545,7 +515,6 @@ HASH_BLOCK = 64 * 2**20
 
 _READ_BYTES = 2**20
 
-
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
     """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
     whole, blocks = hashlib.sha256(), []
@@ -554,7 +523,6 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
             whole.update(block)
             blocks.append(hashlib.sha256(block).hexdigest())
     return whole.hexdigest(), blocks
-
 
 def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
     """Hashes the blocks of an open file, as many at once as there are processors."""
@@ -573,7 +541,6 @@ def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_block, range(count)))
 
-
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
@@ -588,14 +555,11 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
 _LARGEST_MANIFEST = 64 * 2**20
 
-
 class DatastoreError(ValueError):
     """A datastore on disk that is damaged, incomplete or not what it says it is."""
 
-
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
-
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -645,7 +609,6 @@ class FileRecord:
                     "save, download or save it again."
                 )
 
-
 @dataclass(frozen=True)
 class IndexInfo:
     """Which index a datastore has."""
@@ -660,7 +623,6 @@ class IndexInfo:
         facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
-
 @dataclass(frozen=True)
 class Binding:
     """The checkpoint a datastore belongs to."""
@@ -671,7 +633,6 @@ class Binding:
     pooling: str
     dtype: str
     files: list[FileRecord]
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -741,7 +702,6 @@ class Manifest:
             )
         return manifest
 
-
 def read_values(path: Path) -> Any:
     """The decoded JSON of a `datastore.json`, unchecked."""
     if path.stat().st_size > _LARGEST_MANIFEST:
@@ -751,11 +711,9 @@ def read_values(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
 
-
 def signed_json(values: dict[str, Any]) -> str:
     """The text of a `datastore.json` with its own checksum."""
     return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
-
 
 def check_format(fields: "Fields", wanted: str) -> None:
     """Checks what a `datastore.json` says about itself: format, version and its own checksum."""
@@ -774,11 +732,9 @@ def check_format(fields: "Fields", wanted: str) -> None:
             "not; the file is damaged, download or save it again."
         )
 
-
 def _checksum(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
 
 class Fields:
     """Typed access to one JSON object, with the field's full name in each error."""
@@ -849,7 +805,6 @@ class Fields:
             raise self.wrong(name, wanted)
         return value
 
-
 def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
     fields = Fields(values, f"{prefix}.")
     size = fields.count("size")
@@ -863,16 +818,13 @@ def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecor
         raise fields.wrong("blocks", "the hash of the file, which is one block")
     return FileRecord(fields.matching("name", pattern), size, sha256, blocks)
 
-
 def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[FileRecord]:
     places = [f"{fields.prefix}{name}[{i}]" for i in range(len(fields.items(name)))]
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-
 def _parse_faiss(values: Any) -> FileRecord:
     return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
-
 
 def _parse_index(values: Any) -> IndexInfo:
     fields = Fields(values, "index.")
@@ -886,7 +838,6 @@ def _parse_index(values: Any) -> IndexInfo:
         {name: named.count(name) for name in named.values},
         recall,
     )
-
 
 def parse_binding(values: Any) -> Binding:
     """Checks the part of a `datastore.json` that ties it to a checkpoint."""
@@ -921,7 +872,6 @@ _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has starte
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
 
-
 class Neighbors(NamedTuple):
     """The nearest rows of a batch of queries, by (similarity, id).
 
@@ -946,7 +896,6 @@ class Neighbors(NamedTuple):
             self.ids.to(device),
         )
 
-
 class Request(NamedTuple):
     """A search whose arguments were checked."""
 
@@ -957,7 +906,6 @@ class Request(NamedTuple):
     def width(self, rows: int) -> int:
         """How many neighbours there are among so many rows."""
         return max(0, min(self.k, rows - (self.excluded is not None)))
-
 
 def check_request(
     queries: Tensor | NDArray, k: int, exclude_ids: Values | None, dim: int
@@ -976,7 +924,6 @@ def check_request(
             )
     return Request(wanted, int(k), excluded)
 
-
 class FirstPass(Protocol):
     """A search by inner product over rows that all have length at most 1."""
 
@@ -985,7 +932,6 @@ class FirstPass(Protocol):
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """The best rows per query."""
         ...
-
 
 class TorchFirstPass:
     """Blocked matmul and top-k in plain torch; needs no faiss."""
@@ -1001,7 +947,6 @@ class TorchFirstPass:
         scores, positions = best_of_blocks(self.blocks, torch.from_numpy(queries), count)
         return positions.numpy(), scores[:, -1].double().numpy() + self.rounding + shortcut()
 
-
 def best_of_blocks(blocks: Sequence[Tensor], queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The rows with the largest inner products."""
     scores, positions, start = [], [], 0
@@ -1016,16 +961,13 @@ def best_of_blocks(blocks: Sequence[Tensor], queries: Tensor, count: int) -> tup
     found = torch.cat([rows.cpu() for rows in positions], dim=1).gather(1, merged.indices)
     return merged.values, found
 
-
 def float32_rounding(width: int) -> float:
     """How far an inner product of float32 vectors of length 1 may be off, whatever the order."""
     return 4 * (width + 4) * _FLOAT32_ROUNDING
 
-
 def shortcut() -> float:
     """How much further off torch's settings let it be."""
     return _SHORTCUTS[torch.get_float32_matmul_precision()]
-
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
     """Applies the datastore's normalisation in float64."""
@@ -1042,7 +984,6 @@ def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Float
     lengths = np.sqrt(squares)
     rows /= np.where(lengths > 0, lengths, 1.0)[:, None]
     return rows
-
 
 class RowSpace:
     """How stored rows and queries look to a first pass, and how a pair is really compared."""
@@ -1110,7 +1051,6 @@ class RowSpace:
             rows = self.normalize(features[start : start + ROW_BLOCK])
             largest = max(largest, float(np.einsum("nd,nd->n", rows, rows).max()))
         return largest**0.5
-
 
 class Searcher:
     """Nearest neighbours of queries among rows."""
@@ -1203,18 +1143,15 @@ class Searcher:
             _in_threads(fill, len(queries), len(queries) * len(rows))
         return similarities
 
-
 def nearest_first(similarities: Floats, ids: Ints, k: int) -> Ints:
     """Where the k nearest of each row of [B, K] similarities lie: [B, k], by (similarity, id)."""
     return np.lexsort((ids, -similarities), axis=-1)[:, :k]
-
 
 def _widened(features: NDArray) -> Floats:
     """A float64 copy; of float16 by torch, whose conversion is several times as fast."""
     if features.dtype == np.float16:
         return torch.from_numpy(features).double().numpy()
     return features.astype(np.float64)
-
 
 def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
     """Runs a task for each of `count` numbers; numpy lets go of the interpreter meanwhile."""
@@ -1237,7 +1174,6 @@ def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
 
 Resolve = Callable[[str], Path | None]
 """Finds a file by name; None if it is missing."""
-
 
 class FrozenDatastore:
     """Rows of (features, label, id) as a checkpoint holds them."""
@@ -1296,16 +1232,22 @@ class FrozenDatastore:
         neighbors = Neighbors(torch.from_numpy(similarities), self.labels[found], self.ids[found])
         return neighbors.rounded(queries)
 
-    def copy_to(self, folder: Path, binding: Binding | None) -> None:
-        """Copies the files into another folder, bound to the checkpoint that lies there."""
+    def copy_to(self, folder: Path) -> None:
+        """Copies the row files into another folder, before anything else is written there."""
+        folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
+            record.verify(path)
             if not target.exists() or not target.samefile(path):
+                target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-            record.verify(target)
-        manifest = replace(self.manifest, binding=binding, faiss_index=None)
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+                record.verify(target)
 
+    def write_manifest(self, folder: Path, binding: Binding) -> None:
+        """Binds the row files to the checkpoint that lies beside them."""
+        manifest = replace(self.manifest, binding=binding, faiss_index=None)
+        (folder / FAISS_NAME).unlink(missing_ok=True)  # made from the rows, and not copied
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor) -> None:
     """Refuses rows of a file that no datastore could have written."""
@@ -1321,7 +1263,6 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-
 def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
     """Maps a row file of the right size into memory."""
     path = record.verify_size(resolve(record.name))
@@ -1332,7 +1273,6 @@ def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
             f"Expected {record.name} to be a safetensors file, but: {error}"
         ) from error
 
-
 def take(tensors: dict[str, Tensor], key: str, record: FileRecord) -> Tensor:
     """A tensor that a row file must hold."""
     if key not in tensors:
@@ -1340,7 +1280,6 @@ def take(tensors: dict[str, Tensor], key: str, record: FileRecord) -> Tensor:
             f"Expected {record.name} to hold `{key}`, but it holds {sorted(tensors)}."
         )
     return tensors[key]
-
 
 def take_vector(
     tensors: dict[str, Tensor], key: str, dtype: torch.dtype, record: FileRecord
@@ -1353,7 +1292,6 @@ def take_vector(
             f"but got {tuple(vector.shape)} {vector.dtype}."
         )
     return vector
-
 
 def join_features(files: list[dict[str, Tensor]], manifest: Manifest) -> RowParts:
     """The features of all row files, which must be those of the manifest."""
@@ -1373,7 +1311,6 @@ def join_features(files: list[dict[str, Tensor]], manifest: Manifest) -> RowPart
         )
     return features
 
-
 def join_vectors(
     files: list[dict[str, Tensor]], key: str, manifest: Manifest, dtype: torch.dtype
 ) -> Tensor:
@@ -1381,7 +1318,6 @@ def join_vectors(
     pairs = zip(files, manifest.blobs, strict=True)
     parts = [take_vector(tensors, key, dtype, record) for tensors, record in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
 
 def decode_paths(files: list[dict[str, Tensor]], manifest: Manifest) -> list[str] | None:
     """Where each row's picture lies; None if the row files do not say."""
@@ -1412,10 +1348,14 @@ THUMBNAILS_NAME = "thumbnails.safetensors"
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
 
+PUSH_OPTIONS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
+)  # fmt: skip
+"""Of `save_pretrained`, which go to `push_to_hub`."""
+
 # where the processor runs does not change its pixels by intent
 _PROCESSOR_PLACES = ("feature_extractor_type", "processor_class", "device")
 _BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
-
 
 class HubFiles:
     """Finds files by name, all of one version."""
@@ -1441,7 +1381,6 @@ class HubFiles:
             ) from error
         return None if found is None else Path(found)
 
-
 def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> FrozenDatastore | None:
     """The datastore of a checkpoint, with every byte checked."""
     path = files.resolve(MANIFEST_NAME)
@@ -1459,7 +1398,6 @@ def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> Fro
     check_fits(config, store.dim, store.metric, store.normalization, largest)
     return store
 
-
 def refuse_missing(name: str, config: KnnConfig) -> None:
     """Refuses a checkpoint without the datastore that its configuration speaks of."""
     if config.has_datastore:
@@ -1467,7 +1405,6 @@ def refuse_missing(name: str, config: KnnConfig) -> None:
             f"Expected {name} to hold {MANIFEST_NAME}, as its {CONFIG_NAME} says, but it is "
             "missing; pass load_datastore=False for the plain classifier."
         )
-
 
 def check_fits(
     config: KnnConfig, dim: int, metric: str, normalization: str, largest: int | None
@@ -1485,7 +1422,6 @@ def check_fits(
             f"Expected labels below {config.classes} in the datastore, the number of classes of "
             f"the model, but got {largest}."
         )
-
 
 def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | None:
     """What of a checkpoint is not what its datastore was saved with; None if all is."""
@@ -1524,7 +1460,6 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
         f"build it again, or pass allow_stale=True to use it anyway."
     )
 
-
 def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) -> Binding:
     """Ties a datastore to the files of the checkpoint that lie in a folder."""
     weights = sorted(folder.glob("model*.safetensors"))
@@ -1538,6 +1473,36 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
 
+def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding | None) -> Binding:
+    """Ties rows that were opened with one checkpoint to another; what was stale stays so."""
+    name = str(dtype).removeprefix("torch.")
+    binding = bind(folder, pooling, name)
+    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+        return binding
+    logger.warning(
+        "The datastore was not made by the backbone, image processor and pooling as they are now; "
+        "it is saved as stale."
+    )
+    return bind(folder, pooling, name, before.fingerprint)  # which is no hash of weights
+
+def warn_of_dtype(dtype: torch.dtype, binding: Binding | None) -> None:
+    """Says so if a backbone is loaded in another dtype than made the datastore's features."""
+    name = str(dtype).removeprefix("torch.")
+    if binding is not None and name != binding.dtype:
+        logger.warning(
+            "The backbone is loaded as %s, but %s made the datastore's features; similarities "
+            "can differ a little.", name, binding.dtype,
+        )  # fmt: skip
+
+def refuse_other_rows(folder: Path, mine: Manifest | None) -> None:
+    """Refuses to save over another datastore, of which files would be left."""
+    if not (folder / MANIFEST_NAME).exists():
+        return
+    if mine is None or Manifest.read(folder / MANIFEST_NAME).blobs != mine.blobs:
+        raise ValueError(
+            f"Expected {folder} to hold no other datastore; choose another folder, or `pip install "
+            "hf-knn`, which replaces a checkpoint as a whole."
+        )
 
 def fingerprint_files(
     weights: list[Path], processor: Path | None, pooling: str
@@ -1549,7 +1514,6 @@ def fingerprint_files(
         processor_sum = hash_settings(_read_object(processor))
     return _combine(weight_sum, processor_sum, pooling), weight_sum, processor_sum, pooling
 
-
 def hash_settings(settings: dict[str, Any]) -> str:
     """The sha256 of a processor's settings, wherever it runs."""
     kept = {key: value for key, value in settings.items() if key not in _PROCESSOR_PLACES}
@@ -1557,16 +1521,13 @@ def hash_settings(settings: dict[str, Any]) -> str:
     kept["image_processor_type"] = _BACKEND_SUFFIX.sub("", kind)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
-
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and name != THUMBNAILS_NAME
-
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""
     values = {} if config is None else _read_object(config)
     return str(values.get("knn_pooling") or values.get("pooling") or fallback)
-
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
@@ -1580,10 +1541,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         )
     return values
 
-
 def _combine(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
 
 def _hash_stored_backbone(paths: list[Path]) -> str:
     """Hashes the backbone's tensors under the names and dtypes they are stored with."""
@@ -1602,16 +1561,16 @@ def _hash_stored_backbone(paths: list[Path]) -> str:
 
 # ---- model.py: The model: a vision backbone, a head and a datastore, with both voices blended.
 
-_IN_PACKAGE = (
+_METHODS = (
     "teach", "forget", "relabel", "merge", "undo", "explain", "keep_thumbnails", "fingerprint_rows",
-    "from_backbone", "datastore_uri", "datastore_token", "trust_remote_datastore",
-    "trust_faiss_index",
 )  # fmt: skip
+_OPTIONS = ("trust_faiss_index", "trust_remote_datastore", "datastore_uri", "datastore_token")
+"""Of the package's class, which are missed with a sentence."""
+
 _ONLY_IN_PACKAGE = (
     "`{}` needs the package, of which only what answers came along with this checkpoint: "
     "`pip install hf-knn`, and `import hf_knn` before the checkpoint is opened."
 )
-
 
 @dataclass
 class KnnImageClassifierOutput(ModelOutput):
@@ -1638,7 +1597,6 @@ class KnnImageClassifierOutput(ModelOutput):
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
 
 class KnnForImageClassification(PreTrainedModel):
     """An image classifier that also remembers.
@@ -1674,7 +1632,7 @@ class KnnForImageClassification(PreTrainedModel):
         self.post_init()
 
     def __getattr__(self, name: str) -> Any:
-        if name in _IN_PACKAGE:
+        if name in _METHODS:
             raise AttributeError(_ONLY_IN_PACKAGE.format(name))
         return super().__getattr__(name)
 
@@ -1709,8 +1667,8 @@ class KnnForImageClassification(PreTrainedModel):
             StaleDatastoreError: for a datastore of other weights, with both fingerprints.
             ValueError: for an option that only the package has.
         """
-        for name in _IN_PACKAGE:
-            if name in kwargs:
+        for name in _OPTIONS:
+            if kwargs.pop(name, None):
                 raise ValueError(_ONLY_IN_PACKAGE.format(name))
         files = HubFiles(pretrained_model_name_or_path, kwargs)
         kwargs["revision"] = files.revision
@@ -1723,6 +1681,8 @@ class KnnForImageClassification(PreTrainedModel):
             )
         if load_datastore:
             model.datastore = read_datastore(files, model.config, allow_stale)
+            if model.datastore is not None:
+                warn_of_dtype(model.dtype, model.datastore.manifest.binding)
         return loaded
 
     def save_pretrained(  # type: ignore[override]
@@ -1737,25 +1697,34 @@ class KnnForImageClassification(PreTrainedModel):
         Args:
             save_directory: the folder.
             is_main_process: False does nothing: only the main process saves.
-            push_to_hub: also push, to `repo_id` or a repository of the folder's name.
+            push_to_hub: also push, to `repo_id` or a repository of the folder's name; `private`,
+                `token`, `revision`, `commit_message`, … go to `push_to_hub`.
             kwargs: see `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: for a folder with another datastore, which only the package replaces whole.
+            DatastoreError: if the files of the datastore are no longer what was opened.
         """
         if not is_main_process:
             return
         self.config.check()
-        folder, repo_id = Path(save_directory), kwargs.pop("repo_id", None)
-        store = self.datastore
+        folder, store = Path(save_directory), self.datastore
+        options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        refuse_other_rows(folder, None if store is None else store.manifest)
+        if store is not None:
+            store.copy_to(folder)
         self.config.has_datastore = store is not None
         super().save_pretrained(folder, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         if store is not None:
-            dtype = str(self.dtype).removeprefix("torch.")
-            store.copy_to(folder, bind(folder, self.config.store_pooling, dtype))
-        else:
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # of what was there before
+            binding = bind_again(
+                folder, self.config.store_pooling, self.dtype, store.manifest.binding
+            )
+            store.write_manifest(folder, binding)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.name)  # type: ignore[arg-type]
+            repo_id = options.pop("repo_id", folder.name)
+            self.push_to_hub(repo_id, **options)
 
     def forward(
         self,

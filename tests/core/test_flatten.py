@@ -86,8 +86,13 @@ def test_two_files_with_what_is_needed(sources: Path) -> None:
 )
 def test_what_cannot_travel_is_refused(line: str, problem: str, sources: Path) -> None:
     (sources / "other.py").write_text(f'"""More."""\n\nimport math\n\n{line}\n')
-    (sources / "model.py").write_text(MODEL.replace("import math\n", "import math\n", 1))
     with pytest.raises((SyntaxError, NameError), match=problem):
+        flatten(sources)
+
+
+def test_a_module_without_a_docstring_is_refused(sources: Path) -> None:
+    (sources / "other.py").write_text("LOST = 1\n")
+    with pytest.raises(SyntaxError, match="begin with a docstring"):
         flatten(sources)
 
 

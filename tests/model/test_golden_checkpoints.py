@@ -50,6 +50,21 @@ from PIL import Image
 vit = folder / "vit_cosine"
 model = AutoModelForImageClassification.from_pretrained(vit, trust_remote_code=True)
 report["sentences"] = []
+
+def said_by(task):
+    import io, logging
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logging.getLogger().addHandler(handler)
+    task()
+    logging.getLogger().removeHandler(handler)
+    return heard.getvalue()
+
+def opening(place):
+    try:
+        AutoModel.from_pretrained(place, trust_remote_code=True)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
 for name in ("teach", "forget", "explain", "undo"):
     try:
         getattr(model, name)
@@ -73,10 +88,30 @@ again = AutoModel.from_pretrained(folder / "again", trust_remote_code=True)
 report["again"] = torch.equal(again.datastore.features.joined(), model.datastore.features.joined())
 plain = AutoModel.from_pretrained(vit, trust_remote_code=True, load_datastore=False)
 report["plain"] = plain.datastore is None
-plain.save_pretrained(folder / "again")  # over one that had rows
-report["files"] = sorted(path.name for path in (folder / "again").iterdir())
+plain.save_pretrained(folder / "plain")
+report["files"] = sorted(path.name for path in (folder / "plain").iterdir())
+report["all files"] = sorted(path.name for path in (folder / "again").iterdir())
 report["none left"] = AutoModel.from_pretrained(
-    folder / "again", trust_remote_code=True).datastore is None
+    folder / "plain", trust_remote_code=True).datastore is None
+report["over others"] = []
+for mine, other in ((plain, folder / "again"), (model, folder / "ridge_taught")):
+    before = {path.name: path.stat().st_mtime_ns for path in other.iterdir()}
+    try:
+        mine.save_pretrained(other)
+    except ValueError as error:
+        unchanged = before == {path.name: path.stat().st_mtime_ns for path in other.iterdir()}
+        report["over others"].append(f"{error} {unchanged}")
+model.save_pretrained(folder / "again")  # over itself
+report["over itself"] = sorted(path.name for path in (folder / "again").iterdir())
+report["dtype"] = said_by(lambda: AutoModel.from_pretrained(
+    folder / "again", trust_remote_code=True, dtype=torch.float16))
+with torch.no_grad():
+    next(again.backbone.parameters()).add_(1)
+report["changed"] = said_by(lambda: again.save_pretrained(folder / "changed"))
+report["changed refused"] = opening(folder / "changed")
+forced = AutoModel.from_pretrained(folder / "changed", trust_remote_code=True, allow_stale=True)
+forced.save_pretrained(folder / "forced")
+report["forced refused"] = opening(folder / "forced")
 
 def refusal(damage):
     import shutil
@@ -84,10 +119,7 @@ def refusal(damage):
     shutil.rmtree(broken, ignore_errors=True)
     shutil.copytree(folder / "vit_cosine", broken)
     damage(broken)
-    try:
-        AutoModel.from_pretrained(broken, trust_remote_code=True)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
+    return opening(broken)
 
 def flip(path):
     data = bytearray(path.read_bytes())
@@ -221,8 +253,28 @@ def test_a_stranger_saves_again(opened: dict[str, Any]) -> None:
     assert report["again"]
     assert report["plain"]
     assert report["none left"]
-    assert {"configuration_hf_knn.py", "modeling_hf_knn.py"} <= set(report["files"])
-    assert "datastore.json" not in report["files"]
+    code = ["configuration_hf_knn.py", "modeling_hf_knn.py"]
+    plain = {"config.json", "model.safetensors", "preprocessor_config.json", *code}
+    assert set(report["files"]) == plain
+    rows = {path.name for path in (opened["folder"] / "vit_cosine").glob("datastore-*")}
+    assert set(report["all files"]) == plain | rows | {"datastore.json"}
+    assert report["over itself"] == report["all files"]
+
+
+def test_a_stranger_saves_over_no_other_rows(opened: dict[str, Any]) -> None:
+    refused = opened["report"]["over others"]
+    assert len(refused) == 2
+    for said in refused:
+        assert "to hold no other datastore; choose another folder, or `pip install" in said
+        assert said.endswith("True")  # nothing was touched
+
+
+def test_rows_of_other_weights_stay_stale_in_a_stranger_s_hands(opened: dict[str, Any]) -> None:
+    report = opened["report"]
+    assert "saved as stale" in report["changed"]
+    assert report["changed refused"].startswith("StaleDatastoreError: ")
+    assert report["forced refused"].startswith("StaleDatastoreError: ")
+    assert "loaded as float16, but float32 made" in report["dtype"]
 
 
 def test_damage_and_other_weights_are_refused_without_the_package(opened: dict[str, Any]) -> None:
