@@ -80,6 +80,8 @@ _MOVED = {
 }
 """Names of version 0.1 that are public names of a sub-package now."""
 
+_PUBLIC_PACKAGES = ("checkup", "data", "fit", "store")
+
 __all__ = ["KnnConfig", "KnnForImageClassification", *_HOMES]
 __version__ = "0.2.0"
 
@@ -91,6 +93,8 @@ _get, _ = lazy_names(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _MOVED:
         return _get(name)
     place = f"{__name__}.{_MOVED[name]}"

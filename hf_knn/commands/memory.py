@@ -217,6 +217,11 @@ def _change(
             typer.echo(_TAKEN_BACK, err=True)
         model = KnnForImageClassification.from_pretrained(checkpoint)
         store = _store(model, checkpoint)
+        if store.location is not None and not isinstance(store, MilvusDatastore):
+            raise ValueError(
+                f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
+                f"rows in {store.location}; change them in Python and save the model."
+            )
         if was_interrupted and after_settling is not None:
             receipt = after_settling(model)
         else:

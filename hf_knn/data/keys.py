@@ -125,7 +125,7 @@ def prints_of(
     """The prints of all pictures of a prepared dataset, in row order, several threads at once.
 
     Args:
-        dataset: see `hf_knn.data.prepare`.
+        dataset: see `hf_knn.data.loading.prepare`.
         on_progress: called with how many pictures more are done.
     """
     found: list[Print | Broken] = []

@@ -222,8 +222,6 @@ def _export(graph: FeatureGraph, shape: tuple[int, int], path: Path) -> None:
         )  # fmt: skip
 
 
-logger = logging.getLogger(__name__)
-
 TOLERANCE = 1e-2
 """The largest relative difference to PyTorch's features, of the longest row's difference."""
 

@@ -28,7 +28,7 @@ from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, 
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
-from ..store.index import has_fast_bfloat16
+from ..store.searcher import has_fast_bfloat16
 from .backends import SAMPLE, check_backend, choose_backend, open_encoder
 from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list, short_name
 from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Work, encode_rows

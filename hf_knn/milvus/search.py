@@ -18,7 +18,8 @@ from ..core.rows import Values, as_whole_numbers
 from ..core.search import Floats, Ints, RowSpace, float32_rounding, nearest_first
 from ..store.backend import NOBODY, Hits
 from ..store.faiss import limits
-from ..store.index import MIN_RECALL, RECALL_SAMPLE, recall_of
+from ..store.index import MIN_RECALL, RECALL_SAMPLE
+from ..store.searcher import recall_of
 from ..store.table import StoredRows
 from .collection import (
     LARGEST_ANSWER,

@@ -40,6 +40,9 @@ _LARGEST_TEXT = 16 * 2**20  # the names of 20,000 classes are 3 MB
 _CONFIGS = (CONFIG_NAME, "preprocessor_config.json", "processor_config.json")
 """Files of an image classifier that can name code."""
 
+_ADAPTER = "adapter_config.json"
+"""With it transformers opens the model that the adapter names, with that one's code."""
+
 Read = Callable[[str], str | None]
 """Reads a file of a checkpoint by name; None if it is not there."""
 
@@ -106,6 +109,8 @@ def compare_code(read: Read) -> list[str]:
             problems.append(f"{name} is missing.")
         elif text.encode() != (_TRAVELS / name).read_bytes():
             problems.append(f"{name} is not that of the installed package.")
+    if read(_ADAPTER) is not None:
+        problems.append(f"{_ADAPTER} is there: where peft is installed, another model is opened.")
     ours = {name.removesuffix(".py") for name in CODE_NAMES}
     for name in _CONFIGS:
         text = read(name)

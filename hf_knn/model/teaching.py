@@ -86,11 +86,18 @@ def merge(
     """
     store, more = _rows_of(memory), as_row_store(other)
     check_alike(store, more)
-    numbers = more.labels.tolist()
+    blocks = list(more.blocks())  # read once: those of a server may change meanwhile
+    numbers = [int(number) for block in blocks for number in block.labels]
     labels = numbers if class_names is None else [class_names[number] for number in numbers]
-    taken = torch.isin(more.ids, store.ids).any()
-    ids = None if taken else more.ids
-    return _add(memory, config, Change.MERGE, more.features, labels, ids, more.paths)
+    ids = torch.tensor([int(row) for block in blocks for row in block.ids], dtype=torch.int64)
+    paths = [path for block in blocks for path in block.paths]
+    features = [torch.from_numpy(block.features) for block in blocks]
+    rows = torch.cat(features) if features else more.features
+    is_taken = bool(torch.isin(ids, store.ids).any())
+    return _add(
+        memory, config, Change.MERGE, rows, labels, None if is_taken else ids,
+        paths if any(paths) else None,
+    )  # fmt: skip
 
 
 def forget(

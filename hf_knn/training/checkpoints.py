@@ -235,8 +235,6 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-logger = logging.getLogger(__name__)
-
 LAST_CHECKPOINT = "last-checkpoint"
 """Folder of a repository with the newest training checkpoint, for `hub_strategy="checkpoint"`."""
 

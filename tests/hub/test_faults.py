@@ -22,6 +22,7 @@ from transformers import AutoModel
 
 from hf_knn import KnnForImageClassification
 from hf_knn.core.manifest import _checksum
+from hf_knn.model.code import CODE_NAMES
 
 KINDS = ("cut", "shorter", "longer", "garbage", "stall", "status")
 CLEAR = (ValueError, RuntimeError, StrictDataclassError, SafetensorError)
@@ -179,7 +180,14 @@ def hostile(files: dict[str, bytes], generator: random.Random, marker: Path) -> 
             changed.pop("model.safetensors")
         changed[name] = payload
     elif kind == "code":
-        changed["modeling_knn.py"] = f"open({str(marker)!r}, 'w').write('run')\n".encode()
+        code = f"open({str(marker)!r}, 'w').write('run')\n".encode()
+        for name in CODE_NAMES:
+            changed[name] = code + changed[name]
+        if generator.random() < 0.5:  # another file, and a configuration that names it
+            changed["evil.py"] = code
+            config = json.loads(files["config.json"])
+            config["auto_map"] = dict.fromkeys(config["auto_map"], "evil.X")
+            changed["config.json"] = json.dumps(config).encode()
     elif kind == "huge":
         name = generator.choice([n for n in changed if n.endswith(".safetensors")])
         content = bytearray(changed[name])
