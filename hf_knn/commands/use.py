@@ -139,7 +139,7 @@ def push_checkpoint(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
     )  # fmt: skip
-    console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}")
+    console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
     console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
 
 

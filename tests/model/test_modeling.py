@@ -1308,7 +1308,7 @@ def kill_saves(folder: Path, kills: int) -> None:
     events_text, seconds_text = os.read(reader, 100).decode().split()
     events, seconds = int(events_text), float(seconds_text)
     os.close(reader)
-    assert events > 30
+    assert events > 15  # a save writes about ten files, two of them code
     killed = 0
 
     for turn in range(kills):
@@ -1362,7 +1362,7 @@ def test_the_kill_test_would_notice_a_naive_save(tmp_path, monkeypatch):
 
     monkeypatch.setattr("hf_knn.model.checkpoint.replaced_folder", in_place)
     with pytest.raises(MixtureError):
-        kill_saves(tmp_path / "saved", 15)
+        kill_saves(tmp_path / "saved", 60)
 
 
 @pytest.mark.slow
