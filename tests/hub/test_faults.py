@@ -77,11 +77,12 @@ def test_a_faulty_download_is_an_error_or_a_whole_model(hub: Hub, model: Any, ca
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_300_faulty_downloads(hub: Hub, model: Any, cache: Path) -> None:
-    errors, successes = try_faults(hub, model, cache, 300, seed=2)
-    print(f"300 faulty downloads: {errors} errors, {successes} whole models")
-    assert errors > 5  # most files are code, which nobody downloads who has the package
-    assert successes > 20
+def test_60_faulty_downloads(hub: Hub, model: Any, cache: Path) -> None:
+    """Most of the ten files are fetched by whoever has the package; all but two files of code."""
+    errors, successes = try_faults(hub, model, cache, 60, seed=2)
+    print(f"60 faulty downloads: {errors} errors, {successes} whole models")
+    assert errors > 10
+    assert successes > 10
 
 
 # hostile repositories
