@@ -78,6 +78,16 @@ def test_names_of_version_one_still_work_with_a_word(name: str) -> None:
     assert found is getattr(import_module(f"hf_knn.{hf_knn._MOVED[name]}"), name)
 
 
+def test_public_sub_packages_are_attributes() -> None:
+    code = (
+        "import hf_knn; print(*(getattr(hf_knn, n).__name__ for n in ('fit', 'checkup', 'data')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["hf_knn.fit", "hf_knn.checkup", "hf_knn.data"]
+
+
 def private_imports(text: str) -> list[str]:
     """What a script outside the package takes that is not public."""
     found = []

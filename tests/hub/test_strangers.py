@@ -33,6 +33,9 @@ save_file({"logits": logits}, folder / "logits.safetensors")
 """
 PUSH = """
 model.push_to_hub("org/given-back")
+model.save_pretrained(
+    folder / "saved", push_to_hub=True, repo_id="org/quiet", private=True, commit_message="hello",
+)
 """
 END = "print(json.dumps(type(model).__module__))"
 
@@ -62,9 +65,13 @@ def test_a_cold_load_takes_few_requests_and_a_stranger_pushes_back(
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], wanted)
     hub.requests.clear()
     run(LOAD + PUSH + END, REPO, tmp_path, site=site, home=home, **online())
-    back = KnnForImageClassification.from_pretrained("org/given-back")
-    with torch.no_grad():
-        assert torch.equal(back(pixel_values=images).logits, wanted)
+    for name in ("org/given-back", "org/quiet"):
+        back = KnnForImageClassification.from_pretrained(name)
+        with torch.no_grad():
+            assert torch.equal(back(pixel_values=images).logits, wanted)
+    assert not hub.repo("org/given-back").private
+    assert hub.repo("org/quiet").private
+    assert [commit.message for commit in hub.repo("org/quiet").history()] == ["hello"]
 
 
 def test_a_push_over_a_repository_of_version_one_leaves_two_files(

@@ -325,6 +325,9 @@ def test_whether_the_code_is_that_of_the_package(tmp_path: Path) -> None:
     assert "runs other code: configuration_knn, modeling_knn" in old[-1]
     KnnForImageClassification.from_pretrained(folder).save_pretrained(folder)
     assert compare_code(reader_of(folder)) == []
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    assert "another model is opened" in compare_code(reader_of(folder))[0]
+    (folder / "adapter_config.json").unlink()
     with (folder / "modeling_hf_knn.py").open("a") as file:
         file.write("# one line more\n")
     (folder / "configuration_hf_knn.py").unlink()

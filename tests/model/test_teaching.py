@@ -487,3 +487,30 @@ def test_everything_forgotten_and_taught_again(tmp_path: Path) -> None:
     assert answers(model, cloud(3).features).logits.isfinite().all()
     model.teach(features=cloud(60).features, labels=cloud(60).labels.tolist())
     assert_is_refit(model)
+
+
+def test_rows_of_another_store_are_read_once() -> None:
+    """Those of a server may change between two readings."""
+
+    class Elsewhere(Datastore):
+        readings = 0
+
+        def blocks(self) -> Any:
+            Elsewhere.readings += 1
+            return super().blocks()
+
+        @property
+        def features(self) -> Any:
+            raise AssertionError("all rows were read a second time")
+
+        labels = ids = paths = features
+
+    model: Any = tiny_model("vit")
+    other = tiny_model("vit", seed=0).datastore
+    assert isinstance(other, Datastore)
+    more = Elsewhere.from_features(other.features, other.labels, paths=other.paths)
+    before = len(model.datastore)
+    model.merge(more)
+    assert Elsewhere.readings == 1
+    assert len(model.datastore) == before + len(other)
+    assert model.datastore.path_of(model.changes[-1].ids[0]) == "train/0/0.png"

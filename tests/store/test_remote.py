@@ -1,6 +1,7 @@
 """References to rows that lie elsewhere, and the registry of those who open them."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +69,17 @@ def test_a_back_end_comes_by_its_entry_point(tmp_path: Path, installed: None) ->
     consent = RemoteConsent(trusted=True)
     assert open_remote(reference("elsewhere"), consent) is Elsewhere.rows
     assert Elsewhere.asked == [(found, consent)]
+
+
+def test_another_back_end_has_addresses_of_its_own(tmp_path: Path, installed: None) -> None:
+    asked = replace(reference("elsewhere"), uri="lance://bucket/rows", collection="a/b c")
+    (tmp_path / MANIFEST).write_text(asked.to_json())
+    found = read_manifest(tmp_path / MANIFEST)
+    assert isinstance(found, DatastoreReference)
+    assert (found.uri, found.collection) == ("lance://bucket/rows", "a/b c")
+    (tmp_path / MANIFEST).write_text(replace(asked, backend="milvus").to_json())
+    with pytest.raises(DatastoreError, match="lance"):
+        read_manifest(tmp_path / MANIFEST)
 
 
 def test_a_back_end_that_nobody_brought(tmp_path: Path) -> None:
