@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
-from ..data.loading import groups_of, ids_of, label_names, load_pictures, paths_of
+from ..data.loading import groups_of, ids_of, label_names, read_source
+from ..data.places import paths_of
 from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification

@@ -24,7 +24,8 @@ from hf_knn_cli.train_options import (
 )
 
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of, read_labelled
+from ..data.places import source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult

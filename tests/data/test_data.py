@@ -24,15 +24,8 @@ from support.pictures import (
 from hf_knn.data import loading as data
 from hf_knn.data.batches import BadRow, process_rows, read_batch
 from hf_knn.data.decode import decode_image
-from hf_knn.data.loading import (
-    fingerprint_of,
-    ids_of,
-    label_names,
-    labels_of,
-    load_splits,
-    paths_of,
-    prepare,
-)
+from hf_knn.data.loading import ids_of, label_names, labels_of, load_splits, prepare
+from hf_knn.data.places import fingerprint_of, paths_of
 
 
 def as_named(rows: Dataset) -> list[str]:
