@@ -35,6 +35,7 @@ from .labels import (
     LabelScores,
     balance_findings,
     label_findings,
+    look_alike_findings,
     outlier_findings,
     score_labels,
 )
@@ -128,6 +129,7 @@ def examine(
     with checkup.phase("outliers"):
         found += _outliers(checkup, rows)
     found += balance_findings(rows)
+    found += look_alike_findings(checkup.pictures)
     found += _look_at_labels(checkup, rows, pairs, groups, seed, watch, with_curve)
     for one in found:  # the numbers of usable pictures become those of all
         others = tuple(usable[list(one.others)].tolist())
@@ -175,7 +177,8 @@ def _look_at_labels(
     labels = torch.from_numpy(rows.labels)
     classes = len(rows.label_names)
     if not classes:
-        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR, Kind.IMBALANCE}
+        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR}
+        checkup.unseen |= {Kind.LOOK_ALIKE, Kind.IMBALANCE}
         checkup.skipped.append(
             "Label errors, label conflicts, balance and learning curve: the pictures have no "
             "labels (one sub-folder per label, or a column `label`)."

@@ -31,7 +31,7 @@ from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from .console import console, print_json, right
+from .console import console, print_json, right, say_what_was_left_out
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -47,6 +47,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         OSError: if something is not there, or the report cannot be written.
     """
     source = open_source(options)
+    say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
         checkup = check_up(options, source, watch)
 
@@ -74,6 +75,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     words = ["hf-knn", "train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
+    words += [] if options.splits == "auto" else ["--splits", options.splits]
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
         f"{escape(plain(shlex.join(words)))}[/]",
