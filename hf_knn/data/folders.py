@@ -100,6 +100,13 @@ def read_folder(root: str | Path, splits: bool | None = None) -> Layout:
     else:
         parts = dict(_by_folder(root, place, listed, splits, found, notes))
     prefixes = [prefix for prefix, _ in parts.values()]
+    read = {METADATA_NAME, *(f"{prefix}{METADATA_NAME}" for prefix in prefixes)}
+    unread = [path for path in found.metadata if path not in read]
+    if unread:
+        notes.append(
+            f"{shown(unread)} {'was' if len(unread) == 1 else 'were'} left out: a {METADATA_NAME} "
+            "counts in the folder itself or in that of a split."
+        )
     rows = {
         name: part.rows if part.has_labels else _labelled(part.rows, prefix, notes)
         for name, (prefix, part) in parts.items()

@@ -1,5 +1,6 @@
 """Pictures with labels, from wherever `datasets` can read them. The only file that imports it."""
 
+import glob
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from ..store.datastore import Datastore
@@ -34,7 +36,7 @@ from .folders import (
     read_under_label,
     whole_numbers,
 )
-from .places import find_local, names_beside, why_no_labels
+from .places import check_options, find_local, is_saved, names_beside, why_no_labels
 from .tables import is_table
 from .walk import nfc
 
@@ -142,22 +144,14 @@ def read_source(source: str | Path, splits: bool | None = None, **options: Any) 
         ValueError: if it holds no pictures, or cannot be read, saying why.
     """
     path = find_local(source)
+    check_options(source, path, splits, options)
     if path is None:
-        _refuse_splits(source, splits)
         return _source_of_columns(_load_from_hub(str(source), options), source)
-    given = sorted(name for name, value in options.items() if value is not None)
-    if given:
-        raise ValueError(
-            f"Expected {given} with the id of a dataset on the Hub only, but {source} lies here; "
-            "leave them out."
-        )
     if is_table(path):
         return _source_of_layout(read_list(path, splits))
-    if path.is_dir() and not _is_saved(path):
+    if path.is_dir() and not is_saved(path):
         return _source_of_layout(read_folder(path, splits))
-    _refuse_splits(source, splits)
-    load = _load_saved if path.is_dir() else _load_parquet
-    return _source_of_columns(load(path), source)
+    return _source_of_columns(_load_saved(path), source)
 
 
 def from_files(place: Path, label: str) -> Source:
@@ -293,25 +287,17 @@ def datastore_as_dataset(
     return Dataset.from_dict(columns, features=Features(kinds))
 
 
-def _refuse_splits(source: str | Path, splits: bool | None) -> None:
-    if splits is not None:
-        raise ValueError(
-            f"Expected `splits` with a folder of pictures or a csv only, but {source} names its "
-            "splits itself; leave it out."
-        )
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-
-
 def _load_saved(path: Path) -> dict[str, Dataset]:
-    saved = load_from_disk(str(path))
+    """A folder of `save_to_disk`, or a parquet file."""
+    try:
+        if not path.is_dir():
+            return dict(load_dataset("parquet", data_files=glob.escape(str(path.absolute()))))
+        saved = load_from_disk(str(path))
+    except (DatasetGenerationError, OSError) as error:
+        raise ValueError(
+            f"Expected {path} to be whole, but it cannot be read: {error.__cause__ or error}"
+        ) from error
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-
-
-def _load_parquet(path: Path) -> dict[str, Dataset]:
-    return dict(load_dataset("parquet", data_files=str(path)))
 
 
 def _load_from_hub(name: str, options: dict[str, Any]) -> dict[str, Dataset]:

@@ -44,6 +44,45 @@ def find_local(source: str | Path) -> Path | None:
     )
 
 
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def check_options(
+    source: str | Path, path: Path | None, splits: bool | None, options: Mapping[str, Any]
+) -> None:
+    """Refuses options that would do nothing.
+
+    Args:
+        source: as it was given.
+        path: where it lies here; None for a Hub id.
+        splits: how folders that are called like splits are read.
+        options: of a Hub id.
+
+    Raises:
+        ValueError: naming them.
+    """
+    given = sorted(name for name, value in options.items() if value is not None)
+    if path is not None and given:
+        raise ValueError(
+            f"Expected {given} with the id of a dataset on the Hub only, but {source} lies here; "
+            "leave them out."
+        )
+    if path is not None and (is_table(path) or (path.is_dir() and not is_saved(path))):
+        return
+    if splits is not None:
+        raise ValueError(
+            f"Expected `splits` with a folder of pictures or a csv only, but {source} names its "
+            "splits itself; leave it out."
+        )
+    if path is not None and "::" in str(path.absolute()):
+        raise ValueError(
+            f"Expected a path without '::', which means something else to `datasets`, but got "
+            f"{path.absolute()}; rename it."
+        )
+
+
 def names_beside(path: Path) -> list[str]:
     """What lies in the folder of a path, for somebody who mistyped it."""
     try:

@@ -15,15 +15,18 @@ from .decode import PICTURE_SUFFIXES
 METADATA_NAME = "metadata.csv"
 """Says which picture of its folder has which label."""
 
-_CHECKPOINT, _REPORT = "it is a checkpoint", "it is a report of hf-knn"
+_CHECKPOINT, _REPORT = "as a checkpoint", "as a report of hf-knn"
 _OURS = (
     ({CONFIG_NAME, SAFE_WEIGHTS_NAME}, _CHECKPOINT),
     ({CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME}, _CHECKPOINT),
-    ({MANIFEST_NAME}, "it is a datastore"),
-    ({"model.onnx", "classify.py"}, "it is an exported model"),
+    ({MANIFEST_NAME}, "as a datastore"),
+    ({"model.onnx", "classify.py"}, "as an exported model"),
     ({"report.html", "findings.csv"}, _REPORT),
 )
 """Folders that the commands write, by the files in them."""
+
+_UNREAD = {f"metadata.{ending}" for ending in ("jsonl", "parquet")}
+"""What else `datasets` would read labels from."""
 
 _SYSTEM_FOLDERS = {
     "__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found",
@@ -100,7 +103,7 @@ def find_pictures(root: str) -> Found:
         entries = _entries(os.path.join(root, place.name))
         is_ours = _ours({entry.name for entry in entries})
         if is_ours == _CHECKPOINT and not place.name:
-            raise ValueError(f"Expected {root} to be a folder of pictures, but {is_ours}.")
+            raise ValueError(f"Expected {root} to be a folder of pictures, but it is a checkpoint.")
         if is_ours and place.name:  # a report may have been written beside the classes
             said[is_ours].append(place.name)
             continue
@@ -182,13 +185,15 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
     except OSError:  # a link to itself
         is_folder = is_there = False
     if not is_there:
-        return "it is a link to nothing" if entry.is_symlink() else "it is no file"
+        return "as a link to nothing" if entry.is_symlink() else "as no file"
     if name.startswith("."):
-        return "it is hidden" if is_folder or is_picture else ""
+        return "as hidden" if is_folder or is_picture else ""
     if is_folder:
         return "folder"
     if is_picture:
-        return "picture" if _is_utf8(name) else "its name is not UTF-8: rename it"
+        return "picture" if _is_utf8(name) else "for a name that is not UTF-8 (rename it)"
+    if name in _UNREAD:
+        return f"since only {METADATA_NAME} is read"
     return "metadata" if name == METADATA_NAME else f".{ending}"
 
 
@@ -202,15 +207,16 @@ def _is_utf8(name: str) -> bool:
 
 def _sentences(left_out: dict[str, Counter[str]], said: dict[str, list[str]]) -> Iterator[str]:
     for reason, paths in sorted(said.items()):
-        if len(paths) > 1:
-            reason = reason.replace("it is a", "they are").replace("it is", "they are")
-        was = "was" if len(paths) == 1 else "were"
-        yield f"{shown(paths)} {was} left out: {reason}."
+        yield f"Left out {reason}: {shown(paths)}."
     for ending, folders in sorted(left_out.items()):
         count = sum(folders.values())
         what = f"{count} {ending}" if ending else f"{count} without an ending"
         was = "was" if count == 1 else "were"
-        yield f"{what} {_where(list(folders))} {was} left out: {_advice(ending)}."
+        advice = _advice(ending)
+        if count == 1:
+            advice = advice.replace("they are no pictures", "it is no picture")
+            advice = advice.replace("them", "it").replace("their", "its")
+        yield f"{what} {_where(list(folders))} {was} left out: {advice}."
 
 
 def _where(folders: Sequence[str]) -> str:
