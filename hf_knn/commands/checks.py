@@ -27,6 +27,7 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
+from ..data.walk import StoredPictures
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore
@@ -182,9 +183,10 @@ def inspect_checkpoint(
         checkup = inspect_datastore(store, names, root=root, seed=seed, watch=watch)
         drawing = _map(checkup, seed, watch)
     pictures = checkup.pictures
+    stored = None if root is None else StoredPictures(root)
 
     def show(number: int) -> Image.Image | None:
-        image = None if root is None else open_picture(root, pictures.paths[number])
+        image = None if stored is None else open_picture(stored, pictures.paths[number])
         if image is not None or model.thumbnails is None:
             return image
         return decoded_or_none(model.thumbnails.get(int(pictures.ids[number])))

@@ -124,7 +124,9 @@ def say_what_was_left_out(notes: Sequence[str]) -> None:
         notes: in sentences.
     """
     for note in notes:
-        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(
+            f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False
+        )
 
 
 def say_what_was_skipped(rows: ImageFeatures) -> None:

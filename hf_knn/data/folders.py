@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .tables import read_table
-from .walk import METADATA_NAME, Found, find_pictures, nfc, shown
-
-SPLIT_FOLDERS = {
-    "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "test": "test",
-}  # fmt: skip
-"""Folders that are splits, in small letters."""
+from .walk import METADATA_NAME, SPLIT_FOLDERS, Found, find_pictures, nfc, shown
 
 SPLIT_NAMES = SPLIT_FOLDERS | {"training": "train", "dev": "validation"}
 """What a split is called in lists and datasets."""

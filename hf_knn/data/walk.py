@@ -5,12 +5,19 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..core.manifest import MANIFEST_NAME
 from .decode import PICTURE_SUFFIXES
+
+SPLIT_FOLDERS = {
+    "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "test": "test",
+}  # fmt: skip
+"""Folders that are splits, in small letters."""
 
 METADATA_NAME = "metadata.csv"
 """Says which picture of its folder has which label."""
@@ -138,6 +145,61 @@ def find_pictures(root: str) -> Found:
         paths.sort(key=_order)
     found.notes += list(_sentences(left_out, said))
     return found
+
+
+class StoredPictures:
+    """The pictures of a folder, by the paths that a datastore keeps.
+
+    A path is also found below the folder of a split (`train/dog/a.png` where `dog/a.png` is
+    stored), without it, and in another form of Unicode.
+
+    Args:
+        root: the folder that the paths are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._listed: dict[str, str] | None = None
+
+    def find(self, path: str) -> Path | None:
+        """The file of a stored path; None if there is none.
+
+        Nothing outside the folder is found but what links in it lead to: a stranger may have
+        written the path.
+
+        Args:
+            path: with `/`; empty for an unknown one.
+
+        Raises:
+            ValueError: for a folder that cannot be listed, see `find_pictures`.
+            OSError: likewise.
+        """
+        if not path or "\0" in path:
+            return None
+        place = (self._root / path).resolve()
+        if place.is_relative_to(self._root) and place.is_file():
+            return place
+        listed = self._listed = self._listed or self._list()
+        found = listed.get(nfc(path)) or listed.get(nfc(path.replace("\\", "/")))
+        if found is None and (split := split_of(path)):
+            own = SPLIT_FOLDERS.get(self._root.name.casefold(), split)
+            found = listed.get(nfc(path.partition("/")[2])) if own == split else None
+        return None if found is None else self._root / found
+
+    def _list(self) -> dict[str, str]:
+        """The pictures by their paths, and without the folder of a split: training first."""
+        pictures = find_pictures(str(self._root)).pictures
+        listed = {nfc(path): path for path in pictures}
+        for split in dict.fromkeys(SPLIT_FOLDERS.values()):
+            for path in pictures:
+                if split_of(path) == split:
+                    listed.setdefault(nfc(path.partition("/")[2]), path)
+        return listed
+
+
+def split_of(path: str) -> str:
+    """The split of a path by its top folder; empty if it is called otherwise."""
+    return SPLIT_FOLDERS.get(path.partition("/")[0].casefold(), "") if "/" in path else ""
 
 
 def nfc(text: str) -> str:
