@@ -16,7 +16,8 @@ from ..data.augmentation import Augmentation
 from ..fit.blend import Criterion
 from ..fit.grids import LossNormalization
 from ..fit.heads import PROBE_GRIDS
-from ..store.index import AUTO, parse_memory
+from ..store.index import parse_memory
+from ..store.kinds import AUTO, FLAT
 
 ARGUMENTS_NAME = "training_args.json"
 """File of a saved model with the arguments; a pickle is nobody's friend."""
@@ -224,6 +225,11 @@ class KnnTrainingArguments(TrainingArguments):
     def refresh_steps(self) -> int | None:
         """Steps between two refreshes; None if the schedule is another one."""
         return int(self.knn_refresh) if re.fullmatch(r"[1-9]\d*", self.knn_refresh) else None
+
+    @property
+    def names_index(self) -> bool:
+        """Whether the caller asked for an index, so that the run's own files may bring it."""
+        return self.knn_index not in (AUTO, FLAT)
 
     @property
     def reweights(self) -> bool:
