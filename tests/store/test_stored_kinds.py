@@ -20,9 +20,10 @@ HOSTILE = [
     "OPQ16_64,IVF100,PQ16", "OPQ8,Flat", "RQ8x16", "IVF4,RQ64x12", "NSG64", "NSG4000,Flat",
     "IMI2x14,Flat", "IVF4,LSQ8x8", "LSQ8x8", "PLSQ2x4x8", "PRQ2x4x8", "ITQ,LSHt", "PQ16x24",
     "PQ16x16", "IDMap," * 3000 + "Flat", "IDMap2,Flat", "RCQ4x8,Flat", "HNSW4096", "HNSW65",
-    "HNSW1", "HNSW0", "HNSW32_PQ8", "IVF4_HNSW2000,Flat", "IVF4(IVF4(IVF4)),Flat", "IVF5000,Flat", "SQ8",
+    "HNSW1", "HNSW0", "HNSW32_PQ8", "IVF4_HNSW2000,Flat", "IVF4(IVF4(IVF4)),Flat", "IVF5000,Flat",
     "Flat", "RaBitQ", "ZnLattice3x10_6", "PCA4,IVF4,Flat", "IVF0,Flat", "IVF٣,Flat", "IVF-4,Flat",
-    "IVF4,Flat\n", " IVF4,Flat", "ivf4,flat", "AUTO", "", "\x00", "IVF" + "9" * 4000 + ",Flat",
+    "SQ8", "IVF4,Flat\n", " IVF4,Flat", "ivf4,flat", "AUTO", "", "\x00",
+    "IVF" + "9" * 4000 + ",Flat",
 ]  # fmt: skip
 
 
