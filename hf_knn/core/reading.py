@@ -30,6 +30,7 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from .plain_json import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -314,10 +315,7 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise DatastoreError(
             f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "

@@ -20,6 +20,13 @@ from ..store.index import parse_memory
 from ..store.kinds import AUTO, FLAT
 
 ARGUMENTS_NAME = "training_args.json"
+_PLACES = frozenset(
+    {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token"}
+    | {"push_to_hub_token", "deepspeed", "fsdp_config"}
+)
+"""Arguments that say where something lies here, or who runs it, whatever they look like."""
+
+_LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\])")
 """File of a saved model with the arguments; a pickle is nobody's friend."""
 
 
@@ -191,12 +198,17 @@ class KnnTrainingArguments(TrainingArguments):
             )
 
     def write_json(self, folder: Path) -> None:
-        """Writes the arguments into a folder, without tokens.
+        """Writes the recipe into a folder, which may be pushed: no token, no place on this machine.
 
         Args:
             folder: of a checkpoint.
         """
-        text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
+        recipe = {
+            name: value
+            for name, value in self.to_sanitized_dict().items()
+            if name not in _PLACES and not _LOOKS_LIKE_A_PLACE.search(str(value))
+        }
+        text = json.dumps(recipe, indent=2, default=str)
         (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     def quiet(self, folder: str) -> "KnnTrainingArguments":

@@ -244,6 +244,10 @@ def try_hostile(
                     probs = found(pixel_values=pixels(2, seed=9)).logits.exp()
                     assert probs.sum(dim=1).tolist() == pytest.approx([1, 1], abs=1e-4)
                 opened += 1
+            except RecursionError:
+                if opener is not AutoModel:  # which reads config.json before any of ours is asked
+                    raise
+                refused += 1
             except (OSError, *CLEAR, TypeError, AttributeError, LookupError):
                 refused += 1
         assert not marker.exists()
