@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 a151edaa70fa6047b4708481df596b067ca7ad690ecbe7f8f80ab9877e363025.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

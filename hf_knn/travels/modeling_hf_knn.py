@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 a151edaa70fa6047b4708481df596b067ca7ad690ecbe7f8f80ab9877e363025.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1470,6 +1470,9 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
     if any(name not in found for name in names):
         return damaged[0]
     processor = resolve(IMAGE_PROCESSOR_NAME)
+    if processor is not None and not binding.processor:
+        logger.warning("%s was put beside a datastore saved without one: they must fit.", processor)
+        processor = None
     try:
         pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
         now = fingerprint_files([found[name] for name in names], processor, pooling)
@@ -1506,7 +1509,8 @@ def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding |
     """Ties rows that were opened with one checkpoint to another; what was stale stays so."""
     name = str(dtype).removeprefix("torch.")
     binding = bind(folder, pooling, name)
-    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+    alike = binding.fingerprint, _combine(binding.weights, "", binding.pooling)
+    if before is None or before.dtype != name or before.fingerprint in alike:
         return binding
     logger.warning(
         "The datastore was not made by the backbone, image processor and pooling as they are now; "
