@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
+from ..core.plain_json import read_json
 from ..data.batches import RowPictures
 from ..data.loading import from_files
 from ..features.extract import extract_features, progress_bars
@@ -290,7 +291,7 @@ def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
 def _classes_of(folder: Path) -> list[str] | None:
     """The classes of a backup; None for a datastore that does not say what its numbers mean."""
     path = folder / _CLASSES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _holds_datastore_alone(name: str) -> bool:

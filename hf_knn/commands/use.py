@@ -1,6 +1,5 @@
 """`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
-import json
 import math
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
+from ..core.plain_json import read_json
 from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
@@ -286,7 +286,7 @@ def _cache_entry(kind: str, folder: Path) -> CacheEntry:
         if place.is_file():
             used = place.stat().st_mtime
             with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
-                about = json.loads(place.read_text(encoding="utf-8"))
+                about = read_json(place)
     return CacheEntry(
         kind, folder.name, str(about.get("model", "")),
         " ".join(filter(None, [about.get("backend"), about.get("precision")])),
