@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..store.datastore import Datastore
 from .batches import IMAGE, LABEL, SAMPLE_ID
+from .keys import name_of_file
 
 PREDICTION_FEATURES = Features(
     {"predictions": List(Value("float32")), "references": Value("int64")}
@@ -192,12 +193,11 @@ def fingerprint_of(dataset: Any) -> str | None:
     known = getattr(dataset, "_fingerprint", None)
     if known is None:
         return None
-    # `datasets` knows files by their paths only: one that was replaced has another size or time
+    # `datasets` knows files by their paths only
     total = hashlib.sha256(known.encode())
     for path in _raw_paths(dataset):
         if os.path.isfile(path):
-            status = os.stat(path)
-            total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            total.update(name_of_file(path) + b"\n")
     return total.hexdigest()
 
 
