@@ -36,7 +36,8 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, open_labelled, say_what_was_skipped
+from .console import console, open_labelled, say_what_was_skipped
+from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -141,7 +142,9 @@ def _report(
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (options.output / "report.json").write_text(text + "\n", encoding="utf-8")
     if metrics:
-        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+        names = stored_names(model, parts.test) if is_known else []
+        print_measured(metrics, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
     console.print(f"Saved {options.output} after {seconds:.0f} s: {store}.")
     console.print(
