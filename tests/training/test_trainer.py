@@ -545,7 +545,8 @@ def expected_metrics(model: KnnForImageClassification, rows: ImageFeatures) -> d
         bins = np.array_split(order, min(15, len(order)))
         gaps = [len(b) * abs(probs.max(1)[b].mean() - right[b].mean()) for b in bins]
         found[f"eval_{voice}_top1"] = right.mean()
-        found[f"eval_{voice}_top5"] = 1.0  # fewer than five classes
+        # fewer than five classes, so what counts is whether the label was given any probability
+        found[f"eval_{voice}_top5"] = (probs[np.arange(len(labels)), labels] > 0).mean()
         found[f"eval_{voice}_mean_class"] = np.mean(
             [right[labels == c].mean() for c in set(labels)]
         )
@@ -587,11 +588,34 @@ def test_evaluate_gives_the_documented_numbers(
         assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
     assert found["eval_head_top1"] != found["eval_knn_top1"]
     same_as = {0.0: "head", 1.0: "knn"}.get(knn_weight)
-    for name in ("top1", "nll", "ece", "mean_class"):
+    for name in ("top1", "top5", "nll", "ece", "mean_class"):
         if same_as:
             blended, pure = found[f"eval_blend_{name}"], found[f"eval_{same_as}_{name}"]
             assert blended == pytest.approx(pure, abs=1e-6)
     assert trainer.state.log_history[-1]["eval_blend_nll"] == found["eval_blend_nll"]
+
+
+@pytest.mark.parametrize("knn_weight", [0.3, 1.0])
+@pytest.mark.parametrize("blend_temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_class_without_a_vote_is_in_no_top_5(
+    k: int, knn_weight: float, blend_temperature: float, tmp_path: Path
+) -> None:
+    model = small_model(9, knn_weight=knn_weight, k=k, blend_temperature=blend_temperature)
+    trainer = KnnTrainer(model, probe(tmp_path), train_dataset=cloud(60, classes=9))
+    trainer.train()
+    held_out = cloud(60, seed=3, classes=9)
+    found = trainer.evaluate(held_out)
+    store = model.datastore
+    assert store is not None
+    voted = store.search(held_out.features, k).labels == held_out.labels.unsqueeze(1)
+    assert found["eval_knn_top5"] == pytest.approx(float(voted.any(1).double().mean()))
+    if k == 1:
+        assert found["eval_knn_top5"] == found["eval_knn_top1"] < found["eval_head_top5"]
+    if knn_weight == 1:
+        assert found["eval_blend_top5"] == found["eval_knn_top5"]
+    else:
+        assert found["eval_blend_top5"] > found["eval_knn_top5"]
 
 
 def test_evaluate_pictures_names_and_mode(tmp_path: Path) -> None:
