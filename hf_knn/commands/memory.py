@@ -22,7 +22,6 @@ from ..features.extract import extract_features, progress_bars
 from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
-from ..model.classes import Classes
 from ..model.compare import Difference, compare
 from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
@@ -139,7 +138,12 @@ def forget_rows(
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
         names = model.config.class_names
         if label is not None:
-            wanted = store.ids_labelled(Classes.of(model.config).number_of(label))
+            known = {nfc(name): number for number, name in enumerate(names)}
+            if nfc(label) not in known:
+                raise ValueError(
+                    f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
+                )
+            wanted = store.ids_labelled(known[nfc(label)])
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
