@@ -24,7 +24,8 @@ from hf_knn_cli.train_options import (
 )
 
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
@@ -35,7 +36,7 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import console, metrics_table, open_labelled, say_what_was_skipped
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -77,8 +78,8 @@ def train_pictures(options: TrainOptions) -> None:
     started = time.perf_counter()
     _check(options)
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
-    names = list(splits["train"].features["label"].names)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,

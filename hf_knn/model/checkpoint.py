@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.config import KnnConfig
 from ..core.manifest import (
@@ -23,6 +23,7 @@ from ..core.manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from ..core.plain_json import read_json
 from ..core.reading import (
     HUB_OPTIONS,
     THUMBNAILS_NAME,
@@ -236,6 +237,18 @@ class CheckpointReader(HubFiles):
             f"Expected to read one version of {self.name}, but it was replaced {_READ_ATTEMPTS} "
             "times meanwhile; try again when nobody writes it."
         )
+
+    def check_settings(self) -> None:
+        """Reads what transformers will read, which a nesting without end would send astray.
+
+        Raises:
+            DatastoreError: naming the file that is none of ours.
+        """
+        names = [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
+        names += [SAFE_WEIGHTS_INDEX_NAME] if self.is_folder else []
+        for path in map(self.resolve, names):
+            if path is not None:
+                read_json(path)
 
     def read_memory(self, memory: Memory) -> Memory:
         """With what the checkpoint says beside its rows: receipts, measurements, and a picture.
