@@ -17,12 +17,27 @@ IMAGE, LABEL, SAMPLE_ID, PATH = "image", "label", "sample_id", "path"
 
 
 class BadRow(NamedTuple):
-    """A row that could not be used, and why."""
+    """A row that could not be used.
+
+    Attributes:
+        row: its number.
+        sample_id: of its picture.
+        path: of its picture; empty if unknown.
+        reason: why.
+        is_unread: whether the picture may be whole, of a format or size that is not read.
+    """
 
     row: int
     sample_id: int
     path: str
     reason: str
+    is_unread: bool = False
+
+    def remedy(self) -> str:
+        """What can be done about it."""
+        if self.is_unread:
+            return "convert it to JPEG or PNG, or raise a limit (--max-pixels, --max-bytes)"
+        return "repair or remove it"
 
 
 class Batch(NamedTuple):
@@ -102,7 +117,8 @@ def process_rows(
             good.append(place)
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
-            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
+            is_unread = getattr(error, "is_unread", False)
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error), is_unread))
     options = {} if augment is None else augment.processor_options
     return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
 
@@ -236,7 +252,7 @@ class KnnCollator:
         if bad and (self.on_bad_image == "fail" or not good):
             raise ValueError(
                 f"Expected pictures that can be decoded, but {bad[0].path or 'a picture'} "
-                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; repair or remove it, or "
+                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; {bad[0].remedy()}, or "
                 "pass on_bad_image='skip'."
             )
         labels = torch.tensor([rows[i][LABEL] for i in good])

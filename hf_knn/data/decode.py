@@ -191,7 +191,10 @@ def read_picture(picture: Any, number: int) -> Image.Image:
         )
     except (BadImageError, OSError, TypeError) as error:
         name = picture if isinstance(picture, str | Path) else f"picture {number}"
-        raise BadImageError(f"Expected {name} to be readable, but {error}.") from error
+        is_unread = getattr(error, "is_unread", False)
+        remedy = "; convert it to JPEG or PNG" if is_unread else ""
+        reason = f"Expected {name} to be readable, but {error}{remedy}."
+        raise BadImageError(reason, is_unread) from error
 
 
 @contextmanager

@@ -106,9 +106,15 @@ class Print(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A picture that cannot be decoded, with the reason."""
+    """A picture that cannot be decoded.
+
+    Attributes:
+        reason: why.
+        is_unread: whether it may be whole, of a format or size that is not read.
+    """
 
     reason: str
+    is_unread: bool
 
 
 def print_of(image: Image.Image) -> Print:
@@ -141,4 +147,4 @@ def _print_row(dataset: Any, row: int) -> Print | Broken:
     try:
         return print_of(picture_of(dataset, row))
     except (BadImageError, OSError) as error:
-        return Broken(str(error))
+        return Broken(str(error), getattr(error, "is_unread", False))

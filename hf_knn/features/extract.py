@@ -247,7 +247,7 @@ def _collect(
 def _refusal(bad: BadRow) -> ValueError:
     return ValueError(
         f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
-        f"cannot: {bad.reason}; repair or remove it, or pass on_bad_image='skip'."
+        f"cannot: {bad.reason}; {bad.remedy()}, or pass on_bad_image='skip'."
     )
 
 
@@ -290,7 +290,7 @@ def _cache_of(root: Path, work: Work, backend: str, rows: Any) -> FeatureCache:
         "backend": backend,
         "first_pictures": f"{len(rows)} of {', '.join(names[:3])}{' …' * (len(names) > 3)}",
     }
-    return FeatureCache(root / short_name(work.key | {"backend": backend, "format": 2}), about)
+    return FeatureCache(root / short_name(work.key | {"backend": backend, "format": 3}), about)
 
 
 def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
