@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from .formats import DECODE_ERRORS, BadImageError, as_bad_image, identified, what_else
+from .formats import BadImageError, as_bad_image, identified, what_else
+from .pixels import FULL_PIXELS, kind_of, reduce_jpeg, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +31,10 @@ MAX_BYTES = 512 * 2**20
 MAX_PIXELS, MAX_JPEG_PIXELS = 64 * 10**6, 200 * 10**6
 """Width times height, of most formats and of JPEG, which can be decoded at a part of its size."""
 
-FULL_PIXELS = 64 * 10**6
-"""A JPEG with more is decoded at a half, a quarter or an eighth of its width and height."""
-
 ALONE_PIXELS = 32 * 10**6
 """Pictures with more are decoded one at a time."""
 
-_STRIP = 4 * 10**6
-_HIGHER = 512
-"""From here on 32-bit values are of 16 bits; a little above 255 is what a filter leaves."""
-
 _SUBFILE, _TILE_WIDTH, _TILE_HEIGHT, _DNG = 254, 322, 323, 50706
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 _alone = threading.RLock()
 _reduced = itertools.count()
@@ -169,7 +157,7 @@ def decoding(
         is_large = image.width * image.height > alone_above
         with _alone if is_large else nullcontext():
             with _pillows_limit.lifted(), as_bad_image():
-                rgb = _to_rgb(_loaded(image))
+                rgb = to_rgb(image)
             if image is not source:
                 image.close()  # its pixels are no longer needed
             yield rgb
@@ -219,7 +207,10 @@ def _opened(
             if other:
                 raise BadImageError(f"the file is also {other}; save the picture anew")
             _check(image, formats, limits)
-            _reduce(image)
+            width, height = image.size
+            part = reduce_jpeg(image)
+            if part > 1:
+                _say_reduced(part, width, height)
         with image:
             yield image
 
@@ -234,7 +225,7 @@ def _file(path: Path) -> IO[bytes]:
 
 def _check(image: Image.Image, formats: tuple[str, ...], limits: Limits) -> None:
     """Refuses by the header."""
-    kind = _kind(image)
+    kind = kind_of(image)
     if kind is not None and kind not in formats:
         reason = f"not a picture in one of the formats {', '.join(formats)}"
         raise BadImageError(reason, is_unread=True)
@@ -252,17 +243,7 @@ def _check(image: Image.Image, formats: tuple[str, ...], limits: Limits) -> None
             raise BadImageError(f"its tiles have more than {max(most, MAX_PIXELS)} pixels")
 
 
-def _kind(image: Image.Image) -> str | None:
-    return "JPEG" if image.format == "MPO" else image.format  # phones put several JPEGs into one
-
-
-def _reduce(image: Image.Image) -> None:
-    """Sets a huge JPEG to a part of its size, which its decoder makes without the whole."""
-    width, height = image.size
-    if _kind(image) != "JPEG" or width * height <= FULL_PIXELS:
-        return
-    part = next((n for n in (2, 4) if -(-width // n) * -(-height // n) <= FULL_PIXELS), 8)
-    image.draft(None, (width // part, height // part))
+def _say_reduced(part: int, width: int, height: int) -> None:
     level = logging.DEBUG if next(_reduced) else logging.WARNING  # said once per run
     logger.log(
         level,
@@ -272,13 +253,6 @@ def _reduce(image: Image.Image) -> None:
     )  # fmt: skip
 
 
-def _loaded(image: Image.Image) -> Image.Image:
-    if image.format is not None:  # one made in memory has a single frame
-        image.seek(0)
-    image.load()
-    return image
-
-
 def _number(variable: str) -> int | None:
     text = os.environ.get(variable, "").strip()
     if not text:
@@ -286,71 +260,3 @@ def _number(variable: str) -> int | None:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ValueError(f"Expected ${variable} to be a whole number above 0, but got {text!r}.")
     return int(text)
-
-
-# ---- pixels -------------------------------------------------------------------------------------
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB picture, upright and over white; made strip by strip where it is large."""
-    turn = _TURNS.get(_orientation(image))
-    upright = image if turn is None else image.transpose(turn)
-    scale = _scale(upright)
-    width, height = upright.size
-    rows = max(1, _STRIP // max(1, width))
-    if rows >= height or (upright.mode == "RGB" and not upright.has_transparency_data):
-        rgb = _flat(upright, scale)
-        if rgb is image:
-            rgb = image.copy()
-    else:
-        rgb = Image.new("RGB", upright.size)
-        for top in range(0, height, rows):
-            box = (0, top, width, min(top + rows, height))
-            rgb.paste(_flat(upright.crop(box), scale), box)
-    rgb.info = {}
-    return rgb
-
-
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(_ORIENTATION)
-    except DECODE_ERRORS:  # pixels are fine where only what is said about them is damaged
-        return None
-
-
-def _scale(image: Image.Image) -> float:
-    """What brings the values of a 32-bit or float picture to 0 to 255, the same for all of them."""
-    if image.mode not in ("I", "F"):
-        return 1
-    values = np.asarray(image)
-    highest = float(values.max(initial=0, where=np.isfinite(values)))
-    if highest >= 65536:
-        reason = f"its values reach {highest:.6g} where those of pictures end at 1, 255 or 65535"
-        raise BadImageError(reason, is_unread=True)
-    return 255 if highest <= 1 else 1 if highest < _HIGHER else 1 / 256
-
-
-def _flat(image: Image.Image, scale: float) -> Image.Image:
-    """RGB over white; the picture itself where that is what it is."""
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image), nan=0, posinf=0, neginf=0) * scale
-        values = values.clip(0, 255)
-        # a whole number survives division by 255 and back only when it is rounded
-        values = np.rint(values) if scale > 1 else values
-        image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    elif image.has_transparency_data:
-        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit greyscale keeps its high byte; Pillow's own conversion clips."""
-    values = np.asarray(image.convert("I"))
-    grey = (values.clip(0, 65535) >> 8).astype(np.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey = np.where(values == key, np.uint8(255), grey)  # a transparent grey, over white
-    return Image.fromarray(grey)

@@ -2,15 +2,15 @@
 
 import io
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import IO
 
 from PIL import Image, TiffImagePlugin
+
+from .pixels import DECODE_ERRORS, ForeignValuesError
 
 _EDGE = 16 * 2**10
 _LONGEST = 160
@@ -41,12 +41,6 @@ _UNREAD = {
 _PNM = re.compile(rb"P([1-6]\s+[\d#]|[Ff]\s+\d|7\nWIDTH)")
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"heif"}
 
-# what Pillow's format plug-ins raise on malformed files
-DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, ArithmeticError,
-    NotImplementedError, RuntimeError, Warning, struct.error, zlib.error,
-)  # fmt: skip
-
 
 class BadImageError(ValueError):
     """A file that is not a picture we accept, with the reason.
@@ -68,6 +62,8 @@ def as_bad_image() -> Iterator[None]:
         yield
     except BadImageError:
         raise
+    except ForeignValuesError as error:
+        raise BadImageError(str(error), is_unread=True) from error
     except DECODE_ERRORS as error:
         said = " ".join(str(error).split())[:_LONGEST]
         raise BadImageError(f"the picture cannot be decoded ({said})") from error

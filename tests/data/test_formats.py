@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin
 from support.pictures import encoded, pillow_heif
 
-from hf_knn.data import decode, formats
+from hf_knn.data import decode, formats, pixels
 from hf_knn.data.batches import picture_of
 from hf_knn.data.decode import (
-    FULL_PIXELS,
     MAX_JPEG_PIXELS,
     PICTURE_SUFFIXES,
     BadImageError,
@@ -31,6 +30,7 @@ from hf_knn.data.decode import (
     decoding,
 )
 from hf_knn.data.loading import prepare
+from hf_knn.data.pixels import FULL_PIXELS
 
 needs_heif = pytest.mark.skipif(pillow_heif is None, reason="needs pillow-heif")
 
@@ -453,7 +453,7 @@ def test_a_picture_of_strips_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatc
     for picture in [*pictures, clear]:
         whole = decode_image(picture).tobytes()
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "_STRIP", 5 * 48)
+            patch.setattr(pixels, "_STRIP", 5 * 48)
             assert decode_image(picture).tobytes() == whole
 
 
