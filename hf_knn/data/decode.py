@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -164,7 +164,14 @@ def decoding(
 
 
 def read_picture(picture: Any, number: int) -> Image.Image:
-    """Decodes one of several pictures, of whatever kind.
+    """Decodes one of several pictures, of whatever kind; see `reading`."""
+    with reading(picture, number) as image:
+        return image
+
+
+@contextmanager
+def reading(picture: Any, number: int) -> Iterator[Image.Image]:
+    """One of several pictures, of whatever kind, decoded as by `decoding`.
 
     Args:
         picture: a path, the content of a file, an opened picture, or an array [H, W, 3] uint8.
@@ -173,16 +180,17 @@ def read_picture(picture: Any, number: int) -> Image.Image:
     Raises:
         BadImageError: naming the picture, by its path or its number.
     """
-    try:
-        return decode_image(
-            Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        )
-    except (BadImageError, OSError, TypeError) as error:
-        name = picture if isinstance(picture, str | Path) else f"picture {number}"
-        is_unread = getattr(error, "is_unread", False)
-        remedy = "; convert it to JPEG or PNG" if is_unread else ""
-        reason = f"Expected {name} to be readable, but {error}{remedy}."
-        raise BadImageError(reason, is_unread) from error
+    with ExitStack() as stack:
+        try:
+            source = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+            image = stack.enter_context(decoding(source))
+        except (BadImageError, OSError, TypeError) as error:
+            name = picture if isinstance(picture, str | Path) else f"picture {number}"
+            is_unread = getattr(error, "is_unread", False)
+            remedy = "; convert it to JPEG or PNG" if is_unread else ""
+            reason = f"Expected {name} to be readable, but {error}{remedy}."
+            raise BadImageError(reason, is_unread) from error
+        yield image
 
 
 @contextmanager
