@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from .choices import Backend
+from .limits import reads_pictures
 
 app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 def demo(
     checkpoint: Annotated[
         str | None,

@@ -7,6 +7,7 @@ import typer
 
 from .choices import BackendOption, SplitsOption
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
 
 app = typer.Typer()
 
@@ -17,6 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.
 
 
 @app.command()
+@reads_pictures
 def teach(
     checkpoint: Checkpoint,
     pictures: Annotated[
@@ -141,6 +143,7 @@ def diff(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],

@@ -7,6 +7,7 @@ import typer
 
 from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage, SplitsOption
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
 
 WHY = "Reasons"
 """A group of options in `--help`."""
@@ -15,6 +16,7 @@ app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
@@ -36,6 +38,7 @@ def evaluate(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def tune(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder; it will be changed.")],
@@ -67,6 +70,7 @@ def tune(
 
 
 @app.command()
+@reads_pictures
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures to classify.")],
@@ -160,6 +164,7 @@ def export(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def doctor(
     pictures: Annotated[

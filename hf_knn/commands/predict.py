@@ -91,16 +91,18 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
     model = KnnForImageClassification.from_pretrained(checkpoint)
     stored = None if options.pictures is None else StoredPictures(options.pictures)
-    decoded = [read_picture(path, number) for number, path in enumerate(images)]
-    found = model.explain(decoded, max_error=options.max_error)
+    found = model.explain(list(images), max_error=options.max_error)
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.json_output:
         print_json([{"image": str(p)} | _as_dict(e) for p, e in zip(images, found, strict=True)])
     if options.page is not None:
-        pairs = zip(images, decoded, found, strict=True)
+        pairs = enumerate(zip(images, found, strict=True))
         seen: dict[int, bool] = {}
         show = partial(_stored, stored, model.thumbnails, seen)
-        sections = [_section(path, image, one, options, show) for path, image, one in pairs]
+        sections = [
+            _section(path, read_picture(path, number), one, options, show)
+            for number, (path, one) in pairs
+        ]
         if stored is not None and not all(seen.values()):
             missed = (
                 f"Stored pictures of this page: {sum(seen.values())} of {len(seen)} found under "

@@ -34,7 +34,7 @@ from hf_knn.features.extract import ImageFeatures
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
-RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"
 
 
 def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFeatures:
@@ -652,3 +652,23 @@ def test_selecting_rows_and_reading_one() -> None:
     assert part[0].keys() == {"features", "labels"}
     assert len(whole) == 10  # left as it was
     assert len(whole.select(torch.tensor([], dtype=torch.int64))) == 0
+
+
+@pytest.mark.parametrize("variable", ["HF_KNN_MAX_PIXELS", "HF_KNN_MAX_BYTES"])
+def test_a_limit_that_is_raised_is_not_refused_by_the_cache(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = dataset_of(LABELS, sizes=[(8, 8)] * 3 + [(50, 50)], broken=[2])
+    monkeypatch.setenv(variable, "1000")
+    for _ in range(2):  # what does not decode stays known, what is too large is looked at again
+        found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+        assert {bad.row for bad in found.skipped} == {2, 3, 7}
+        assert "more than 1000" in found.skipped[1].reason
+    with pytest.raises(ValueError, match=r"row 2 .*convert it to JPEG or PNG, or raise a limit"):
+        extract_features(
+            small_model(), rows.select([0, 1, 3]).add_column("n", [0, 1, 2]), progress=False
+        )
+    monkeypatch.delenv(variable)
+    found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+    assert [bad.row for bad in found.skipped] == [2]
+    assert found.computed == 2
