@@ -15,13 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from hf_knn_cli.train_options import (
-    FINE_TUNING_EPOCHS,
-    FINE_TUNING_LEARNING_RATE,
-    HEAD_EPOCHS,
-    HEAD_LEARNING_RATE,
-    TrainOptions,
-)
+from hf_knn_cli.train_options import TrainOptions
 
 from ..data.batches import RowPictures, picture_of
 from ..data.loading import groups_of, labels_of
@@ -46,8 +40,6 @@ VALIDATION_SHARE = 0.1
 _PICTURES_SHOWN = 6
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
-
-_HEAD_BATCH = 256
 
 _RATES = ("epochs", "learning_rate")
 _FINE_TUNING_ALONE = (
@@ -297,7 +289,8 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "freeze_backbone": not options.fine_tune,
-        "weight_decay": 0.1,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
         "knn_loss_alpha": options.alpha,
         "class_weights": options.class_weights,
         "label_smoothing_factor": options.label_smoothing,
@@ -348,21 +341,11 @@ def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
-    return {
-        "num_train_epochs": options.epochs or HEAD_EPOCHS,
-        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
-        "per_device_train_batch_size": _HEAD_BATCH,
-        "probe_grid": options.sweep,
-        "save_strategy": "no",
-    }
+    return {"probe_grid": options.sweep, "save_strategy": "no"}
 
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
-        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "feature_precision": options.precision,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.backbone import split_features
+from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..data.splits import Fold
@@ -165,9 +166,10 @@ def measure_voices(
             head = functional.log_softmax(output.head_logits.float(), dim=-1)
             missing = (0, classes - head.shape[1])
             voices["head"].append(functional.pad(head, missing, value=-torch.inf))
-            voices["blend"].append(output.logits)
+            voices["blend"].append(voices["head"][-1])
             if output.knn_log_probs is not None:
                 voices["knn"].append(output.knn_log_probs)
+                voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
     joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
     labels, count = features.labels, len(features)
     results = _numbers(joint, labels)
@@ -184,7 +186,7 @@ def measure_voices(
 def _numbers(joint: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
     results: dict[str, float] = {}
     for voice, log_probs in joint.items():
-        scores = measure(floor_log_probs(log_probs), labels)
+        scores = measure(log_probs, labels)
         results |= {f"{voice}_{name}": value for name, value in scores.items()}
     if "knn" in joint:
         results |= complementarity(joint["head"], joint["knn"], joint["blend"], labels)
@@ -222,6 +224,13 @@ def rows_but(count: int, places: Tensor) -> Tensor:
     kept = torch.ones(count, dtype=torch.bool)
     kept[places] = False
     return kept.nonzero().flatten()
+
+
+def _blend(config: KnnConfig, head: Tensor, votes: Tensor) -> Tensor:
+    """[B, C] `logits` of a model without the floor: -inf for a class that neither voice knows."""
+    blend = blend_log_probs(head, votes, config.knn_weight, config.blended_classes)
+    softened = soften(blend, config.blend_temperature)
+    return softened.masked_fill(blend == -torch.inf, -torch.inf)
 
 
 def describe_measurement(
