@@ -131,7 +131,7 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
     assert metrics["eval_oracle"] >= metrics["eval_blend_top1"]
     done = hf_knn("tune", output, pictures, "--criterion", "accuracy", "--plot", plot)
     assert done.exit_code == 0, done.stderr
-    assert "named like those in the datastore" in done.stdout
+    assert "are stored in the model, and nothing is chosen on them" in " ".join(done.stdout.split())
     config = json.loads((output / "config.json").read_text())
     assert f"k = {config['k']}," in done.stdout
     assert min(Image.open(plot).size) > 300
