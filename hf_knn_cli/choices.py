@@ -32,7 +32,7 @@ Augmentation = Literal["paper", "flip", "none"]
 Queries = Literal["snapshot", "live"]
 """Which features ask the datastore during fine-tuning."""
 
-Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
+Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood", "fixed"]
 """What makes k, temperature and λ the best."""
 
 Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]

@@ -23,7 +23,14 @@ from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
-from ..fit.measure import ask_folds, ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.measure import (
+    HeldOut,
+    ask_folds,
+    ask_voices,
+    choose_blend,
+    describe_measurement,
+    measure_voices,
+)
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -48,6 +55,7 @@ from .loss import KnnLoss, check_finite
 from .rows import (
     KnownFeatures,
     augment_of,
+    can_hold_out,
     check_groups,
     check_sources,
     check_tunable,
@@ -196,38 +204,46 @@ class KnnTrainer(Trainer):
         eval_dataset: Any = None,
         criterion: str | None = None,
         calibrate: bool | None = None,
+        progress: bool | None = None,
     ) -> TuneResult:
         """Chooses k, temperature and λ and sets them in the model's configuration.
 
         On a validation set if there is one; else, with a frozen backbone, by cross-validation in
-        which both voices of a fold come from its training part only.
+        which both voices of a fold come from its training part only. Below 16 labels a class, and
+        where no row can be held out, the fixed cell is taken (k 20, T 0.14, λ 0.5), unless a
+        criterion is named: what is chosen on so few is chosen by chance.
+
+        Half of the rows are chosen on; on the others, which nothing was chosen on, thresholds for
+        `explain(max_error=…)` are found.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
             criterion: see `hf_knn.tune`; None takes `tune_criterion`.
             calibrate: also scale the temperatures of head and blend on these rows: the head's goes
                 into its weights, the blend's into `blend_temperature`. None takes the argument's.
+            progress: show progress bars; None does where `disable_tqdm` allows it.
 
         Raises:
             ValueError: without a validation set if the backbone was trained: it has seen every row.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_tunable(dataset, self.args)
+        criterion = criterion or self.args.tune_criterion
+        progress = not self.args.disable_tqdm if progress is None else progress
         if self.model.datastore is None:
             self.build_datastore()
+        held_out: HeldOut | None = None
         if dataset is not None:
             features = self._features_of(checked_rows(dataset, self.model))
             held_out = ask_voices(self.model, features, self.args.device)
         else:
             rows = self.train_features or self._features_of(self.train_dataset)
-            self.train_features, folds = rows, folds_of(rows, self.args)
-            held_out = ask_folds(self.model, rows, folds, self._fit_fold, self.args.device)
-        self.tune_result = choose_blend(
-            self.model,
-            held_out,
-            criterion or self.args.tune_criterion,
-            self.args.calibrate if calibrate is None else calibrate,
-        )
+            self.train_features = rows
+            if criterion or can_hold_out(rows):
+                folds, device = folds_of(rows, self.args), self.args.device
+                held_out = ask_folds(self.model, rows, folds, self._fit_fold, device, progress)
+        calibrate = self.args.calibrate if calibrate is None else calibrate
+        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress)
         self._forget_measurement()
         return self.tune_result
 

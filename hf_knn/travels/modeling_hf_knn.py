@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 aed47d061fdabe7d931055a92356b84c8e4ea4e5fee0b42c8963aa773377b751.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1802,12 +1802,14 @@ class KnnForImageClassification(PreTrainedModel):
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
+    @torch.compiler.disable  # a search is no graph; under `inference_mode` its capture fails
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
         store = self.datastore
         if store is None or len(store) == 0:
             return None
         return store.search(features.float(), self.config.k, sample_ids)
 
+    @torch.compiler.disable
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None
         return knn_log_probs(
