@@ -18,7 +18,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from hf_knn_cli.train_options import TrainOptions
 
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
@@ -29,7 +30,8 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import console, open_labelled, say_what_was_skipped
+from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -69,8 +71,8 @@ def train_pictures(options: TrainOptions) -> None:
     started = time.perf_counter()
     _check(options)
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
-    names = list(splits["train"].features["label"].names)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
@@ -129,7 +131,9 @@ def _report(
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (options.output / "report.json").write_text(text + "\n", encoding="utf-8")
     if metrics:
-        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+        names = stored_names(model, parts.test) if is_known else []
+        print_measured(metrics, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
     console.print(f"Saved {options.output} after {seconds:.0f} s: {store}.")
     console.print(
