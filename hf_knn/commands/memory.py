@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
@@ -21,21 +19,26 @@ from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
+from ..store.advice import install, needs
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.remote import DatastoreReference, read_manifest
-from .console import changing, console, print_json, say_what_was_skipped
+from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
+from .console import (
+    Terminal,
+    as_called,
+    changing,
+    console,
+    escape,
+    print_json,
+    say_what_was_skipped,
+    typed,
+)
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
 
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
-
-_CACHE_NOTE = (
-    "Note: features that were computed on this machine are cached apart from the checkpoint; "
-    "[bold]hf-knn cache --clear[/] removes them."
-)
 
 
 def teach_pictures(
@@ -70,8 +73,11 @@ def teach_pictures(
 
     _change(checkpoint, change, json_output)
     if not json_output:
-        place = escape(str(checkpoint))
-        console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
+        console.print(
+            f"Next: [bold]{typed('predict', checkpoint, 'PICTURE.jpg')}[/], or "
+            f"{typed('undo', checkpoint)}",
+            soft_wrap=True,
+        )
 
 
 def forget_rows(
@@ -121,9 +127,13 @@ def forget_rows(
     _change(checkpoint, change, json_output)
     if json_output:
         return
-    console.print(_CACHE_NOTE, soft_wrap=True)
+    console.print(
+        "Note: features that were computed on this machine are cached apart from the checkpoint; "
+        f"[bold]{typed('cache', '--clear')}[/] removes them.",
+        soft_wrap=True,
+    )
     if backup is not None:
-        again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
+        again = typed("merge", checkpoint, backup)
         console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
 
 
@@ -214,7 +224,7 @@ def _change(
     with changing(checkpoint) as folder:
         was_interrupted = settle(folder)
         if was_interrupted:
-            typer.echo(_TAKEN_BACK, err=True)
+            Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
         model = KnnForImageClassification.from_pretrained(checkpoint)
         store = _store(model, checkpoint)
         if store.location is not None and not isinstance(store, MilvusDatastore):
@@ -236,7 +246,7 @@ def _change(
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
     for note in receipt.notes:
-        console.print(f"Note: {escape(note)}.", soft_wrap=True)
+        console.print(f"Note: {escape(as_called(note))}.", soft_wrap=True)
 
 
 def _labelled(pictures: Path) -> Any:
@@ -349,6 +359,8 @@ def move_to_milvus(
         ImportError: without pymilvus.
         OSError: if the server does not answer, or something cannot be written.
     """
+    lite = {"milvus_lite": "milvus-lite"} if uri.endswith(LOCAL_ENDING) else {}
+    needs({"pymilvus": "pymilvus"} | lite, "hf-knn milvus", install("milvus"))
     manifest = checkpoint / MANIFEST_NAME
     with changing(checkpoint):  # or a row that is taught meanwhile would be lost
         if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
@@ -370,6 +382,6 @@ def move_to_milvus(
         f"{escape(str(checkpoint))} holds a reference to them, and no rows."
     )
     console.print(
-        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} hf-knn predict "
-        f"{escape(str(checkpoint))} PICTURE.jpg[/]", soft_wrap=True,
+        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} "
+        f"{typed('predict', checkpoint, 'PICTURE.jpg')}[/]", soft_wrap=True,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import tempfile
 import time
@@ -10,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
@@ -19,12 +19,21 @@ from ..data.loading import load_splits, prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.metrics import COMPLEMENTARITY
-from ..fit.plots import draw_tuning
-from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
+from ..fit.plots import check_drawing, draw_tuning
+from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.modeling import KnnForImageClassification
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
-from .console import changing, console, metrics_table, print_json, right, say_what_was_skipped
+from .console import (
+    changing,
+    console,
+    escape,
+    metrics_table,
+    print_json,
+    right,
+    say_what_was_skipped,
+    typed,
+)
 
 
 def evaluate_pictures(
@@ -82,6 +91,8 @@ def tune_checkpoint(
         ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
         OSError: if something is not there or cannot be written.
     """
+    if plot is not None:
+        check_drawing()
     with changing(Path(checkpoint)):
         model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
         if model.datastore is None:
@@ -140,7 +151,7 @@ def push_checkpoint(
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
-    console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
+    console.print(f"Next: [bold]{typed('predict', repo_id, 'PICTURE.jpg')}[/]", soft_wrap=True)
 
 
 def export_checkpoint(checkpoint: str, folder: Path) -> None:
@@ -155,6 +166,7 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         ValueError: for what cannot be exported, with the reason.
         OSError: if something is not there or cannot be written.
     """
+    check_export()
     model = KnnForImageClassification.from_pretrained(checkpoint)
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
@@ -164,7 +176,8 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         f"{exported.rows:,} rows, log-probabilities within {exported.largest_gap:.0e} of PyTorch's."
     )
     console.print(
-        f"Next: [bold]python {escape(str(folder / SCRIPT_NAME))} PICTURE.jpg[/]", soft_wrap=True
+        f"Next: [bold]python {escape(shlex.quote(str(folder / SCRIPT_NAME)))} PICTURE.jpg[/]",
+        soft_wrap=True,
     )
 
 
@@ -241,7 +254,7 @@ def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
     verb = "Cleared" if clear else "Kept"
     console.print(f"{verb} in {escape(str(cache_root()))}: {_size(total)}.", soft_wrap=True)
     if entries and not clear:
-        console.print("Next: [bold]hf-knn cache --clear[/], or with --older-than 30")
+        console.print(f"Next: [bold]{typed('cache', '--clear')}[/], or with --older-than 30")
 
 
 def cache_entries() -> dict[Path, CacheEntry]:
