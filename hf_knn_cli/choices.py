@@ -11,6 +11,9 @@ import typer
 
 from .places import fail
 
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes."""
+
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 
 OnBadImage = Literal["skip", "fail"]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import places
-from .choices import BackendOption, JsonOption, OnBadImage
+from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage
 from .forwarding import Command, hand_over
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
@@ -162,7 +162,9 @@ def inspect(
             help="Folder that the stored paths are relative to: shows the pictures.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and the map.")
+    ] = 0,
     json_output: JsonOption = False,
 ) -> Command:
     """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""

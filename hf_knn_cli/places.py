@@ -322,7 +322,7 @@ def _check_dataset(name: str, wanted: str) -> None:
 
 
 def _ask_hub(name: str, wanted: str, kind: str, ask: Callable[[], T]) -> T:
-    from httpx import HTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         return ask()

@@ -9,6 +9,7 @@ import typer
 from . import places
 from .choices import (
     DEFAULT_BACKBONE,
+    LARGEST_SEED,
     Augmentation,
     ClassWeights,
     Criterion,
@@ -49,7 +50,9 @@ class TrainOptions:
             help="Hub id, timm name, local folder or another k-NN checkpoint.",
         ),
     ] = DEFAULT_BACKBONE
-    seed: Annotated[int, typer.Option(help="Of splits, folds and the head.")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of splits, folds and the head.")
+    ] = 0
     pooling: Annotated[
         str | None, typer.Option(help="cls, mean, max, pooler or cls_mean; default by backbone.")
     ] = None

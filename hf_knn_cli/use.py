@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from . import places
-from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, JsonOption, OnBadImage
+from .choices import (
+    DEFAULT_BACKBONE,
+    LARGEST_SEED,
+    BackendOption,
+    Criterion,
+    JsonOption,
+    OnBadImage,
+)
 from .forwarding import Command, hand_over
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
@@ -215,7 +222,9 @@ def doctor(
         str | None,
         typer.Option(help="Column of what belongs together (a patient, a camera)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and --limit.")
+    ] = 0,
     backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> Command:

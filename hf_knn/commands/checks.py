@@ -29,7 +29,7 @@ from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from .console import console, escape, print_json, right, typed
+from .console import console, escape, open_checkpoint, print_json, right, typed
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -168,7 +168,7 @@ def inspect_checkpoint(
             that has none of its pictures.
         OSError: if something is not there or cannot be written.
     """
-    model: KnnForImageClassification = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     store = model.datastore
     if store is None or not len(store):
         raise ValueError(f"Expected {checkpoint} to hold a datastore with rows, but it has none.")

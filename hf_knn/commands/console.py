@@ -33,6 +33,7 @@ from hf_knn_cli.terminal import (
 from ..data.loading import hide_progress_bars
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
+from ..model.modeling import KnnForImageClassification
 from ..store.folders import exclusive_lock
 from .errors import EXPECTED, STOPPED, sentence_of
 
@@ -89,6 +90,26 @@ def escape(text: object) -> str:
     return markup.escape(one_line(text))
 
 
+def open_checkpoint(name: str | Path) -> KnnForImageClassification:
+    """Opens a checkpoint; whatever is wrong with it, the error names it.
+
+    Args:
+        name: a folder or a Hub id.
+
+    Raises:
+        ValueError: for settings that no model can be made of.
+        OSError: if something is not there.
+    """
+    try:
+        model: KnnForImageClassification = KnnForImageClassification.from_pretrained(name)
+    except (AttributeError, TypeError, LookupError) as error:  # transformers believes its files
+        raise ValueError(
+            f"Expected {name} to be a checkpoint with settings that a model can be made of, but: "
+            f"{error}; copy its JSON files again."
+        ) from error
+    return model
+
+
 def typed(*words: object) -> str:
     """A command of `hf-knn` to type here, for `console.print`.
 
@@ -129,7 +150,7 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
         say_error(sentence_of(error))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        say_error(STOPPED)
+        Terminal(stderr=True).print(STOPPED, soft_wrap=True)
         raise typer.Exit(130) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

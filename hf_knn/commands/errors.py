@@ -5,13 +5,13 @@ import pickle
 import zipfile
 
 import torch
-from httpx import HTTPError
 from huggingface_hub.errors import (
     CacheNotFound,
     CorruptedCacheException,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -31,14 +31,17 @@ EXPECTED: tuple[type[Exception], ...] = (
 """What files, settings, a network or a machine of somebody can make the libraries raise."""
 
 STOPPED = (
-    "stopped. Features that were computed are kept and not computed again, and no checkpoint was "
-    "changed by halves; a fine-tuning goes on with --resume."
+    "Stopped. No checkpoint was changed by halves; features that were computed are kept, and "
+    "--resume goes on with a fine-tuning."
 )
 
 _ELSEWHERE = (
     "name another: -o for what is written, HF_HOME for caches of the Hub, HF_KNN_CACHE for "
     "features, TMPDIR for temporary files"
 )
+_LONGEST = 500
+"""Characters of a library's message that are shown; some list all models there are."""
+
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -53,6 +56,7 @@ def sentence_of(error: Exception) -> str:
     said = str(error).strip() or type(error).__name__
     if said.startswith("Expected "):
         return said
+    said = said.rstrip(".") if len(said) <= _LONGEST else said[:_LONGEST].rstrip() + " …"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_about_memory(said):
         return f"not enough memory: {said}; do choose a smaller --batch-size, or fewer pictures."
     if isinstance(error, EntryNotFoundError | HTTPError | OfflineModeIsEnabled):
@@ -63,11 +67,13 @@ def sentence_of(error: Exception) -> str:
         return f"a file is damaged or not whole: {said}; fetch or make it again."
     if isinstance(error, StrictDataclassError):
         return f"a setting in config.json is not what it has to be: {said}; save the model again."
+    if isinstance(error, UnicodeError):
+        return f"a file or a name is not the text that it has to be: {said}; save it as UTF-8."
     if isinstance(error, LookupError | RuntimeError | ArithmeticError):
         # it may be a fault of ours: then its place is what helps
         kind = type(error).__name__
         return f"{kind}: {said}. `hf-knn --debug` before the command shows where."
-    return said
+    return f"{said}."
 
 
 def _is_about_memory(said: str) -> bool:
@@ -76,15 +82,15 @@ def _is_about_memory(said: str) -> bool:
 
 def _of_the_hub(error: Exception, said: str) -> str:
     if isinstance(error, GatedRepoError):
-        return f"{said} Ask for access on its page, then log in: hf auth login."
+        return f"{said}. Ask for access on its page, then log in: hf auth login."
     if isinstance(error, RepositoryNotFoundError):
-        return f"{said} Check the name; log in (hf auth login) if it is private."
+        return f"{said}. Check the name; log in (hf auth login) if it is private."
     if isinstance(error, RevisionNotFoundError):
-        return f"{said} Check --revision."
+        return f"{said}. Check --revision."
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return f"{said} Go online (unset HF_HUB_OFFLINE), or name a folder."
+        return f"{said}. Go online (unset HF_HUB_OFFLINE), or name a folder."
     if isinstance(error, EntryNotFoundError | HfHubHTTPError):
-        return said
+        return f"{said}."
     return f"the Hub cannot be reached: {said}; check the network, or name a folder."
 
 
@@ -97,4 +103,4 @@ def _of_the_system(error: OSError, said: str) -> str:
         return f"{place}; choose a place that you may use, or {_ELSEWHERE}."
     if isinstance(error, FileNotFoundError) and "temporary directory" in said:
         return f"{said}; set TMPDIR to a folder that can be written."
-    return place
+    return f"{place}."

@@ -29,6 +29,7 @@ from .console import (
     changing,
     console,
     escape,
+    open_checkpoint,
     print_json,
     say_what_was_skipped,
     typed,
@@ -176,7 +177,7 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
             store = Datastore.from_pretrained(other)
             _check_maker(store, checkpoint, other)
             return model.merge(store, _classes_of(Path(other)))
-        second = KnnForImageClassification.from_pretrained(other)
+        second = open_checkpoint(other)
         return model.merge(_store(second, Path(other)), second.config.class_names)
 
     _change(checkpoint, change, json_output)
@@ -190,7 +191,7 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
         second: another one.
         json_output: print JSON.
     """
-    models = [KnnForImageClassification.from_pretrained(name) for name in (first, second)]
+    models = [open_checkpoint(name) for name in (first, second)]
     found = compare(models[0], models[1])
     if json_output:
         print_json(asdict(found))
@@ -225,7 +226,7 @@ def _change(
         was_interrupted = settle(folder)
         if was_interrupted:
             Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
-        model = KnnForImageClassification.from_pretrained(checkpoint)
+        model = open_checkpoint(checkpoint)
         store = _store(model, checkpoint)
         if store.location is not None and not isinstance(store, MilvusDatastore):
             raise ValueError(
@@ -367,7 +368,7 @@ def move_to_milvus(
             raise ValueError(
                 f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
             )
-        model = KnnForImageClassification.from_pretrained(checkpoint)
+        model = open_checkpoint(checkpoint)
         if not isinstance(model.datastore, Datastore):
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         with progress_bars():

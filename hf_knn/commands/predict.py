@@ -18,7 +18,7 @@ from ..data.decode import read_picture
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails, features_of
-from .console import as_called, console, escape, print_json, right
+from .console import as_called, console, escape, open_checkpoint, print_json, right
 
 _ROWS, _TILES = 5, 24
 _CHANGED = (
@@ -70,7 +70,7 @@ def predict_images(checkpoint: str, images: Sequence[Path], options: PredictOpti
     """
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     show = partial(_stored, options.pictures, model.thumbnails)
     answers, reasons, sections = [], [], []
     for number, path in enumerate(images):

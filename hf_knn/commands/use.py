@@ -29,6 +29,7 @@ from .console import (
     console,
     escape,
     metrics_table,
+    open_checkpoint,
     print_json,
     right,
     say_what_was_skipped,
@@ -145,7 +146,7 @@ def push_checkpoint(
     """
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
@@ -167,7 +168,7 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         OSError: if something is not there or cannot be written.
     """
     check_export()
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
     size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
@@ -185,7 +186,7 @@ def _open(
     checkpoint: str, pictures: str, split: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
     """A model and the features of one split of labelled pictures."""
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     splits = load_splits(pictures)
     if split not in splits and len(splits) > 1:
         raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")

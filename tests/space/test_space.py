@@ -181,7 +181,7 @@ def test_the_command_passes_the_backend_on(monkeypatch):
     import hf_knn_cli
 
     ran: list[list[str]] = []
-    monkeypatch.setattr("hf_knn_space.main", lambda arguments: ran.append(arguments) or 0)
+    monkeypatch.setattr("hf_knn_space.main", lambda given: len(ran.append(given) or []))
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
     assert ran == [["--backend", "torch"]]
     refused = CliRunner().invoke(
