@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import places
-from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage
+from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage, SplitsOption
 from .forwarding import Command, hand_over
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
@@ -35,6 +35,7 @@ def teach(
     label: Annotated[
         str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
     ] = None,
+    splits: SplitsOption = "auto",
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "fail",
@@ -44,16 +45,25 @@ def teach(
             "--skip-bad-images", callback=_renamed, hidden=True, help="Now --on-bad-image skip."
         ),
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also add pictures that are stored with their label.")
+    ] = False,
+    relabel: Annotated[
+        bool,
+        typer.Option(
+            "--relabel", help="Give pictures that are stored with another label the new one."
+        ),
+    ] = False,
     backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Teach new pictures or classes, without training."""
+    """Teach new pictures or classes, without training; what is stored already is left out."""
     from hf_knn.commands.console import run
     from hf_knn.commands.memory import teach_pictures
 
     how = "skip" if skip_bad_images else on_bad_image
-    command = partial(teach_pictures, checkpoint, pictures, label, how, json_output)
-    run(command, json_output=json_output)
+    command = partial(teach_pictures, checkpoint, pictures, label, how, json_output, splits, again)
+    run(partial(command, relabel=relabel), json_output=json_output)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from .choices import (
     Criterion,
     JsonOption,
     OnBadImage,
+    SplitsOption,
 )
 from .forwarding import Command, hand_over
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
@@ -34,6 +35,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Which split; test, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "skip",
@@ -59,6 +61,7 @@ def tune(
     split: Annotated[
         str | None, typer.Option(help="Which split; validation, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     criterion: Annotated[
         Criterion | None, typer.Option(help="Default: by how many labels there are.")
     ] = None,
@@ -222,6 +225,7 @@ def doctor(
         str | None,
         typer.Option(help="Column of what belongs together (a patient, a camera)."),
     ] = None,
+    splits: SplitsOption = "auto",
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and --limit.")
     ] = 0,

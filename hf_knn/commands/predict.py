@@ -15,6 +15,7 @@ from ..checkup.examine import open_picture
 from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
+from ..data.walk import StoredPictures
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails, features_of
@@ -71,20 +72,30 @@ def predict_images(checkpoint: str, images: Sequence[Path], options: PredictOpti
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
     model = open_checkpoint(checkpoint)
-    show = partial(_stored, options.pictures, model.thumbnails)
+    stored = None if options.pictures is None else StoredPictures(options.pictures)
+    seen: dict[int, bool] = {}
+    show = partial(_stored, stored, model.thumbnails, seen)
     answers, reasons, sections = [], [], []
     for number, path in enumerate(images):
         image = read_picture(path, number)
         features = features_of(model, [image])
         answers.append(_answer(model, path, features, options))
         if options.explain:
-            (explanation,) = model.explain(features=features, max_error=options.max_error)
+            found = model.explain(features=features, max_error=options.max_error)
+            explanation = found[0] if isinstance(found, list) else found
             _add_reasons(answers[-1], explanation)
             reasons.append(explanation)
             if options.page is not None:
                 sections.append(_section(path, image, explanation, options, show))
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
     if options.page is not None:
+        if stored is not None and not all(seen.values()):
+            missed = (
+                f"Stored pictures of this page: {sum(seen.values())} of {len(seen)} found under "
+                f"{options.pictures}; pass the folder that their paths are relative to."
+            )
+            remarks.append(missed)
+            console.print(f"[yellow]{escape(missed)}[/]", soft_wrap=True)
         lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
         write_page(options.page, "Answers and their reasons", sections, lead)
         console.print(f"Written: {escape(options.page)}", soft_wrap=True)
@@ -288,9 +299,15 @@ def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Til
     return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
 
 
-def _stored(root: Path | None, thumbnails: Thumbnails | None, voter: Voter) -> str | None:
+def _stored(
+    pictures: StoredPictures | None,
+    thumbnails: Thumbnails | None,
+    seen: dict[int, bool],
+    voter: Voter,
+) -> str | None:
     """A stored picture: from the folder, else from the checkpoint; None where it is in neither."""
-    image = None if root is None else open_picture(root, voter.path)
+    image = None if pictures is None else open_picture(pictures, voter.path)
+    seen[voter.row_id] = image is not None
     if image is not None:
         return thumbnail(image)
     small = None if thumbnails is None else thumbnails.get(voter.row_id)

@@ -17,16 +17,11 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from hf_knn_cli.train_options import (
-    FINE_TUNING_EPOCHS,
-    FINE_TUNING_LEARNING_RATE,
-    HEAD_EPOCHS,
-    HEAD_LEARNING_RATE,
-    TrainOptions,
-)
+from hf_knn_cli.train_options import TrainOptions
 
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
@@ -40,7 +35,8 @@ from ..store.index import FLAT
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, escape, json_text, metrics_table, say_what_was_skipped, typed
+from .console import console, escape, json_text, open_labelled, say_what_was_skipped, typed
+from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -50,7 +46,6 @@ _PICTURES_SHOWN = 6
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
 
-_HEAD_BATCH = 256
 _LOGS = ("tensorboard", "trackio")
 
 _RATES = ("epochs", "learning_rate")
@@ -85,8 +80,8 @@ def train_pictures(options: TrainOptions) -> None:
     _check_packages(options)
     _arguments(options, options.output)  # which look at the values of theirs
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
-    names = list(splits["train"].features["label"].names)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
@@ -147,7 +142,9 @@ def _report(
         f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
     )
     if metrics:
-        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+        names = stored_names(model, parts.test) if is_known else []
+        print_measured(metrics, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
     console.print(f"Saved {escape(options.output)} after {seconds:.0f} s: {store}.", soft_wrap=True)
     console.print(
@@ -300,7 +297,8 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "freeze_backbone": not options.fine_tune,
-        "weight_decay": 0.1,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
         "knn_loss_alpha": options.alpha,
         "class_weights": options.class_weights,
         "label_smoothing_factor": options.label_smoothing,
@@ -373,21 +371,11 @@ def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
-    return {
-        "num_train_epochs": options.epochs or HEAD_EPOCHS,
-        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
-        "per_device_train_batch_size": _HEAD_BATCH,
-        "probe_grid": options.sweep,
-        "save_strategy": "no",
-    }
+    return {"probe_grid": options.sweep, "save_strategy": "no"}
 
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
-        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "feature_precision": options.precision,

@@ -181,7 +181,12 @@ def test_the_command_passes_the_backend_on(monkeypatch):
     import hf_knn_cli
 
     ran: list[list[str]] = []
-    monkeypatch.setattr("hf_knn_space.main", lambda given: len(ran.append(given) or []))
+
+    def started(arguments: list[str]) -> int:
+        ran.append(arguments)
+        return 0
+
+    monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
     assert ran == [["--backend", "torch"]]
     refused = CliRunner().invoke(
@@ -421,10 +426,6 @@ def test_visitors_are_bounded_and_none_is_lost(model, lessons, tmp_path):
     for token in tokens:
         with service.changing(token) as overlay:
             assert len(overlay.examples) == 1
-    unkept = Service(model, Visitors(model, None, max_in_memory=1))
-    unkept.teach(lessons[:1], "dog", "", "")
-    with pytest.raises(SpaceError, match="Too many visitors"):
-        unkept.teach(lessons[:1], "dog", "", "")
 
 
 def test_large_models_leave_room_for_fewer_visitors(model, monkeypatch):
