@@ -283,16 +283,17 @@ def _change(
 
 def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
     """What was refused, with the commands that do it."""
-    place = shlex.quote(str(checkpoint))
+    place, rows = shlex.quote(str(checkpoint)), sum(map(len, error.moves.values()))
+    if rows > _SHOWN:
+        return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
     commands = [
         f"`hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} "
         f"--label {shlex.quote(label)}`"
         for label, ids in error.moves.items()
     ]
     return (
-        f"{error.problem} Nothing was changed. To give them the new label: "
-        + "; ".join(commands[:_SHOWN])
-        + ". To do that and teach the rest: the same command with --relabel."
+        f"{error.problem} Nothing was changed; {' and '.join(commands)} gives them the new label, "
+        "and this command with --relabel does that and teaches the rest."
     )
 
 

@@ -187,8 +187,7 @@ class KnnTrainer(Trainer):
         store.digest = made_by(self.model)
         if features.backend:
             store.source["backend"] = features.backend
-        known = (features.ids, features.contents)
-        self.model.memory = self.model.memory.started_with(store, *known)
+        self.model.memory = self.model.memory.started_with(store, features.ids, features.contents)
         self._datastore_step = self.state.global_step
         return store
 

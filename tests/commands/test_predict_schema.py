@@ -18,7 +18,8 @@ REASONS = {"answers", "margin", "typicality", "is_typical", "flip", "notices"}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was taught two classes that it cannot tell apart, and their pictures."""
     root = tmp_path_factory.mktemp("schema")
-    write_folder(root / "pictures", {"elk": 6, "fox": 6})
+    write_folder(root / "pictures", {"elk": 6})
+    write_folder(root / "pictures", {"fox": 6}, 50)
     model = tiny_model("vit", k=4)
     files = sorted((root / "pictures").rglob("*.png"))
     paths = [str(file.relative_to(root / "pictures")) for file in files]

@@ -580,7 +580,7 @@ def test_evaluate_gives_the_documented_numbers(
     assert_same(tensors(model), before)
     wanted = expected_metrics(model, held_out)
     assert len(wanted) == (20 if classes == 2 else 17)
-    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain"}
+    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain", "eval_stored"}
     others |= {f"eval_{voice}_brier" for voice in ("head", "knn", "blend")}  # see test_metrics.py
     assert found.keys() - STOCK - others == wanted.keys()
     assert others <= found.keys()
