@@ -268,7 +268,7 @@ def test_options_that_do_not_go_together(backbone, pictures, tmp_path, options, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "no-such-folder/"), "there is nothing there"),
+        (("train", "no-such-folder/"), "no-such-folder/ to be a folder of pictures"),
         (("predict", "no-such-checkpoint/", "x.jpg"), "no-such-checkpoint"),
         (("train", ".", "--alpha", "-1"), "--alpha"),
         (("train", ".", "--precision", "fp8"), "fp8"),

@@ -146,7 +146,7 @@ def test_large_pictures_are_processed_before_the_next_is_decoded(
     assert found.pixel_values is not None
     assert wanted.pixel_values is not None
     assert torch.equal(found.pixel_values, wanted.pixel_values)
-    given = [item["image"]["bytes"] for item in items]
+    given = [encoded(picture(0, n, (side, side))) for n, side in enumerate(sides)]
     ((values, contents),) = batches.pixel_batches(given, small_processor(), 9)
     assert torch.equal(values, wanted.pixel_values)
     assert contents is not None

@@ -184,21 +184,19 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
 
 
 def test_the_command_passes_the_backend_on(monkeypatch):
-    import subprocess
-
     from typer.testing import CliRunner
 
     import hf_knn_cli
 
     ran: list[list[str]] = []
 
-    def noted(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        ran.append(command)
-        return subprocess.CompletedProcess(command, 0)
+    def started(arguments: list[str]) -> int:
+        ran.append(arguments)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", noted)
+    monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
-    assert ran[0][1:] == ["-P", "-m", "hf_knn_space", "--backend", "torch"]
+    assert ran == [["--backend", "torch"]]
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
     )
