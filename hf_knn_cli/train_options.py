@@ -40,6 +40,14 @@ class TrainOptions:
     output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder.")] = Path(
         "knn-model"
     )
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a model there that was taught since, or trained on other pictures; "
+            "`hf-knn undo` brings it back.",
+        ),
+    ] = False
     backbone: Annotated[
         str, typer.Option(help="Hub id, timm name, local folder or another k-NN checkpoint.")
     ] = DEFAULT_BACKBONE

@@ -89,6 +89,11 @@ class Tally:
         return _tally(store, total, ridge)
 
 
+def fingerprint_of(store: RowStore) -> str:
+    """A hash of all rows and their mean, whatever their order, as in a receipt; all are read."""
+    return _tally(store, store.hash_sum(), None).fingerprint
+
+
 def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
     count = len(store)
     fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
@@ -112,7 +117,7 @@ def _updated(
 
 
 class Gone(NamedTuple):
-    """What the last change took away, if it was `forget`, for `undo`; never saved.
+    """What a `forget` took away, for `undo` and to be erased in a version before; never saved.
 
     Attributes:
         rows: as they were stored.
@@ -142,7 +147,7 @@ class Memory:
         thumbnails: small pictures of stored rows, or None.
         measured: what was measured on pictures held out, or None.
         picture: a PNG with neighbours for the model card, or None.
-        gone: what `undo` needs after `forget`, or None.
+        gone: what was forgotten since the model was opened and not brought back, oldest first.
         tally: sums over the rows, if they were counted.
     """
 
@@ -153,7 +158,7 @@ class Memory:
     thumbnails: Thumbnails | None = None
     measured: dict[str, Any] | None = None
     picture: bytes | None = None
-    gone: Gone | None = None
+    gone: tuple[Gone, ...] = ()
     tally: Tally | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
@@ -194,4 +199,4 @@ class Memory:
         Args:
             rows: the datastore.
         """
-        return replace(self, rows=rows, receipts=(), thumbnails=None, gone=None, tally=None)
+        return replace(self, rows=rows, receipts=(), thumbnails=None, tally=None)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -23,7 +24,11 @@ logger = logging.getLogger(__name__)
 CHANGES_NAME = "changes.json"
 """File of a checkpoint with its receipts, oldest first."""
 
+PICTURES_MARK, ROWS_MARK = "pictures", "rows"
+"""What `Datastore.source` says of a training: hashes of its pictures, and of the rows it left."""
+
 _KEPT = 100
+_TOLD = 3
 _LARGEST_FILE = 50 * 10**6
 
 
@@ -35,6 +40,8 @@ class Change(StrEnum):
     RELABEL = "relabel"
     MERGE = "merge"
     UNDO = "undo"
+    EXCHANGE = "undo of a training"
+    """The version before the last training and the present one took each other's place."""
 
 
 class Scope(StrEnum):
@@ -42,6 +49,7 @@ class Scope(StrEnum):
 
     STORE = "store"
     STORE_AND_HEAD = "store and head"
+    ALL = "the whole checkpoint"
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,49 @@ class Receipt:
             f"{self.action}: {named or 'no rows'}; {self.rows_before:,} → {self.rows_after:,} rows,"
             f" {self.hash_before[:12]} → {self.hash_after[:12]}; reached: {self.scope}.{new}"
         )
+
+
+def standing(changes: Sequence[Receipt]) -> list[Receipt]:
+    """The changes that were not taken back, oldest first; `undo` takes back the last of them.
+
+    Args:
+        changes: all receipts, oldest first.
+    """
+    found: list[Receipt] = []
+    for receipt in changes:
+        if receipt.action != Change.UNDO:
+            found.append(receipt)
+        elif found:  # receipts of long ago may be missing
+            found.pop()
+    return found
+
+
+_DONE = {Change.TEACH: "taught", Change.FORGET: "forgotten", Change.RELABEL: "relabelled"}
+_DONE |= {Change.MERGE: "merged"}
+
+
+def describe_changes(changes: Sequence[Receipt]) -> str:
+    """What was done to a model since its training, in words; empty if nothing stands.
+
+    Args:
+        changes: all receipts, oldest first.
+
+    Returns:
+        Such as `3 pictures were taught (2026-11-30: 3 of fox)`.
+    """
+    parts = []
+    left = [receipt for receipt in standing(changes) if receipt.ids]
+    for action, done in _DONE.items():
+        those = [receipt for receipt in left if receipt.action == action]
+        if not those:
+            continue
+        labels = Counter(label for receipt in those for label in receipt.labels)
+        named = [f"{count} of {label}" for label, count in labels.most_common(_TOLD)]
+        count = sum(len(receipt.ids) for receipt in those)
+        were = "picture was" if count == 1 else "pictures were"
+        more = ", …" if len(labels) > _TOLD else ""
+        parts.append(f"{count} {were} {done} ({those[-1].at[:10]}: {', '.join(named)}{more})")
+    return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + "".join(parts[-1:])
 
 
 def write_changes(changes: Sequence[Receipt], folder: Path) -> None:

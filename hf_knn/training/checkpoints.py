@@ -18,8 +18,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..core.manifest import hash_blocks
+from ..model.before import is_checkpoint_file
 from ..model.card import draw_reliability, make_card
-from ..model.checkpoint import is_checkpoint_file
 from ..model.code import legacy_code
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
