@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..data.loading import hide_progress_bars
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
-from ..store.folders import exclusive_lock
+from ..store.folders import exclusive_lock, restore
 
 console = Console()
 right = partial(Column, justify="right")
@@ -70,6 +70,7 @@ def changing(checkpoint: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it is no folder.
     """
+    restore(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."

@@ -35,7 +35,7 @@ from ..core.reading import (
 )
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder
+from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder, restore
 from ..store.hub import CARD_NAME
 from ..store.remote import (
     PENDING_NAME,
@@ -257,7 +257,16 @@ def check_store(store: RowStore, config: KnnConfig) -> None:
 
 
 class CheckpointReader(HubFiles):
-    """Finds the files of one checkpoint, and reads it as one version."""
+    """Finds the files of one checkpoint, and reads it as one version.
+
+    Args:
+        name: a folder or a Hub id; a folder that an interrupted save left hidden is put back.
+        options: see `HubFiles`.
+    """
+
+    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+        restore(Path(name))
+        super().__init__(name, options)
 
     @property
     def commit(self) -> str | None:

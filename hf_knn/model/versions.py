@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from ..core.manifest import MANIFEST_NAME, DatastoreError, Manifest
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.folders import replaced_folder
+from ..store.folders import replaced_folder, restore
 from ..store.remote import explain_pending, is_pending, read_manifest
 from .before import (
     BEFORE_NAME,
@@ -76,6 +76,7 @@ def occupant_of(folder: Path) -> Occupant | None:
     Raises:
         NotADirectoryError: if it is a file.
     """
+    restore(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
             f"Expected {folder} to be a folder, but got a file; choose another --output."

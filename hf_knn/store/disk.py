@@ -46,6 +46,7 @@ from .folders import (
     give_default_mode,
     identity,
     link_or_copy,
+    restore,
     stage_file,
 )
 from .index import FLAT, RowIndex, is_rebuildable
@@ -438,6 +439,7 @@ def open_newest(folder: Path, open_version: Callable[[Manifest, Resolve], Opened
         path = folder / name
         return path if path.is_file() else None
 
+    restore(folder)
     path = resolve(MANIFEST_NAME)
     if path is None:
         raise FileNotFoundError(
