@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import BackendOption
+from .choices import BackendOption, SplitsOption
 from .forwarding import Command, hand_over
 
 app = typer.Typer()
@@ -29,6 +29,7 @@ def teach(
     label: Annotated[
         str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
     ] = None,
+    splits: SplitsOption = "auto",
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
     ] = False,
@@ -40,7 +41,7 @@ def teach(
     from hf_knn.commands.memory import teach_pictures
 
     how = "skip" if skip_bad_images else "fail"
-    run(teach_pictures, checkpoint, pictures, label, how, json_output)
+    run(teach_pictures, checkpoint, pictures, label, how, json_output, splits)
 
 
 @app.command()

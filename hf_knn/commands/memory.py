@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
+from ..core.plain_json import read_json
 from ..data.batches import RowPictures
-from ..data.loading import from_files, load_splits
+from ..data.loading import from_files
 from ..features.extract import extract_features, progress_bars
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
@@ -25,7 +26,14 @@ from ..model.versions import exchange_versions, goes_back_to_training
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.remote import DatastoreReference, is_pending, read_manifest
-from .console import changing, console, print_json, say_what_was_skipped
+from .console import (
+    changing,
+    console,
+    open_labelled,
+    print_json,
+    say_what_was_left_out,
+    say_what_was_skipped,
+)
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
@@ -40,7 +48,12 @@ _CACHE_NOTE = (
 
 
 def teach_pictures(
-    checkpoint: Path, pictures: Path, label: str | None, on_bad_image: str, json_output: bool
+    checkpoint: Path,
+    pictures: Path,
+    label: str | None,
+    on_bad_image: str,
+    json_output: bool,
+    splits: str = "auto",
 ) -> None:
     """Adds labelled pictures to a checkpoint.
 
@@ -50,21 +63,20 @@ def teach_pictures(
         label: of all of them; None takes the labels that come with them.
         on_bad_image: `fail` or `skip`.
         json_output: print the receipt as JSON.
+        splits: how folders called like splits are read, `auto` or `none`.
 
     Raises:
         ValueError: for pictures or labels that cannot be used; nothing is changed.
     """
 
     def change(model: KnnForImageClassification) -> Receipt:
-        rows = _labelled(pictures) if label is None else _under_one_label(pictures, label)
+        rows = _labelled(pictures, splits) if label is None else _of_label(pictures, label)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        # where a picture of one's own lies is nobody's business: its name will do
-        paths = found.paths if label is None else [Path(path).name for path in found.paths]
-        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
+        receipt = model.teach(features=found.features, labels=labels, paths=found.paths or None)
         if model.thumbnails is not None:
             model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
         return receipt
@@ -264,24 +276,24 @@ def _say(receipt: Receipt, json_output: bool) -> None:
         console.print(f"Note: {escape(note)}.", soft_wrap=True)
 
 
-def _labelled(pictures: Path) -> Any:
-    """Pictures that come with their labels."""
-    splits = load_splits(str(pictures))
+def _labelled(pictures: Path, how: str) -> Any:
+    """Pictures that come with their labels: of a split `train`, or the only one there is."""
+    splits = open_labelled(str(pictures), how)
     if len(splits) > 1 and "train" not in splits:
         raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
-    return splits.get("train", next(iter(splits.values())))
+    name = "train" if "train" in splits else next(iter(splits))
+    others = [other for other in splits if other != name]
+    if others:
+        said = ", ".join(f"{other} ({len(splits[other])} pictures)" for other in others)
+        say_what_was_left_out([f"Only the split {name} is taught; left out: {said}."])
+    return splits[name]
 
 
-def _under_one_label(pictures: Path, label: str) -> Any:
-    """One picture, or all files of a folder, under one label."""
-    if not pictures.exists():
-        raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
-    files = [pictures]
-    if pictures.is_dir():
-        files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
-    if not files:
-        raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
-    return from_files(files, label)
+def _of_label(pictures: Path, label: str) -> Any:
+    """One picture, or all below a folder, under one label."""
+    found = from_files(pictures, label)
+    say_what_was_left_out(found.notes)
+    return found.splits["train"]
 
 
 def _store(model: KnnForImageClassification, place: Path) -> RowStore:
@@ -304,7 +316,7 @@ def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
 def _classes_of(folder: Path) -> list[str] | None:
     """The classes of a backup; None for a datastore that does not say what its numbers mean."""
     path = folder / _CLASSES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _holds_datastore_alone(name: str) -> bool:

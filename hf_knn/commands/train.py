@@ -25,7 +25,8 @@ from hf_knn_cli.train_options import (
 
 from ..data.batches import RowPictures, picture_of
 from ..data.keys import hash_of_pictures
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
@@ -39,7 +40,7 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import console, metrics_table, open_labelled, say_what_was_skipped
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -82,10 +83,10 @@ def train_pictures(options: TrainOptions) -> None:
     _check(options)
     _check_output(options)
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
     pictures = hash_of_pictures(splits)
     _check_output(options, pictures)
-    names = list(splits["train"].features["label"].names)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,

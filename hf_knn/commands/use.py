@@ -1,6 +1,5 @@
 """`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
-import json
 import math
 import shutil
 import tempfile
@@ -15,7 +14,8 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
-from ..data.loading import load_splits, prepare
+from ..core.plain_json import read_json
+from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.metrics import COMPLEMENTARITY
@@ -24,11 +24,24 @@ from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
 from ..model.modeling import KnnForImageClassification
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
-from .console import changing, console, metrics_table, print_json, right, say_what_was_skipped
+from .console import (
+    changing,
+    console,
+    metrics_table,
+    open_labelled,
+    print_json,
+    right,
+    say_what_was_skipped,
+)
 
 
 def evaluate_pictures(
-    checkpoint: str, pictures: str, split: str | None, on_bad_image: str, json_output: bool
+    checkpoint: str,
+    pictures: str,
+    split: str | None,
+    on_bad_image: str,
+    json_output: bool,
+    splits: str = "auto",
 ) -> None:
     """Measures a checkpoint on labelled pictures.
 
@@ -38,12 +51,13 @@ def evaluate_pictures(
         split: which one; None takes `test`, else the only one there is.
         on_bad_image: `fail` or `skip`.
         json_output: print JSON instead of a table.
+        splits: how folders called like splits are read, `auto` or `none`.
 
     Raises:
         ValueError: for pictures that cannot be used, or labels that the model does not have.
         OSError: if something is not there.
     """
-    model, rows = _open(checkpoint, pictures, split or "test", on_bad_image)
+    model, rows = _open(checkpoint, pictures, split or "test", splits, on_bad_image)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
@@ -66,6 +80,7 @@ def tune_checkpoint(
     calibrate: bool,
     on_bad_image: str,
     plot: Path | None,
+    splits: str = "auto",
 ) -> None:
     """Chooses k, temperature and λ on labelled pictures and saves them into the checkpoint.
 
@@ -77,13 +92,14 @@ def tune_checkpoint(
         calibrate: also scale the temperatures of head and blend.
         on_bad_image: `fail` or `skip`.
         plot: where to draw what was tried; None draws nothing.
+        splits: how folders called like splits are read, `auto` or `none`.
 
     Raises:
         ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
         OSError: if something is not there or cannot be written.
     """
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
+        model, rows = _open(checkpoint, pictures, split or "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         known = set(model.datastore.paths or [])
@@ -169,11 +185,11 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
 
 
 def _open(
-    checkpoint: str, pictures: str, split: str, on_bad_image: str
+    checkpoint: str, pictures: str, split: str, how: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
     """A model and the features of one split of labelled pictures."""
     model = KnnForImageClassification.from_pretrained(checkpoint)
-    splits = load_splits(pictures)
+    splits = open_labelled(pictures, how)
     if split not in splits and len(splits) > 1:
         raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
     dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
@@ -270,7 +286,7 @@ def _cache_entry(kind: str, folder: Path) -> CacheEntry:
         if place.is_file():
             used = place.stat().st_mtime
             with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
-                about = json.loads(place.read_text(encoding="utf-8"))
+                about = read_json(place)
     return CacheEntry(
         kind, folder.name, str(about.get("model", "")),
         " ".join(filter(None, [about.get("backend"), about.get("precision")])),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import Normalization, Pooling, check_metric
+from .plain_json import DatastoreError, read_json
 from .votes import Metric
 
 HASH_BLOCK = 64 * 2**20
@@ -80,11 +81,6 @@ SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
-_LARGEST_MANIFEST = 64 * 2**20
-
-
-class DatastoreError(ValueError):
-    """A datastore on disk that is damaged, incomplete or not what it says it is."""
 
 
 class StaleDatastoreError(DatastoreError):
@@ -255,7 +251,7 @@ class Manifest:
         Raises:
             DatastoreError: naming the field, what was wanted and what was found.
         """
-        return cls.parse(read_values(path))
+        return cls.parse(read_json(path))
 
     @classmethod
     def parse(cls, values: Any) -> "Manifest":
@@ -306,23 +302,6 @@ class Manifest:
                 f"{available} bytes."
             )
         return manifest
-
-
-def read_values(path: Path) -> Any:
-    """The decoded JSON of a `datastore.json`, unchecked.
-
-    Args:
-        path: the file.
-
-    Raises:
-        DatastoreError: if it is too large, or no JSON.
-    """
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
 
 
 def signed_json(values: dict[str, Any]) -> str:

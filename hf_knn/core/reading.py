@@ -30,6 +30,7 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from .plain_json import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,9 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
     if any(name not in found for name in names):
         return damaged[0]
     processor = resolve(IMAGE_PROCESSOR_NAME)
+    if processor is not None and not binding.processor:
+        logger.warning("%s was put beside a datastore saved without one: they must fit.", processor)
+        processor = None
     try:
         pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
         now = fingerprint_files([found[name] for name in names], processor, pooling)
@@ -235,7 +239,8 @@ def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding |
     """
     name = str(dtype).removeprefix("torch.")
     binding = bind(folder, pooling, name)
-    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+    alike = binding.fingerprint, _combine(binding.weights, "", binding.pooling)
+    if before is None or before.dtype != name or before.fingerprint in alike:
         return binding
     logger.warning(
         "The datastore was not made by the backbone, image processor and pooling as they are now; "
@@ -314,10 +319,7 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise DatastoreError(
             f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from .augmentation import EPOCH, Augment
 from .decode import BadImageError, decode_image, read_picture
 
-IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
+IMAGE, LABEL, SAMPLE_ID, PATH = "image", "label", "sample_id", "path"
 
 
 class BadRow(NamedTuple):

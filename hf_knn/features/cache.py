@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.manifest import hash_blocks
+from ..core.plain_json import parse_json
 from ..data.keys import KEY_BYTES
 from .encoders import Encoded
 
@@ -121,7 +122,8 @@ class FeatureCache:
                     return None
                 sha256, _ = hash_blocks(path)
                 if path.stem.removeprefix("shard-") == sha256[:24]:
-                    reasons = json.loads(file.get_tensor("reasons").numpy().tobytes())
+                    text = file.get_tensor("reasons").numpy().tobytes()
+                    reasons = parse_json(text, path.name)
                     return Shard(keys, file.get_tensor("features"), reasons)
         except SafetensorError as error:
             logger.debug("%s: %s", path, error)

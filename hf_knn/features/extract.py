@@ -24,7 +24,8 @@ from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
 from ..data.batches import IMAGE, BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
-from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
+from ..data.loading import groups_of, ids_of, label_names, labels_of, prepare
+from ..data.places import paths_of
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of

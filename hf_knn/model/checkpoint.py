@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.config import KnnConfig
 from ..core.manifest import (
@@ -22,6 +23,7 @@ from ..core.manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from ..core.plain_json import read_json
 from ..core.reading import (
     HUB_OPTIONS,
     THUMBNAILS_NAME,
@@ -301,6 +303,18 @@ class CheckpointReader(HubFiles):
             f"Expected to read one version of {self.name}, but it was replaced {_READ_ATTEMPTS} "
             "times meanwhile; try again when nobody writes it."
         )
+
+    def check_settings(self) -> None:
+        """Reads what transformers will read, which a nesting without end would send astray.
+
+        Raises:
+            DatastoreError: naming the file that is none of ours.
+        """
+        names = [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
+        names += [SAFE_WEIGHTS_INDEX_NAME] if self.is_folder else []
+        for path in map(self.resolve, names):
+            if path is not None:
+                read_json(path)
 
     def read_memory(self, memory: Memory) -> Memory:
         """With what the checkpoint says beside its rows: receipts, measurements, and a picture.

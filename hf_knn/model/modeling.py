@@ -206,6 +206,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         for attempt in reader.attempts():
             try:
+                reader.check_settings()
                 if load_datastore:
                     attempt.verify(allow_stale)
                 loaded = super().from_pretrained(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import split_features
+from ..core.plain_json import read_json
 from ..core.votes import Metric, Weighting
 from ..store.backend import RowStore
 
@@ -167,10 +168,10 @@ def read_changes(path: Path | None) -> list[Receipt]:
     Args:
         path: of `changes.json`; None if there is none.
     """
-    if path is None or path.stat().st_size > _LARGEST_FILE:
+    if path is None:
         return []
     try:
-        return [_checked(Receipt(**entry)) for entry in json.loads(path.read_text("utf-8"))]
+        return [_checked(Receipt(**entry)) for entry in read_json(path, _LARGEST_FILE)]
     except (ValueError, TypeError) as error:
         logger.warning("Expected %s to hold receipts of changes, but: %r.", path.name, error)
         return []

@@ -23,7 +23,8 @@ from . import changes, disk
 from .backend import check_alike, check_split
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
-from .index import AUTO, FLAT, MIN_RECALL, Placement, RowIndex
+from .index import MIN_RECALL, Placement, RowIndex
+from .kinds import AUTO, FLAT
 from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, sum_of
 
@@ -411,7 +412,7 @@ class Datastore:
             folder: written by `save`.
             verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
                 first search.
-            trust_faiss_index: read `datastore.faiss`, which saves the time that a graph needs.
+            trust_faiss_index: read `datastore.faiss`, and build any index that the folder names.
                 Native code parses that file: say so only for files of your own.
 
         Raises:
@@ -440,7 +441,7 @@ class Datastore:
             raise DatastoreError(f"The datastore is not usable: {error}") from error
         store.manifest, store.source = manifest, dict(manifest.source)
         store._table, store._unverified = opened.table, opened
-        store._index = store._index.read(manifest.index, opened.centroids, opened.trusted)
+        store._index = store._index.read(opened.info, opened.centroids, opened.trusted)
         if at_once:
             store.verify()
         return store

@@ -35,6 +35,7 @@ from ..core.manifest import (
     Binding,
     DatastoreError,
     FileRecord,
+    IndexInfo,
     Manifest,
 )
 from ..core.search import Ints, RowSpace, Singles
@@ -49,7 +50,8 @@ from .folders import (
     restore,
     stage_file,
 )
-from .index import FLAT, RowIndex, is_rebuildable
+from .index import RowIndex
+from .kinds import FLAT, allowed, is_rebuildable
 from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> 
         )
         text = manifest.to_json().encode()
         target = folder / MANIFEST_NAME
-        staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
+        staged = stage_file(target, lambda path: path.write_bytes(text), scratch)
         _replace_faiss(folder, scratch, index)
         fsync_path(folder)
         staged.replace(target)  # the commit point
@@ -234,7 +236,7 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
         mean = contents.mean.double().numpy()
         space = RowSpace(mean, contents.metric, contents.normalization, table.features)
         rows = space.normalize(table.features[:]).astype(np.float32)
-        write: Callable[[Path], None] = partial(
+        write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
         )
     elif index is not None and not (is_large and is_rebuildable(info.spec)):
@@ -270,16 +272,13 @@ def _clear_litter(folder: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 class OpenedFiles(NamedTuple):
     """The mapped files of a datastore.
 
     Attributes:
         table: the rows, without paths.
         mean: [D] float32.
+        info: which index the files describe, as far as it is built.
         centroids: [L, D] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these rows, or None.
         read_whole: hashes the files, those that were opened even if others took their names since,
@@ -289,6 +288,7 @@ class OpenedFiles(NamedTuple):
 
     table: RowTable
     mean: Tensor
+    info: IndexInfo
     centroids: Singles | None
     trusted: BinaryIO | None
     read_whole: Callable[[], RowTable]
@@ -321,11 +321,13 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
     Args:
         manifest: the checked manifest.
         resolve: finds a file by name; None if it is missing.
-        trust_faiss_index: open `datastore.faiss` too, to be parsed.
+        trust_faiss_index: open `datastore.faiss` too, to be parsed, and build whatever index the
+            manifest names.
 
     Raises:
         DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
     """
+    info = allowed(manifest.index, manifest.num_rows, trust_faiss_index)
     # opened before they are mapped, so that what is hashed is what is mapped
     handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
     files = [open_blob(record, resolve) for record in manifest.blobs]
@@ -351,7 +353,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
                 handle.close()
 
     centroids = None
-    if is_rebuildable(manifest.index.spec):
+    if is_rebuildable(info.spec):
         try:
             centroids, lists = _read_lists(files, manifest)
         except DatastoreError:
@@ -365,7 +367,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         return replace(table, paths=decode_paths(files, manifest))
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
-    return OpenedFiles(table, mean, centroids, trusted, read_whole)
+    return OpenedFiles(table, mean, info, centroids, trusted, read_whole)
 
 
 def _read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Singles, Ints]:
@@ -393,6 +395,8 @@ def _read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Sin
         raise DatastoreError(
             f"Expected {most} lists in the index of the manifest, one per centroid, but got {spec}."
         )
+    if not torch.isfinite(centroids).all():
+        raise DatastoreError(f"Expected finite centroids in {name}; save the datastore again.")
     if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= most):
         raise DatastoreError(f"Expected lists in [0, {most}) in {name}.")
     return centroids.numpy(), lists

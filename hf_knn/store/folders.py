@@ -61,7 +61,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside `path` and renames it into place once it is on disk.
 
     Args:
@@ -95,7 +95,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def stage_file(path: Path, write: Callable[[Path], None], scratch: Path | None = None) -> Path:
+def stage_file(path: Path, write: Callable[[Path], object], scratch: Path | None = None) -> Path:
     """Writes what `path` shall become and flushes it; the caller renames it into place.
 
     Args:

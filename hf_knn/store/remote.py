@@ -28,9 +28,9 @@ from ..core.manifest import (
     Manifest,
     check_format,
     parse_binding,
-    read_values,
     signed_json,
 )
+from ..core.plain_json import read_json
 from ..core.votes import Metric
 from .backend import RowStore
 from .folders import exclusive_lock, write_durably
@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> Manifest | DatastoreReference:
     Raises:
         DatastoreError: naming the field, what was wanted and what was found.
     """
-    values = read_values(path)
+    values = read_json(path)
     if isinstance(values, dict) and values.get("format") == REFERENCE_FORMAT:
         return DatastoreReference.parse(values)
     return Manifest.parse(values)
@@ -259,14 +259,10 @@ def write_reference(folder: Path, reference: DatastoreReference) -> None:
     text = reference.to_json().encode()
     with exclusive_lock(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / MANIFEST_NAME, lambda path: _write(path, text))
+        write_durably(folder / MANIFEST_NAME, lambda path: path.write_bytes(text))
         for entry in folder.iterdir():
             if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
                 entry.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 class RemoteBackend(Protocol):

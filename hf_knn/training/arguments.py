@@ -16,9 +16,17 @@ from ..data.augmentation import Augmentation
 from ..fit.blend import Criterion
 from ..fit.grids import LossNormalization
 from ..fit.heads import PROBE_GRIDS
-from ..store.index import AUTO, parse_memory
+from ..store.index import parse_memory
+from ..store.kinds import AUTO, FLAT
 
 ARGUMENTS_NAME = "training_args.json"
+_PLACES = frozenset(
+    {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token"}
+    | {"push_to_hub_token", "deepspeed", "fsdp_config"}
+)
+"""Arguments that say where something lies here, or who runs it, whatever they look like."""
+
+_LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\])")
 """File of a saved model with the arguments; a pickle is nobody's friend."""
 
 
@@ -190,12 +198,17 @@ class KnnTrainingArguments(TrainingArguments):
             )
 
     def write_json(self, folder: Path) -> None:
-        """Writes the arguments into a folder, without tokens.
+        """Writes the recipe into a folder, which may be pushed: no token, no place on this machine.
 
         Args:
             folder: of a checkpoint.
         """
-        text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
+        recipe = {
+            name: value
+            for name, value in self.to_sanitized_dict().items()
+            if name not in _PLACES and not _LOOKS_LIKE_A_PLACE.search(str(value))
+        }
+        text = json.dumps(recipe, indent=2, default=str)
         (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     def quiet(self, folder: str) -> "KnnTrainingArguments":
@@ -224,6 +237,11 @@ class KnnTrainingArguments(TrainingArguments):
     def refresh_steps(self) -> int | None:
         """Steps between two refreshes; None if the schedule is another one."""
         return int(self.knn_refresh) if re.fullmatch(r"[1-9]\d*", self.knn_refresh) else None
+
+    @property
+    def names_index(self) -> bool:
+        """Whether the caller asked for an index, so that the run's own files may bring it."""
+        return self.knn_index not in (AUTO, FLAT)
 
     @property
     def reweights(self) -> bool:

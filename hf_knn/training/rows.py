@@ -8,7 +8,8 @@ from torch import Tensor
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..data.augmentation import Augment, EpochRows
-from ..data.loading import fingerprint_of, groups_of, labels_of, prepare
+from ..data.loading import groups_of, labels_of, prepare
+from ..data.places import fingerprint_of
 from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures, extract_features
 from ..model.checkpoint import made_by

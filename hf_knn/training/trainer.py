@@ -485,7 +485,8 @@ class KnnTrainer(Trainer):
     ) -> None:
         """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
         folder = Path(resume_from_checkpoint)
-        loaded = KnnForImageClassification.from_pretrained(folder)
+        trusts = self.args.names_index
+        loaded = KnnForImageClassification.from_pretrained(folder, trust_faiss_index=trusts)
         self.model.load_state_dict(loaded.state_dict())
         self.model.datastore = loaded.datastore
         if self.args.reweights and not self.args.freeze_backbone:

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -317,6 +317,48 @@ class RowParts:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+# ---- plain_json.py: JSON that anybody may have written: of a size, of a depth, and saying each thing once.
+
+LARGEST_JSON = 64 * 2**20
+_DEEPEST = 50
+
+class DatastoreError(ValueError):
+    """A datastore on disk that is damaged, incomplete or not what it says it is."""
+
+def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
+    """What a JSON file holds that anybody may have written."""
+    if path.stat().st_size > most:
+        raise DatastoreError(f"Expected {path.name} to have at most {most} bytes; it is not ours.")
+    return parse_json(path.read_bytes(), path.name)
+
+def parse_json(text: bytes | str, name: str) -> Any:
+    """What a JSON text holds that anybody may have written; see `read_json`."""
+    try:
+        values = json.loads(text, object_pairs_hook=_said_once)
+        _refuse_depth(values)
+    except (ValueError, RecursionError) as error:
+        raise DatastoreError(
+            f"Expected {name} to be JSON that is not nested deeply, but got: {error}; the file is "
+            "damaged, download or save it again."
+        ) from None
+    return values
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return values
+
+def _refuse_depth(values: Any) -> None:
+    level: list[Any] = [[values]]
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [value for part in parts for value in part if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"more than {_DEEPEST} levels")
+
+
 # ---- backbone.py: Any vision model of transformers, or of timm through transformers, as a source of features.
 
 # arguments of timm.create_model that only shape the network; others can name files, URLs or repos
@@ -553,10 +595,6 @@ BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
-_LARGEST_MANIFEST = 64 * 2**20
-
-class DatastoreError(ValueError):
-    """A datastore on disk that is damaged, incomplete or not what it says it is."""
 
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
@@ -657,7 +695,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Reads and checks `datastore.json`."""
-        return cls.parse(read_values(path))
+        return cls.parse(read_json(path))
 
     @classmethod
     def parse(cls, values: Any) -> "Manifest":
@@ -701,15 +739,6 @@ class Manifest:
                 f"{available} bytes."
             )
         return manifest
-
-def read_values(path: Path) -> Any:
-    """The decoded JSON of a `datastore.json`, unchecked."""
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
 
 def signed_json(values: dict[str, Any]) -> str:
     """The text of a `datastore.json` with its own checksum."""
@@ -1441,6 +1470,9 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
     if any(name not in found for name in names):
         return damaged[0]
     processor = resolve(IMAGE_PROCESSOR_NAME)
+    if processor is not None and not binding.processor:
+        logger.warning("%s was put beside a datastore saved without one: they must fit.", processor)
+        processor = None
     try:
         pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
         now = fingerprint_files([found[name] for name in names], processor, pooling)
@@ -1477,7 +1509,8 @@ def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding |
     """Ties rows that were opened with one checkpoint to another; what was stale stays so."""
     name = str(dtype).removeprefix("torch.")
     binding = bind(folder, pooling, name)
-    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+    alike = binding.fingerprint, _combine(binding.weights, "", binding.pooling)
+    if before is None or before.dtype != name or before.fingerprint in alike:
         return binding
     logger.warning(
         "The datastore was not made by the backbone, image processor and pooling as they are now; "
@@ -1530,10 +1563,7 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
     return str(values.get("knn_pooling") or values.get("pooling") or fallback)
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise DatastoreError(
             f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "
