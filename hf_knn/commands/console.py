@@ -80,19 +80,20 @@ def changing(checkpoint: Path) -> Iterator[Path]:
         yield folder
 
 
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
+def metrics_table(metrics: dict[str, float], title: str, prefix: str = "eval_") -> Table:
     """Head, neighbours and blend as a table.
 
     Args:
         metrics: what `KnnTrainer.evaluate` returned.
         title: of the table.
+        prefix: of the numbers to show.
     """
     names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
     table = Table("", *names, title=title, title_justify="left")
     for voice, label in VOICE_NAMES.items():
-        if f"eval_{voice}_top1" in metrics:
-            values = [metrics[f"eval_{voice}_{name}"] for name in ("top1", "mean_class")]
-            tail = [metrics[f"eval_{voice}_{name}"] for name in ("nll", "ece")]
+        if f"{prefix}{voice}_top1" in metrics:
+            values = [metrics[f"{prefix}{voice}_{name}"] for name in ("top1", "mean_class")]
+            tail = [metrics[f"{prefix}{voice}_{name}"] for name in ("nll", "ece")]
             table.add_row(label, *[f"{v:.1%}" for v in values], *[f"{v:.3f}" for v in tail])
     return table
 

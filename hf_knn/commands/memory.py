@@ -1,9 +1,9 @@
 """`hf-knn teach | forget | relabel | undo | merge | diff | milvus`: each whole or not at all."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
+from ..core.reading import CONTENTS_NAME
 from ..data.batches import RowPictures
 from ..data.loading import from_files
 from ..features.extract import extract_features, progress_bars
+from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
+from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
+from ..model.stored import StoredOtherwiseError
 from ..model.versions import exchange_versions, goes_back_to_training
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
@@ -54,8 +58,10 @@ def teach_pictures(
     on_bad_image: str,
     json_output: bool,
     splits: str = "auto",
+    again: bool = False,
+    relabel: bool = False,
 ) -> None:
-    """Adds labelled pictures to a checkpoint.
+    """Adds labelled pictures to a checkpoint, of which those that are stored are left out.
 
     Args:
         checkpoint: a folder.
@@ -64,6 +70,8 @@ def teach_pictures(
         on_bad_image: `fail` or `skip`.
         json_output: print the receipt as JSON.
         splits: how folders called like splits are read, `auto` or `none`.
+        again: also add those that are stored with their label.
+        relabel: give those that are stored with another label the new one.
 
     Raises:
         ValueError: for pictures or labels that cannot be used; nothing is changed.
@@ -76,13 +84,25 @@ def teach_pictures(
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        receipt = model.teach(features=found.features, labels=labels, paths=found.paths or None)
+        try:
+            receipt = model.teach(
+                features=found.features, contents=found.contents, labels=labels,
+                paths=found.paths or None, again=again, relabel=relabel,
+            )  # fmt: skip
+        except StoredOtherwiseError as error:
+            raise ValueError(_how_to_relabel(error, checkpoint)) from error
         if model.thumbnails is not None:
-            model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
+            taken = found.ids[rows_but(len(found), torch.tensor(receipt.skipped).long())]
+            ids = receipt.ids[len(receipt.old_labels) :]
+            model.keep_thumbnails(RowPictures(rows, ids, taken.tolist()))
         return receipt
 
-    _change(checkpoint, change, json_output)
-    if not json_output:
+    receipt = _change(checkpoint, change, json_output)
+    if json_output:
+        return
+    if receipt.scope == Scope.NOTHING:
+        console.print("Nothing was changed.")
+    else:
         place = escape(str(checkpoint))
         console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
 
@@ -127,6 +147,9 @@ def forget_rows(
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
+            known = model.memory.contents
+            if known is not None:
+                known.only(wanted.tolist()).save(backup)
             text = json.dumps(names, ensure_ascii=False)
             (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
@@ -190,9 +213,12 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
         if _holds_datastore_alone(other):
             store = Datastore.from_pretrained(other)
             _check_maker(store, checkpoint, other)
-            return model.merge(store, _classes_of(Path(other)))
+            kept = Path(other) / CONTENTS_NAME  # believed of the rows that it was made with
+            known = Contents.load(kept if kept.is_file() else None)
+            return model.merge(store, _classes_of(Path(other)), known)
         second = KnnForImageClassification.from_pretrained(other)
-        return model.merge(_store(second, Path(other)), second.config.class_names)
+        rows, names = _store(second, Path(other)), second.config.class_names
+        return model.merge(rows, names, second.memory.contents)
 
     _change(checkpoint, change, json_output)
 
@@ -222,20 +248,16 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
     """What `undo` did where it found an interrupted change, which no receipt speaks of."""
     state, store = model.fingerprint_rows(), model.datastore
     assert store is not None  # it has just been counted
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Receipt(
-        Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
-        notes=["nothing else was undone"],
-    )  # fmt: skip
+    return Receipt.nothing(Change.UNDO, len(store), state, ["nothing else was undone"])
 
 
 def _change(
     checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
-) -> None:
+) -> Receipt:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     with changing(checkpoint) as folder:
         receipt = _changed(checkpoint, folder, change)
-    _say(receipt, json_output)
+    return _say(receipt, json_output)
 
 
 def _changed(
@@ -258,22 +280,40 @@ def _changed(
     if was_interrupted and after_settling is not None:
         return after_settling(model)
     with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
-        change(model)
+        receipt = change(model)
+        if receipt.scope == Scope.NOTHING:
+            return receipt
         model.save_pretrained(checkpoint)
     return model.changes[-1]  # the save may have noted something
 
 
-def _say(receipt: Receipt, json_output: bool) -> None:
+def _say(receipt: Receipt, json_output: bool) -> Receipt:
     """Prints what was done."""
     if json_output:
         print_json(asdict(receipt))
-        return
+        return receipt
     console.print(escape(str(receipt)), soft_wrap=True)
     if receipt.ids and receipt.action != Change.FORGET:
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
     for note in receipt.notes:
         console.print(f"Note: {escape(note)}.", soft_wrap=True)
+    return receipt
+
+
+def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
+    """What was refused, with the commands that do it."""
+    place, rows = shlex.quote(str(checkpoint)), sum(map(len, error.moves.values()))
+    if rows > _SHOWN:
+        return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
+    commands = [
+        f"hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} --label {shlex.quote(label)}"
+        for label, ids in error.moves.items()
+    ]
+    return (
+        f"{error.problem} Nothing was changed; {' and '.join(commands)} gives them the new label, "
+        "and this command with --relabel does that and teaches the rest."
+    )
 
 
 def _labelled(pictures: Path, how: str) -> Any:

@@ -4,6 +4,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from ..core.plain_json import read_json
 from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
+from ..fit.measure import stored_places
 from ..fit.metrics import COMPLEMENTARITY
 from ..fit.plots import draw_tuning
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
 from ..model.modeling import KnnForImageClassification
+from ..model.stored import shown
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
 from .console import (
@@ -33,6 +36,11 @@ from .console import (
     right,
     say_what_was_skipped,
 )
+
+WITHOUT_STORED = "eval_without_stored_"
+"""What the names of numbers begin with that leave stored pictures out."""
+
+_NAMED = 20
 
 
 def evaluate_pictures(
@@ -62,14 +70,54 @@ def evaluate_pictures(
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
         metrics = trainer.evaluate(rows)
+    stored = stored_names(model, rows) if metrics["eval_stored"] else []
     if json_output:
-        print_json(metrics)
+        print_json(metrics | {"stored_pictures": stored})
         return
-    console.print(metrics_table(metrics, f"{len(rows)} pictures"))
-    known = {name: metrics[f"eval_{name}"] for name in COMPLEMENTARITY if f"eval_{name}" in metrics}
-    if known:
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
-        console.print(f"Together: {shown}.")
+    print_measured(metrics, f"{len(rows)} pictures", stored)
+    prefix = WITHOUT_STORED if f"{WITHOUT_STORED}loss" in metrics else "eval_"
+    known = {n: metrics[f"{prefix}{n}"] for n in COMPLEMENTARITY if f"{prefix}{n}" in metrics}
+    if known and len(stored) < len(rows):
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
+        console.print(f"Together: {said}.")
+
+
+def stored_names(model: KnnForImageClassification, rows: ImageFeatures) -> list[str]:
+    """What the pictures are called that a model has in its datastore.
+
+    Args:
+        model: with a datastore or without.
+        rows: the pictures.
+    """
+    paths = rows.paths or [""] * len(rows)
+    return [paths[place] or f"row {place}" for place in stored_places(model, rows).tolist()]
+
+
+def print_measured(metrics: dict[str, float], pictures: str, stored: Sequence[str] = ()) -> None:
+    """Head, neighbours and blend; where pictures are stored, first without these.
+
+    Args:
+        metrics: what `KnnTrainer.evaluate` returned.
+        pictures: how many and which, such as `71 test pictures`.
+        stored: the names of those that are stored, where they are known.
+    """
+    count = int(metrics["eval_stored"])
+    if not count:
+        console.print(metrics_table(metrics, pictures))
+        return
+    names = f": {escape(shown(stored, _NAMED))}" if stored else ""
+    console.print(
+        f"[yellow]{count} of these {pictures} are stored in the model[/], and each of them is its "
+        f"own nearest neighbour{names}.",
+        soft_wrap=True,
+    )  # fmt: skip
+    if f"{WITHOUT_STORED}loss" in metrics:
+        title = f"Without them: {pictures} less {count}"
+        console.print(metrics_table(metrics, title, WITHOUT_STORED))
+    else:
+        console.print("No picture is left to measure it on; pass others.")
+    title = "With them: what the model remembers, not what it can do"
+    console.print(metrics_table(metrics, title))
 
 
 def tune_checkpoint(
@@ -102,8 +150,14 @@ def tune_checkpoint(
         model, rows = _open(checkpoint, pictures, split or "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-        known = set(model.datastore.paths or [])
-        if known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
+        stored, known = stored_names(model, rows), set(model.datastore.paths or [])
+        if stored:
+            console.print(
+                f"[yellow]{len(stored)} of these {len(rows)} pictures are stored in the model[/], "
+                f"and nothing is chosen on them: {escape(shown(stored, _NAMED))}.",
+                soft_wrap=True,
+            )
+        elif known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
             console.print(
                 "[yellow]Most of these pictures are named like those in the datastore.[/] If they "
                 "are the same, k-NN has seen them, and what is chosen here will favour it."
@@ -112,8 +166,9 @@ def tune_checkpoint(
             result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
         model.save_pretrained(checkpoint)
         console.print(
-            f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
-            f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(checkpoint)}."
+            f"Chosen by {result.criterion} on {len(rows) - len(stored)} pictures: k = {result.k}, "
+            f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}. "
+            f"Saved in {escape(checkpoint)}."
         )
         if plot is not None:
             draw_tuning(result, plot)

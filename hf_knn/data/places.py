@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .batches import IMAGE, LABEL, PATH, SAMPLE_ID
+from .keys import name_of_file
 from .tables import is_table
 
 _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
@@ -162,12 +163,11 @@ def fingerprint_of(dataset: Any) -> str | None:
     known = getattr(dataset, "_fingerprint", None)
     if known is None:
         return None
-    # `datasets` knows files by their paths only: one that was replaced has another size or time
+    # `datasets` knows files by their paths only
     total = hashlib.sha256(known.encode())
     for path in _raw_paths(dataset):
         if os.path.isfile(path):
-            status = os.stat(path)
-            total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            total.update(name_of_file(path) + b"\n")
     return total.hexdigest()
 
 

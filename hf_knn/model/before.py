@@ -7,19 +7,23 @@ be of the same picture.
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from ..core.manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, DatastoreError
-from ..core.reading import THUMBNAILS_NAME
+from ..core.reading import CONTENTS_NAME, THUMBNAILS_NAME
 from ..store.backend import RowStore
 from ..store.folders import link_or_copy
 from ..store.remote import PENDING_NAME, DatastoreReference, read_manifest
-from ..store.table import StoredRows
 from .card import MEASURED_NAME, NEIGHBORS_NAME, RELIABILITY_NAME
 from .code import CODE_NAMES, legacy_code, reader_of
+from .contents import Contents
+from .memory import Gone
 from .receipts import CHANGES_NAME
 
 BEFORE_NAME = ".before"
@@ -45,7 +49,7 @@ def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
         name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *CODE_NAMES)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME, CONTENTS_NAME)
         or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -108,27 +112,55 @@ def carry_version(folder: Path, staging: Path) -> None:
         link_version(before, staging / BEFORE_NAME, names)
 
 
-def rows_alike(store: RowStore, gone: Iterable[StoredRows], is_same_maker: bool) -> Tensor:
+def rows_alike(
+    store: RowStore, contents: Contents | None, gone: Iterable[Gone], is_same_maker: bool
+) -> Tensor:
     """Which rows of an earlier version may be of pictures that were forgotten.
+
+    Prints tell pictures apart. Where one of two has none, rows may be of one picture if their
+    features are nearly the same; where other backbones made them, nobody can tell.
 
     Args:
         store: the rows of that version.
-        gone: what was forgotten, as it was stored.
+        contents: prints of their pictures, or None.
+        gone: what was forgotten.
         is_same_maker: whether one backbone made the features of both.
 
     Returns:
-        [M] int64, their ids: those with nearly the same features; where other backbones made
-        them, nobody can tell, so all.
+        [M] int64, their ids.
     """
-    if not is_same_maker:
-        return store.ids
-    queries = torch.cat([torch.from_numpy(rows.features).double() for rows in gone])
+    prints, known, unknown = set[bytes](), [], []
+    for part in gone:
+        mine = {} if part.contents is None else part.contents.prints_of(part.rows)
+        prints |= {content.tobytes() for content in mine.values()}
+        is_known = np.isin(part.rows.ids, list(mine))
+        known.append(part.rows.features[is_known])
+        unknown.append(part.rows.features[~is_known])
     found = []
     for block in store.blocks():
-        rows = torch.from_numpy(block.features).double()
-        near = torch.zeros(len(rows), dtype=torch.bool)
-        for part in queries.split(_AT_ONCE):
-            distances = torch.cdist(rows, part, compute_mode="donot_use_mm_for_euclid_dist")
-            near |= (distances <= _TOLERANCE * part.norm(dim=1)).any(dim=1)
-        found.append(torch.from_numpy(block.ids)[near])
+        theirs = {} if contents is None else contents.prints_of(block)
+        same = [i in theirs and theirs[i].tobytes() in prints for i in block.ids.tolist()]
+        # with prints on both sides only the same features are told of one picture
+        apart = np.where(np.isin(block.ids, list(theirs)), 0.0, _TOLERANCE)
+        alike = np.array(same, bool)
+        for features, tolerance in (
+            (np.concatenate(known), apart),
+            (np.concatenate(unknown), np.full_like(apart, _TOLERANCE)),
+        ):
+            if is_same_maker:
+                alike |= _are_near(block.features, features, tolerance)
+            elif len(features):
+                alike |= tolerance > 0
+        found.append(torch.from_numpy(block.ids[alike]))
     return torch.cat(found) if found else store.ids[:0]
+
+
+def _are_near(rows: NDArray[Any], queries: NDArray[Any], tolerance: NDArray[Any]) -> NDArray[Any]:
+    """[N] bool: rows [N, D] that are near to any query [M, D], to within [N] of its length."""
+    near = torch.zeros(len(rows), dtype=torch.bool)
+    points = torch.from_numpy(rows).double()
+    for part in torch.from_numpy(queries).double().split(_AT_ONCE):
+        distances = torch.cdist(points, part, compute_mode="donot_use_mm_for_euclid_dist")
+        most = torch.from_numpy(tolerance)[:, None] * part.norm(dim=1)
+        near |= (distances <= most).any(dim=1)
+    return near.numpy()

@@ -25,6 +25,7 @@ from ..core.manifest import (
 )
 from ..core.plain_json import read_json
 from ..core.reading import (
+    CONTENTS_NAME,
     HUB_OPTIONS,
     THUMBNAILS_NAME,
     HubFiles,
@@ -68,6 +69,7 @@ from .card import (
     write_measured,
 )
 from .code import AUTO_MAP, legacy_code, reader_of, write_code
+from .contents import Contents
 from .memory import Memory
 from .pictures import Thumbnails
 from .receipts import CHANGES_NAME, read_changes, write_changes
@@ -146,7 +148,7 @@ def write_checkpoint(
                 write_changes(changes, staging)
             if model.neighbor_picture is not None:
                 (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
-            _write_thumbnails(model, staging)
+            _write_pictures(model, staging)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
@@ -179,7 +181,7 @@ def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
         return ""
     try:
         earlier = type(model).from_pretrained(place)
-        alike = _alike(memory, earlier.datastore)
+        alike = _alike(memory, earlier.memory)
     except (OSError, ValueError, SafetensorError) as error:
         logger.warning("The version before the last training cannot be opened: %s", error)
         alike = None
@@ -194,12 +196,12 @@ def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
     return _ERASED.format(len(alike))
 
 
-def _alike(memory: Memory, earlier: RowStore | None) -> Tensor:
+def _alike(memory: Memory, earlier: Memory) -> Tensor:
     """Ids of the rows of an earlier version that may be of forgotten pictures."""
-    if earlier is None:
+    if earlier.rows is None:
         return torch.empty(0, dtype=torch.int64)
-    makers = (STALE if rows is None else rows.digest or STALE for rows in (memory.rows, earlier))
-    return rows_alike(earlier, [gone.rows for gone in memory.gone], _is_same_maker(*makers))
+    makers = (STALE if m.rows is None else m.rows.digest or STALE for m in (memory, earlier))
+    return rows_alike(earlier.rows, earlier.contents, memory.gone, _is_same_maker(*makers))
 
 
 def write_card(model: "KnnForImageClassification", folder: Path, staging: Path) -> None:
@@ -226,14 +228,18 @@ def _refuse_pending(store: RowStore | None, folder: Path) -> None:
         )
 
 
-def _write_thumbnails(model: "KnnForImageClassification", folder: Path) -> None:
-    """Those of the rows that there are: no byte of a row that is gone reaches the disk."""
-    if model.thumbnails is None or model.datastore is None:
+def _write_pictures(model: "KnnForImageClassification", folder: Path) -> None:
+    """Small pictures and prints of the rows that there are: no byte of one that is gone."""
+    memory = model.memory
+    parts = {THUMBNAILS_NAME: memory.thumbnails, CONTENTS_NAME: memory.contents}
+    if memory.rows is None or not any(parts.values()):
         return
-    kept = model.thumbnails.only(model.datastore.ids.tolist())
-    if len(kept):
-        kept.save(folder)
-        give_default_mode(folder / THUMBNAILS_NAME)
+    ids = memory.rows.ids.tolist()
+    for name, part in parts.items():
+        kept = None if part is None else part.only(ids)
+        if kept:
+            kept.save(folder)
+            give_default_mode(folder / name)
 
 
 def made_by(model: "KnnForImageClassification") -> str:
@@ -420,16 +426,23 @@ class CheckpointAttempt:
                 f"{explain_pending(folder)}"
             ) from error
 
-    def read_thumbnails(self) -> Thumbnails | None:
-        """Small pictures of the rows, if the datastore's manifest names their file.
+    def read_pictures(self, memory: Memory) -> Memory:
+        """With small pictures and prints of the rows, if the datastore's manifest names the files.
+
+        Args:
+            memory: with the rows.
 
         Raises:
             DatastoreError: for a damaged file.
         """
         binding = None if self.manifest is None else self.manifest.binding
-        if binding is None or THUMBNAILS_NAME not in [record.name for record in binding.files]:
-            return None
-        return Thumbnails.load(self.reader.resolve(THUMBNAILS_NAME))
+        bound = [] if binding is None else [record.name for record in binding.files]
+        places = [
+            self.reader.resolve(name) if name in bound else None
+            for name in (THUMBNAILS_NAME, CONTENTS_NAME)
+        ]
+        small, contents = Thumbnails.load(places[0]), Contents.load(places[1])
+        return replace(memory, thumbnails=small, contents=contents)
 
     def was_replaced(self) -> bool:
         """Whether another version is there than when this attempt began."""

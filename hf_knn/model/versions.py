@@ -1,7 +1,6 @@
 """What a checkpoint folder holds before a training replaces it, and the way back afterwards."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +31,7 @@ from .receipts import (
     describe_changes,
     read_changes,
     standing,
+    time_of_day,
     write_changes,
 )
 
@@ -220,7 +220,7 @@ def _receipt(folder: Path, model: KnnForImageClassification) -> Receipt:
         hash_before=hashes[0],
         hash_after=hashes[1],
         scope=str(Scope.ALL),
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        at=time_of_day(),
         notes=[
             "the version that was kept is back" + (f", in which {done}" if done else ""),
             "the other one is kept now: `undo` again puts it back",

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 8d400720eaf4977b8cf6a0891b8e0e1b4321eac8ebf190c4f8652bb804b65358.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 8d400720eaf4977b8cf6a0891b8e0e1b4321eac8ebf190c4f8652bb804b65358.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1374,6 +1374,10 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+CONTENTS_NAME = "contents.safetensors"
+"""File of a checkpoint: ids, marks of the rows, and prints of their pictures."""
+
+_NO_WEIGHTS = (THUMBNAILS_NAME, CONTENTS_NAME)
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
 
@@ -1500,7 +1504,7 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     if weight_sum is not None:
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     names = [CONFIG_NAME, *(path.name for path in weights)]
-    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    others = (SAFE_WEIGHTS_INDEX_NAME, *_NO_WEIGHTS)
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
@@ -1555,7 +1559,7 @@ def hash_settings(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+    return name.endswith(".safetensors") and name not in _NO_WEIGHTS
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""

@@ -17,7 +17,10 @@ from support.tiny import LABELS, all_files, tiny_model
 from torch import Tensor
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data.batches import CONTENT_BYTES
 from hf_knn.model.before import BEFORE_NAME, keep_version, rows_alike
+from hf_knn.model.contents import Contents
+from hf_knn.model.memory import Gone
 from hf_knn.model.receipts import Change, Receipt, describe_changes, standing
 from hf_knn.model.versions import check_free, exchange_versions, mark_training, occupant_of
 from hf_knn.store.hub import KEPT_TO_ONESELF
@@ -385,7 +388,7 @@ def test_a_training_after_forgetting_keeps_no_forgotten_row(folder: Path) -> Non
     model = opened(folder)
     gone, count = model.datastore.ids[:2], len(model.datastore)
     rows = raw_rows(model.datastore, gone)
-    near = rows_alike(model.datastore, [model.datastore.rows_of(gone)], is_same_maker=True)
+    near = rows_alike(model.datastore, None, [went(model.datastore, gone)], is_same_maker=True)
     assert 2 <= len(near) < count // 2
     model.forget(gone)
     model.memory = model.memory.started_with(model.datastore)
@@ -407,14 +410,45 @@ def test_where_nobody_can_tell_the_whole_version_goes(folder: Path, is_damaged: 
     assert len(opened(folder).datastore) == 39
 
 
-def test_rows_alike_are_those_nearby(folder: Path) -> None:
+def went(store: Any, ids: Tensor, contents: Contents | None = None, scale: float = 1.0) -> Gone:
+    """Rows as `forget` takes them away, perhaps as another backend would have made them."""
+    rows = store.rows_of(ids)
+    features = (rows.features * scale).astype(rows.features.dtype)
+    return Gone(rows._replace(features=features), store.mean, None, contents, None)
+
+
+def some_contents(store: Any, ids: Tensor, first: int) -> Contents:
+    prints = torch.arange(first, first + len(ids)).repeat(CONTENT_BYTES, 1).T.byte()
+    found = Contents.of(store.blocks(), ids, prints)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("is_same_maker", [True, False])
+def test_rows_alike_are_those_of_the_same_print_or_nearby(
+    folder: Path, is_same_maker: bool
+) -> None:
     store = opened(folder).datastore
-    some = store.rows_of(store.ids[2:4])
-    found: Tensor = rows_alike(store, [some], is_same_maker=True)
-    assert found.tolist() == store.ids[2:4].tolist()
-    moved = some._replace(features=(some.features * 1.01).astype(some.features.dtype))
-    assert rows_alike(store, [moved], is_same_maker=True).tolist() == found.tolist()
-    assert len(rows_alike(store, [some], is_same_maker=False)) == 40
+    some, others = store.ids[2:4], store.ids[10:12]
+
+    def alike(contents: Contents | None, *gone: Gone) -> list[int]:
+        return sorted(rows_alike(store, contents, gone, is_same_maker).tolist())
+
+    all_ids = sorted(store.ids.tolist())
+    assert alike(None, went(store, some)) == (sorted(some.tolist()) if is_same_maker else all_ids)
+    near = alike(None, went(store, some, scale=1.01))
+    assert near == (sorted(some.tolist()) if is_same_maker else all_ids)
+    # the pictures of `some` are stored as `others` in the earlier version, by its prints
+    mine, theirs = some_contents(store, some, 7), some_contents(store, others, 7)
+    found = alike(theirs, went(store, some, mine))
+    assert set(others.tolist()) <= set(found)
+    assert len(found) == (4 if is_same_maker else 40)
+    everything = some_contents(store, store.ids, 0)  # the picture of each row is another one
+    places = [i for i, row in enumerate(store.ids.tolist()) if row in everything.ids[7:9]]
+    wanted = sorted(store.ids[places].tolist())
+    shifted = some_contents(store, some, 7)
+    found = alike(everything, went(store, some, shifted))
+    assert found == sorted({*wanted, *(some.tolist() if is_same_maker else [])})
 
 
 # ---- kills --------------------------------------------------------------------------------------
