@@ -82,7 +82,7 @@ logger = logging.getLogger(__name__)
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
-_ERASED = "{} rows of the version before the last training were erased too"
+_ERASED = "erased in the version before the last training too: {} of its rows"
 _ERASED_ALL = (
     "the version before the last training was erased too, since it may hold the same pictures; "
     "undo cannot bring it back"

@@ -193,20 +193,22 @@ def test_overwrite_replaces_a_taught_model_and_undo_goes_step_by_step(
     folder: Path, pictures: Path, backbone: Path, fox: Path
 ) -> None:
     before = opened(folder).fingerprint_rows()
+    owl = fox.parent / "owl.png"
+    owl.write_bytes(encoded(picture(4, 90)))
     assert hf_knn("teach", folder, fox).exit_code == 0
     taught = opened(folder).fingerprint_rows()
     done = train(pictures, folder, "--backbone", backbone, "--overwrite")
     assert done.exit_code == 0, done.output
     trained = opened(folder)
     assert trained.config.class_names == ["ant", "bee"]
-    assert hf_knn("teach", folder, fox / "fox" / "0.png", "--label", "owl").exit_code == 0
+    assert hf_knn("teach", folder, owl, "--label", "owl").exit_code == 0
     assert hf_knn("undo", folder).exit_code == 0  # of what was taught last
     assert opened(folder).fingerprint_rows() == trained.fingerprint_rows()
     done = hf_knn("undo", folder)
     assert done.exit_code == 0, done.output
     assert "in which 3 pictures were taught" in in_one_line(done)
     assert opened(folder).fingerprint_rows() == taught
-    assert hf_knn("teach", folder, fox / "fox" / "0.png", "--label", "owl").exit_code == 0
+    assert hf_knn("teach", folder, owl, "--label", "owl").exit_code == 0
     assert hf_knn("undo", folder).exit_code == 0
     assert opened(folder).fingerprint_rows() == taught
     assert taught != before
@@ -214,26 +216,34 @@ def test_overwrite_replaces_a_taught_model_and_undo_goes_step_by_step(
     assert opened(folder).fingerprint_rows() == trained.fingerprint_rows()
 
 
-def test_undo_of_a_training_over_what_was_forgotten(
-    folder: Path, pictures: Path, backbone: Path
+@pytest.mark.parametrize("is_same_backbone", [True, False])
+def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
+    folder: Path, pictures: Path, backbone: Path, tmp_path: Path, is_same_backbone: bool
 ) -> None:
+    first = opened(folder).datastore
+    if not is_same_backbone:
+        torch.manual_seed(9)
+        backbone = save_backbone(tmp_path / "other", layers=2)
     assert train(pictures, folder, "--backbone", backbone).exit_code == 0
-    store = opened(folder).datastore
-    row = int(store.ids[0])
-    raw = store.rows_of([row]).features.tobytes()
-    done = hf_knn("forget", folder, "--ids", row)
+    second = opened(folder)
+    path = second.datastore.paths_of(second.datastore.ids[:1])[0]
+    row, earlier = int(second.datastore.ids[0]), first.ids[first.paths.index(path)].reshape(1)
+    raws = [first.rows_of(earlier).features, second.datastore.rows_of([row]).features]
+    done = hf_knn("forget", folder, "--path", path)
     assert done.exit_code == 0, done.output
-    assert "version before the last training" in in_one_line(done)
-    assert not any(raw in data for data in content_of(folder).values())
+    assert "erased in the version before the last training too: 1 of its rows" in in_one_line(done)
+    found = content_of(folder)
+    assert any(name.startswith(BEFORE_NAME) for name in found)
+    assert not any(raw.tobytes() in data for data in found.values() for raw in raws)
+    assert not any(path.encode() in data for data in found.values())
     done = hf_knn("undo", folder)
     assert done.exit_code == 1
     assert "--training" in in_one_line(done)
-    if (folder / BEFORE_NAME).is_dir():
-        assert hf_knn("undo", folder, "--training").exit_code == 0
-        assert row not in opened(folder).datastore.ids.tolist()
-    else:
-        done = hf_knn("undo", folder, "--training")
-        assert "to keep the version before a training" in in_one_line(done)
+    assert hf_knn("undo", folder, "--training").exit_code == 0
+    assert len(opened(folder).datastore) == len(first) - 1
+    assert path not in (opened(folder).datastore.paths or [])
+    assert hf_knn("undo", folder).exit_code == 0
+    assert path not in (opened(folder).datastore.paths or [])
 
 
 def test_what_is_taught_while_a_training_runs_is_not_lost(

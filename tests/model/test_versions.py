@@ -338,7 +338,8 @@ def test_what_is_forgotten_is_erased_in_the_version_before(tmp_path: Path, head:
     assert not list(folder.rglob("neighbors.png"))
     assert receipt_.action == "forget"
     assert (
-        "2 rows of the version before the last training were erased" in model.changes[-1].notes[-1]
+        "erased in the version before the last training too: 2 of its rows"
+        in model.changes[-1].notes[-1]
     )
     assert opened(folder).changes == model.changes
     earlier = opened(folder / BEFORE_NAME)
