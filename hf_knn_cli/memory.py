@@ -122,8 +122,21 @@ def relabel(
 
 @app.command()
 @hand_over
-def undo(checkpoint: ChangedCheckpoint, json_output: JsonOption = False) -> Command:
-    """Take the last change back: one that was interrupted, if there is one, and then no other."""
+def undo(
+    checkpoint: ChangedCheckpoint,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Go back to the version before the last training, whatever was changed since.",
+        ),
+    ] = False,
+    json_output: JsonOption = False,
+) -> Command:
+    """Take the last change back, also a training; one that was interrupted first, and no other.
+
+    After a training was taken back, undo puts the later version back again.
+    """
     from hf_knn.commands.memory import undo_change
 
     return undo_change

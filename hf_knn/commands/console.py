@@ -35,7 +35,7 @@ from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
 from ..model.modeling import KnnForImageClassification
-from ..store.folders import exclusive_lock
+from ..store.folders import exclusive_lock, restore
 from .errors import EXPECTED, STOPPED, sentence_of
 
 
@@ -220,6 +220,7 @@ def changing(checkpoint: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it is no folder.
     """
+    restore(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."

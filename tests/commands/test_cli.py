@@ -230,7 +230,8 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     (_, box) = taught.changes[-1].ids
     assert taught.thumbnails.get(box) == small_webp(decode_image(pictures / "square/051.jpg"))
     assert len(taught.thumbnails) == 26
-    done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
+    other = ("-o", tmp_path / "other", "--backbone", backbone)
+    done = hf_knn("train", table, *other, "--group-by", "lens")
     assert done.exit_code == 1
     assert "'lens'" in done.stderr
     assert "camera" in done.stderr
