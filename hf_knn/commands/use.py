@@ -68,7 +68,7 @@ def evaluate_pictures(
         ValueError: for pictures that cannot be used, or labels that the model does not have.
         OSError: if something is not there.
     """
-    model, rows = _open(checkpoint, pictures, split or "test", splits, on_bad_image)
+    model, rows = _open(checkpoint, pictures, split, "test", splits, on_bad_image)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
@@ -152,7 +152,7 @@ def tune_checkpoint(
     if plot is not None:
         check_drawing()
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split or "validation", splits, on_bad_image)
+        model, rows = _open(checkpoint, pictures, split, "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         stored, known = stored_names(model, rows), set(model.datastore.paths or [])
@@ -247,12 +247,13 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
 
 
 def _open(
-    checkpoint: str, pictures: str, split: str, how: str, on_bad_image: str
+    checkpoint: str, pictures: str, asked: str | None, usual: str, how: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
-    """A model and the features of one split of labelled pictures."""
+    """A model and the features of one split of labelled pictures: as asked, the usual or only."""
     model = open_checkpoint(checkpoint)
     splits = open_labelled(pictures, how)
-    if split not in splits and len(splits) > 1:
+    split = asked or usual
+    if split not in splits and (asked is not None or len(splits) > 1):
         raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
     dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
     with progress_bars():
