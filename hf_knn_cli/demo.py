@@ -7,11 +7,13 @@ import typer
 
 from . import places
 from .choices import Backend
+from .limits import reads_pictures
 
 app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 def demo(
     checkpoint: Annotated[
         str | None,

@@ -9,6 +9,7 @@ import typer
 from . import places
 from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage, SplitsOption
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
 app = typer.Typer()
@@ -22,6 +23,7 @@ def _renamed(value: bool) -> bool:
 
 
 @app.command()
+@reads_pictures
 def teach(
     checkpoint: ChangedCheckpoint,
     pictures: Annotated[
@@ -120,8 +122,21 @@ def relabel(
 
 @app.command()
 @hand_over
-def undo(checkpoint: ChangedCheckpoint, json_output: JsonOption = False) -> Command:
-    """Take the last change back: one that was interrupted, if there is one, and then no other."""
+def undo(
+    checkpoint: ChangedCheckpoint,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Go back to the version before the last training, whatever was changed since.",
+        ),
+    ] = False,
+    json_output: JsonOption = False,
+) -> Command:
+    """Take the last change back, also a training; one that was interrupted first, and no other.
+
+    After a training was taken back, undo puts the later version back again.
+    """
     from hf_knn.commands.memory import undo_change
 
     return undo_change
@@ -160,6 +175,7 @@ def diff(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def inspect(
     checkpoint: CheckpointArgument,

@@ -44,6 +44,14 @@ class TrainOptions:
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=places.new_folder, help="Checkpoint folder.")
     ] = Path("knn-model")
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a model there that was taught since, or trained on other pictures; "
+            "`hf-knn undo` brings it back.",
+        ),
+    ] = False
     backbone: Annotated[
         str,
         typer.Option(

@@ -17,6 +17,7 @@ from .choices import (
     SplitsOption,
 )
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
 WHY = "Reasons"
@@ -26,6 +27,7 @@ app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def evaluate(
     checkpoint: CheckpointArgument,
@@ -49,6 +51,7 @@ def evaluate(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def tune(
     checkpoint: ChangedCheckpoint,
@@ -86,6 +89,7 @@ def tune(
 
 
 @app.command()
+@reads_pictures
 def predict(
     checkpoint: CheckpointArgument,
     images: Annotated[
@@ -199,6 +203,7 @@ def export(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def doctor(
     pictures: Annotated[

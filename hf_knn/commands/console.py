@@ -31,10 +31,11 @@ from hf_knn_cli.terminal import (
 )
 
 from ..data.loading import hide_progress_bars, read_labelled
+from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
 from ..model.modeling import KnnForImageClassification
-from ..store.folders import exclusive_lock
+from ..store.folders import exclusive_lock, restore
 from .errors import EXPECTED, STOPPED, sentence_of
 
 
@@ -220,6 +221,7 @@ def changing(checkpoint: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it is no folder.
     """
+    restore(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
@@ -261,11 +263,6 @@ def open_labelled(pictures: str, splits: str) -> dict[str, Any]:
     found = read_labelled(pictures, reading_of(splits))
     say_what_was_left_out(found.notes)
     return found.splits
-
-
-def reading_of(splits: str) -> bool | None:
-    """What `--splits` means for `load_splits`."""
-    return False if splits == "none" else None
 
 
 def say_what_was_left_out(notes: Sequence[str]) -> None:

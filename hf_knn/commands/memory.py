@@ -24,10 +24,11 @@ from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
 from ..model.stored import StoredOtherwiseError
+from ..model.versions import exchange_versions, goes_back_to_training
 from ..store.advice import install, needs
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
+from ..store.remote import LOCAL_ENDING, DatastoreReference, is_pending, read_manifest
 from .console import (
     Terminal,
     as_called,
@@ -180,14 +181,26 @@ def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool
     _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
 
 
-def undo_change(checkpoint: Path, json_output: bool) -> None:
+def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
     """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
+
+    If nothing was changed since the last training, the version before that takes its place again,
+    if it is kept; called once more, the two are exchanged again.
 
     Args:
         checkpoint: a folder.
+        training: go back to the version before the last training, whatever was changed since.
         json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: if there is nothing to take back.
     """
-    _change(checkpoint, lambda model: model.undo(), json_output, _nothing_else)
+    with changing(checkpoint) as folder:
+        if not is_pending(folder) and (training or goes_back_to_training(folder)):
+            receipt = exchange_versions(folder)
+        else:
+            receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
+    _say(receipt, json_output)
 
 
 def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
@@ -245,35 +258,48 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
 
 
 def _change(
-    checkpoint: Path,
-    change: Callable[[KnnForImageClassification], Receipt],
-    json_output: bool,
-    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
+    checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
 ) -> Receipt:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     with changing(checkpoint) as folder:
-        was_interrupted = settle(folder)
-        if was_interrupted:
-            Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
-        model = open_checkpoint(checkpoint)
-        store = _store(model, checkpoint)
-        if store.location is not None and not isinstance(store, MilvusDatastore):
-            raise ValueError(
-                f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
-                f"rows in {store.location}; change them in Python and save the model."
-            )
-        if was_interrupted and after_settling is not None:
-            receipt = after_settling(model)
-        else:
-            with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
-                receipt = change(model)
-                if receipt.scope != Scope.NOTHING:
-                    model.save_pretrained(checkpoint)
+        receipt = _changed(checkpoint, folder, change)
+    return _say(receipt, json_output)
+
+
+def _changed(
+    checkpoint: Path,
+    folder: Path,
+    change: Callable[[KnnForImageClassification], Receipt],
+    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
+) -> Receipt:
+    """The receipt of a change, which is saved then; the caller holds the lock of the folder."""
+    was_interrupted = settle(folder)
+    if was_interrupted:
+        Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
+    model = open_checkpoint(checkpoint)
+    store = _store(model, checkpoint)
+    if store.location is not None and not isinstance(store, MilvusDatastore):
+        raise ValueError(
+            f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
+            f"rows in {store.location}; change them in Python and save the model."
+        )
+    if was_interrupted and after_settling is not None:
+        return after_settling(model)
+    with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
+        receipt = change(model)
+        if receipt.scope == Scope.NOTHING:
+            return receipt
+        model.save_pretrained(checkpoint)
+    return model.changes[-1]  # the save may have noted something
+
+
+def _say(receipt: Receipt, json_output: bool) -> Receipt:
+    """Prints what was done."""
     if json_output:
         print_json(asdict(receipt))
         return receipt
     console.print(escape(str(receipt)), soft_wrap=True)
-    if receipt.action != "forget" and receipt.ids:
+    if receipt.ids and receipt.action != Change.FORGET:
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
     for note in receipt.notes:

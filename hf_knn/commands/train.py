@@ -20,16 +20,20 @@ from transformers.integrations.integration_utils import (
 from hf_knn_cli.train_options import TrainOptions
 
 from ..data.batches import RowPictures, picture_of
+from ..data.keys import hash_of_pictures
 from ..data.loading import groups_of, labels_of
 from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import check_drawing, draw_neighbors
+from ..model.before import REPORT_NAME
 from ..model.card import draw_reliability, make_card
 from ..model.modeling import KnnForImageClassification
+from ..model.versions import Occupant, check_free, mark_training, occupant_of
 from ..store.advice import install, install_package
 from ..store.faiss import require_faiss
+from ..store.folders import exclusive_lock
 from ..store.hub import CARD_NAME
 from ..store.index import FLAT
 from ..training.arguments import KnnTrainingArguments
@@ -79,9 +83,12 @@ def train_pictures(options: TrainOptions) -> None:
     _check(options)
     _check_packages(options)
     _arguments(options, options.output)  # which look at the values of theirs
+    _check_output(options)
     set_seed(options.seed)
     splits = open_labelled(options.pictures, options.splits)
     names = check_classes(splits, options.pictures)
+    pictures = hash_of_pictures(splits)
+    _check_output(options, pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
@@ -93,8 +100,8 @@ def train_pictures(options: TrainOptions) -> None:
     with _work_folder(options) as folder:
         trainer = _trainer(model, options, folder, parts)
         _train(trainer, options)
-        with console.status("Choosing k, temperature and λ on held-out pictures …"):
-            result = trainer.tune()
+        with progress_bars():
+            result = trainer.tune(progress=True)
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
         source = source_of(options.pictures, splits["train"])
@@ -107,9 +114,31 @@ def train_pictures(options: TrainOptions) -> None:
             with console.status("Making small pictures of the stored rows …"):
                 ids = model.datastore.ids.tolist()
                 model.keep_thumbnails(RowPictures(splits["train"], ids))
-        trainer.save_model(str(options.output))
+        replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
+    if replaced is not None:
+        back = f" [bold]{typed('undo', options.output)}[/] brings it back."
+        console.print(escape(str(replaced)) + back * replaced.is_kept, soft_wrap=True)
+
+
+def _check_output(options: TrainOptions, pictures: str | None = None) -> Occupant | None:
+    """What will be replaced; see `check_free`."""
+    if options.overwrite:
+        return occupant_of(options.output)
+    return check_free(options.output, pictures)
+
+
+def _save(trainer: KnnTrainer, options: TrainOptions, pictures: str) -> Occupant | None:
+    """Saves the model, unless something came there meanwhile; returns what was replaced."""
+    model = trainer.model
+    assert model.datastore is not None
+    mark_training(model.datastore, pictures)
+    with exclusive_lock(options.output):
+        replaced = _check_output(options, pictures)
+        model.save_pretrained(options.output, keep_replaced=True)
+        trainer.args.write_json(options.output)
+    return replaced
 
 
 def _report(
@@ -135,12 +164,9 @@ def _report(
         "skipped": skipped,
         "seconds": seconds,
     }
-    (options.output / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
+    (options.output / REPORT_NAME).write_text(json_text(report) + "\n", encoding="utf-8")
     how = "a validation set" if parts.validation is not None else "cross-validation"
-    console.print(
-        f"Chosen by {result.criterion} on {how}: k = {result.k}, "
-        f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
-    )
+    console.print(result.say(f"on {how}"))
     if metrics:
         is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
         names = stored_names(model, parts.test) if is_known else []

@@ -258,14 +258,10 @@ def write_reference(folder: Path, reference: DatastoreReference) -> None:
     text = reference.to_json().encode()
     with exclusive_lock(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / MANIFEST_NAME, lambda path: _write(path, text))
+        write_durably(folder / MANIFEST_NAME, lambda path: path.write_bytes(text))
         for entry in folder.iterdir():
             if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
                 entry.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 class RemoteBackend(Protocol):
