@@ -15,6 +15,7 @@ from typer.testing import Result
 
 from hf_knn import KnnForImageClassification
 from hf_knn.commands import train as training
+from hf_knn.commands.demo import build_space
 from hf_knn.data.keys import hash_of_pictures
 from hf_knn.data.loading import load_splits
 from hf_knn.model.before import BEFORE_NAME
@@ -244,6 +245,19 @@ def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     assert path not in (opened(folder).datastore.paths or [])
     assert hf_knn("undo", folder).exit_code == 0
     assert path not in (opened(folder).datastore.paths or [])
+
+
+def test_a_space_takes_the_version_along_that_is_there_and_no_other(
+    folder: Path, tmp_path: Path
+) -> None:
+    opened(folder).save_pretrained(folder, keep_replaced=True)
+    for name in ("report.json", "runs/log", ".push-1/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{tmp_path}")
+    build_space(tmp_path / "space", str(folder))
+    found = set(all_files(tmp_path / "space" / "model"))
+    assert {"config.json", "datastore.json", "model.safetensors", "README.md"} <= found
+    assert not [n for n in found if n[0] == "." or n.startswith(("report", "runs"))]
 
 
 def test_what_is_taught_while_a_training_runs_is_not_lost(
