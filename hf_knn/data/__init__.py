@@ -7,6 +7,7 @@ from ..core.lazy import lazy_names
 if TYPE_CHECKING:
     from .decode import BadImageError as BadImageError
     from .decode import decode_image as decode_image
+    from .decode import decoding as decoding
     from .keys import print_of as print_of
     from .loading import datastore_as_dataset as datastore_as_dataset
     from .loading import load_splits as load_splits
@@ -20,6 +21,7 @@ _HOMES = {
     "StoredPictures": "walk",
     "datastore_as_dataset": "loading",
     "decode_image": "decode",
+    "decoding": "decode",
     "few_rows": "splits",
     "few_shots": "splits",
     "load_splits": "loading",

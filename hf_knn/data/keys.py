@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..store.folders import written_whole
-from .batches import IMAGE, content_of, picture_of
-from .decode import BadImageError
+from .batches import IMAGE, cell_source, content_of
+from .decode import BadImageError, decoding
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +150,15 @@ class Print(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A picture that cannot be decoded, with the reason."""
+    """A picture that cannot be decoded.
+
+    Attributes:
+        reason: why.
+        is_unread: whether it may be whole, of a format or size that is not read.
+    """
 
     reason: str
+    is_unread: bool
 
 
 def print_of(image: Image.Image) -> Print:
@@ -181,6 +187,7 @@ def prints_of(
 
 def _print_row(dataset: Any, row: int) -> Print | Broken:
     try:
-        return print_of(picture_of(dataset, row))
+        with decoding(cell_source(dataset[row][IMAGE])) as image:
+            return print_of(image)
     except (BadImageError, OSError) as error:
-        return Broken(str(error))
+        return Broken(str(error), getattr(error, "is_unread", False))

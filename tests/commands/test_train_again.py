@@ -79,16 +79,35 @@ def no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_backbone")
-def test_a_taught_model_is_refused_before_any_picture_is_read(folder: Path, fox: Path) -> None:
+def test_a_taught_model_is_refused_before_any_picture_is_read(
+    folder: Path, pictures: Path, backbone: Path, fox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert hf_knn("teach", folder, fox).exit_code == 0
     before = content_of(folder)
-    done = train(Path("nowhere"), folder)
+    monkeypatch.setattr(training, "open_labelled", lambda *_, **__: pytest.fail("it went on"))
+    done = train(pictures, folder, "--backbone", backbone)
     assert done.exit_code == 1
     said = in_one_line(done)
     assert "3 pictures were taught" in said
     assert "3 of fox" in said
     assert "--overwrite" in said
     assert content_of(folder) == before
+
+
+def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) -> None:
+    """Between two renames, where folders cannot be exchanged in one step."""
+    rows = len(opened(folder).datastore)
+    for command in (
+        ("undo", folder),
+        ("relabel", folder, "--ids", "123456", "--label", "x"),
+        ("export", folder, "--onnx", folder.parent / "exported", "--backend", "nothing"),
+        ("predict", folder, "nowhere.png"),
+    ):
+        folder.rename(folder.parent / ".model.old")
+        done = hf_knn(*command)
+        assert done.exit_code != 0  # what they are asked for cannot be done
+        assert (folder / "datastore.json").is_file(), done.output
+    assert len(opened(folder).datastore) == rows
 
 
 def renamed(folder: Path) -> None:
@@ -122,12 +141,12 @@ def with_two_swapped(folder: Path) -> None:
     "change", [renamed, with_one_more, with_one_less, with_another_content, with_two_swapped]
 )
 def test_other_pictures_are_refused_before_the_backbone_runs(
-    folder: Path, pictures: Path, tmp_path: Path, change: Callable[[Path], None]
+    folder: Path, pictures: Path, backbone: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     other = Path(shutil.copytree(pictures, tmp_path / "pets"))
     change(other)
     before = content_of(folder)
-    done = train(other, folder)
+    done = train(other, folder, "--backbone", backbone)
     assert done.exit_code == 1
     assert "rows of pets, trained on other pictures; pass --overwrite" in in_one_line(done)
     assert content_of(folder) == before
@@ -137,13 +156,10 @@ def test_other_pictures_are_refused_before_the_backbone_runs(
 def test_somebody_elses_model_is_refused(backbone: Path, pictures: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(backbone, tmp_path / "vit"))
     before = content_of(model)
-    done = train(pictures, model)
+    done = train(pictures, model, "--backbone", backbone)
     assert done.exit_code == 1
     assert "a model that `hf-knn train` did not make" in in_one_line(done)
     assert content_of(model) == before
-    (tmp_path / "file").write_text("mine")
-    done = train(pictures, tmp_path / "file")
-    assert "to be a folder, but got a file" in in_one_line(done)
 
 
 def test_the_same_pictures_are_the_same_wherever_they_lie(pictures: Path, tmp_path: Path) -> None:
