@@ -100,7 +100,7 @@ def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) 
     for command in (
         ("undo", folder),
         ("relabel", folder, "--ids", "123456", "--label", "x"),
-        ("export", folder, "--onnx", folder.parent / "exported", "--backend", "nothing"),
+        ("evaluate", folder, "nowhere"),
         ("predict", folder, "nowhere.png"),
     ):
         folder.rename(folder.parent / ".model.old")
@@ -189,7 +189,7 @@ def test_the_same_pictures_with_other_options_replace_it_and_undo_brings_it_back
     assert done.exit_code == 0, done.output
     said = in_one_line(done)
     assert f"Replaced what was there ({len(first.datastore)} rows of pets)." in said
-    assert f"hf-knn undo {folder} brings it back" in said
+    assert f"`hf-knn undo {folder}` brings it back." in said
     second = opened(folder)
     assert (first.config.head, second.config.head) == ("linear", "mlp")
     report = (folder / "report.json").read_text()
