@@ -246,7 +246,18 @@ def _expanded(name: str | Path, wanted: str) -> str:
         refuse(text, wanted, "it is an address; name the path alone")
     if _URL.match(text):
         refuse(text, wanted, "it is an address; download it, and name where it lies")
-    return os.path.expanduser(text)
+    place = os.path.expanduser(text)
+    _put_back(Path(place))
+    return place
+
+
+def _put_back(place: Path) -> None:
+    """A folder that a save that was killed left hidden beside its place."""
+    real = Path(os.path.realpath(place))
+    if not real.exists() and real.with_name(f".{real.name}.old").is_dir():
+        from hf_knn.store.folders import restore
+
+        restore(real)
 
 
 def _check_checkpoint(place: Path) -> None:
