@@ -7,6 +7,7 @@ import typer
 
 from .choices import BackendOption
 from .forwarding import fields_as_options
+from .limits import reads_pictures
 from .train_options import TrainOptions
 
 app = typer.Typer()
@@ -50,6 +51,7 @@ ConfigOption = Annotated[
 
 
 @app.command()
+@reads_pictures
 @fields_as_options
 def train(
     options: TrainOptions, config: ConfigOption = None, backend: BackendOption = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.plain_json import read_json
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
+from .receipts import PICTURES_MARK, ROWS_MARK
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -280,7 +281,8 @@ def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[
     config, store = model.config, model.datastore
     if store is None:
         return ["None: this is the head alone."]
-    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in store.source.items() if v)
+    known = {k: v for k, v in store.source.items() if v and k not in (PICTURES_MARK, ROWS_MARK)}
+    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in known.items())
     size = sum(path.stat().st_size for path in folder.glob(BLOB_GLOB)) if folder else 0
     return [
         f"{len(store):,} rows of {store.dim} values over {config.classes} classes"

@@ -27,7 +27,7 @@ from .uploads import (
     Upload,
     check_files,
     check_label,
-    read_upload,
+    reading,
     shrink,
     thumbnail,
 )
@@ -110,18 +110,25 @@ class Service:
             SpaceError: if nothing was sent.
             BadImageError: if it is not a picture that is accepted.
         """
-        upload = read_upload(path)
+        with reading(path) as upload:
+            features = self._known(upload.digest)
+            if features is None:
+                features = self._encoder([upload.image])
+                self._keep(upload.digest, features)
+            return Look(upload, features)
+
+    def _known(self, digest: str) -> Tensor | None:
         with self._lock:
-            features = self._features.get(upload.digest)
+            features = self._features.get(digest)
             if features is not None:
-                self._features.move_to_end(upload.digest)
-                return Look(upload, features)
-        features = self._encoder([upload.image])
+                self._features.move_to_end(digest)
+            return features
+
+    def _keep(self, digest: str, features: Tensor) -> None:
         with self._lock:
-            self._features[upload.digest] = features
+            self._features[digest] = features
             if len(self._features) > _KEPT_FEATURES:
                 self._features.popitem(last=False)
-        return Look(upload, features)
 
     def look_at_all(self, paths: Sequence[str]) -> list[Look]:
         """Several pictures, all or none.

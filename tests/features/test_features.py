@@ -40,7 +40,7 @@ from hf_knn.features.extract import ImageFeatures
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
-RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"
 
 
 def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFeatures:
@@ -134,8 +134,10 @@ def test_each_picture_has_its_print(use_cache: bool) -> None:
     for computed in (4 if use_cache else 6, 0 if use_cache else 6):
         found = run(small_model(), rows, use_cache=use_cache)
         assert found.computed == computed
+        assert found.contents is not None
         assert [row.numpy().tobytes() for row in found.contents] == wanted + wanted[:2]
     some = found.select([3, 1])
+    assert some.contents is not None
     assert [row.numpy().tobytes() for row in some.contents] == [wanted[3], wanted[1]]
 
 
@@ -379,6 +381,7 @@ def test_another_file_of_the_same_size_and_time_is_computed_again(how: str, tmp_
     assert (place.stat().st_size, place.stat().st_mtime_ns) == (len(old), 10**18)
     after = run(model, load_splits(tmp_path / "all")["train"])
     assert after.computed == 1
+    assert after.contents is not None
     assert after.contents[0].numpy().tobytes() == content_of(picture(0, 2))
     assert not torch.allclose(after.features[0], before.features[0], atol=1e-4)
     assert fingerprint_of(load_splits(tmp_path / "all")["train"]) != known
@@ -618,6 +621,8 @@ def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
         assert found.paths == [whole.paths[row] for row in found.ids.tolist()]
         wanted = whole.features[found.ids]
         torch.testing.assert_close(found.features, wanted, rtol=1e-5, atol=1e-5)
+        assert found.contents is not None
+        assert whole.contents is not None
         assert torch.equal(found.contents, whole.contents[found.ids])
         reported = [(bad.row, bad.sample_id, bad.path) for bad in found.skipped]
         assert reported == [(1, 9, "cat/9.png"), (3, 7, "bee/7.png"), (10, 0, "cat/0.png")]
@@ -704,3 +709,23 @@ def test_selecting_rows_and_reading_one() -> None:
     assert part[0].keys() == {"features", "labels"}
     assert len(whole) == 10  # left as it was
     assert len(whole.select(torch.tensor([], dtype=torch.int64))) == 0
+
+
+@pytest.mark.parametrize("variable", ["HF_KNN_MAX_PIXELS", "HF_KNN_MAX_BYTES"])
+def test_a_limit_that_is_raised_is_not_refused_by_the_cache(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = dataset_of(LABELS, sizes=[(8, 8)] * 3 + [(50, 50)], broken=[2])
+    monkeypatch.setenv(variable, "1000")
+    for _ in range(2):  # what does not decode stays known, what is too large is looked at again
+        found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+        assert {bad.row for bad in found.skipped} == {2, 3, 7}
+        assert "more than 1000" in found.skipped[1].reason
+    with pytest.raises(ValueError, match=r"row 2 .*convert it to JPEG or PNG, or raise a limit"):
+        extract_features(
+            small_model(), rows.select([0, 1, 3]).add_column("n", [0, 1, 2]), progress=False
+        )
+    monkeypatch.delenv(variable)
+    found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+    assert [bad.row for bad in found.skipped] == [2]
+    assert found.computed == 2

@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,14 @@ from hf_knn_space.page.markup import text
 from hf_knn_space.pictures import FolderPictures, NoPictures, ZipPictures
 from hf_knn_space.service import Service
 from hf_knn_space.settings import Settings
-from hf_knn_space.uploads import MAX_FILES, SpaceError, check_label, read_upload
+from hf_knn_space.uploads import (
+    LARGE_PIXELS,
+    MAX_BYTES,
+    MAX_FILES,
+    SpaceError,
+    check_label,
+    reading,
+)
 from hf_knn_space.visitors import (
     MAX_IN_MEMORY,
     Visitors,
@@ -177,21 +185,19 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
 
 
 def test_the_command_passes_the_backend_on(monkeypatch):
-    import subprocess
-
     from typer.testing import CliRunner
 
     import hf_knn_cli
 
     ran: list[list[str]] = []
 
-    def noted(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        ran.append(command)
-        return subprocess.CompletedProcess(command, 0)
+    def started(arguments: list[str]) -> int:
+        ran.append(arguments)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", noted)
+    monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
-    assert ran[0][1:] == ["-P", "-m", "hf_knn_space", "--backend", "torch"]
+    assert ran == [["--backend", "torch"]]
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
     )
@@ -542,17 +548,58 @@ def test_bad_labels_are_refused(label):
         check_label(label)
 
 
+def read(path):
+    with reading(path) as upload:
+        return upload
+
+
+def test_a_photo_of_a_phone_is_answered_as_the_library_answers(tmp_path, service, lessons):
+    from PIL import Image
+
+    path = tmp_path / "phone.jpg"
+    with Image.open(lessons[0]) as image:
+        image.convert("RGB").resize((5712, 4284)).save(path, "JPEG", quality=30)
+    assert LARGE_PIXELS < 5712 * 4284  # so one at a time
+    look = service.look(str(path))
+    assert torch.equal(look.features, features_of(service.model, [path]))
+    assert look._image.width < 1000
+
+
+def test_large_pictures_are_looked_at_one_at_a_time(tmp_path, monkeypatch, service):
+    from PIL import Image
+
+    monkeypatch.setattr("hf_knn_space.uploads.LARGE_PIXELS", 99)
+    inside, most, real = [], [], service._encoder
+
+    def encode(images):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(images)
+
+    monkeypatch.setattr(service, "_encoder", encode)
+    paths = []
+    for number in range(6):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (10, 10), (40 * number, 3, 7)).save(paths[-1])
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(service.look, paths))
+    assert most == [1] * 6
+
+
 def test_uploads_are_bounded(tmp_path, service, lessons):
     from PIL import Image
 
     path = tmp_path / "large.png"
-    Image.new("1", (6000, 6000)).save(path)
+    Image.new("1", (8001, 8000)).save(path)
     assert path.stat().st_size < 20_000
-    with pytest.raises(BadImageError, match="6000 x 6000 pixels"):
-        read_upload(path)
-    path.write_bytes(b"\0" * (11 * 2**20))
+    with pytest.raises(BadImageError, match="8001 x 8000 pixels"):
+        read(path)
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
     with pytest.raises(BadImageError, match="bytes, more than"):
-        read_upload(path)
+        read(path)
     with pytest.raises(SpaceError, match=f"at most {MAX_FILES}"):
         service.teach(lessons[:1] * (MAX_FILES + 1), "dog", "", "")
     path.write_bytes(b"nothing")

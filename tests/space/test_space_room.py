@@ -12,8 +12,9 @@ from support.space_app import published, write_picture
 pytest.importorskip("gradio")
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS
+from hf_knn_space import guard, uploads, visitors
 from hf_knn_space import overlay as overlays
-from hf_knn_space import uploads, visitors
 from hf_knn_space.service import Service
 from hf_knn_space.uploads import SpaceError
 from hf_knn_space.visitors import Kept, Visitors, first_to_go
@@ -165,6 +166,9 @@ def test_the_limits_are_stated() -> None:
         f"of {uploads.MAX_BYTES // 2**20} MB", f"what {visitors.MAX_ON_DISK:,} visitors taught",
         f"in about {visitors.MAX_BYTES_ON_DISK // 2**30} GB", f"what {visitors.MAX_IN_MEMORY} did",
         f"at most {visitors.FEW_EXAMPLES} pictures",
+        f"{guard.MAX_UPLOAD // 2**20} MB together",
+        f"up to {MAX_JPEG_PIXELS // 10**6} megapixels, other formats up to {MAX_PIXELS // 10**6}",
+        f"more than {uploads.LARGE_PIXELS // 10**6} megapixels is decoded alone",
         f"for {visitors.KEPT_ON_DISK / 86400:.0f} days at most",
     ):  # fmt: skip
         assert stated in text
