@@ -177,6 +177,7 @@ def check_against_library(
                     own.teach(features=rows, labels=[label] * len(new), ids=answer["ids"])
                 known = [path for path in chosen if path not in new]
                 if known:
+                    assert own.datastore is not None
                     near = own.datastore.search(torch.cat([features[path] for path in known]), 1)
                     assert near.similarities.min() > 1 - 1e-4, "one that is not known was left out"
             elif kind == "forget":
