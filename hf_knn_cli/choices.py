@@ -35,7 +35,7 @@ Queries = Literal["snapshot", "live"]
 Splits = Literal["auto", "none"]
 """How folders that are called like splits are read."""
 
-Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
+Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood", "fixed"]
 """What makes k, temperature and λ the best."""
 
 Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
 from ..data.loading import groups_of, ids_of, label_names, read_source
-from ..data.places import paths_of
+from ..data.places import paths_of, reading_of
 from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
@@ -69,8 +69,7 @@ def open_source(options: DoctorOptions) -> Source:
     parts: dict[str, Any] = {}
     records: list[tuple[Any, ...]] = []
     names: list[str] = []
-    splits = False if options.splits == "none" else None
-    found = read_source(options.pictures, splits)
+    found = read_source(options.pictures, reading_of(options.splits))
     has_labels = found.has_labels
     for name, dataset in found.splits.items():
         names = label_names(dataset) if has_labels else []

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from ..data.loading import hide_progress_bars, read_labelled
+from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
 from ..store.folders import exclusive_lock
@@ -111,11 +112,6 @@ def open_labelled(pictures: str, splits: str) -> dict[str, Any]:
     found = read_labelled(pictures, reading_of(splits))
     say_what_was_left_out(found.notes)
     return found.splits
-
-
-def reading_of(splits: str) -> bool | None:
-    """What `--splits` means for `load_splits`."""
-    return False if splits == "none" else None
 
 
 def say_what_was_left_out(notes: Sequence[str]) -> None:

@@ -84,8 +84,8 @@ def train_pictures(options: TrainOptions) -> None:
     with _work_folder(options) as folder:
         trainer = _trainer(model, options, folder, parts)
         _train(trainer, options)
-        with console.status("Choosing k, temperature and λ on held-out pictures …"):
-            result = trainer.tune()
+        with progress_bars():
+            result = trainer.tune(progress=True)
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
         source = source_of(options.pictures, splits["train"])
@@ -114,10 +114,7 @@ def _report(
 ) -> None:
     """Card, report and the last lines on the screen."""
     how = "a validation set" if parts.validation is not None else "cross-validation"
-    console.print(
-        f"Chosen by {result.criterion} on {how}: k = {result.k}, "
-        f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
-    )
+    console.print(result.say(f"on {how}"))
     draw_reliability(model, options.output)
     path = options.output / CARD_NAME
     earlier = path.read_text(encoding="utf-8") if path.is_file() else None

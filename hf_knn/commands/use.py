@@ -163,13 +163,12 @@ def tune_checkpoint(
                 "are the same, k-NN has seen them, and what is chosen here will favour it."
             )
         with tempfile.TemporaryDirectory() as folder:
-            result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
+            trainer = KnnTrainer(model, _silent(folder))
+            with progress_bars():
+                result = trainer.tune(rows, criterion, calibrate, progress=True)
         model.save_pretrained(checkpoint)
-        console.print(
-            f"Chosen by {result.criterion} on {len(rows) - len(stored)} pictures: k = {result.k}, "
-            f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}. "
-            f"Saved in {escape(checkpoint)}."
-        )
+        said = result.say("in these pictures" if result.has_few_labels else "on these pictures")
+        console.print(f"{said} Saved in {escape(checkpoint)}.")
         if plot is not None:
             draw_tuning(result, plot)
             console.print(f"Drawn: {escape(str(plot))}")

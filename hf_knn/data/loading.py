@@ -293,7 +293,7 @@ def _load_saved(path: Path) -> dict[str, Dataset]:
         if not path.is_dir():
             return dict(load_dataset("parquet", data_files=glob.escape(str(path.absolute()))))
         saved = load_from_disk(str(path))
-    except (DatasetGenerationError, OSError) as error:
+    except (DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(
             f"Expected {path} to be whole, but it cannot be read: {error.__cause__ or error}"
         ) from error

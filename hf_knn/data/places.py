@@ -62,8 +62,10 @@ def check_options(
         options: of a Hub id.
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming them, or for `splits` of another kind.
     """
+    if not isinstance(splits, bool | None):
+        raise ValueError(f"Expected `splits` to be True, False or None, but got {splits!r}.")
     given = sorted(name for name, value in options.items() if value is not None)
     if path is not None and given:
         raise ValueError(
@@ -111,6 +113,21 @@ def why_no_labels(
         f"Expected {source} to say the label of each picture, but its {count} pictures {seen};",
         "make one sub-folder per label, or a csv of path,label.", *notes,
     ))  # fmt: skip
+
+
+def reading_of(how: str) -> bool | None:
+    """What `--splits` means for `load_splits`.
+
+    Args:
+        how: `auto` or `none`.
+
+    Raises:
+        ValueError: for another word.
+    """
+    readings = {"auto": None, "none": False}
+    if how not in readings:
+        raise ValueError(f"Expected `splits` to be one of {[*readings]}, but got {how!r}.")
+    return readings[how]
 
 
 def check_classes(splits: Mapping[str, Any], source: str | Path) -> list[str]:

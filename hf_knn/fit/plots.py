@@ -24,11 +24,14 @@ def draw_tuning(result: TuneResult, path: Path) -> None:
 
     Raises:
         ImportError: without matplotlib, naming what to install.
+        ValueError: where nothing was tried.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib; run `pip install matplotlib`.") from error
+    if not result.table:
+        raise ValueError("Expected rows that cells were tried on, but no row was held out.")
     ks = sorted({cell.k for cell in result.table})
     temperatures = sorted({cell.temperature for cell in result.table})
     weights = sorted({cell.knn_weight for cell in result.table})
@@ -47,7 +50,7 @@ def draw_tuning(result: TuneResult, path: Path) -> None:
         by_weight[weight, column] = np.fmax(by_weight[weight, column], cell.accuracy)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    chosen = place["k"][result.k]
+    chosen = place["k"].get(min(result.k, ks[-1]))
     panels = [
         (by_temperature, temperatures, "temperature", place["temperature"][result.temperature]),
         (by_weight, weights, "λ", place["λ"][result.knn_weight]),

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 8d400720eaf4977b8cf6a0891b8e0e1b4321eac8ebf190c4f8652bb804b65358.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 97623bb3db04c2a698f8e1fbb7feccc49b9d36bddcb675a5f4e33e83aa646d53.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1836,12 +1836,14 @@ class KnnForImageClassification(PreTrainedModel):
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
+    @torch.compiler.disable  # a search is no graph; under `inference_mode` its capture fails
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
         store = self.datastore
         if store is None or len(store) == 0:
             return None
         return store.search(features.float(), self.config.k, sample_ids)
 
+    @torch.compiler.disable
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None
         return knn_log_probs(

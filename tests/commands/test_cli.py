@@ -131,7 +131,7 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
     assert metrics["eval_oracle"] >= metrics["eval_blend_top1"]
     done = hf_knn("tune", output, pictures, "--criterion", "accuracy", "--plot", plot)
     assert done.exit_code == 0, done.stderr
-    assert "named like those in the datastore" in done.stdout
+    assert "are stored in the model, and nothing is chosen on them" in " ".join(done.stdout.split())
     config = json.loads((output / "config.json").read_text())
     assert f"k = {config['k']}," in done.stdout
     assert min(Image.open(plot).size) > 300
@@ -207,6 +207,11 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "Too few labels to choose by (24 on cross-validation; 16 a class are wanted)" in words
+    assert "the fixed cell is taken: k = 20, temperature = 0.14, λ = 0.5." in words
+    assert "Training on folds: 100%" in done.stderr
+    assert "Choosing k, temperature and λ: 100%" in done.stderr
     assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())
     assert config["blend_temperature"] != 1

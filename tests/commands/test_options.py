@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
 from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
+from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
 from hf_knn.milvus.collection import MilvusIndex
 from hf_knn.training.arguments import FINE_TUNING, HEAD
@@ -43,6 +44,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "on_bad_image": training("on_bad_image"),
     "precision": training("feature_precision"),
     "queries": training("knn_queries"),
+    "splits": lambda _: reading_of(NOT_OFFERED),
     "sweep": training("probe_grid"),
 }
 """How the package says what it takes instead, for each option that is a choice."""
