@@ -102,7 +102,7 @@ def test_a_taught_model_is_refused_before_any_picture_is_read(
 
 def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) -> None:
     """Between two renames, where folders cannot be exchanged in one step."""
-    rows = len(opened(folder).datastore)
+    rows = len(rows_in(folder))
     for command in (
         ("undo", folder),
         ("relabel", folder, "--ids", "123456", "--label", "x"),
@@ -113,7 +113,7 @@ def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) 
         done = hf_knn(*command)
         assert done.exit_code != 0  # what they are asked for cannot be done
         assert (folder / "datastore.json").is_file(), done.output
-    assert len(opened(folder).datastore) == rows
+    assert len(rows_in(folder)) == rows
 
 
 def renamed(folder: Path) -> None:
