@@ -151,9 +151,9 @@ def forget_rows(
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
-            known = model.memory.contents
-            if known is not None:
-                known.only(wanted.tolist()).save(backup)
+            prints = model.memory.contents
+            if prints is not None:
+                prints.only(wanted.tolist()).save(backup)
             text = json.dumps(names, ensure_ascii=False)
             (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
