@@ -37,6 +37,7 @@ def run(command: Callable[..., None], *args: Any) -> None:
     transformers_logging.disable_progress_bar()
     # a command says itself what a user should know; pymilvus logs the traceback of each retry
     quiet = {"hf_knn": logging.ERROR, "pymilvus": logging.CRITICAL}
+    quiet["hf_knn.data.decode"] = logging.WARNING  # a huge JPEG is read at a part of its size
     loggers = [logging.getLogger(name) for name in quiet]
     levels = [logger.level for logger in loggers]
     for logger, level in zip(loggers, quiet.values(), strict=True):
