@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -98,6 +98,39 @@ def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
             np.save(file, keys, allow_pickle=False)
     except OSError as error:  # what is not remembered is computed again
         logger.debug("%s: %s", place, error)
+
+
+def hash_of_pictures(splits: Mapping[str, Any]) -> str:
+    """A hash of what labelled pictures hold, whatever they are called and wherever they lie.
+
+    Every byte is read once, also of files, so that one that was replaced is seen.
+
+    Args:
+        splits: prepared datasets, see `hf_knn.data.loading.load_splits`.
+
+    Returns:
+        64 hexadecimal digits; equal for the same pictures with the same labels.
+    """
+    found: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for rows in splits.values():
+            names = [*rows.features["label"].names, ""]  # the last one for a missing label
+            labels = (names[-1 if label is None else label] for label in rows["label"])
+            contents = rows.select_columns([IMAGE]).with_format("arrow")
+            for batch in contents.iter(_BATCH):
+                column = batch.column(IMAGE).combine_chunks()
+                hashes = threads.map(_hash_of_content, column.field("bytes"), column.field("path"))
+                found += [f"{content} {next(labels)}" for content in hashes]
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
+def _hash_of_content(data: Any, path: Any) -> str:
+    if data.is_valid:
+        return hashlib.sha256(data.as_buffer()).hexdigest()
+    if not path.is_valid or not os.path.isfile(path.as_py()):
+        return name_of_file(path.as_py()).hex()
+    with open(path.as_py(), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Print(NamedTuple):

@@ -25,6 +25,7 @@ from ..core.config import Normalization
 from ..core.search import normalize_rows
 from ..core.votes import PROBABILITY_FLOOR, Metric, Weighting
 from ..data import pixels as pixels_of_a_picture
+from ..store.advice import install, needs
 from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ LARGEST_EMBEDDED = 1_500_000_000
 _TOLERANCE = 1e-3
 _CHECKED_PICTURES = 4
 _SMALLEST = 1e-30
-_HINT = "run `pip install 'hf-knn[export]'`"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ class Exported:
     folder: Path
     largest_gap: float
     rows: int
+
+
+def check_export() -> None:
+    """Checks that a graph can be written, before a model is opened for it.
+
+    Raises:
+        ImportError: without onnx, onnxscript and onnxruntime, naming what to install.
+    """
+    modules = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}
+    needs(modules, "The export", install("export"))
 
 
 class GraphModel(nn.Module):
@@ -152,12 +162,7 @@ def export_onnx(model: KnnForImageClassification, folder: Path) -> Exported:
     """
     settings = _settings(model)
     _check_exportable(model)
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"Expected onnx, onnxscript and onnxruntime; {_HINT}.") from error
+    check_export()
     graph = GraphModel(model).eval()
     size = settings["height"], settings["width"]
     example = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -134,8 +134,10 @@ def test_each_picture_has_its_print(use_cache: bool) -> None:
     for computed in (4 if use_cache else 6, 0 if use_cache else 6):
         found = run(small_model(), rows, use_cache=use_cache)
         assert found.computed == computed
+        assert found.contents is not None
         assert [row.numpy().tobytes() for row in found.contents] == wanted + wanted[:2]
     some = found.select([3, 1])
+    assert some.contents is not None
     assert [row.numpy().tobytes() for row in some.contents] == [wanted[3], wanted[1]]
 
 
@@ -379,6 +381,7 @@ def test_another_file_of_the_same_size_and_time_is_computed_again(how: str, tmp_
     assert (place.stat().st_size, place.stat().st_mtime_ns) == (len(old), 10**18)
     after = run(model, load_splits(tmp_path / "all")["train"])
     assert after.computed == 1
+    assert after.contents is not None
     assert after.contents[0].numpy().tobytes() == content_of(picture(0, 2))
     assert not torch.allclose(after.features[0], before.features[0], atol=1e-4)
     assert fingerprint_of(load_splits(tmp_path / "all")["train"]) != known
@@ -618,6 +621,8 @@ def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
         assert found.paths == [whole.paths[row] for row in found.ids.tolist()]
         wanted = whole.features[found.ids]
         torch.testing.assert_close(found.features, wanted, rtol=1e-5, atol=1e-5)
+        assert found.contents is not None
+        assert whole.contents is not None
         assert torch.equal(found.contents, whole.contents[found.ids])
         reported = [(bad.row, bad.sample_id, bad.path) for bad in found.skipped]
         assert reported == [(1, 9, "cat/9.png"), (3, 7, "bee/7.png"), (10, 0, "cat/0.png")]

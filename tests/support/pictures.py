@@ -26,7 +26,7 @@ try:
 
     pillow_heif.register_heif_opener()
 except ImportError:  # then HEIC is not tried
-    pillow_heif = None  # type: ignore[assignment]
+    pillow_heif = None
 WRITTEN_FORMATS = tuple(kind for kind in ALLOWED_FORMATS if kind != "HEIF" or pillow_heif)
 """Pillow can write these here."""
 
