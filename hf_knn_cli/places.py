@@ -188,6 +188,8 @@ def new_folder(folder: Path) -> Path:
     place = _expanded(folder, wanted)
     if os.path.exists(place) and not os.path.isdir(place):
         refuse(place, wanted, "it is a file; choose another name")
+    if not _is_text(place):
+        refuse(place, wanted, "its name is not UTF-8; choose another one")
     _check_writable(Path(place))
     return Path(place)
 
@@ -244,7 +246,18 @@ def _expanded(name: str | Path, wanted: str) -> str:
         refuse(text, wanted, "it is an address; name the path alone")
     if _URL.match(text):
         refuse(text, wanted, "it is an address; download it, and name where it lies")
-    return os.path.expanduser(text)
+    place = os.path.expanduser(text)
+    _put_back(Path(place))
+    return place
+
+
+def _put_back(place: Path) -> None:
+    """A folder that a save that was killed left hidden beside its place."""
+    real = Path(os.path.realpath(place))
+    if not real.exists() and real.with_name(f".{real.name}.old").is_dir():
+        from hf_knn.store.folders import restore
+
+        restore(real)
 
 
 def _check_checkpoint(place: Path) -> None:
@@ -365,6 +378,10 @@ def _check_writable(folder: Path) -> None:
     if not can_write(folder.absolute()):
         refuse(folder.absolute(), "a place that can be written", "it cannot be, or the disk is "
                "full; choose another one")  # fmt: skip
+
+
+def _is_text(place: str) -> bool:
+    return not any("\ud800" <= each <= "\udfff" for each in place)
 
 
 def _is_picture(place: Path) -> bool:

@@ -15,13 +15,17 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
 from ..data.walk import StoredPictures
 from ..features.backends import check_backend
+from ..model.before import REPORT_NAME
 from ..model.pictures import small_webp
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
+from ..store.hub import KEPT_TO_ONESELF
 from .console import console, escape
 
 _PICTURES = "pictures.zip"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
+_KEPT = shutil.ignore_patterns(*KEPT_TO_ONESELF, "runs", REPORT_NAME)
+"""What of a checkpoint folder is nobody's business: earlier versions, logs, places on a disk."""
 
 
 def show_demo(
@@ -108,7 +112,7 @@ def build_space(folder: Path, checkpoint: str) -> None:
         missing = [n for n in ("config.json", MANIFEST_NAME) if not Path(checkpoint, n).is_file()]
         if missing:
             raise ValueError(f"Expected {checkpoint} to be a checkpoint, but it has no {missing}.")
-        shutil.copytree(checkpoint, folder / "model")
+        shutil.copytree(checkpoint, folder / "model", ignore=_KEPT)
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(

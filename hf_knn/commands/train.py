@@ -39,7 +39,15 @@ from ..store.index import FLAT
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, escape, json_text, open_labelled, say_what_was_skipped, typed
+from .console import (
+    as_called,
+    console,
+    escape,
+    json_text,
+    open_labelled,
+    say_what_was_skipped,
+    typed,
+)
 from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
@@ -118,8 +126,9 @@ def train_pictures(options: TrainOptions) -> None:
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
     if replaced is not None:
-        back = f" [bold]{typed('undo', options.output)}[/] brings it back."
-        console.print(escape(str(replaced)) + back * replaced.is_kept, soft_wrap=True)
+        back = f" `hf-knn undo {options.output}` brings it back."
+        said = str(replaced) + back * replaced.is_kept
+        console.print(escape(as_called(said)), soft_wrap=True)
 
 
 def _check_output(options: TrainOptions, pictures: str | None = None) -> Occupant | None:

@@ -181,8 +181,8 @@ def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
     """Forgotten rows, about the mean that there was with them, and their small pictures."""
     if not memory.gone or memory.gone[-1].rows.ids.tolist() != last.ids:
         raise ValueError(
-            "Expected rows to bring back, but no byte of them was saved; teach them again, "
-            "merge a backup, or go back to before the training (hf-knn undo --training)."
+            "Expected rows to bring back, but no byte of them was saved; teach them again, merge a "
+            "backup, or go back to before the training (`hf-knn undo CHECKPOINT --training`)."
         )
     rows, mean, thumbnails, contents, picture = memory.gone[-1]
     classes, numbers = memory.classes.with_labels(last.labels, len(rows.ids))

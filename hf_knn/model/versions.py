@@ -135,7 +135,7 @@ def check_free(folder: Path, pictures: str | None = None) -> Occupant | None:
         problem = f"it holds {found.about}, trained on other pictures"
     if not problem:
         return found
-    back = f" (hf-knn undo {folder} brings it back)" if found.is_kept else ""
+    back = f" (`hf-knn undo {folder}` brings it back)" if found.is_kept else ""
     raise ValueError(
         f"Expected {folder} to be free or to hold a model of the same pictures, as it was trained, "
         f"but {problem}; pass --overwrite to replace it{back}, or choose another --output."
@@ -223,7 +223,7 @@ def _receipt(folder: Path, model: KnnForImageClassification) -> Receipt:
         at=time_of_day(),
         notes=[
             "the version that was kept is back" + (f", in which {done}" if done else ""),
-            "the other one is kept now: `undo` again puts it back",
+            f"the other one is kept now: `hf-knn undo {folder}` puts it back again",
         ],
     )
 

@@ -15,6 +15,7 @@ from typer.testing import Result
 
 from hf_knn import Datastore, KnnForImageClassification
 from hf_knn.commands import train as training
+from hf_knn.commands.demo import build_space
 from hf_knn.data.keys import hash_of_pictures
 from hf_knn.data.loading import load_splits
 from hf_knn.model.before import BEFORE_NAME
@@ -84,16 +85,35 @@ def no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_backbone")
-def test_a_taught_model_is_refused_before_any_picture_is_read(folder: Path, fox: Path) -> None:
+def test_a_taught_model_is_refused_before_any_picture_is_read(
+    folder: Path, pictures: Path, backbone: Path, fox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert hf_knn("teach", folder, fox).exit_code == 0
     before = content_of(folder)
-    done = train(Path("nowhere"), folder)
+    monkeypatch.setattr(training, "open_labelled", lambda *_, **__: pytest.fail("it went on"))
+    done = train(pictures, folder, "--backbone", backbone)
     assert done.exit_code == 1
     said = in_one_line(done)
     assert "3 pictures were taught" in said
     assert "3 of fox" in said
     assert "--overwrite" in said
     assert content_of(folder) == before
+
+
+def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) -> None:
+    """Between two renames, where folders cannot be exchanged in one step."""
+    rows = len(rows_in(folder))
+    for command in (
+        ("undo", folder),
+        ("relabel", folder, "--ids", "123456", "--label", "x"),
+        ("evaluate", folder, "nowhere"),
+        ("predict", folder, "nowhere.png"),
+    ):
+        folder.rename(folder.parent / ".model.old")
+        done = hf_knn(*command)
+        assert done.exit_code != 0  # what they are asked for cannot be done
+        assert (folder / "datastore.json").is_file(), done.output
+    assert len(rows_in(folder)) == rows
 
 
 def renamed(folder: Path) -> None:
@@ -127,12 +147,12 @@ def with_two_swapped(folder: Path) -> None:
     "change", [renamed, with_one_more, with_one_less, with_another_content, with_two_swapped]
 )
 def test_other_pictures_are_refused_before_the_backbone_runs(
-    folder: Path, pictures: Path, tmp_path: Path, change: Callable[[Path], None]
+    folder: Path, pictures: Path, backbone: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     other = Path(shutil.copytree(pictures, tmp_path / "pets"))
     change(other)
     before = content_of(folder)
-    done = train(other, folder)
+    done = train(other, folder, "--backbone", backbone)
     assert done.exit_code == 1
     assert "rows of pets, trained on other pictures; pass --overwrite" in in_one_line(done)
     assert content_of(folder) == before
@@ -142,13 +162,10 @@ def test_other_pictures_are_refused_before_the_backbone_runs(
 def test_somebody_elses_model_is_refused(backbone: Path, pictures: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(backbone, tmp_path / "vit"))
     before = content_of(model)
-    done = train(pictures, model)
+    done = train(pictures, model, "--backbone", backbone)
     assert done.exit_code == 1
     assert "a model that `hf-knn train` did not make" in in_one_line(done)
     assert content_of(model) == before
-    (tmp_path / "file").write_text("mine")
-    done = train(pictures, tmp_path / "file")
-    assert "to be a folder, but got a file" in in_one_line(done)
 
 
 def test_the_same_pictures_are_the_same_wherever_they_lie(pictures: Path, tmp_path: Path) -> None:
@@ -178,7 +195,7 @@ def test_the_same_pictures_with_other_options_replace_it_and_undo_brings_it_back
     assert done.exit_code == 0, done.output
     said = in_one_line(done)
     assert f"Replaced what was there ({count} rows of pets)." in said
-    assert f"hf-knn undo {folder} brings it back" in said
+    assert f"`hf-knn undo {folder}` brings it back." in said
     second = opened(folder)
     assert (first.config.head, second.config.head) == ("linear", "mlp")
     report = (folder / "report.json").read_text()
@@ -233,7 +250,7 @@ def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     assert train(pictures, folder, "--backbone", backbone).exit_code == 0
     second = rows_in(folder)
     path = second.paths_of(second.ids[:1])[0]
-    row, earlier = int(second.ids[0]), first.ids[first.paths.index(path)].reshape(1)
+    row, earlier = int(second.ids[0]), first.ids[(first.paths or []).index(path)].reshape(1)
     raws = [first.rows_of(earlier).features, second.rows_of([row]).features]
     done = hf_knn("forget", folder, "--path", path)
     assert done.exit_code == 0, done.output
@@ -250,6 +267,19 @@ def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     assert path not in (rows_in(folder).paths or [])
     assert hf_knn("undo", folder).exit_code == 0
     assert path not in (rows_in(folder).paths or [])
+
+
+def test_a_space_takes_the_version_along_that_is_there_and_no_other(
+    folder: Path, tmp_path: Path
+) -> None:
+    opened(folder).save_pretrained(folder, keep_replaced=True)
+    for name in ("report.json", "runs/log", ".push-1/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{tmp_path}")
+    build_space(tmp_path / "space", str(folder))
+    found = set(all_files(tmp_path / "space" / "model"))
+    assert {"config.json", "datastore.json", "model.safetensors", "README.md"} <= found
+    assert not [n for n in found if n[0] == "." or n.startswith(("report", "runs"))]
 
 
 def test_what_is_taught_while_a_training_runs_is_not_lost(

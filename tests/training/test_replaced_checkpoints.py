@@ -10,7 +10,7 @@ from support.pictures import random_features, small_model
 from support.stored import names_in
 
 from hf_knn import KnnTrainer, KnnTrainingArguments
-from hf_knn.training import checkpoints, trainer
+from hf_knn.training import checkpoints, saving
 
 
 def stage(run: Path, text: str) -> None:
@@ -85,6 +85,6 @@ def test_a_push_waits_for_the_one_under_way_before_it_replaces_the_folder(
 
     monkeypatch.setattr(pushing, "_finish_current_push", lambda: order.append("waited"))
     monkeypatch.setattr(pushing, "_save", saved)
-    monkeypatch.setattr(trainer, "prepare_push", prepared)
+    monkeypatch.setattr(saving, "prepare_push", prepared)
     pushing.push_to_hub()
     assert order == ["waited", "saved", "prepared", "pushed"]
