@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 c10a993c31ce5038d5121db28cd50d0a3bc8fefe2ce9765fb8dbde9ad291c54a.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2e6dcb030f3078c14edf139ebefa87d067b2a7b35c757c47c0ba890b61d40dbe.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
