@@ -18,6 +18,7 @@ from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
+    complete,
     config_for,
     copy_weights,
     freeze_statistics,
@@ -57,6 +58,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
+        complete(config)
         super().__init__(config)
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 97623bb3db04c2a698f8e1fbb7feccc49b9d36bddcb675a5f4e33e83aa646d53.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 96a908893f020188dd8a9d2476dd8bfe3edc61bd75d04b2e74d296f2ead6778d.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -148,7 +148,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
 
 
 def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
-    monkeypatch.setattr(milvus_search, "recall_of", lambda found, wanted: 0.5)
+    monkeypatch.setattr("hf_knn.store.recall.recall_of", lambda found, wanted: 0.5)
     with pytest.raises(ValueError, match=r"it reached 0\.5000"):
         load(embedded(), uri, name, index="ivf_flat")
     with pytest.raises(DatastoreError, match="load was interrupted"):
