@@ -141,12 +141,12 @@ def forget_rows(
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
         names = model.config.class_names
         if label is not None:
-            known = {nfc(name): number for number, name in enumerate(names)}
-            if nfc(label) not in known:
+            numbers = {nfc(name): number for number, name in enumerate(names)}
+            if nfc(label) not in numbers:
                 raise ValueError(
                     f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
                 )
-            wanted = store.ids_labelled(known[nfc(label)])
+            wanted = store.ids_labelled(numbers[nfc(label)])
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
