@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from support.forks import Errand, Fork, die, outcome
-from support.stored import names_in
+from support.stored import make_store, names_in, version_of
 
 from hf_knn.store import folders as storage
+from hf_knn.store.datastore import Datastore
 from hf_knn.store.folders import (
     exclusive_lock,
     replaced_folder,
@@ -190,7 +191,8 @@ def test_whoever_reads_finds_it_after_a_kill_between_two_renames(version: Path) 
 
 def kill_steps(version: Path, exchanges: bool, stride: int) -> list[str]:
     """Kills an exchange at each step; what is found then, by whoever reads, and its notes."""
-    found, end, place = [], "", version.parent
+    found: list[str] = []
+    end, place = "", version.parent
     template = shutil.copytree(place, place.with_name("template"), symlinks=True)
 
     def replace_in_steps(step: int) -> None:
@@ -613,3 +615,27 @@ def test_a_kill_during_an_exchange_leaves_one_version(folder: Path) -> None:
 @pytest.mark.slow
 def test_many_kills_during_an_exchange_leave_one_version(folder: Path) -> None:
     assert kill_exchanges(folder, 300, 1) == {"0", "1"}
+
+
+def test_saves_and_loads_by_two_names_never_meet(folder: Path) -> None:
+    """A link and the folder itself, a dozen saves of each in processes of their own, read meanwhile."""
+    stores = [make_store(version) for version in range(2)]
+    stores[0].save(folder)
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+
+    def save(store: Datastore, place: Path) -> None:
+        for _ in range(12):
+            store.save(place)
+
+    writers = [
+        Errand.start(partial(save, store, place))
+        for store, place in zip(stores, (link, folder), strict=True)
+    ]
+    loads = 0
+    while not all(writer.has_ended() for writer in writers):
+        assert version_of(Datastore.load((folder, link)[loads % 2])) in (0, 1)
+        loads += 1
+    assert [writer.outcome() for writer in writers] == ["", ""]
+    assert loads > 3
+    assert names_in(folder.parent) == {folder.name, "link"}
