@@ -618,7 +618,7 @@ def test_many_kills_during_an_exchange_leave_one_version(folder: Path) -> None:
 
 
 def test_saves_and_loads_by_two_names_never_meet(folder: Path) -> None:
-    """A link and the folder itself, a dozen saves of each in processes of their own, read meanwhile."""
+    """A dozen saves by each, in processes of their own, and loads by both meanwhile."""
     stores = [make_store(version) for version in range(2)]
     stores[0].save(folder)
     link = folder.with_name("link")
