@@ -471,8 +471,9 @@ def test_what_came_before_a_kill_is_found_by_the_next_save(version: Path) -> Non
 def test_logs_of_another_process_are_all_there_after_many_saves(version: Path) -> None:
     """Each line acknowledged is there at the end: files that are made, appended to and replaced."""
     child = Fork.repeating(partial(write_logs, version))
-    for _ in range(40):
+    for _ in range(15):
         replace_version(version)
+        child.wait_for(2)
     count = child.kill()
     for number in range(count):
         assert (version / "runs" / f"made-{number}").read_text() == str(number), number
@@ -482,6 +483,7 @@ def test_logs_of_another_process_are_all_there_after_many_saves(version: Path) -
 
 
 def write_logs(version: Path, number: int) -> None:
+    time.sleep(0.01)
     made = version / "runs" / f"made-{number}"
     for attempt in range(10_000):
         try:
