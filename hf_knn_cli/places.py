@@ -188,6 +188,8 @@ def new_folder(folder: Path) -> Path:
     place = _expanded(folder, wanted)
     if os.path.exists(place) and not os.path.isdir(place):
         refuse(place, wanted, "it is a file; choose another name")
+    if not _is_text(place):
+        refuse(place, wanted, "its name is not UTF-8; choose another one")
     _check_writable(Path(place))
     return Path(place)
 
@@ -376,6 +378,10 @@ def _check_writable(folder: Path) -> None:
     if not can_write(folder.absolute()):
         refuse(folder.absolute(), "a place that can be written", "it cannot be, or the disk is "
                "full; choose another one")  # fmt: skip
+
+
+def _is_text(place: str) -> bool:
+    return not any("\ud800" <= each <= "\udfff" for each in place)
 
 
 def _is_picture(place: Path) -> bool:

@@ -133,6 +133,7 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
     transformers_logging.disable_progress_bar()
     # a command says itself what a user should know; pymilvus logs the traceback of each retry
     quiet = {"hf_knn": logging.ERROR, "pymilvus": logging.CRITICAL}
+    quiet["hf_knn.features.cache"] = logging.WARNING  # a disk that is full meanwhile
     loggers = [logging.getLogger(name) for name in quiet]
     levels = [logger.level for logger in loggers]
     for logger, level in zip(loggers, quiet.values(), strict=True):
@@ -248,18 +249,19 @@ def metrics_table(metrics: dict[str, float], title: str, prefix: str = "eval_") 
     return table
 
 
-def open_labelled(pictures: str, splits: str) -> dict[str, Any]:
+def open_labelled(pictures: str, splits: str, needed: str = "") -> dict[str, Any]:
     """The labelled pictures of a command, by split; what was left out is said.
 
     Args:
         pictures: see `load_splits`.
         splits: `auto`, or `none` for folders that are called like splits and are classes.
+        needed: a split that must have labels.
 
     Raises:
         FileNotFoundError: if there is nothing.
         ValueError: for pictures that cannot be used, or come without labels.
     """
-    found = read_labelled(pictures, reading_of(splits))
+    found = read_labelled(pictures, reading_of(splits), needed)
     say_what_was_left_out(found.notes)
     return found.splits
 
@@ -271,9 +273,7 @@ def say_what_was_left_out(notes: Sequence[str]) -> None:
         notes: in sentences.
     """
     for note in notes:
-        Terminal(stderr=True).print(
-            f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False
-        )
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def say_what_was_skipped(rows: ImageFeatures) -> None:

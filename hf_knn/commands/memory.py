@@ -15,6 +15,7 @@ from ..core.plain_json import read_json
 from ..core.reading import CONTENTS_NAME
 from ..data.batches import RowPictures
 from ..data.loading import from_files
+from ..data.walk import nfc
 from ..features.extract import extract_features, progress_bars
 from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
@@ -140,18 +141,19 @@ def forget_rows(
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
         names = model.config.class_names
         if label is not None:
-            if label not in names:
+            known = {nfc(name): number for number, name in enumerate(names)}
+            if nfc(label) not in known:
                 raise ValueError(
                     f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
                 )
-            wanted = store.ids_labelled(names.index(label))
+            wanted = store.ids_labelled(known[nfc(label)])
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
-            known = model.memory.contents
-            if known is not None:
-                known.only(wanted.tolist()).save(backup)
+            prints = model.memory.contents
+            if prints is not None:
+                prints.only(wanted.tolist()).save(backup)
             text = json.dumps(names, ensure_ascii=False)
             (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
@@ -350,14 +352,14 @@ def _store(model: KnnForImageClassification, place: Path) -> RowStore:
 
 
 def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
-    known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
-    missing = [path for path in paths if path not in known]
+    known = dict(zip(map(nfc, store.paths or []), store.ids.tolist(), strict=False))
+    missing = [path for path in paths if nfc(path) not in known]
     if missing:
         raise ValueError(
             f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
             "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
         )
-    return [known[path] for path in paths]
+    return [known[nfc(path)] for path in paths]
 
 
 def _classes_of(folder: Path) -> list[str] | None:

@@ -295,6 +295,8 @@ def _section(
 def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Tile:
     lines = [f"share {voter.share:.1%}", f"similarity {voter.similarity:.3f}"]
     lines.append(f"id {voter.row_id}" + (", decides" if voter.row_id in flip else ""))
+    if picture is None and voter.path:
+        lines.append(voter.path)
     tone = Tone.GOOD if voter.label == answer else Tone.BAD
     return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
 

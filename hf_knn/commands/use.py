@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
 from ..core.plain_json import read_json
+from ..data.folders import SPLIT_NAMES
 from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
@@ -68,7 +69,7 @@ def evaluate_pictures(
         ValueError: for pictures that cannot be used, or labels that the model does not have.
         OSError: if something is not there.
     """
-    model, rows = _open(checkpoint, pictures, split or "test", splits, on_bad_image)
+    model, rows = _open(checkpoint, pictures, split, "test", splits, on_bad_image)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
@@ -152,7 +153,7 @@ def tune_checkpoint(
     if plot is not None:
         check_drawing()
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split or "validation", splits, on_bad_image)
+        model, rows = _open(checkpoint, pictures, split, "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         stored, known = stored_names(model, rows), set(model.datastore.paths or [])
@@ -246,14 +247,17 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
 
 
 def _open(
-    checkpoint: str, pictures: str, split: str, how: str, on_bad_image: str
+    checkpoint: str, pictures: str, split: str | None, usual: str, how: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
-    """A model and the features of one split of labelled pictures."""
+    """A model and the features of one split of labelled pictures: the usual or the only one."""
+    wanted = usual if split is None else SPLIT_NAMES.get(split.casefold(), split)
     model = open_checkpoint(checkpoint)
-    splits = open_labelled(pictures, how)
-    if split not in splits and len(splits) > 1:
-        raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
-    dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
+    splits = open_labelled(pictures, how, wanted)
+    if split is None and len(splits) == 1:
+        wanted = next(iter(splits))
+    if wanted not in splits:
+        raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
+    dataset = prepare(splits[wanted], model.config.class_names)
     with progress_bars():
         rows = extract_features(model, dataset, on_bad_image=on_bad_image)
     say_what_was_skipped(rows)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .batches import content_of as content_of
     from .decode import BadImageError as BadImageError
     from .decode import decode_image as decode_image
     from .decode import decoding as decoding
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BadImageError": "decode",
+    "content_of": "batches",
     "StoredPictures": "walk",
     "datastore_as_dataset": "loading",
     "decode_image": "decode",

@@ -246,8 +246,9 @@ def _body(
         "## Limits and privacy",
         "",
         "The answer is one of the classes it knows, also for a picture of something else. The "
-        "datastore holds features of the training pictures, which can reveal something about them: "
-        "share it only where you may share that. Removing a row leaves no byte of it in the next "
+        "datastore holds features of the training pictures, which can reveal something about them, "
+        "and prints, by which whoever has a picture can tell whether it is stored: share it only "
+        "where you may share that. Removing a row leaves no byte of it in the next "
         "version, but earlier commits of a repository still hold it until its history is squashed "
         "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned."
         + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),

@@ -18,6 +18,7 @@ from hf_knn import (
     KnnForImageClassification,
     PictureEncoder,
 )
+from hf_knn.data import content_of
 
 from .overlay import Overlay, request_digest
 from .settings import Settings, checked
@@ -46,11 +47,13 @@ class Look:
     Attributes:
         name: of the file.
         digest: of the file.
+        content: the print of the picture, see `content_of`.
         features: [1, D] float32.
     """
 
     def __init__(self, upload: Upload, features: Tensor) -> None:
         self.name, self.digest, self.features = upload.name, upload.digest, features
+        self.content = content_of(upload.image)
         self._image: Image.Image | None = shrink(upload.image)
         self._thumbnail = b""
 
@@ -176,7 +179,8 @@ class Service:
             key: any text of the client's own; empty makes the request one of its own.
 
         Returns:
-            `visitor`, `ids`, `label`, `examples` (how many the visitor has), `repeated`.
+            `visitor`, `ids`, `label`, `examples` (how many the visitor has), `repeated`, and
+            `skipped`: places of the pictures that are known with this label already.
 
         Raises:
             SpaceError: beyond the limits, for a key of another request, or a picture that cannot be
@@ -196,10 +200,12 @@ class Service:
                 [look.thumbnail for look in looks],
                 key,
                 digest,
+                [look.content for look in looks],
             )
             return {
                 "visitor": token, "ids": taught.ids, "label": taught.label,
                 "examples": len(overlay.examples), "repeated": known is not None,
+                "skipped": taught.skipped,
             }  # fmt: skip
 
     def forget(self, ids: Sequence[int], token: str) -> dict[str, Any]:

@@ -91,6 +91,7 @@ URL = "https://huggingface.co/org/name"
         # what is written
         ("train pics --backbone model -o cat.jpg", "cat.jpg to be a folder .*is a file"),
         ("train pics --backbone model -o cat.jpg/x", "place that can be written"),
+        ("train pics --backbone model -o out\udcff", "out.udcff .*name is not UTF-8"),
         ("doctor pics --backbone model -o cat.jpg", "cat.jpg to be a folder"),
         ("tune model pics --plot pics", "pics to be a file to write, but it is a folder"),
         ("predict model cat.jpg --html cat.jpg/x.html", "place that can be written"),

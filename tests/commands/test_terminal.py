@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -211,3 +212,13 @@ def test_hints_name_what_was_called(
     assert as_called("run `hf-knn undo x`; hf-knn is a name") == (
         f"run `{wanted} undo x`; hf-knn is a name"
     )
+
+
+def test_what_typer_says_of_a_command_line_is_clean(tmp_path: Path) -> None:
+    """In a process of its own: the streams are guarded when the program begins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_knn_cli", "cache", HOSTILE, "--no-such"], capture_output=True,
+        check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert is_clean((done.stdout + done.stderr).decode("utf-8"))

@@ -14,7 +14,7 @@ from support.pictures import encoded, picture, write_folder
 from support.tiny import all_files
 from typer.testing import Result
 
-from hf_knn import KnnForImageClassification
+from hf_knn import Datastore, KnnForImageClassification
 from hf_knn.commands import train as training
 from hf_knn.commands.demo import build_space
 from hf_knn.data.keys import hash_of_pictures
@@ -66,6 +66,12 @@ def opened(folder: Path) -> Any:
     return KnnForImageClassification.from_pretrained(folder)
 
 
+def rows_in(folder: Path) -> Datastore:
+    store = opened(folder).datastore
+    assert isinstance(store, Datastore)
+    return store
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in all_files(folder)}
 
@@ -96,7 +102,7 @@ def test_a_taught_model_is_refused_before_any_picture_is_read(
 
 def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) -> None:
     """Between two renames, where folders cannot be exchanged in one step."""
-    rows = len(opened(folder).datastore)
+    rows = len(rows_in(folder))
     for command in (
         ("undo", folder),
         ("relabel", folder, "--ids", "123456", "--label", "x"),
@@ -107,7 +113,7 @@ def test_a_command_puts_a_checkpoint_back_that_a_kill_left_hidden(folder: Path) 
         done = hf_knn(*command)
         assert done.exit_code != 0  # what they are asked for cannot be done
         assert (folder / "datastore.json").is_file(), done.output
-    assert len(opened(folder).datastore) == rows
+    assert len(rows_in(folder)) == rows
 
 
 def renamed(folder: Path) -> None:
@@ -182,13 +188,13 @@ def test_the_same_pictures_with_other_options_replace_it_and_undo_brings_it_back
     folder: Path, pictures: Path, backbone: Path, tmp_path: Path
 ) -> None:
     (folder / "notes.txt").write_text("mine")
-    first = opened(folder)
+    first, count = opened(folder), len(rows_in(folder))
     elsewhere = Path(shutil.copytree(pictures, tmp_path / "copied" / "pets"))
     options = ("--seed", 3, "--head", "mlp", "--hidden", 8)
     done = train(elsewhere, folder, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.output
     said = in_one_line(done)
-    assert f"Replaced what was there ({len(first.datastore)} rows of pets)." in said
+    assert f"Replaced what was there ({count} rows of pets)." in said
     assert f"`hf-knn undo {folder}` brings it back." in said
     second = opened(folder)
     assert (first.config.head, second.config.head) == ("linear", "mlp")
@@ -237,15 +243,15 @@ def test_overwrite_replaces_a_taught_model_and_undo_goes_step_by_step(
 def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     folder: Path, pictures: Path, backbone: Path, tmp_path: Path, is_same_backbone: bool
 ) -> None:
-    first = opened(folder).datastore
+    first = rows_in(folder)
     if not is_same_backbone:
         torch.manual_seed(9)
         backbone = save_backbone(tmp_path / "other", layers=2)
     assert train(pictures, folder, "--backbone", backbone).exit_code == 0
-    second = opened(folder)
-    path = second.datastore.paths_of(second.datastore.ids[:1])[0]
-    row, earlier = int(second.datastore.ids[0]), first.ids[first.paths.index(path)].reshape(1)
-    raws = [first.rows_of(earlier).features, second.datastore.rows_of([row]).features]
+    second = rows_in(folder)
+    path = second.paths_of(second.ids[:1])[0]
+    row, earlier = int(second.ids[0]), first.ids[(first.paths or []).index(path)].reshape(1)
+    raws = [first.rows_of(earlier).features, second.rows_of([row]).features]
     done = hf_knn("forget", folder, "--path", path)
     assert done.exit_code == 0, done.output
     assert "erased in the version before the last training too: 1 of its rows" in in_one_line(done)
@@ -257,10 +263,10 @@ def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     assert done.exit_code == 1
     assert "--training" in in_one_line(done)
     assert hf_knn("undo", folder, "--training").exit_code == 0
-    assert len(opened(folder).datastore) == len(first) - 1
-    assert path not in (opened(folder).datastore.paths or [])
+    assert len(rows_in(folder)) == len(first) - 1
+    assert path not in (rows_in(folder).paths or [])
     assert hf_knn("undo", folder).exit_code == 0
-    assert path not in (opened(folder).datastore.paths or [])
+    assert path not in (rows_in(folder).paths or [])
 
 
 def test_a_space_takes_the_version_along_that_is_there_and_no_other(
@@ -302,7 +308,7 @@ def test_a_damaged_checkpoint_is_replaced_when_asked(
     assert done.exit_code == 1
     assert "it cannot be opened" in in_one_line(done)
     assert again("--overwrite").exit_code == 0
-    assert len(opened(folder).datastore) > 0
+    assert len(rows_in(folder)) > 0
     done = hf_knn("undo", folder)
     assert done.exit_code == 1
-    assert len(opened(folder).datastore) > 0
+    assert len(rows_in(folder)) > 0

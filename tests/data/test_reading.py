@@ -125,9 +125,9 @@ def test_large_pictures_are_processed_before_the_next_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sides = [8, 30, 8, 8, 40, 8]
-    items = [
-        {"image": {"bytes": encoded(picture(0, n, (side, side))), "path": None}, "sample_id": n}
-        for n, side in enumerate(sides)
+    files = [encoded(picture(0, n, (side, side))) for n, side in enumerate(sides)]
+    items: list[dict[str, Any]] = [
+        {"image": {"bytes": data, "path": None}, "sample_id": n} for n, data in enumerate(files)
     ]
     calls: list[int] = []
     real = batches.pixels_of
@@ -146,8 +146,7 @@ def test_large_pictures_are_processed_before_the_next_is_decoded(
     assert found.pixel_values is not None
     assert wanted.pixel_values is not None
     assert torch.equal(found.pixel_values, wanted.pixel_values)
-    given = [encoded(picture(0, n, (side, side))) for n, side in enumerate(sides)]
-    ((values, contents),) = batches.pixel_batches(given, small_processor(), 9)
+    ((values, contents),) = batches.pixel_batches(files, small_processor(), 9)
     assert torch.equal(values, wanted.pixel_values)
     assert contents is not None
-    assert contents.tolist() == [list(batches.content_of(decode_image(data))) for data in given]
+    assert contents.tolist() == [list(batches.content_of(decode_image(data))) for data in files]

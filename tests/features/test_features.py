@@ -331,7 +331,7 @@ def test_a_second_run_reads_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("hf_knn.data.batches.decode_image", refuse)
+    monkeypatch.setattr("hf_knn.data.batches.decoding", refuse)
     assert torch.equal(run(model, files).features, first[1])
     monkeypatch.setattr("hf_knn.data.keys._keys_of", refuse)
     assert torch.equal(run(model, memory).features, first[0])

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from support.pictures import encoded, picture
 from support.space_app import PER_CLASS, Running, features_of, published, running, write_picture
 
 pytest.importorskip("gradio")
@@ -312,6 +313,37 @@ def test_relabel_forget_and_undo(service, lessons, tmp_path):
         assert overlay.examples == {}
         with pytest.raises(SpaceError, match="Nothing to undo"):
             overlay.undo()
+
+
+def test_what_is_known_is_not_taught_twice(service, model, lessons, tmp_path):
+    done = service.teach(lessons[:2], "dog", "", "")
+    token = done["visitor"]
+    assert done["skipped"] == []
+    again = service.teach(lessons[1:4], "dog", token, "key-1")
+    assert (len(again["ids"]), again["skipped"], again["examples"]) == (2, [0], 4)
+    repeated = service.teach(lessons[1:4], "dog", token, "key-1")
+    assert (repeated["repeated"], repeated["skipped"]) == (True, [0])
+    nothing = service.teach(lessons[:2], "dog", token, "")
+    assert (nothing["ids"], nothing["skipped"], nothing["examples"]) == ([], [0, 1], 4)
+    with pytest.raises(SpaceError, match="stored under another one") as caught:
+        service.teach(lessons[3:], "wolf", token, "")
+    assert "Nothing was taught" in str(caught.value)
+    assert "relabel" not in str(caught.value)
+    published_one = tmp_path / "published.png"  # a row of the published model, by its features
+    published_one.write_bytes(encoded(picture(0, 0)))
+    with pytest.raises(SpaceError, match="as 'ant' in row 0"):
+        service.teach([str(published_one)], "wolf", token, "")
+    assert service.teach([str(published_one)], "ant", token, "")["skipped"] == [0]
+    assert len(service.teach(lessons[4:], "dog", token, "")["ids"]) == 1
+
+
+def test_a_restart_knows_again_what_was_taught(model, lessons, tmp_path):
+    service = Service(model, Visitors(model, tmp_path))
+    token = service.teach(lessons[:3], "dog", "", "key-1")["visitor"]
+    again = Service(model, Visitors(model, tmp_path))
+    assert again.teach(lessons, "dog", token, "")["skipped"] == [0, 1, 2]
+    with pytest.raises(SpaceError, match="under another one"):
+        again.teach(lessons[:1], "wolf", token, "")
 
 
 def test_published_rows_cannot_be_forgotten(service, lessons):

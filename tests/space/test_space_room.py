@@ -1,5 +1,6 @@
 """Nobody keeps others out of teaching: who makes room when a Space is full, and what it says."""
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -31,9 +32,13 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_picture(tmp_path_factory.mktemp("lesson") / "one.png", 9))
 
 
+_seeds = itertools.count(1000)
+
+
 def teach(service: Service, lesson: str, count: int = 1, token: str = "") -> str:
     for _ in range(count):
-        token = service.teach([lesson], "dog", token, "")["visitor"]
+        path = write_picture(Path(lesson).with_name(f"{next(_seeds)}.png"), 9, next(_seeds))
+        token = service.teach([str(path)], "dog", token, "")["visitor"]
     return token
 
 

@@ -70,8 +70,9 @@ def test_a_push_waits_for_the_one_under_way_before_it_replaces_the_folder(
 ) -> None:
     arguments = KnnTrainingArguments(str(tmp_path), freeze_backbone=True, report_to=[])
     rows = random_features([0, 1, 2] * 4)
-    pushing: Any = KnnTrainer(small_model(), arguments, train_dataset=rows)
-    pushing.hub_model_id, order = "org/model", []
+    pushing = KnnTrainer(small_model(), arguments, train_dataset=rows)
+    order: list[str] = []
+    monkeypatch.setattr(pushing, "hub_model_id", "org/model")
     save = pushing._save
 
     def saved(*given: Any, **options: Any) -> None:
