@@ -237,6 +237,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        keep_replaced: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves weights, configuration, processor, datastore and code as one version.
@@ -250,6 +251,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
                 `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
                 go to `push_to_hub`.
+            keep_replaced: keep the version that is there in `.before/`, for `hf-knn undo`.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -260,7 +262,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
         save_weights = super(core.KnnForImageClassification, self).save_pretrained
-        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs, keep_replaced)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)

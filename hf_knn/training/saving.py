@@ -72,10 +72,10 @@ class SavingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()  # it reads in the folder that is replaced now
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
         target = PushTarget(str(self.hub_model_id), private, token, revision)
         folder = Path(str(self.args.output_dir))
         push = prepare_push(self.model, folder, self.args, target, commit_message or "")
