@@ -167,7 +167,7 @@ def test_limits_are_heard_of_during_one_command(
 
 def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
     handed = [c for c in commands().values() if signature(c).return_annotation == Command]
-    assert len(handed) == 14
+    assert len(handed) == 15
     for command in handed:
         values = dict.fromkeys(name for name in signature(command).parameters if name not in LIMITS)
         function = unwrap(command)(**values)
