@@ -6,66 +6,15 @@ it names are exactly what it says, or the datastore is refused.
 
 import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .config import Normalization, Pooling, check_metric
+from .files import HASH_BLOCK, MANIFEST_NAME, DatastoreError, FileRecord
 from .votes import Metric
-
-HASH_BLOCK = 64 * 2**20
-"""Bytes per separately hashed block of a blob."""
-
-_READ_BYTES = 2**20
-
-
-def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The hex sha256 of the file and of each block.
-    """
-    whole, blocks = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            whole.update(block)
-            blocks.append(hashlib.sha256(block).hexdigest())
-    return whole.hexdigest(), blocks
-
-
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors.
-
-    Args:
-        file: open for reading; its position does not matter and stays.
-        count: how many blocks; what lies beyond belongs to the last one.
-
-    Returns:
-        The hex sha256 of each block.
-    """
-    descriptor = file.fileno()
-
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
-
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
-
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
@@ -73,7 +22,6 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
-MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -83,88 +31,8 @@ _LARGEST_COUNT = 2**48
 _LARGEST_MANIFEST = 64 * 2**20
 
 
-class DatastoreError(ValueError):
-    """A datastore on disk that is damaged, incomplete or not what it says it is."""
-
-
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
-
-    name: str
-    size: int
-    sha256: str
-    blocks: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, path: Path) -> "FileRecord":
-        """Measures a file."""
-        sha256, blocks = hash_blocks(path)
-        return cls(path.name, path.stat().st_size, sha256, blocks)
-
-    def verify_size(self, path: Path | None) -> Path:
-        """Compares a file's size with its record, without reading it.
-
-        Args:
-            path: where the file should be; None if it could not be found.
-
-        Returns:
-            The path.
-
-        Raises:
-            DatastoreError: naming the file, what was promised and what was found.
-        """
-        if path is None or not path.is_file():
-            raise DatastoreError(
-                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
-                "download or save the checkpoint again."
-            )
-        size = path.stat().st_size
-        if size != self.size:
-            raise DatastoreError(
-                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
-                "the file is truncated or from another save, download or save it again."
-            )
-        return path
-
-    def verify(self, path: Path | None) -> Path:
-        """Compares a file with its record, byte for byte.
-
-        Args:
-            path: where the file should be; None if it could not be found.
-
-        Returns:
-            The path.
-
-        Raises:
-            DatastoreError: naming the file, what was promised and what was found.
-        """
-        path = self.verify_size(path)
-        with path.open("rb") as file:
-            self.verify_stream(file)
-        return path
-
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once.
-
-        Args:
-            file: open for reading.
-
-        Raises:
-            DatastoreError: naming the file, what was promised and what was found.
-        """
-        found = hash_open_blocks(file, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
-                raise DatastoreError(
-                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
-                )
 
 
 @dataclass(frozen=True)

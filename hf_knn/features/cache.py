@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.manifest import hash_blocks
+from ..core.files import hash_blocks
 from ..data.keys import KEY_BYTES
 from .encoders import Encoded
 

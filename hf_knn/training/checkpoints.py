@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..core.manifest import hash_blocks
+from ..core.files import hash_blocks
 from ..model.card import draw_reliability, make_card
 from ..model.checkpoint import is_checkpoint_file
 from ..model.code import legacy_code

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 94cacdd788802ab8faa77f331942af335e409ad56891122d7ad64376d8cbfafd.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

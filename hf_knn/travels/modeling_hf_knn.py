@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83766140bf297cc9793184668311786e3511560ab016a7ce3c14ff619e7d28dc.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 94cacdd788802ab8faa77f331942af335e409ad56891122d7ad64376d8cbfafd.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -13,9 +13,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
@@ -25,7 +27,7 @@ import transformers
 import transformers.initialization as init
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -193,6 +195,107 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
             f"Expected `{name}` to be in [0, {num_labels}), "
             f"but got values from {int(labels.min())} to {int(labels.max())}."
         )
+
+
+# ---- files.py: Files of a checkpoint, and what was promised about each: its size, and sha256 by blocks.
+
+MANIFEST_NAME = "datastore.json"
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+_SEEKING = threading.Lock()
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors."""
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := read(position, min(_READ_BYTES, end - position)):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
+class DatastoreError(ValueError):
+    """A datastore on disk that is damaged, incomplete or not what it says it is."""
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Measures a file."""
+        sha256, blocks = hash_blocks(path)
+        return cls(path.name, path.stat().st_size, sha256, blocks)
+
+    def verify_size(self, path: Path | None) -> Path:
+        """Compares a file's size with its record, without reading it."""
+        if path is None or not path.is_file():
+            raise DatastoreError(
+                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
+                "download or save the checkpoint again."
+            )
+        size = path.stat().st_size
+        if size != self.size:
+            raise DatastoreError(
+                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
+                "the file is truncated or from another save, download or save it again."
+            )
+        return path
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record, byte for byte."""
+        path = self.verify_size(path)
+        with path.open("rb") as file:
+            self.compare(partial(read_at, file))
+        return path
+
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record."""
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once."""
+        found = hash_read_blocks(read, len(self.blocks))
+        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
+            if mine != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
+                    "save, download or save it again."
+                )
 
 
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
@@ -510,44 +613,12 @@ class KnnHead(nn.Module):
 
 # ---- manifest.py: The manifest of a datastore: what a checkpoint promises about its files, and the check.
 
-HASH_BLOCK = 64 * 2**20
-"""Bytes per separately hashed block of a blob."""
-
-_READ_BYTES = 2**20
-
-def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
-    whole, blocks = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            whole.update(block)
-            blocks.append(hashlib.sha256(block).hexdigest())
-    return whole.hexdigest(), blocks
-
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors."""
-    descriptor = file.fileno()
-
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
-
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
-
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
-MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -555,59 +626,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
 _LARGEST_MANIFEST = 64 * 2**20
 
-class DatastoreError(ValueError):
-    """A datastore on disk that is damaged, incomplete or not what it says it is."""
-
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
-
-    name: str
-    size: int
-    sha256: str
-    blocks: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, path: Path) -> "FileRecord":
-        """Measures a file."""
-        sha256, blocks = hash_blocks(path)
-        return cls(path.name, path.stat().st_size, sha256, blocks)
-
-    def verify_size(self, path: Path | None) -> Path:
-        """Compares a file's size with its record, without reading it."""
-        if path is None or not path.is_file():
-            raise DatastoreError(
-                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
-                "download or save the checkpoint again."
-            )
-        size = path.stat().st_size
-        if size != self.size:
-            raise DatastoreError(
-                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
-                "the file is truncated or from another save, download or save it again."
-            )
-        return path
-
-    def verify(self, path: Path | None) -> Path:
-        """Compares a file with its record, byte for byte."""
-        path = self.verify_size(path)
-        with path.open("rb") as file:
-            self.verify_stream(file)
-        return path
-
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once."""
-        found = hash_open_blocks(file, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
-                raise DatastoreError(
-                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
-                )
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -862,8 +882,8 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-"""What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
+_SHORTCUTS = {"tf32": 2.0**-9, "bf16": 2.0**-6}
+"""What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
@@ -966,8 +986,13 @@ def float32_rounding(width: int) -> float:
     return 4 * (width + 4) * _FLOAT32_ROUNDING
 
 def shortcut() -> float:
-    """How much further off torch's settings let it be."""
-    return _SHORTCUTS[torch.get_float32_matmul_precision()]
+    """How much further off torch's settings let it be, on a GPU or a CPU."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # new settings; they say what old ones were set to, too
+        found = (matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
+    old = {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "")
+    return _SHORTCUTS.get(old, 0.0)
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
     """Applies the datastore's normalisation in float64."""
@@ -1181,15 +1206,18 @@ class FrozenDatastore:
     def __init__(self, manifest: Manifest, resolve: Resolve) -> None:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
-        self.places = [record.verify(resolve(record.name)) for record in manifest.blobs]
-        files = [open_blob(record, resolve) for record in manifest.blobs]
+        self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
+        pairs = zip(self.places, manifest.blobs, strict=True)
+        files = [parse_blob(record, record.read(path)) for path, record in pairs]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        self._searcher: Searcher | None = None
+        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        first_pass = TorchFirstPass(space.first_pass_rows(self.features))
+        self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -1220,11 +1248,6 @@ class FrozenDatastore:
         shape = (len(wanted.queries), wanted.width(len(self)))
         similarities, positions = np.zeros(shape), np.zeros(shape, np.int64)
         if 0 not in shape:
-            if self._searcher is None:
-                mean = self.mean.double().numpy()
-                space = RowSpace(mean, self.metric, self.normalization, self.features)
-                rows = TorchFirstPass(space.first_pass_rows(self.features))
-                self._searcher = Searcher(self.features, self.ids.numpy(), space, rows)
             similarities, positions = self._searcher.search(
                 wanted.queries, shape[1], wanted.excluded
             )
@@ -1237,11 +1260,10 @@ class FrozenDatastore:
         folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
-            record.verify(path)
             if not target.exists() or not target.samefile(path):
                 target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-                record.verify(target)
+            record.verify(target)  # afterwards: what was copied is what was opened
 
     def write_manifest(self, folder: Path, binding: Binding) -> None:
         """Binds the row files to the checkpoint that lies beside them."""
@@ -1263,15 +1285,16 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
-    """Maps a row file of the right size into memory."""
-    path = record.verify_size(resolve(record.name))
+def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory of their own."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
-        raise DatastoreError(
-            f"Expected {record.name} to be a safetensors file, but: {error}"
-        ) from error
+        return load(data)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise not_tensors(record, error) from error
+
+def not_tensors(record: FileRecord, error: Exception) -> DatastoreError:
+    """The error for a row file that cannot be read."""
+    return DatastoreError(f"Expected {record.name} to be a safetensors file, but: {error}")
 
 def take(tensors: dict[str, Tensor], key: str, record: FileRecord) -> Tensor:
     """A tensor that a row file must hold."""
@@ -1598,6 +1621,12 @@ class KnnImageClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
+def own_weights(model: nn.Module) -> None:
+    """Copies weights that are mapped from a file, so that they do not change when it does."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+            tensor.data = tensor.data.clone()
+
 class KnnForImageClassification(PreTrainedModel):
     """An image classifier that also remembers.
 
@@ -1675,6 +1704,7 @@ class KnnForImageClassification(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        own_weights(model)
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
             model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options
