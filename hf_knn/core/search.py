@@ -8,7 +8,7 @@ until none of those could belong to the answer.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -191,7 +191,8 @@ def shortcut() -> float:
     """How much further off torch's settings let it be, on a GPU or a CPU."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # new settings; they say what old ones were set to, too
-        found = (matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        mkldnn: Any = torch.backends.mkldnn
+        found = (matmul.fp32_precision, mkldnn.matmul.fp32_precision)
         return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
     old = {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "")
     return _SHORTCUTS.get(old, 0.0)

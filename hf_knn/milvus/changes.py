@@ -267,8 +267,8 @@ def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> Non
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:
-    centers, problem = Centers.fixed(about.mean), ""
-    if about.dtype == "float16" and not fits_float16(added, centers):
+    centers, problem = Centers.of_added(added, about.mean), ""
+    if about.dtype == "float16" and not fits_float16(added, *centers):
         problem = f"that float16 can hold (one is {TOO_COARSE})"
     stored = added.to(getattr(torch, about.dtype)).numpy()
     if not problem and not (space := space_of(about)).holds(np.asarray(stored)):

@@ -15,6 +15,7 @@ from ..core.reading import PUSH_OPTIONS
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
+from ..store.once import Lock
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
@@ -56,6 +57,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     def __init__(self, config: KnnConfig) -> None:
         super().__init__(config)
+        self.once = Lock()
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
 
@@ -71,7 +73,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         if memory.head is not self.head:
             self.head = memory.head
         memory.classes.write(self.config)
-        self._memory = memory
+        with self.once:
+            self._memory = memory
 
     @property  # type: ignore[override]
     def datastore(self) -> RowStore | None:
@@ -119,8 +122,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     def _counted(self) -> Memory:
         """What is remembered, with sums over the rows, with which later changes go on."""
-        self._memory = self.memory.counted(self.config)
-        return self._memory
+        with self.once:
+            before, counted = self._memory, self.memory.counted(self.config)
+            self._memory = counted if self._memory is before else self._memory  # a change stays
+            return counted
 
     @classmethod
     def from_backbone(

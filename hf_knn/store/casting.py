@@ -18,7 +18,7 @@ SMALLEST_COSINE = 0.9999
 """Of a row and its cast, once both are normalised."""
 
 _TURN = (2 * (1 - SMALLEST_COSINE)) ** 0.5
-_FEW = 0.01
+_FEW, _MANY = 0.01, 100
 _BLOCK_ROWS = 16_384
 
 TOO_COARSE = f"a value above {LARGEST_FLOAT16:g}, or a row that the cast turns once normalised"
@@ -43,6 +43,14 @@ class Centers(NamedTuple):
         center = mean.double().numpy()
         return cls(center, center)
 
+    @classmethod
+    def of_added(cls, features: Tensor, mean: Tensor) -> "list[Centers]":
+        """What centres rows [M, D] that come later: the mean [D] of those that are there.
+
+        Many of them are neighbours of one another too, so that they are asked about their own.
+        """
+        return [cls.fixed(mean)] + ([cls.of(features)] if len(features) >= _MANY else [])
+
 
 def sums_of(features: Tensor) -> tuple[Floats, Floats]:
     """The sums [D] float64 of rows [N, D] and of their casts."""
@@ -54,7 +62,7 @@ def sums_of(features: Tensor) -> tuple[Floats, Floats]:
     return exact, cast
 
 
-def fits_float16(features: Tensor, centers: Centers) -> bool:
+def fits_float16(features: Tensor, *centers: Centers) -> bool:
     """Whether rows can be stored as float16 without a search noticing much.
 
     Differences of rows count, whatever they have in common. So rows are compared with their casts
@@ -62,17 +70,19 @@ def fits_float16(features: Tensor, centers: Centers) -> bool:
 
     Args:
         features: [N, D] float32 or float64.
-        centers: of all rows that they lie among.
+        centers: of rows that they lie among, one or more.
     """
+    kinds = [(center, Normalization.L2_CENTERED) for center in centers]
+    kinds.append((centers[0], Normalization.L2))
     for block in features.split(_BLOCK_ROWS):
         if not len(block):
             continue
         if block.abs().max() > LARGEST_FLOAT16:
             return False
         rows, casts = block.numpy(), block.half().numpy()
-        for kind in (Normalization.L2_CENTERED, Normalization.L2):
-            exact = normalize_rows(rows, centers.exact, kind)
-            cast = normalize_rows(casts, centers.cast, kind)
+        for center, kind in kinds:
+            exact = normalize_rows(rows, center.exact, kind)
+            cast = normalize_rows(casts, center.cast, kind)
             cosines = np.einsum("nd,nd->n", exact, cast)
             neither = ~exact.any(axis=1) & ~cast.any(axis=1)  # have a direction
             if not ((cosines >= SMALLEST_COSINE) | neither).all():
@@ -80,15 +90,15 @@ def fits_float16(features: Tensor, centers: Centers) -> bool:
     return True
 
 
-def to_storage(features: Tensor, dtype: torch.dtype, centers: Centers) -> Tensor:
+def to_storage(features: Tensor, dtype: torch.dtype, *centers: Centers) -> Tensor:
     """Casts features once to the storage dtype; to float32 where float16 would lose too much.
 
     Args:
         features: [N, D] float32 or float64.
         dtype: the storage dtype so far.
-        centers: of all rows that they lie among.
+        centers: see `fits_float16`.
     """
-    if dtype == torch.float16 and not fits_float16(features, centers):
+    if dtype == torch.float16 and not fits_float16(features, *centers):
         dtype = widened()
     return features.to(dtype, copy=True)
 

@@ -71,6 +71,14 @@ def checked_rows(
     return rows, *check_row_numbers(wanted, numbers, len(rows))
 
 
+def stored_rows(
+    features: Tensor | NDArray, labels: Values, ids: Values | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `checked_rows`, with features [N, D] as they are stored, float16 or float32."""
+    rows, numbers, row_ids = checked_rows(features, labels, ids)
+    return to_storage(rows, torch.float16, Centers.of(rows)), numbers, row_ids
+
+
 def find_rows(table: RowTable, ids: Values) -> Tensor:
     """Where rows lie.
 
@@ -127,7 +135,7 @@ def add_rows(
     labels: Values,
     ids: Values | None,
     paths: Sequence[str] | None,
-    centers: Centers,
+    mean: Tensor,
 ) -> RowTable:
     """With more rows at the end, cast to the storage dtype; lists of an index are forgotten.
 
@@ -139,7 +147,7 @@ def add_rows(
         labels: [M] whole numbers >= 0.
         ids: [M] unique ids that the table does not have; None continues after the largest.
         paths: [M] where each row's picture lies.
-        centers: of the rows.
+        mean: [D] that centres the rows.
 
     Raises:
         ValueError: for bad features, labels or ids, or an id that exists.
@@ -160,7 +168,7 @@ def add_rows(
         )
     wanted, numbers = check_row_numbers(as_whole_numbers(labels, "labels"), numbers, len(added))
     new_paths = check_paths(paths, len(added))
-    stored = to_storage(added, table.features.dtype, centers)
+    stored = to_storage(added, table.features.dtype, *Centers.of_added(added, mean))
     return table.append(stored, wanted, numbers, new_paths, None)
 
 

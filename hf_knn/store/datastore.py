@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +21,6 @@ from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
 from . import changes, disk
 from .backend import check_alike, check_split
-from .casting import Centers, to_storage
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
 from .index import AUTO, FLAT, MIN_RECALL, Placement, RowIndex
@@ -86,7 +84,6 @@ class Datastore:
         self._index = RowIndex.chosen(index, self._table, max_memory, min_recall)
         self._lock = Lock()  # of what is done once: verifying, building, filtering
         self._unverified: OpenedFiles | None = None
-        # rows of the classes asked for last, kept ready as long as key and marks are these
         self._filtered: tuple[tuple[object, ...], tuple[object, ...], Datastore] | None = None
 
     @classmethod
@@ -102,10 +99,9 @@ class Datastore:
         that would lose too much (a message says so). Labels, and ids if there are any, are [N]
         whole numbers >= 0. A ValueError says where they are not, with the row numbers.
         """
-        raw, *numbers = changes.checked_rows(features, labels, ids)
-        parts = (to_storage(raw, torch.float16, Centers.of(raw)), *numbers)
+        parts = changes.stored_rows(features, labels, ids)
         store = cls(
-            *parts, torch.zeros(raw.shape[1]), metric=metric, normalization=normalization,
+            *parts, torch.zeros(parts[0].shape[1]), metric=metric, normalization=normalization,
             index=index, paths=paths, max_memory=max_memory, min_recall=min_recall,
         )  # fmt: skip
         store.mean = changes.mean_for(store._table, None)
@@ -122,8 +118,7 @@ class Datastore:
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))  # with a searcher of its own: it is changed in place
-        with self._lock:
-            other.__dict__.update(self.__dict__)
+        other.__dict__.update(self.__dict__)
         other._index, other._lock = other._index.unbuilt(), Lock()
         return other
 
@@ -197,13 +192,16 @@ class Datastore:
 
     def subset(self, ids: Values) -> Self:
         """A datastore of some of the rows, in the order of `ids`, with the same mean."""
+        part = self._part(ids)
+        self._table.verify()  # afterwards: what was copied is what was stored
+        return part
+
+    def _part(self, ids: Values) -> Self:
         rows = self.rows_of(ids)
         part = type(self)(
-            *map(torch.from_numpy, (rows.features, rows.labels, rows.ids)), self.mean,
-            metric=self.metric, normalization=self.normalization,
+            *rows.tensors, self.mean, metric=self.metric, normalization=self.normalization,
             paths=None if self.paths is None else rows.paths,
         )  # fmt: skip
-        part._table = replace(part._table, files=self._table.files)
         part._index = self._index.on(Placement()).chosen_again(part._table)
         part.digest, part.source = self.digest, dict(self.source)
         return part
@@ -297,10 +295,9 @@ class Datastore:
     ) -> Self:
         """Chooses where searches run: `cpu`, `cuda`, `cuda:1`, `mps`, …, or several of one kind.
 
-        Answers stay the same: candidates are compared on the CPU in float64. An exact search is a
-        blocked matrix product, and several devices share the rows; an inverted file goes to
-        faiss-gpu where that is installed. `float16` keeps half of the memory there, by more
-        candidates. A device that is not here is a ValueError.
+        Answers stay the same: candidates are compared on the CPU in float64. Several devices share
+        the rows; an inverted file goes to faiss-gpu where that is installed. `float16` keeps half
+        of the memory there. A device that is not here is a ValueError.
         """
         self._index = self._index.on(Placement.of(device, float16))
         return self
@@ -322,7 +319,7 @@ class Datastore:
             table, marks = self._rows(), self.marks
             key = (*map(id, marks), self._index.placement, *classes.tolist())
             if self._filtered is None or self._filtered[0] != key:
-                part = self.subset(table.ids[torch.isin(table.labels, classes)])
+                part = self._part(table.ids[torch.isin(table.labels, classes)])
                 part._index = self._index.exact()
                 self._filtered = (key, marks, part)  # as long as a mark is kept, nobody has its id
             return self._filtered[2]
@@ -341,7 +338,7 @@ class Datastore:
             paths: [M] where each row's picture lies.
         """
         before, new = self._rows(), (features, labels, ids, paths)
-        table = changes.add_rows(before, *new, Centers.fixed(self.mean))
+        table = changes.add_rows(before, *new, self.mean)
         self._index, self._table = self._index.after_adding(before, table)
         return table.ids[len(before) :]
 
@@ -401,8 +398,7 @@ class Datastore:
             OSError: if something could not be written; the version that was there is intact.
             DatastoreError: for rows of a mapped file that changed on disk; likewise.
         """
-        self._rows()
-        if self.index.spec != FLAT and len(self):
+        if len(self._rows()) and self.index.spec != FLAT:
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
         compared = (self.mean, self.metric, self.normalization)
@@ -442,8 +438,10 @@ class Datastore:
         """Opens the files that a checked manifest names, found by `resolve`; see `load`."""
         at_once = disk.is_hashed_at_once(manifest, verify)
         opened = disk.open_files(manifest, resolve, trust_faiss_index=trust_faiss_index)
-        compared = {"metric": manifest.metric, "normalization": manifest.normalization}
-        store = cls(*opened.no_rows, torch.zeros(manifest.dim), **compared)
+        store = cls(
+            *opened.no_rows, torch.zeros(manifest.dim), metric=manifest.metric,
+            normalization=manifest.normalization,
+        )  # fmt: skip
         store.manifest, store.source, store.mean = manifest, dict(manifest.source), opened.mean
         store._table, store._unverified = opened.table, opened
         store._index = store._index.read(manifest.index, opened.centroids, opened.trusted)

@@ -380,6 +380,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         table = replace(table, lists=lists)
 
     def read_whole() -> RowTable:
+        table.not_cut_off()
         with _damage_named_first(table):
             check_content(table.features, table.labels, table.ids, mean)
             paths = decode_paths(files, manifest)
@@ -489,6 +490,6 @@ def place_of(folder: Path | None, records: Sequence[FileRecord | None]) -> Path:
 
 
 def with_records(table: RowTable, manifest: Manifest) -> RowTable:
-    """A table whose rows lie in the files of a manifest, which were compared with others."""
+    """A table whose rows lie in the files of a manifest, as they are."""
     pairs = zip(table.shards, manifest.blobs, strict=True)
-    return table.written([shard._replace(record=record) for shard, record in pairs])
+    return replace(table, shards=[shard._replace(record=record) for shard, record in pairs])

@@ -211,9 +211,8 @@ class ShardedDatastore:
 
 def _common_centers(rows: Tensor, group: Group) -> Centers:
     """The means of all ranks' rows and of their casts; the same on all."""
-    facts = _exchange((len(rows), *sums_of(rows)), group)
-    count = max(1, sum(fact[0] for fact in facts))
-    exact, cast = (np.sum([fact[i] for fact in facts], axis=0) / count for i in (1, 2))
+    count = max(1, sum(_exchange(len(rows), group)))
+    exact, cast = (np.sum(_exchange(sums, group), axis=0) / count for sums in sums_of(rows))
     return Centers(exact, cast)
 
 

@@ -53,6 +53,12 @@ class StoredRows(NamedTuple):
     paths: list[str]
     splits: list[str]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, labels and ids."""
+        features, labels = torch.from_numpy(self.features), torch.from_numpy(self.labels)
+        return features, labels, torch.from_numpy(self.ids)
+
     def part(self, rows: slice) -> "StoredRows":
         """Some of them, by position."""
         ids, labels, features, paths, splits = self
@@ -133,6 +139,10 @@ class RowFile:
     def __del__(self) -> None:
         self.file.close()
 
+    def is_among(self, parts: Sequence[Tensor]) -> bool:
+        """Whether some of these tensors [n, D] is mapped from the file."""
+        return any(part is self.features for part in parts)
+
     def check_size(self) -> None:
         """Refuses a file that was cut off: whoever reads behind its end is killed.
 
@@ -189,7 +199,7 @@ class RowTable:
         paths: N strings, or None.
         lists: [N] int64, each row's list in an inverted-file index, or None.
         shards: how the rows are divided over files, at least one.
-        files: those that features are mapped from, or were copied from without a check yet.
+        files: those that features are mapped from.
     """
 
     features: RowParts
@@ -236,27 +246,23 @@ class RowTable:
         return replace(self, features=RowParts(parts))._copied_from(self)
 
     def files_behind(self, rows: slice) -> list[RowFile]:
-        """The files that some rows, by position, may come from."""
+        """The files that some rows, by position, are mapped from."""
         parts, start = [], 0
         for part in self.features.parts:
             if start < rows.stop and start + len(part) > rows.start:
                 parts.append(part)
             start += len(part)
-        return [file for file in self.files if _is_among(file, parts) or not self._maps(file)]
-
-    def written(self, shards: list[Shard]) -> "RowTable":
-        """The same rows in files that were written; what was copied of others was compared."""
-        return replace(self, shards=shards, files=tuple(filter(self._maps, self.files)))
-
-    def _maps(self, file: RowFile) -> bool:
-        return _is_among(file, self.features.parts)
+        return [file for file in self.files if file.is_among(parts)]
 
     def _copied_from(self, before: "RowTable") -> "RowTable":
-        """With the files of the table that it was made of, where what was copied is whole."""
+        """With the files of the table that it was made of, if what was copied of them is whole."""
+        mapped = []
         for file in before.files:
-            if not self._maps(file):
+            if file.is_among(self.features.parts):
+                mapped.append(file)
+            else:
                 file.verify()
-        return replace(self, files=tuple(filter(self._maps, before.files)))
+        return replace(self, files=tuple(mapped))
 
     def append(
         self,
@@ -290,7 +296,7 @@ class RowTable:
         if self.lists is not None and lists is not None:
             known = np.concatenate([self.lists, lists])
         return RowTable(
-            _append(mine, features),
+            _append(mine, features, self.files),
             torch.cat([self.labels, labels]),
             torch.cat([self.ids, ids]),
             all_paths,
@@ -344,18 +350,15 @@ class RowTable:
         return rows[back]
 
 
-def _is_among(file: RowFile, parts: Sequence[Tensor]) -> bool:
-    return any(part is file.features for part in parts)
-
-
 def _row_bytes(features: RowParts) -> int:
     return features.shape[1] * features.dtype.itemsize
 
 
-def _append(features: RowParts, rows: Tensor) -> RowParts:
-    """With more rows [M, D] at the end; only a small last part is copied."""
+def _append(features: RowParts, rows: Tensor, files: Sequence[RowFile]) -> RowParts:
+    """With more rows [M, D] at the end; only a small last part is copied, unless it is mapped."""
     last = features.parts[-1]
-    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES:
+    is_mapped = any(file.is_among([last]) for file in files)
+    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES and not is_mapped:
         return RowParts([*features.parts[:-1], torch.cat([last, rows])])
     return RowParts([*features.parts, rows])
 
