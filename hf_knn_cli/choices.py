@@ -32,6 +32,9 @@ Augmentation = Literal["paper", "flip", "none"]
 Queries = Literal["snapshot", "live"]
 """Which features ask the datastore during fine-tuning."""
 
+Splits = Literal["auto", "none"]
+"""How folders that are called like splits are read."""
+
 Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
 """What makes k, temperature and λ the best."""
 
@@ -54,6 +57,15 @@ def _restore(before: str | None) -> None:
     else:
         os.environ["HF_KNN_BACKEND"] = before
 
+
+SplitsOption = Annotated[
+    Splits,
+    typer.Option(
+        help="Folders called train, validation or test, and a csv's column split: auto finds out "
+        "what they are; none reads such folders as classes.",
+    ),
+]
+"""How splits are read."""
 
 BackendOption = Annotated[
     Backend | None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import BackendOption
+from .choices import BackendOption, SplitsOption
 from .forwarding import Command, hand_over
 
 app = typer.Typer()
@@ -29,18 +29,29 @@ def teach(
     label: Annotated[
         str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
     ] = None,
+    splits: SplitsOption = "auto",
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also add pictures that are stored with their label.")
+    ] = False,
+    relabel: Annotated[
+        bool,
+        typer.Option(
+            "--relabel", help="Give pictures that are stored with another label the new one."
+        ),
     ] = False,
     backend: BackendOption = None,
     json_output: AsJson = False,
 ) -> None:
-    """Teach new pictures or classes, without training."""
+    """Teach new pictures or classes, without training; what is stored already is left out."""
     from hf_knn.commands.console import run
     from hf_knn.commands.memory import teach_pictures
 
     how = "skip" if skip_bad_images else "fail"
-    run(teach_pictures, checkpoint, pictures, label, how, json_output)
+    options = (json_output, splits, again, relabel)
+    run(teach_pictures, checkpoint, pictures, label, how, *options)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from .choices import (
     OnBadImage,
     Precision,
     Queries,
+    Splits,
     Sweep,
 )
 
@@ -63,6 +64,14 @@ class TrainOptions:
             help="Held out for the report, if there is no test split.",
         ),
     ] = 0.2
+    splits: Annotated[
+        Splits,
+        typer.Option(
+            rich_help_panel=DATA,
+            help="Folders called train, validation or test, and a csv's column split: auto finds "
+            "out what they are; none reads such folders as classes.",
+        ),
+    ] = "auto"
     group_by: Annotated[
         str | None,
         typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage
+from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage, SplitsOption
 from .forwarding import Command, hand_over
 
 WHY = "Reasons"
@@ -22,6 +22,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Which split; test, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "skip",
@@ -44,6 +45,7 @@ def tune(
     split: Annotated[
         str | None, typer.Option(help="Which split; validation, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     criterion: Annotated[
         Criterion | None, typer.Option(help="Default: by how many labels there are.")
     ] = None,
@@ -178,6 +180,7 @@ def doctor(
         str | None,
         typer.Option(help="Column of what belongs together (a patient, a camera)."),
     ] = None,
+    splits: SplitsOption = "auto",
     seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
     backend: BackendOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.long_runs import pytest_addoption, pytest_configure  # noqa: F401, hooks
 from tqdm import tqdm
 
 _CACHE = tempfile.mkdtemp(prefix="hf-knn-tests-")

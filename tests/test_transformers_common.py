@@ -54,4 +54,4 @@ def test_the_common_tests_of_transformers(source: Path) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 60
+    assert int(passed[1]) > 120  # 138 with transformers 5.23

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
-from ..data.loading import groups_of, ids_of, label_names, load_pictures, paths_of
+from ..data.loading import groups_of, ids_of, label_names, read_source
+from ..data.places import paths_of
 from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
@@ -29,6 +30,7 @@ class DoctorOptions:
     group_by: str | None = None
     seed: int = 0
     json_output: bool = False
+    splits: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Source:
         pictures: all rows that are looked at, split by split.
         places: [N] the row of each picture in the part of its split; -1 for one without a label.
         groups: [N] which belong together; None: each is its own.
+        notes: what was left out, in sentences.
     """
 
     parts: dict[str, Any]
     pictures: Pictures
     places: Ints
     groups: Ints | None
+    notes: list[str]
 
     def picture(self, number: int) -> Any:
         """The undecoded row of a picture: the part and the row in it."""
@@ -65,8 +69,10 @@ def open_source(options: DoctorOptions) -> Source:
     parts: dict[str, Any] = {}
     records: list[tuple[Any, ...]] = []
     names: list[str] = []
-    splits, has_labels = load_pictures(options.pictures)
-    for name, dataset in splits.items():
+    splits = False if options.splits == "none" else None
+    found = read_source(options.pictures, splits)
+    has_labels = found.has_labels
+    for name, dataset in found.splits.items():
         names = label_names(dataset) if has_labels else []
         labels = _labels_or_none(dataset)
         rows = np.arange(len(labels))
@@ -93,6 +99,7 @@ def open_source(options: DoctorOptions) -> Source:
         Pictures(split, np.array(row), np.array(row_id), path, np.array(label), names),
         np.array(place),
         None if options.group_by is None else np.array([numbers[name] for name in group]),
+        found.notes,
     )
 
 

@@ -36,6 +36,7 @@ class Kind(StrEnum):
     EXACT = "exact_duplicate"
     NEAR = "near_duplicate"
     OUTLIER = "outlier"
+    LOOK_ALIKE = "look_alike_classes"
     IMBALANCE = "imbalance"
 
 

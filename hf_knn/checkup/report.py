@@ -31,6 +31,7 @@ TITLES = {
     Kind.EXACT: "Exact duplicates",
     Kind.NEAR: "Near duplicates",
     Kind.OUTLIER: "Outliers",
+    Kind.LOOK_ALIKE: "Classes spelled alike",
     Kind.IMBALANCE: "Small classes",
 }
 ADVICE = {
@@ -52,6 +53,7 @@ ADVICE = {
         "recompressed or slightly cropped copies, or pictures that differ in very little."
     ),
     Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
+    Kind.LOOK_ALIKE: "Merge them if they are one class. Each costs the other its pictures.",
     Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
 }
 _DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
@@ -132,7 +134,7 @@ def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> 
         text.append(label_note(checkup))
     if kind in (Kind.BROKEN, Kind.NO_LABEL):
         return Section(heading, text, tables=[_places(found, checkup.pictures)])
-    if kind is Kind.IMBALANCE:
+    if kind in (Kind.LOOK_ALIKE, Kind.IMBALANCE):
         names = checkup.pictures.label_names
         rows = [(str(names[one.label]), one.detail) for one in found]
         return Section(heading, text, tables=[Table(("class", "what is wrong"), rows)])

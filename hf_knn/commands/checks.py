@@ -27,11 +27,12 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
+from ..data.walk import StoredPictures
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from .console import console, print_json, right
+from .console import console, print_json, right, say_what_was_left_out
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -47,6 +48,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         OSError: if something is not there, or the report cannot be written.
     """
     source = open_source(options)
+    say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
         checkup = check_up(options, source, watch)
 
@@ -74,6 +76,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     words = ["hf-knn", "train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
+    words += [] if options.splits == "auto" else ["--splits", options.splits]
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
         f"{escape(plain(shlex.join(words)))}[/]",
@@ -180,9 +183,10 @@ def inspect_checkpoint(
         checkup = inspect_datastore(store, names, root=root, seed=seed, watch=watch)
         drawing = _map(checkup, seed, watch)
     pictures = checkup.pictures
+    stored = None if root is None else StoredPictures(root)
 
     def show(number: int) -> Image.Image | None:
-        image = None if root is None else open_picture(root, pictures.paths[number])
+        image = None if stored is None else open_picture(stored, pictures.paths[number])
         if image is not None or model.thumbnails is None:
             return image
         return decoded_or_none(model.thumbnails.get(int(pictures.ids[number])))

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
-from ..data.loading import hide_progress_bars
+from ..data.loading import hide_progress_bars, read_labelled
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
 from ..store.folders import exclusive_lock
@@ -79,21 +79,55 @@ def changing(checkpoint: Path) -> Iterator[Path]:
         yield folder
 
 
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
+def metrics_table(metrics: dict[str, float], title: str, prefix: str = "eval_") -> Table:
     """Head, neighbours and blend as a table.
 
     Args:
         metrics: what `KnnTrainer.evaluate` returned.
         title: of the table.
+        prefix: of the numbers to show.
     """
     names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
     table = Table("", *names, title=title, title_justify="left")
     for voice, label in VOICE_NAMES.items():
-        if f"eval_{voice}_top1" in metrics:
-            values = [metrics[f"eval_{voice}_{name}"] for name in ("top1", "mean_class")]
-            tail = [metrics[f"eval_{voice}_{name}"] for name in ("nll", "ece")]
+        if f"{prefix}{voice}_top1" in metrics:
+            values = [metrics[f"{prefix}{voice}_{name}"] for name in ("top1", "mean_class")]
+            tail = [metrics[f"{prefix}{voice}_{name}"] for name in ("nll", "ece")]
             table.add_row(label, *[f"{v:.1%}" for v in values], *[f"{v:.3f}" for v in tail])
     return table
+
+
+def open_labelled(pictures: str, splits: str) -> dict[str, Any]:
+    """The labelled pictures of a command, by split; what was left out is said.
+
+    Args:
+        pictures: see `load_splits`.
+        splits: `auto`, or `none` for folders that are called like splits and are classes.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for pictures that cannot be used, or come without labels.
+    """
+    found = read_labelled(pictures, reading_of(splits))
+    say_what_was_left_out(found.notes)
+    return found.splits
+
+
+def reading_of(splits: str) -> bool | None:
+    """What `--splits` means for `load_splits`."""
+    return False if splits == "none" else None
+
+
+def say_what_was_left_out(notes: Sequence[str]) -> None:
+    """Prints what a loader noticed.
+
+    Args:
+        notes: in sentences.
+    """
+    for note in notes:
+        Console(stderr=True).print(
+            f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False
+        )
 
 
 def say_what_was_skipped(rows: ImageFeatures) -> None:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from ..checkup.examine import check_root, open_picture, pictures_of
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
+from ..data.walk import StoredPictures
 from ..features.backends import check_backend
 from ..model.pictures import small_webp
 from ..store.datastore import Datastore
@@ -137,11 +138,12 @@ def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
         ValueError: if none was found, or the checkpoint holds no rows.
     """
     store = Datastore.from_pretrained(checkpoint)
-    check_root(pictures, pictures_of(store, []))
+    stored = StoredPictures(pictures)
+    check_root(stored, pictures, pictures_of(store, []))
     count = 0
     with zipfile.ZipFile(target, "w") as file:  # stored: WEBP cannot be packed further
         for path in dict.fromkeys(store.paths or []):
-            image = open_picture(pictures, path)
+            image = open_picture(stored, path)
             if image is not None:
                 file.writestr(f"{path}.webp", small_webp(image))
                 count += 1

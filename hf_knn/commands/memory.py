@@ -1,9 +1,9 @@
 """`hf-knn teach | forget | relabel | undo | merge | diff | milvus`: each whole or not at all."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,30 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
+from ..core.plain_json import read_json
+from ..core.reading import CONTENTS_NAME
 from ..data.batches import RowPictures
-from ..data.loading import from_files, load_splits
+from ..data.loading import from_files
 from ..features.extract import extract_features, progress_bars
+from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
+from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
+from ..model.stored import StoredOtherwiseError
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
 from ..store.remote import DatastoreReference, read_manifest
-from .console import changing, console, print_json, say_what_was_skipped
+from .console import (
+    changing,
+    console,
+    open_labelled,
+    print_json,
+    say_what_was_left_out,
+    say_what_was_skipped,
+)
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
@@ -39,9 +51,16 @@ _CACHE_NOTE = (
 
 
 def teach_pictures(
-    checkpoint: Path, pictures: Path, label: str | None, on_bad_image: str, json_output: bool
+    checkpoint: Path,
+    pictures: Path,
+    label: str | None,
+    on_bad_image: str,
+    json_output: bool,
+    splits: str = "auto",
+    again: bool = False,
+    relabel: bool = False,
 ) -> None:
-    """Adds labelled pictures to a checkpoint.
+    """Adds labelled pictures to a checkpoint, of which those that are stored are left out.
 
     Args:
         checkpoint: a folder.
@@ -49,27 +68,40 @@ def teach_pictures(
         label: of all of them; None takes the labels that come with them.
         on_bad_image: `fail` or `skip`.
         json_output: print the receipt as JSON.
+        splits: how folders called like splits are read, `auto` or `none`.
+        again: also add those that are stored with their label.
+        relabel: give those that are stored with another label the new one.
 
     Raises:
         ValueError: for pictures or labels that cannot be used; nothing is changed.
     """
 
     def change(model: KnnForImageClassification) -> Receipt:
-        rows = _labelled(pictures) if label is None else _under_one_label(pictures, label)
+        rows = _labelled(pictures, splits) if label is None else _of_label(pictures, label)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        # where a picture of one's own lies is nobody's business: its name will do
-        paths = found.paths if label is None else [Path(path).name for path in found.paths]
-        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
+        try:
+            receipt = model.teach(
+                features=found.features, contents=found.contents, labels=labels,
+                paths=found.paths or None, again=again, relabel=relabel,
+            )  # fmt: skip
+        except StoredOtherwiseError as error:
+            raise ValueError(_how_to_relabel(error, checkpoint)) from error
         if model.thumbnails is not None:
-            model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
+            taken = found.ids[rows_but(len(found), torch.tensor(receipt.skipped).long())]
+            ids = receipt.ids[len(receipt.old_labels) :]
+            model.keep_thumbnails(RowPictures(rows, ids, taken.tolist()))
         return receipt
 
-    _change(checkpoint, change, json_output)
-    if not json_output:
+    receipt = _change(checkpoint, change, json_output)
+    if json_output:
+        return
+    if receipt.scope == Scope.NOTHING:
+        console.print("Nothing was changed.")
+    else:
         place = escape(str(checkpoint))
         console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
 
@@ -114,6 +146,9 @@ def forget_rows(
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
+            known = model.memory.contents
+            if known is not None:
+                known.only(wanted.tolist()).save(backup)
             text = json.dumps(names, ensure_ascii=False)
             (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
@@ -165,9 +200,12 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
         if _holds_datastore_alone(other):
             store = Datastore.from_pretrained(other)
             _check_maker(store, checkpoint, other)
-            return model.merge(store, _classes_of(Path(other)))
+            kept = Path(other) / CONTENTS_NAME  # believed of the rows that it was made with
+            known = Contents.load(kept if kept.is_file() else None)
+            return model.merge(store, _classes_of(Path(other)), known)
         second = KnnForImageClassification.from_pretrained(other)
-        return model.merge(_store(second, Path(other)), second.config.class_names)
+        rows, names = _store(second, Path(other)), second.config.class_names
+        return model.merge(rows, names, second.memory.contents)
 
     _change(checkpoint, change, json_output)
 
@@ -197,11 +235,7 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
     """What `undo` did where it found an interrupted change, which no receipt speaks of."""
     state, store = model.fingerprint_rows(), model.datastore
     assert store is not None  # it has just been counted
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Receipt(
-        Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
-        notes=["nothing else was undone"],
-    )  # fmt: skip
+    return Receipt.nothing(Change.UNDO, len(store), state, ["nothing else was undone"])
 
 
 def _change(
@@ -209,7 +243,7 @@ def _change(
     change: Callable[[KnnForImageClassification], Receipt],
     json_output: bool,
     after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
-) -> None:
+) -> Receipt:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     with changing(checkpoint) as folder:
         was_interrupted = settle(folder)
@@ -227,36 +261,53 @@ def _change(
         else:
             with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
                 receipt = change(model)
-                model.save_pretrained(checkpoint)
+                if receipt.scope != Scope.NOTHING:
+                    model.save_pretrained(checkpoint)
     if json_output:
         print_json(asdict(receipt))
-        return
+        return receipt
     console.print(escape(str(receipt)), soft_wrap=True)
-    if receipt.action != "forget":
+    if receipt.action != "forget" and receipt.ids:
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
     for note in receipt.notes:
         console.print(f"Note: {escape(note)}.", soft_wrap=True)
+    return receipt
 
 
-def _labelled(pictures: Path) -> Any:
-    """Pictures that come with their labels."""
-    splits = load_splits(str(pictures))
+def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
+    """What was refused, with the commands that do it."""
+    place, rows = shlex.quote(str(checkpoint)), sum(map(len, error.moves.values()))
+    if rows > _SHOWN:
+        return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
+    commands = [
+        f"hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} --label {shlex.quote(label)}"
+        for label, ids in error.moves.items()
+    ]
+    return (
+        f"{error.problem} Nothing was changed; {' and '.join(commands)} gives them the new label, "
+        "and this command with --relabel does that and teaches the rest."
+    )
+
+
+def _labelled(pictures: Path, how: str) -> Any:
+    """Pictures that come with their labels: of a split `train`, or the only one there is."""
+    splits = open_labelled(str(pictures), how)
     if len(splits) > 1 and "train" not in splits:
         raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
-    return splits.get("train", next(iter(splits.values())))
+    name = "train" if "train" in splits else next(iter(splits))
+    others = [other for other in splits if other != name]
+    if others:
+        said = ", ".join(f"{other} ({len(splits[other])} pictures)" for other in others)
+        say_what_was_left_out([f"Only the split {name} is taught; left out: {said}."])
+    return splits[name]
 
 
-def _under_one_label(pictures: Path, label: str) -> Any:
-    """One picture, or all files of a folder, under one label."""
-    if not pictures.exists():
-        raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
-    files = [pictures]
-    if pictures.is_dir():
-        files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
-    if not files:
-        raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
-    return from_files(files, label)
+def _of_label(pictures: Path, label: str) -> Any:
+    """One picture, or all below a folder, under one label."""
+    found = from_files(pictures, label)
+    say_what_was_left_out(found.notes)
+    return found.splits["train"]
 
 
 def _store(model: KnnForImageClassification, place: Path) -> RowStore:
@@ -279,7 +330,7 @@ def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
 def _classes_of(folder: Path) -> list[str] | None:
     """The classes of a backup; None for a datastore that does not say what its numbers mean."""
     path = folder / _CLASSES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _holds_datastore_alone(name: str) -> bool:

@@ -15,6 +15,7 @@ from ..checkup.examine import open_picture
 from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
+from ..data.walk import StoredPictures
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails, features_of
@@ -89,6 +90,7 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
     model = KnnForImageClassification.from_pretrained(checkpoint)
+    stored = None if options.pictures is None else StoredPictures(options.pictures)
     decoded = [read_picture(path, number) for number, path in enumerate(images)]
     found = model.explain(decoded, max_error=options.max_error)
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
@@ -96,8 +98,17 @@ def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOpti
         print_json([{"image": str(p)} | _as_dict(e) for p, e in zip(images, found, strict=True)])
     if options.page is not None:
         pairs = zip(images, decoded, found, strict=True)
-        show = partial(_stored, options.pictures, model.thumbnails)
+        seen: dict[int, bool] = {}
+        show = partial(_stored, stored, model.thumbnails, seen)
         sections = [_section(path, image, one, options, show) for path, image, one in pairs]
+        if stored is not None and not all(seen.values()):
+            missed = (
+                f"Stored pictures of this page: {sum(seen.values())} of {len(seen)} found under "
+                f"{options.pictures}; pass the folder that their paths are relative to."
+            )
+            remarks.append(missed)
+            if not options.json_output:
+                console.print(f"[yellow]{escape(missed)}[/]", soft_wrap=True)
         lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
         write_page(options.page, "Answers and their reasons", sections, lead)
         if not options.json_output:
@@ -280,9 +291,15 @@ def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Til
     return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
 
 
-def _stored(root: Path | None, thumbnails: Thumbnails | None, voter: Voter) -> str | None:
+def _stored(
+    pictures: StoredPictures | None,
+    thumbnails: Thumbnails | None,
+    seen: dict[int, bool],
+    voter: Voter,
+) -> str | None:
     """A stored picture: from the folder, else from the checkpoint; None where it is in neither."""
-    image = None if root is None else open_picture(root, voter.path)
+    image = None if pictures is None else open_picture(pictures, voter.path)
+    seen[voter.row_id] = image is not None
     if image is not None:
         return thumbnail(image)
     small = None if thumbnails is None else thumbnails.get(voter.row_id)

@@ -15,16 +15,11 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from hf_knn_cli.train_options import (
-    FINE_TUNING_EPOCHS,
-    FINE_TUNING_LEARNING_RATE,
-    HEAD_EPOCHS,
-    HEAD_LEARNING_RATE,
-    TrainOptions,
-)
+from hf_knn_cli.train_options import TrainOptions
 
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
@@ -35,7 +30,8 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import console, open_labelled, say_what_was_skipped
+from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -44,8 +40,6 @@ VALIDATION_SHARE = 0.1
 _PICTURES_SHOWN = 6
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
-
-_HEAD_BATCH = 256
 
 _RATES = ("epochs", "learning_rate")
 _FINE_TUNING_ALONE = (
@@ -77,8 +71,8 @@ def train_pictures(options: TrainOptions) -> None:
     started = time.perf_counter()
     _check(options)
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
-    names = list(splits["train"].features["label"].names)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
@@ -140,7 +134,9 @@ def _report(
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (options.output / "report.json").write_text(text + "\n", encoding="utf-8")
     if metrics:
-        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+        names = stored_names(model, parts.test) if is_known else []
+        print_measured(metrics, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
     console.print(f"Saved {options.output} after {seconds:.0f} s: {store}.")
     console.print(
@@ -293,7 +289,8 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "freeze_backbone": not options.fine_tune,
-        "weight_decay": 0.1,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
         "knn_loss_alpha": options.alpha,
         "class_weights": options.class_weights,
         "label_smoothing_factor": options.label_smoothing,
@@ -344,21 +341,11 @@ def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
-    return {
-        "num_train_epochs": options.epochs or HEAD_EPOCHS,
-        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
-        "per_device_train_batch_size": _HEAD_BATCH,
-        "probe_grid": options.sweep,
-        "save_strategy": "no",
-    }
+    return {"probe_grid": options.sweep, "save_strategy": "no"}
 
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
-        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "feature_precision": options.precision,

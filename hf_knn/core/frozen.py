@@ -167,12 +167,9 @@ def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise not_tensors(record, error) from error
-
-
-def not_tensors(record: FileRecord, error: Exception) -> DatastoreError:
-    """The error for a row file that cannot be read."""
-    return DatastoreError(f"Expected {record.name} to be a safetensors file, but: {error}")
+        raise DatastoreError(
+            f"Expected {record.name} to be a safetensors file, but: {error}"
+        ) from error
 
 
 def take(tensors: dict[str, Tensor], key: str, record: FileRecord) -> Tensor:

@@ -6,15 +6,78 @@ it names are exactly what it says, or the datastore is refused.
 
 import hashlib
 import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .config import Normalization, Pooling, check_metric
-from .files import HASH_BLOCK, MANIFEST_NAME, DatastoreError, FileRecord
+from .plain_json import DatastoreError, read_json
 from .votes import Metric
+
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+_SEEKING = threading.Lock()
+
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The hex sha256 of the file and of each block.
+    """
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors.
+
+    Args:
+        read: its bytes from a position on, at most so many.
+        count: how many blocks; what lies beyond belongs to the last one.
+
+    Returns:
+        The hex sha256 of each block.
+    """
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := read(position, min(_READ_BYTES, end - position)):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
@@ -22,17 +85,107 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
-_LARGEST_MANIFEST = 64 * 2**20
 
 
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Measures a file."""
+        sha256, blocks = hash_blocks(path)
+        return cls(path.name, path.stat().st_size, sha256, blocks)
+
+    def verify_size(self, path: Path | None) -> Path:
+        """Compares a file's size with its record, without reading it.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        if path is None or not path.is_file():
+            raise DatastoreError(
+                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
+                "download or save the checkpoint again."
+            )
+        size = path.stat().st_size
+        if size != self.size:
+            raise DatastoreError(
+                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
+                "the file is truncated or from another save, download or save it again."
+            )
+        return path
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record, byte for byte.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Returns:
+            The path.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        path = self.verify_size(path)
+        with path.open("rb") as file:
+            self.compare(partial(read_at, file))
+        return path
+
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record.
+
+        Args:
+            path: where the file should be; None if it could not be found.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once.
+
+        Args:
+            read: its bytes from a position on, at most so many.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        found = hash_read_blocks(read, len(self.blocks))
+        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
+            if mine != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
+                    "save, download or save it again."
+                )
 
 
 @dataclass(frozen=True)
@@ -123,7 +276,7 @@ class Manifest:
         Raises:
             DatastoreError: naming the field, what was wanted and what was found.
         """
-        return cls.parse(read_values(path))
+        return cls.parse(read_json(path))
 
     @classmethod
     def parse(cls, values: Any) -> "Manifest":
@@ -174,23 +327,6 @@ class Manifest:
                 f"{available} bytes."
             )
         return manifest
-
-
-def read_values(path: Path) -> Any:
-    """The decoded JSON of a `datastore.json`, unchecked.
-
-    Args:
-        path: the file.
-
-    Raises:
-        DatastoreError: if it is too large, or no JSON.
-    """
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
 
 
 def signed_json(values: dict[str, Any]) -> str:

@@ -30,11 +30,17 @@ from .manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from .plain_json import read_json
 
 logger = logging.getLogger(__name__)
 
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
+
+CONTENTS_NAME = "contents.safetensors"
+"""File of a checkpoint: ids, marks of the rows, and prints of their pictures."""
+
+_NO_WEIGHTS = (THUMBNAILS_NAME, CONTENTS_NAME)
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
@@ -183,6 +189,9 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
     if any(name not in found for name in names):
         return damaged[0]
     processor = resolve(IMAGE_PROCESSOR_NAME)
+    if processor is not None and not binding.processor:
+        logger.warning("%s was put beside a datastore saved without one: they must fit.", processor)
+        processor = None
     try:
         pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
         now = fingerprint_files([found[name] for name in names], processor, pooling)
@@ -218,7 +227,7 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     if weight_sum is not None:
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     names = [CONFIG_NAME, *(path.name for path in weights)]
-    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    others = (SAFE_WEIGHTS_INDEX_NAME, *_NO_WEIGHTS)
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
@@ -235,7 +244,8 @@ def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding |
     """
     name = str(dtype).removeprefix("torch.")
     binding = bind(folder, pooling, name)
-    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+    alike = binding.fingerprint, _combine(binding.weights, "", binding.pooling)
+    if before is None or before.dtype != name or before.fingerprint in alike:
         return binding
     logger.warning(
         "The datastore was not made by the backbone, image processor and pooling as they are now; "
@@ -304,7 +314,7 @@ def hash_settings(settings: dict[str, Any]) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+    return name.endswith(".safetensors") and name not in _NO_WEIGHTS
 
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:
@@ -314,10 +324,7 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise DatastoreError(
             f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "

@@ -28,7 +28,7 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"tf32": 2.0**-9, "bf16": 2.0**-6}
+_SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
 """What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
@@ -189,13 +189,12 @@ def float32_rounding(width: int) -> float:
 
 def shortcut() -> float:
     """How much further off torch's settings let it be, on a GPU or a CPU."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # new settings; they say what old ones were set to, too
-        mkldnn: Any = torch.backends.mkldnn
-        found = (matmul.fp32_precision, mkldnn.matmul.fp32_precision)
-        return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
-    old = {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "")
-    return _SHORTCUTS.get(old, 0.0)
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
+    # new settings, which say what the old ones were set to, too
+    found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+    return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .splits import few_rows as few_rows
     from .splits import few_shots as few_shots
     from .splits import stratified_folds as stratified_folds
+    from .walk import StoredPictures as StoredPictures
 
 _HOMES = {
     "BadImageError": "decode",
+    "StoredPictures": "walk",
     "datastore_as_dataset": "loading",
     "decode_image": "decode",
     "few_rows": "splits",

@@ -7,13 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from .augmentation import EPOCH, Augment
 from .decode import BadImageError, decode_image, read_picture
 
-IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
+IMAGE, LABEL, SAMPLE_ID, PATH = "image", "label", "sample_id", "path"
+
+CONTENT_BYTES = 16
+"""Of the print of a picture, see `content_of`."""
 
 
 class BadRow(NamedTuple):
@@ -32,14 +37,49 @@ class Batch(NamedTuple):
         pixel_values: [B, 3, H, W] float32; without the bad rows.
         rows: the row numbers of what was decoded, length B.
         bad: the rows that could not be decoded.
+        contents: [B, 16] uint8, their prints, see `content_of`; None where nobody asked.
     """
 
     pixel_values: Tensor | None
     rows: list[int]
     bad: list[BadRow]
+    contents: NDArray[np.uint8] | None = None
 
 
-def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
+def content_of(image: Image.Image) -> bytes:
+    """A print of a picture: 16 bytes, the xxh3_128 of its size and of its pixels.
+
+    It is equal for files of one picture that were renamed, saved again without loss, or rid of
+    their metadata. Nobody can get the picture from it, but whoever has a picture can tell whether
+    it is the same.
+
+    Args:
+        image: RGB, as `decode_image` returns it.
+    """
+    total = xxhash.xxh3_128(f"{image.width} {image.height} ".encode())
+    total.update(image.tobytes())
+    return total.digest()
+
+
+def contents_of(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    """[B, 16] uint8: the prints of B pictures, see `content_of`."""
+    joined = b"".join(map(content_of, images))
+    return np.frombuffer(joined, np.uint8).reshape(-1, CONTENT_BYTES)
+
+
+class Pixels(NamedTuple):
+    """Pictures that are no rows of a dataset.
+
+    Attributes:
+        values: [B, 3, H, W].
+        contents: [B, 16] uint8, their prints, see `content_of`; None if pixel values were given.
+    """
+
+    values: Tensor
+    contents: NDArray[np.uint8] | None
+
+
+def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Pixels]:
     """Pixels of pictures that are no rows of a dataset, batch by batch.
 
     Args:
@@ -48,7 +88,7 @@ def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
         size: pictures per batch.
 
     Yields:
-        [B, 3, H, W].
+        B pictures.
 
     Raises:
         BadImageError: naming the picture that cannot be read.
@@ -61,13 +101,15 @@ def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
         )
     for start in range(0, len(images), size):
         part = images[start : start + size]
-        if not isinstance(part, Tensor):
-            part = pixels_of([read_picture(one, n) for n, one in enumerate(part, start)], processor)
-        yield part
+        if isinstance(part, Tensor):
+            yield Pixels(part, None)
+            continue
+        pictures = [read_picture(one, number) for number, one in enumerate(part, start)]
+        yield Pixels(pixels_of(pictures, processor), contents_of(pictures))
 
 
 def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
-    """Decodes some rows and runs the image processor on them.
+    """Decodes some rows, runs the image processor on them, and takes their prints.
 
     Args:
         dataset: prepared.
@@ -77,9 +119,10 @@ def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
     entries = dataset[list(rows)]
     pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
     items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
-    pixels, good, bad = process_rows(items, processor)
+    images, good, bad = _decode_rows(items, None)
     named = [row._replace(row=int(rows[row.row])) for row in bad]
-    return Batch(pixels, [int(rows[place]) for place in good], named)
+    pixels = pixels_of(images, processor) if images else None
+    return Batch(pixels, [int(rows[place]) for place in good], named, contents_of(images))
 
 
 def process_rows(
@@ -92,7 +135,18 @@ def process_rows(
         processor: an image processor.
         augment: what the pictures go through first; the rows then have an `epoch`.
     """
-    images, good, bad = [], [], []
+    images, good, bad = _decode_rows(items, augment)
+    options = {} if augment is None else augment.processor_options
+    return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
+
+
+def _decode_rows(
+    items: list[dict[str, Any]], augment: Augment | None
+) -> tuple[list[Any], list[int], list[BadRow]]:
+    """Pictures, augmented if wanted, their places in the list, and those that cannot be decoded."""
+    images: list[Any] = []
+    good: list[int] = []
+    bad: list[BadRow] = []
     for place, item in enumerate(items):
         try:
             image = _decode_entry(item[IMAGE])
@@ -103,8 +157,7 @@ def process_rows(
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
             bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
-    options = {} if augment is None else augment.processor_options
-    return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
+    return images, good, bad
 
 
 def pixels_of(images: Sequence[Any], processor: Any, **options: Any) -> Tensor:
@@ -232,7 +285,7 @@ class KnnCollator:
             return rows.columns
         if "features" in rows[0]:
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pixel_values, good, bad = process_rows(rows, self.processor, self.augment)
+        pixel_values, good, bad, _ = process_rows(rows, self.processor, self.augment)
         if bad and (self.on_bad_image == "fail" or not good):
             raise ValueError(
                 f"Expected pictures that can be decoded, but {bad[0].path or 'a picture'} "

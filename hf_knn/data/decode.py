@@ -11,6 +11,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
+    ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heif", ".hif",
+)  # fmt: skip
+"""How the names of pictures end that are read, in lower case; HEIC with the extra `heic`."""
+
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..core.backbone import extract
 from ..core.config import KnnConfig
+from ..core.plain_json import read_json
 from ..store.folders import written_whole
 from .cache import cache_root, short_name
 from .encoders import (
@@ -413,7 +414,7 @@ def _key_of(work: Work) -> str:
 def _read(place: Path) -> dict[str, float] | None:
     """What was measured, of the backends that are installed; None if nothing was."""
     try:
-        measured = json.loads(place.read_text(encoding="utf-8"))["pictures_per_second"]
+        measured = read_json(place)["pictures_per_second"]
         rates = {str(name): float(rate) for name, rate in measured.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or damaged: measured again

@@ -8,18 +8,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.backbone import split_features
+from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..data.splits import Fold
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
+from ..model.stored import find_copies
 from .blend import Grid, TuneResult, default_grid, has_few_labels, tune
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
 _ROWS = 1024
+_SAME = 2
+"""Of the nearest rows, so many are looked at: a stored copy is among them."""
+
+_WITHOUT_STORED = "without_stored_"
 _VOICES = ("head", "knn", "blend")
+_STORED_NOTE = "{} of {} pictures are stored in the model and were left out."
+_ALL_STORED_NOTE = "All of them are stored in the model: this is no measure of what it can do."
 _OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 
@@ -143,28 +151,86 @@ def measure_voices(
         device: of the head.
 
     Returns:
-        The numbers by name, and the reliability of the blend, see `metrics.reliability`.
+        The numbers by name, and the reliability of the blend, see `metrics.reliability`. `stored`
+        is how many of the rows are in the datastore, so that they are judged by their own copies;
+        if some are, there are all numbers `without_stored_…` too, and the reliability is that of
+        the others.
     """
     voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
-    classes = model.config.classes
+    classes, nearest = model.config.classes, []
     with evaluating(model):
         for rows in torch.arange(len(features)).split(_ROWS):
-            output = model(features=features.features[rows].to(device))
+            output = model(features=features.features[rows].to(device), return_neighbors=True)
+            if output.neighbors is not None:
+                nearest.append(output.neighbors.ids[:, :_SAME])
             head = functional.log_softmax(output.head_logits.float(), dim=-1)
             missing = (0, classes - head.shape[1])
             voices["head"].append(functional.pad(head, missing, value=-torch.inf))
-            voices["blend"].append(output.logits)
+            voices["blend"].append(voices["head"][-1])
             if output.knn_log_probs is not None:
                 voices["knn"].append(output.knn_log_probs)
+                voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
     joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
+    labels, count = features.labels, len(features)
+    results = _numbers(joint, labels)
+    stored = stored_places(model, features, torch.cat(nearest) if nearest else None)
+    results["stored"] = len(stored)
+    if 0 < len(stored) < count:
+        rest = rows_but(count, stored)
+        joint, labels = {voice: said[rest] for voice, said in joint.items()}, labels[rest]
+        others = _numbers(joint, labels)
+        results |= {f"{_WITHOUT_STORED}{name}": value for name, value in others.items()}
+    return results, reliability(joint["blend"], labels)
+
+
+def _numbers(joint: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
     results: dict[str, float] = {}
     for voice, log_probs in joint.items():
-        scores = measure(floor_log_probs(log_probs), features.labels)
+        scores = measure(log_probs, labels)
         results |= {f"{voice}_{name}": value for name, value in scores.items()}
     if "knn" in joint:
-        results |= complementarity(joint["head"], joint["knn"], joint["blend"], features.labels)
-    results |= {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
-    return results, reliability(joint["blend"], features.labels)
+        results |= complementarity(joint["head"], joint["knn"], joint["blend"], labels)
+    return results | {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
+
+
+def stored_places(
+    model: KnnForImageClassification, features: ImageFeatures, nearest: Tensor | None = None
+) -> Tensor:
+    """Which pictures a model has in its datastore: the same pixels, or the same features.
+
+    Args:
+        model: with a datastore or without.
+        features: N pictures.
+        nearest: [N, n] ids of the nearest rows of each, if they were searched for already.
+
+    Returns:
+        [M] int64, their places, ascending.
+    """
+    if model.datastore is None:
+        return torch.empty(0, dtype=torch.int64)
+    _, rows = split_features(features.features, model.config)
+    known = model.memory.contents
+    copies = find_copies(model.datastore, known, rows, features.contents, nearest)
+    return torch.tensor([place for place, ids in enumerate(copies) if ids], dtype=torch.int64)
+
+
+def rows_but(count: int, places: Tensor) -> Tensor:
+    """[N - M] int64: the places that are not named.
+
+    Args:
+        count: N.
+        places: [M] int64 below N.
+    """
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[places] = False
+    return kept.nonzero().flatten()
+
+
+def _blend(config: KnnConfig, head: Tensor, votes: Tensor) -> Tensor:
+    """[B, C] `logits` of a model without the floor: -inf for a class that neither voice knows."""
+    blend = blend_log_probs(head, votes, config.knn_weight, config.blended_classes)
+    softened = soften(blend, config.blend_temperature)
+    return softened.masked_fill(blend == -torch.inf, -torch.inf)
 
 
 def describe_measurement(
@@ -183,15 +249,27 @@ def describe_measurement(
         dataset: the pictures, as given to `evaluate`.
         is_tuned_on: whether k, temperature and λ were chosen on them.
     """
-    numbers = {f"eval_{k.removeprefix(f'{prefix}_')}": v for k, v in metrics.items()}
-    voices = {k: v for k, v in numbers.items() if "_per_second" not in k and "runtime" not in k}
+    numbers = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items()}
+    stored, notes = int(numbers.pop("stored", 0)), [_OWN_NOTE] if is_tuned_on else []
+    others = {
+        k.removeprefix(_WITHOUT_STORED): v
+        for k, v in numbers.items()
+        if k.startswith(_WITHOUT_STORED)
+    }
+    if stored:
+        notes.append(_STORED_NOTE.format(stored, rows) if others else _ALL_STORED_NOTE)
+    voices = {
+        f"eval_{k}": v
+        for k, v in (others or numbers).items()
+        if "_per_second" not in k and "runtime" not in k
+    }
     info = getattr(dataset, "info", None)
     return {
         "metrics": voices,
-        "rows": rows,
+        "rows": rows - stored if others else rows,
         "dataset": getattr(info, "dataset_name", None) or "",
         "split": str(getattr(dataset, "split", None) or ""),
-        "note": _OWN_NOTE if is_tuned_on else "",
+        "note": " ".join(notes),
     }
 
 

@@ -72,6 +72,7 @@ def upper_bounds(
 
 
 CALIBRATION_BINS = 15
+_FLOAT32_ERROR = 1e-5  # of log(1e-12)
 ALL = "all"
 
 COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
@@ -81,21 +82,40 @@ Scores = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
+def is_possible(log_probs: Scores) -> NDArray[np.bool_]:
+    """[N, C] which classes were given any probability: a class without a vote is no answer.
+
+    Such a class has -inf, or the floor that stands for it in `logits`. What a very sure head says
+    of the other classes lies below the floor, and counts.
+
+    Args:
+        log_probs: [N, C].
+    """
+    is_floor = np.abs(log_probs - np.log(PROBABILITY_FLOOR)) < _FLOAT32_ERROR
+    return (log_probs > -np.inf) & ~is_floor
+
+
+def answers_of(log_probs: Scores) -> Labels:
+    """[N] the most probable class of each picture, the lowest of equal ones; -1 where none is."""
+    return np.where(is_possible(log_probs).any(axis=1), log_probs.argmax(axis=1), -1)
+
+
 def top_k_accuracy(log_probs: Scores, labels: Labels, k: int) -> float:
     """Share of pictures whose label is among the k most probable classes.
 
     Args:
-        log_probs: [N, C].
+        log_probs: [N, C]; classes without any probability are not counted, see `is_possible`.
         labels: [N].
         k: from 1; more than C counts as C.
     """
     best = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]  # the lower of equal classes first
-    return float((best == labels[:, None]).any(axis=1).mean())
+    found = (best == labels[:, None]) & np.take_along_axis(is_possible(log_probs), best, axis=1)
+    return float(found.any(axis=1).mean())
 
 
 def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
     """Mean over the classes that occur of their top-1 accuracy."""
-    predicted = log_probs.argmax(axis=1)
+    predicted = answers_of(log_probs)
     present = np.unique(labels)
     return float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0))
 
@@ -127,7 +147,7 @@ def calibration_bins(log_probs: Scores, labels: Labels, bins: int) -> list[list[
         Mean confidence, accuracy and number of pictures of each bin.
     """
     confidence = np.exp(log_probs.max(axis=1))
-    correct = (log_probs.argmax(axis=1) == labels).astype(np.float64)
+    correct = (answers_of(log_probs) == labels).astype(np.float64)
     parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
     return [[float(confidence[p].mean()), float(correct[p].mean()), float(len(p))] for p in parts]
 
@@ -183,7 +203,7 @@ def score_log_probs(log_probs: Scores, labels: Labels) -> dict[str, float]:
     """All metrics of one voice, from arrays.
 
     Args:
-        log_probs: [N, C] float64, floored log-probabilities.
+        log_probs: [N, C] float64 log-probabilities; -inf or log(1e-12) for a class without any.
         labels: [N] int64.
 
     Returns:
@@ -238,7 +258,7 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     """All metrics of one voice.
 
     Args:
-        log_probs: [N, C], floored log-probabilities.
+        log_probs: [N, C] log-probabilities; -inf or log(1e-12) for a class without any.
         labels: [N] int64.
 
     Returns:
@@ -264,9 +284,10 @@ def complementarity(head: Tensor, knn: Tensor, blend: Tensor, labels: Tensor) ->
         `both_wrong`: share of pictures at which both err. `oracle`: accuracy of an oracle that
         picks the right voice, 1 - both_wrong. `blend_gain`: top-1 of the blend minus the head's.
     """
+    wanted = labels.cpu().numpy()
     head_right, knn_right, blend_right = (
-        voice.argmax(dim=1) == labels.to(voice.device) for voice in (head, knn, blend)
+        answers_of(voice.double().cpu().numpy()) == wanted for voice in (head, knn, blend)
     )
-    both_wrong = float((~head_right & ~knn_right).double().mean())
-    gain = float(blend_right.double().mean() - head_right.double().mean())
+    both_wrong = float((~head_right & ~knn_right).mean())
+    gain = float(blend_right.mean() - head_right.mean())
     return {"both_wrong": both_wrong, "oracle": 1 - both_wrong, "blend_gain": gain}

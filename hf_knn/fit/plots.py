@@ -112,14 +112,14 @@ def draw_neighbors(
             said = f"{names[found]}\n{float(near.similarities[row, place]):.2f}"
             picture = stored_picture(int(near.ids[row, place]))
             _show(axes[row][place + 1], picture, said, found == label)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def _show(axes: Any, picture: Image, title: str, is_right: bool) -> None:
     axes.imshow(picture.convert("RGB"), interpolation="nearest")
-    axes.set_title(title, fontsize=7)
+    axes.set_title(title, fontsize=7, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -30,7 +30,7 @@ from .temperature import Margins, mean_loss, search_temperature
 RELATIVE_REGULARIZERS = tuple(10 ** (power / 2) for power in range(-8, 5))
 """What is tried, times the mean eigenvalue of the centred Gram matrix: 1e-4 to 100."""
 
-_KEPT_LOGITS = 2**27  # numbers, a GB; more are computed again for every step
+_KEPT_LOGITS = 2**26  # numbers, half a GB; more are computed again for every step
 
 
 class RidgeCriterion(StrEnum):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.manifest import SHA256_PATTERN, STORAGE_DTYPES, DatastoreError, Fields
+from ..core.plain_json import parse_json
 from ..core.search import Singles
 from ..store.remote import check_name
 from ..store.table import StoredRows, combine
@@ -130,9 +131,9 @@ class About:
             DatastoreError: naming the field, what was wanted and what was found.
         """
         try:
-            values = json.loads(row["facts"])
+            values = parse_json(row["facts"], "its facts")
             mean = np.frombuffer(base64.b64decode(row["mean"], validate=True), "<f4")
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise DatastoreError(f"Expected the record of a datastore, but got: {error}") from None
         fields = Fields(values, "about.")
         if fields.count("format") != _FORMAT:

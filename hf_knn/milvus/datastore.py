@@ -15,7 +15,8 @@ from ..core.manifest import Binding, IndexInfo
 from ..core.rows import Values
 from ..core.search import Neighbors, check_request
 from ..store.datastore import Datastore
-from ..store.index import FLAT, MIN_RECALL
+from ..store.index import MIN_RECALL
+from ..store.kinds import FLAT
 from ..store.remote import (
     DatastoreReference,
     RemoteConsent,

@@ -14,7 +14,8 @@ from transformers.utils.logging import tqdm
 from ..core.manifest import DatastoreError
 from ..core.rows import RowParts
 from ..store.datastore import Datastore
-from ..store.index import FLAT, MIN_RECALL
+from ..store.index import MIN_RECALL
+from ..store.kinds import FLAT
 from ..store.remote import DatastoreReference
 from ..store.searcher import IndexSpace
 from ..store.table import StoredRows, sum_of

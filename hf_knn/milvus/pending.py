@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.manifest import MANIFEST_NAME, DatastoreError
+from ..core.plain_json import parse_json
 from ..store.folders import give_default_mode, write_durably
 from ..store.remote import (
     PENDING_NAME,
@@ -215,9 +216,10 @@ def _parsed(facts: dict[str, str], tensors: dict[str, Tensor]) -> Pending:
         raise ValueError(f"it is not of the format {_FORMAT}")
     if facts.pop("sha256", "") != _hash(facts, tensors):
         raise ValueError("it is damaged")
-    before, after = (About.from_row(json.loads(facts[name])) for name in ("before", "after"))
+    rows = (parse_json(facts[name], PENDING_NAME) for name in ("before", "after"))
+    before, after = (About.from_row(row) for row in rows)
     ids, labels, features, added, texts = (tensors[name].numpy() for name in _TENSORS)
-    paths, splits = json.loads(texts.tobytes())
+    paths, splits = parse_json(texts.tobytes(), PENDING_NAME)
     old = StoredRows(ids, labels, features, paths, splits)
     return Pending(facts["uri"], Reversal(before, after, old, added.tolist()))
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.plain_json import read_json
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
 
@@ -49,6 +50,11 @@ _PICTURES = {
 }
 
 _LARGEST_PICTURE = 5 * 10**6
+_LONGEST_TEXT = 200
+_HUB_ID = re.compile(r"(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
+# all that Markdown, its tables, its links or formulas begin or end with
+_MARKUP = re.compile(r"[\\`*_{}\[\]()|~#$^!=+]|\.(?=[^\W\d])|/(?=/)")
+_LINK = re.compile(r"(?:https?|ftp|www)(?=\\?[:.])|@(?=[^\W\d]|[\w.-]*\\?\.)", re.IGNORECASE)
 _COLUMNS = {
     "top1": "top-1",
     "mean_class": "mean per class",
@@ -63,16 +69,16 @@ def read_measured(path: Path | None) -> dict[str, Any] | None:
     Args:
         path: of `measured.json`; None if there is none.
     """
-    if path is None or path.stat().st_size > _LARGEST_MEASUREMENT:
+    if path is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, _LARGEST_MEASUREMENT)
         metrics = {str(k): float(v) for k, v in found["metrics"].items()}
         known = {"metrics": metrics, "rows": int(found["rows"])}
         bins = [[float(value) for value in row] for row in found.get("reliability", [])]
         known["reliability"] = [row for row in bins if len(row) == _BIN_WIDTH]
         return known | {name: str(found.get(name, "")) for name in ("dataset", "split", "note")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         logger.warning("Expected %s to hold metrics and rows, but: %r.", path.name, error)
         return None
 
@@ -163,12 +169,13 @@ def _metadata(
 ) -> Any:
     measured = model.measured or {}
     metrics, dataset = measured.get("metrics", {}), measured.get("dataset") or "pictures"
+    split = _plain(measured.get("split") or "")
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type="image-folder",
-            dataset_name=dataset,
-            dataset_split=measured.get("split") or None,
+            dataset_name=_plain(dataset),
+            dataset_split=split or None,
             metric_type="accuracy",
             metric_name=f"top-1 ({label})",
             metric_value=metrics[f"eval_{voice}_top1"],
@@ -182,13 +189,12 @@ def _metadata(
         "pipeline_tag": "image-classification",
         "tags": [*dict.fromkeys([*(kept.pop("tags", None) or []), "knn", "hf-knn"])],
     }
-    base = getattr(model.config, "base_model", None)
-    if base:
-        ours["base_model"] = base
+    if base := _hub_ids(getattr(model.config, "base_model", None)):
+        ours["base_model"] = base[0]
     source = {} if model.datastore is None else model.datastore.source
-    if source.get("revision"):  # known on the Hub
-        known = kept.pop("datasets", None) or []
-        ours["datasets"] = [*dict.fromkeys([*known, source["dataset"]])]
+    named = _hub_ids(source.get("dataset")) if source.get("revision") else []  # it is on the Hub
+    if named:
+        ours["datasets"] = [*dict.fromkeys([*(kept.pop("datasets", None) or []), *named])]
     if license_name:
         ours["license"] = license_name
     if results:
@@ -200,7 +206,7 @@ def _metadata(
 def _body(
     model: "KnnForImageClassification", name: str, drawn: list[str], folder: Path | None
 ) -> str:
-    config = model.config
+    config, quoted = model.config, json.dumps(_plain(name), ensure_ascii=False)
     lines = [
         "An image classifier that also remembers: a head on a vision backbone, blended with the "
         "votes of the nearest training pictures.",
@@ -211,12 +217,12 @@ def _body(
         "from transformers import AutoModelForImageClassification, pipeline",
         "",
         "# without the package: the code comes with the repository",
-        f'model = AutoModelForImageClassification.from_pretrained("{_text(name)}", '
+        f"model = AutoModelForImageClassification.from_pretrained({quoted}, "
         "trust_remote_code=True)",
         "",
         "# with it",
         "import hf_knn",
-        f'pipeline("image-classification", model="{_text(name)}")("picture.jpg")',
+        f'pipeline("image-classification", model={quoted})("picture.jpg")',
         "```",
         "",
         "## Measured",
@@ -264,9 +270,8 @@ def _measured(model: "KnnForImageClassification") -> list[str]:
     source = _text(measured.get("dataset") or "a dataset without a name")
     split = f", split {_text(measured['split'])}" if measured.get("split") else ""
     lines = [head, "|---|" + "---|" * len(_COLUMNS), *rows, ""]
-    lines.append(f"On {measured['rows']} pictures of {source}{split}.")
-    if measured.get("note"):
-        lines.append(_text(measured["note"]))
+    note = f" {_text(measured['note'])}" if measured.get("note") else ""
+    lines.append(f"On {measured['rows']} pictures of {source}{split}.{note}")  # one paragraph
     return lines
 
 
@@ -296,9 +301,20 @@ def _location(store: RowStore) -> str:
 
 
 def _text(value: Any) -> str:
-    """A name as text: it can neither end a line nor be markup, a table cell or code."""
-    flat = " ".join(str(value).split())[:200]
-    return html.escape(flat, quote=False).replace("|", "&#124;").replace("`", "'")
+    """A name as text: it can neither end a line nor be markup, a link or a table cell."""
+    shown = _MARKUP.sub(r"\\\g<0>", html.escape(_plain(value), quote=False))
+    return _LINK.sub("\\g<0>\u2060", shown)  # a word joiner, which nobody sees
+
+
+def _plain(value: Any) -> str:
+    """One line of what can be seen."""
+    flat = " ".join(str(value).split())[:_LONGEST_TEXT]
+    return "".join(each if each.isprintable() else "\ufffd" for each in flat)
+
+
+def _hub_ids(*names: Any) -> list[str]:
+    """Those of some names that a repository of the Hub can have, which makes them links."""
+    return [name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)]
 
 
 def publish(

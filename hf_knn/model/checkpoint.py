@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.config import KnnConfig
 from ..core.manifest import (
@@ -23,7 +23,9 @@ from ..core.manifest import (
     Manifest,
     StaleDatastoreError,
 )
+from ..core.plain_json import read_json
 from ..core.reading import (
+    CONTENTS_NAME,
     HUB_OPTIONS,
     THUMBNAILS_NAME,
     HubFiles,
@@ -59,6 +61,7 @@ from .card import (
     write_measured,
 )
 from .code import AUTO_MAP, CODE_NAMES, legacy_code, reader_of, write_code
+from .contents import Contents
 from .memory import Memory
 from .pictures import Thumbnails
 from .receipts import CHANGES_NAME, read_changes, write_changes
@@ -82,7 +85,7 @@ def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
     return (
         name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *CODE_NAMES)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME)
+        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME, CONTENTS_NAME)
         or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
         or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
     )
@@ -135,7 +138,7 @@ def write_checkpoint(
                 write_changes(model.changes, staging)
             if model.neighbor_picture is not None:
                 (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
-            _write_thumbnails(model, staging)
+            _write_pictures(model, staging)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
@@ -168,14 +171,18 @@ def _refuse_pending(store: RowStore | None, folder: Path) -> None:
         )
 
 
-def _write_thumbnails(model: "KnnForImageClassification", folder: Path) -> None:
-    """Those of the rows that there are: no byte of a row that is gone reaches the disk."""
-    if model.thumbnails is None or model.datastore is None:
+def _write_pictures(model: "KnnForImageClassification", folder: Path) -> None:
+    """Small pictures and prints of the rows that there are: no byte of one that is gone."""
+    memory = model.memory
+    parts = {THUMBNAILS_NAME: memory.thumbnails, CONTENTS_NAME: memory.contents}
+    if memory.rows is None or not any(parts.values()):
         return
-    kept = model.thumbnails.only(model.datastore.ids.tolist())
-    if len(kept):
-        kept.save(folder)
-        give_default_mode(folder / THUMBNAILS_NAME)
+    ids = memory.rows.ids.tolist()
+    for name, part in parts.items():
+        kept = None if part is None else part.only(ids)
+        if kept:
+            kept.save(folder)
+            give_default_mode(folder / name)
 
 
 def made_by(model: "KnnForImageClassification") -> str:
@@ -236,6 +243,18 @@ class CheckpointReader(HubFiles):
             f"Expected to read one version of {self.name}, but it was replaced {_READ_ATTEMPTS} "
             "times meanwhile; try again when nobody writes it."
         )
+
+    def check_settings(self) -> None:
+        """Reads what transformers will read, which a nesting without end would send astray.
+
+        Raises:
+            DatastoreError: naming the file that is none of ours.
+        """
+        names = [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
+        names += [SAFE_WEIGHTS_INDEX_NAME] if self.is_folder else []
+        for path in map(self.resolve, names):
+            if path is not None:
+                read_json(path)
 
     def read_memory(self, memory: Memory) -> Memory:
         """With what the checkpoint says beside its rows: receipts, measurements, and a picture.
@@ -341,16 +360,23 @@ class CheckpointAttempt:
                 f"{explain_pending(folder)}"
             ) from error
 
-    def read_thumbnails(self) -> Thumbnails | None:
-        """Small pictures of the rows, if the datastore's manifest names their file.
+    def read_pictures(self, memory: Memory) -> Memory:
+        """With small pictures and prints of the rows, if the datastore's manifest names the files.
+
+        Args:
+            memory: with the rows.
 
         Raises:
             DatastoreError: for a damaged file.
         """
         binding = None if self.manifest is None else self.manifest.binding
-        if binding is None or THUMBNAILS_NAME not in [record.name for record in binding.files]:
-            return None
-        return Thumbnails.load(self.reader.resolve(THUMBNAILS_NAME))
+        bound = [] if binding is None else [record.name for record in binding.files]
+        places = [
+            self.reader.resolve(name) if name in bound else None
+            for name in (THUMBNAILS_NAME, CONTENTS_NAME)
+        ]
+        small, contents = Thumbnails.load(places[0]), Contents.load(places[1])
+        return replace(memory, thumbnails=small, contents=contents)
 
     def was_replaced(self) -> bool:
         """Whether another version is there than when this attempt began."""

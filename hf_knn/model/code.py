@@ -4,7 +4,6 @@ Version 0.1 wrote 51 files, which a new version takes away; any other `.py` file
 """
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import CONFIG_NAME
+
+from ..core.plain_json import DatastoreError, parse_json
 
 _TRAVELS = Path(__file__).parents[1] / "travels"
 CODE_NAMES = ("configuration_hf_knn.py", "modeling_hf_knn.py")
@@ -117,8 +118,9 @@ def compare_code(read: Read) -> list[str]:
         if text is None:
             continue
         try:
-            others = {target.rpartition(".")[0] for target in _code_named_in(json.loads(text))}
-        except (ValueError, RecursionError):
+            named = _code_named_in(parse_json(text, name))
+            others = {target.rpartition(".")[0] for target in named}
+        except DatastoreError:
             problems.append(f"{name} cannot be read, so nobody knows what code it names.")
             continue
         if others - ours:
@@ -146,8 +148,8 @@ def _code_named_in(values: Any, key: str = "") -> Iterator[str]:
 def _named_modules(config: str | None) -> set[str]:
     """The modules that the `auto_map` of a configuration names."""
     try:
-        values = json.loads(config or "{}")
-    except (ValueError, RecursionError):
+        values = parse_json(config or "{}", CONFIG_NAME)
+    except DatastoreError:
         return set()
     named = values.get("auto_map") if isinstance(values, dict) else None
     targets = named.values() if isinstance(named, dict) else ()

@@ -13,7 +13,7 @@ from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..store.backend import RowStore, as_row_store
-from ..store.index import FLAT
+from ..store.kinds import FLAT
 from .flips import Ballot, Doubles, margin_of, smallest_flip, vote_shares
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """What a model remembers beside its backbone, as one value: a change makes another one."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ..core.config import KnnConfig
 from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
+from .contents import Contents
 from .pictures import Thumbnails
 from .receipts import Receipt
 from .ridge import RidgeState, follows_rows, prepare_rows, sum_rows
@@ -123,12 +125,14 @@ class Gone(NamedTuple):
         rows: as they were stored.
         mean: [D], what centred rows when they were there.
         thumbnails: theirs.
+        contents: prints of their pictures.
         picture: the picture of neighbours that there was.
     """
 
     rows: StoredRows
     mean: Tensor
     thumbnails: Thumbnails | None
+    contents: Contents | None
     picture: bytes | None
 
 
@@ -145,6 +149,7 @@ class Memory:
         rows: the datastore, or None.
         receipts: of what was taught and forgotten since the training, oldest first.
         thumbnails: small pictures of stored rows, or None.
+        contents: prints of the pictures of stored rows, where they are known, or None.
         measured: what was measured on pictures held out, or None.
         picture: a PNG with neighbours for the model card, or None.
         gone: what `undo` needs after `forget`, or None.
@@ -156,6 +161,7 @@ class Memory:
     rows: RowStore | None = None
     receipts: tuple[Receipt, ...] = ()
     thumbnails: Thumbnails | None = None
+    contents: Contents | None = None
     measured: dict[str, Any] | None = None
     picture: bytes | None = None
     gone: Gone | None = None
@@ -188,15 +194,49 @@ class Memory:
         return replace(self, tally=Tally.of(store, self.head, config))
 
     def remarked(self, note: str) -> "Memory":
-        """With one more note in the last receipt."""
+        """With one more note in the last receipt; with the same ones if it says nothing."""
+        if not note:
+            return self
         last = self.receipts[-1]
         noted = replace(last, notes=[*last.notes, note])
         return replace(self, receipts=(*self.receipts[:-1], noted))
 
-    def started_with(self, rows: RowStore | None) -> "Memory":
-        """With other rows, of which nothing was changed yet, and no pictures are kept.
+    def without_pictures(self, ids: Sequence[int]) -> "Memory":
+        """Without what is known of the pictures of some rows.
+
+        Args:
+            ids: of the rows.
+        """
+        small, contents = self.thumbnails, self.contents
+        return replace(
+            self,
+            thumbnails=None if small is None else small.without(ids),
+            contents=None if contents is None else contents.without(ids),
+        )
+
+    def with_contents(self, contents: Contents | None) -> "Memory":
+        """With more prints of pictures.
+
+        Args:
+            contents: of rows that came; None if nobody knows.
+        """
+        if contents is None or self.contents is None:
+            return self if contents is None else replace(self, contents=contents)
+        return replace(self, contents=self.contents.joined(contents))
+
+    def started_with(
+        self, rows: RowStore | None, ids: Tensor | None = None, prints: Tensor | None = None
+    ) -> "Memory":
+        """With other rows, of which nothing was changed yet, and no small pictures are kept.
 
         Args:
             rows: the datastore.
+            ids: [N] int64 of the rows whose pictures are known.
+            prints: [N, 16] uint8 of these; None if nobody knows.
         """
-        return replace(self, rows=rows, receipts=(), thumbnails=None, gone=None, tally=None)
+        contents = None
+        if rows is not None and ids is not None:
+            contents = Contents.of(rows.blocks(), ids, prints)
+        return replace(
+            self, rows=rows, receipts=(), thumbnails=None, contents=contents, gone=None, tally=None
+        )

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from ..core import model as core
 from ..core.config import KnnConfig
+from ..core.lazy import Lock
 from ..core.reading import PUSH_OPTIONS
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
-from ..store.once import Lock
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
@@ -28,10 +28,12 @@ from .backbones import (
 from .card import publish
 from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
+from .contents import Contents
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
-from .pictures import Thumbnails, features_of, small_pictures, thumbnails_of
+from .pictures import Thumbnails, features_of, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
+from .stored import lesson_of
 
 _PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license")
 
@@ -73,8 +75,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         if memory.head is not self.head:
             self.head = memory.head
         memory.classes.write(self.config)
-        with self.once:
-            self._memory = memory
+        self._memory = memory
 
     @property  # type: ignore[override]
     def datastore(self) -> RowStore | None:
@@ -101,10 +102,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """What was measured on pictures held out, which the model card is made from, or None.
-
-        It has `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
-        """
+        """What was measured on pictures held out: `metrics`, `rows`, `dataset`, …; or None."""
         return self._memory.measured
 
     @measured.setter
@@ -211,6 +209,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         for attempt in reader.attempts():
             try:
+                reader.check_settings()
                 if load_datastore:
                     attempt.verify(allow_stale)
                 loaded = super().from_pretrained(
@@ -222,8 +221,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
                     rows = attempt.read_datastore(model, trust_faiss_index, consent)
-                    small = attempt.read_thumbnails()
-                    model.memory = replace(model.memory, rows=rows, thumbnails=small)
+                    model.memory = attempt.read_pictures(replace(model.memory, rows=rows))
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue
@@ -352,15 +350,15 @@ class KnnForImageClassification(core.KnnForImageClassification):
         return tally.fingerprint
 
     def teach(
-        self,
-        images: Any = None,
-        labels: Sequence[Label] = (),
-        *,
-        features: Tensor | None = None,
-        ids: Values | None = None,
-        paths: Sequence[str] | None = None,
-    ) -> Receipt:
+        self, images: Any = None, labels: Sequence[Label] = (), *,
+        features: Tensor | None = None, contents: Tensor | None = None,
+        ids: Values | None = None, paths: Sequence[str] | None = None,
+        again: bool = False, relabel: bool = False,
+    ) -> Receipt:  # fmt: skip
         """Adds labelled pictures to the datastore; no training, all or none.
+
+        Pictures that are stored already (the same pixels, or the same features bit for bit) are
+        left out where their label is the same, and refused where it is another one.
 
         The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
         the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
@@ -371,33 +369,31 @@ class KnnForImageClassification(core.KnnForImageClassification):
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
                 [M, 3, H, W].
             labels: M names or numbers of classes; a name that is new makes a class.
-            features: [M, D] instead of images, as in `pooler_output`.
+            features: [M, D] instead of images, as in `pooler_output`; all of them are added.
+            contents: [M, 16] uint8, `ImageFeatures.contents` of the features: those are pictures.
             ids: [M] ids that the datastore does not have; None continues after the largest.
             paths: where each picture lies, relative to its dataset.
+            again: add pictures that are stored with their label once more.
+            relabel: give stored pictures that come with another label that one, and add the rest.
 
         Returns:
-            The receipt, also kept in `changes`.
+            The receipt, also kept in `changes` unless all pictures are stored already.
 
         Raises:
             ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
         """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        found = features_of(self, images) if features is None else features
-        keeps = self.thumbnails is not None and images is not None
-        small = small_pictures(images) if keeps else []
-        self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
-        remark = note_of_unanswered(self, found, self._memory.receipts[-1].labels)
-        if remark:
-            self._memory = self._memory.remarked(remark)
-        return self._memory.receipts[-1]
+        lesson, names = lesson_of(self, images, labels, features, contents, ids, paths)
+        if (again or relabel) and names is None:
+            raise ValueError("Expected pictures, or `contents`, with `again` or `relabel`.")
+        known = self._counted()
+        self.memory, receipt = teaching.teach(known, self.config, lesson, names, again, relabel)
+        if receipt.ids or not receipt.skipped:
+            self._memory = self._memory.remarked(note_of_unanswered(self, lesson.features, receipt))
+            receipt = self._memory.receipts[-1]
+        return receipt
 
     def forget(
-        self,
-        ids: Values | None = None,
-        *,
-        label: Label | None = None,
-        recenter: bool = False,
+        self, ids: Values | None = None, *, label: Label | None = None, recenter: bool = False
     ) -> Receipt:
         """Removes rows from the datastore, all or none; the next save holds no byte of them.
 
@@ -415,9 +411,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Raises:
             ValueError: for ids or a class that are not there; nothing is changed.
         """
-        self.memory = teaching.forget(
-            self._counted(), self.config, ids, label=label, recenter=recenter
-        )
+        known = self._counted()
+        self.memory = teaching.forget(known, self.config, ids, label=label, recenter=recenter)
         return self._memory.receipts[-1]
 
     def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
@@ -433,17 +428,21 @@ class KnnForImageClassification(core.KnnForImageClassification):
         self.memory = teaching.relabel(self._counted(), self.config, ids, labels)
         return self._memory.receipts[-1]
 
-    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
+    def merge(
+        self, other: SearchBackend, class_names: Sequence[str] | None = None,
+        contents: Contents | None = None,
+    ) -> Receipt:  # fmt: skip
         """Adds the rows of another datastore of the same backbone, all or none.
 
         Args:
             other: the rows; ids that exist here are numbered anew.
             class_names: what its label numbers mean; None is what they mean here.
+            contents: prints of its pictures, as `memory.contents` of its model; None knows none.
 
         Raises:
             ValueError: for another backbone, width, metric or normalisation; nothing is changed.
         """
-        self.memory = teaching.merge(self._counted(), self.config, other, class_names)
+        self.memory = teaching.merge(self._counted(), self.config, other, class_names, contents)
         return self._memory.receipts[-1]
 
     def undo(self) -> Receipt:

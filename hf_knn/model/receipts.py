@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import split_features
+from ..core.plain_json import read_json
 from ..core.votes import Metric, Weighting
 from ..store.backend import RowStore
 
@@ -42,6 +44,7 @@ class Scope(StrEnum):
 
     STORE = "store"
     STORE_AND_HEAD = "store and head"
+    NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Receipt:
         action: what was done.
         ids: of the rows that came, went or were relabelled.
         labels: their class names after the change (before it, for rows that are gone).
-        old_labels: their class names before, if they were relabelled.
+        old_labels: their class names before, of those that were relabelled, which come first.
         new_classes: classes that did not exist before.
         rows_before: rows of the datastore before.
         rows_after: and after.
@@ -61,6 +64,7 @@ class Receipt:
         scope: what was changed: the store, or store and head.
         at: when, ISO 8601 in UTC.
         notes: what it did not reach.
+        skipped: places of the pictures, among those given, that made no row: they are stored.
     """
 
     action: str
@@ -75,11 +79,31 @@ class Receipt:
     old_labels: list[str] = field(default_factory=list)
     new_classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    @classmethod
+    def nothing(
+        cls, action: Change, rows: int, state: str, notes: list[str], skipped: Sequence[int] = ()
+    ) -> "Receipt":
+        """Of what changed nothing; it is not kept in a model.
+
+        Args:
+            action: what was asked for.
+            rows: of the datastore.
+            state: fingerprint of the rows.
+            notes: what is to be said.
+            skipped: places of pictures that made no row.
+        """
+        return cls(
+            str(action), [], [], rows, rows, state, state, str(Scope.NOTHING), time_of_day(),
+            notes=notes, skipped=list(skipped),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}
         pairs = zip(self.old_labels, self.labels, strict=False)
-        for label in [f"{old} → {new}" for old, new in pairs] or self.labels:
+        moved = [f"{old} → {new}" for old, new in pairs]
+        for label in moved + self.labels[len(moved) :]:
             counts[label] = counts.get(label, 0) + 1
         named = ", ".join(f"{count} of {label}" for label, count in counts.items())
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
@@ -87,6 +111,11 @@ class Receipt:
             f"{self.action}: {named or 'no rows'}; {self.rows_before:,} → {self.rows_after:,} rows,"
             f" {self.hash_before[:12]} → {self.hash_after[:12]}; reached: {self.scope}.{new}"
         )
+
+
+def time_of_day() -> str:
+    """Now, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_changes(changes: Sequence[Receipt], folder: Path) -> None:
@@ -116,10 +145,10 @@ def read_changes(path: Path | None) -> list[Receipt]:
     Args:
         path: of `changes.json`; None if there is none.
     """
-    if path is None or path.stat().st_size > _LARGEST_FILE:
+    if path is None:
         return []
     try:
-        return [_checked(Receipt(**entry)) for entry in json.loads(path.read_text("utf-8"))]
+        return [_checked(Receipt(**entry)) for entry in read_json(path, _LARGEST_FILE)]
     except (ValueError, TypeError) as error:
         logger.warning("Expected %s to hold receipts of changes, but: %r.", path.name, error)
         return []
@@ -128,6 +157,8 @@ def read_changes(path: Path | None) -> list[Receipt]:
 def _checked(receipt: Receipt) -> Receipt:
     if not all(isinstance(row_id, int) for row_id in receipt.ids):
         raise ValueError(f"ids {receipt.ids[:3]} that are not whole numbers")
+    if not all(isinstance(place, int) for place in receipt.skipped):
+        raise ValueError(f"places {receipt.skipped[:3]} that are not whole numbers")
     for names in (receipt.labels, receipt.old_labels, receipt.new_classes, receipt.notes):
         if not all(isinstance(name, str) for name in names):
             raise ValueError("names that are not texts")
@@ -196,19 +227,22 @@ def notes_of_forgotten(
 
 
 def note_of_unanswered(
-    model: "KnnForImageClassification", features: Tensor, labels: Sequence[str]
+    model: "KnnForImageClassification", features: Tensor, receipt: Receipt
 ) -> str:
     """Says so if taught rows, asked for themselves, get another class than they were taught.
 
     Args:
         model: which was taught them.
-        features: [M, D], as in `pooler_output`.
-        labels: M names.
+        features: [M, D] of the pictures that were given, as in `pooler_output`.
+        receipt: of the change.
 
     Returns:
         Empty if there is nothing to say.
     """
-    config, asked = model.config, labels[:_ASKED_ROWS]
+    config, asked = model.config, receipt.labels[len(receipt.old_labels) :][:_ASKED_ROWS]
+    came = torch.ones(len(features), dtype=torch.bool)
+    came[receipt.skipped] = False
+    features = features[came]
     blended = config.blended_classes
     if blended == len(config.id2label or ()):  # the neighbours speak in full for no class
         return ""

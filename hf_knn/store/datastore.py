@@ -15,6 +15,7 @@ from transformers.utils.logging import tqdm
 
 from ..core.config import Normalization, check_metric
 from ..core.frozen import Resolve
+from ..core.lazy import Lock
 from ..core.manifest import Binding, IndexInfo, Manifest
 from ..core.rows import Values, as_whole_numbers
 from ..core.search import Neighbors, check_request
@@ -23,8 +24,8 @@ from . import changes, disk
 from .backend import check_alike, check_split
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
-from .index import AUTO, FLAT, MIN_RECALL, Placement, RowIndex
-from .once import Lock
+from .index import MIN_RECALL, Placement, RowIndex
+from .kinds import AUTO, FLAT
 from .searcher import GrowingSearcher, IndexSpace
 from .table import RowTable, StoredRows, sum_of
 
@@ -418,7 +419,7 @@ class Datastore:
             folder: written by `save`.
             verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
                 first search.
-            trust_faiss_index: read `datastore.faiss`, which saves the time that a graph needs.
+            trust_faiss_index: read `datastore.faiss`, and build any index that the folder names.
                 Native code parses that file: say so only for files of your own.
 
         Raises:
@@ -444,7 +445,7 @@ class Datastore:
         )  # fmt: skip
         store.manifest, store.source, store.mean = manifest, dict(manifest.source), opened.mean
         store._table, store._unverified = opened.table, opened
-        store._index = store._index.read(manifest.index, opened.centroids, opened.trusted)
+        store._index = store._index.read(opened.info, opened.centroids, opened.trusted)
         if at_once:
             store.verify()
         return store

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.files import read_at
 from ..core.frozen import (
     Resolve,
     check_content,
@@ -29,6 +28,7 @@ from ..core.frozen import (
     take,
     take_vector,
 )
+from ..core.lazy import Once
 from ..core.manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -36,7 +36,9 @@ from ..core.manifest import (
     Binding,
     DatastoreError,
     FileRecord,
+    IndexInfo,
     Manifest,
+    read_at,
 )
 from ..core.search import RowSpace, Singles
 from ..core.votes import Metric
@@ -49,8 +51,8 @@ from .folders import (
     link_or_copy,
     stage_file,
 )
-from .index import FLAT, RowIndex, is_rebuildable
-from .once import Once
+from .index import RowIndex
+from .kinds import FLAT, allowed, is_rebuildable
 from .row_files import map_blob, read_blob, read_lists, tensors_of
 from .table import RowFile, RowTable, Shard
 
@@ -302,6 +304,7 @@ class OpenedFiles(NamedTuple):
     Attributes:
         table: the rows, without paths.
         mean: [D] float32.
+        info: which index the files describe, as far as it is built.
         centroids: [L, D] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these rows, or None.
         read_whole: hashes files that are mapped, those that were opened even if others took their
@@ -311,6 +314,7 @@ class OpenedFiles(NamedTuple):
 
     table: RowTable
     mean: Tensor
+    info: IndexInfo
     centroids: Singles | None
     trusted: TrustedIndex | None
     read_whole: Once[RowTable]
@@ -322,11 +326,7 @@ class OpenedFiles(NamedTuple):
 
 
 def is_read_at_once(manifest: Manifest) -> bool:
-    """Whether the row files are read into memory; larger ones are mapped.
-
-    Args:
-        manifest: that names them.
-    """
+    """Whether the row files of a manifest are read into memory; larger ones are mapped."""
     return sum(record.size for record in manifest.blobs) < LARGEST_VERIFIED_AT_ONCE
 
 
@@ -351,11 +351,13 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
     Args:
         manifest: the checked manifest.
         resolve: finds a file by name; None if it is missing.
-        trust_faiss_index: open `datastore.faiss` too, to be parsed.
+        trust_faiss_index: open `datastore.faiss` too, to be parsed, and build whatever index the
+            manifest names.
 
     Raises:
         DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
     """
+    info = allowed(manifest.index, manifest.num_rows, trust_faiss_index)
     open_blob = read_blob if is_read_at_once(manifest) else map_blob
     opened = [open_blob(record, resolve(record.name)) for record in manifest.blobs]
     files = [tensors for tensors, _ in opened]
@@ -374,7 +376,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         tuple(file for _, file in opened if file is not None),
     )
     centroids = None
-    if is_rebuildable(manifest.index.spec):
+    if is_rebuildable(info.spec):
         with _damage_named_first(table):
             centroids, lists = read_lists(files, manifest)
         table = replace(table, lists=lists)
@@ -388,7 +390,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         return replace(table, paths=paths)
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
-    return OpenedFiles(table, mean, centroids, trusted, Once(read_whole))
+    return OpenedFiles(table, mean, info, centroids, trusted, Once(read_whole))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..core.files import DatastoreError, FileRecord, read_at
+from ..core.lazy import Lock
+from ..core.manifest import DatastoreError, FileRecord, read_at
 from ..core.search import Floats, Ints, Singles, float32_rounding
-from .once import Lock
 
 
 def limits(last_scores: Singles, rounding: float) -> Floats:

@@ -25,6 +25,7 @@ from .faiss import (
     read_flat,
     require_faiss,
 )
+from .kinds import AUTO, FLAT, is_rebuildable
 from .searcher import (
     ApproximateSearcher,
     BFloat16FirstPass,
@@ -40,8 +41,6 @@ from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
 
-AUTO, FLAT = "auto", "flat"
-
 LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
@@ -52,8 +51,6 @@ RECALL_K = 20
 RECALL_SAMPLE = 256
 
 _SMALLEST_BFLOAT16 = 20_000
-
-_REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
 
 CPU = (torch.device("cpu"),)
 
@@ -159,11 +156,6 @@ def choose_index(
     full = count * (4 * width + 8) + lists * 4 * width
     codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
     return IndexInfo(requested, f"IVF{lists},{codec}")
-
-
-def is_rebuildable(spec: str) -> bool:
-    """Whether an index is stored as centroids and lists."""
-    return _REBUILDABLE.fullmatch(spec) is not None
 
 
 def build_searcher(

@@ -28,9 +28,9 @@ from ..core.manifest import (
     Manifest,
     check_format,
     parse_binding,
-    read_values,
     signed_json,
 )
+from ..core.plain_json import read_json
 from ..core.votes import Metric
 from .backend import RowStore
 from .folders import exclusive_lock, write_durably
@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> Manifest | DatastoreReference:
     Raises:
         DatastoreError: naming the field, what was wanted and what was found.
     """
-    values = read_values(path)
+    values = read_json(path)
     if isinstance(values, dict) and values.get("format") == REFERENCE_FORMAT:
         return DatastoreReference.parse(values)
     return Manifest.parse(values)

@@ -9,9 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.files import DatastoreError, FileRecord
-from ..core.frozen import join_vectors, not_tensors, parse_blob, take
-from ..core.manifest import Manifest
+from ..core.frozen import join_vectors, parse_blob, take
+from ..core.manifest import DatastoreError, FileRecord, Manifest
 from ..core.search import Ints, Singles
 from .table import RowFile, RowTable
 
@@ -52,7 +51,9 @@ def map_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], 
         kept = RowFile(record, file, take(tensors, "features", record))
     except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
         file.close()
-        raise not_tensors(record, error) from error
+        raise DatastoreError(
+            f"Expected {record.name} to be a safetensors file, but: {error}"
+        ) from error
     except DatastoreError:
         file.close()
         raise
@@ -85,6 +86,8 @@ def read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Sing
         raise DatastoreError(
             f"Expected {most} lists in the index of the manifest, one per centroid, but got {spec}."
         )
+    if not torch.isfinite(centroids).all():
+        raise DatastoreError(f"Expected finite centroids in {name}; save the datastore again.")
     if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= most):
         raise DatastoreError(f"Expected lists in [0, {most}) in {name}.")
     return centroids.numpy(), lists

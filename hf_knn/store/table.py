@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.files import DatastoreError, FileRecord, read_at
+from ..core.manifest import DatastoreError, FileRecord, read_at
 from ..core.rows import RowParts
 from ..core.search import Ints
 

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -16,17 +16,54 @@ from ..data.augmentation import Augmentation
 from ..fit.blend import Criterion
 from ..fit.grids import LossNormalization
 from ..fit.heads import PROBE_GRIDS
-from ..store.index import AUTO, parse_memory
+from ..store.index import parse_memory
+from ..store.kinds import AUTO, FLAT
 
 ARGUMENTS_NAME = "training_args.json"
+_PLACES = frozenset(
+    {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token"}
+    | {"push_to_hub_token", "deepspeed", "fsdp_config"}
+)
+"""Arguments that say where something lies here, or who runs it, whatever they look like."""
+
+_LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\])")
 """File of a saved model with the arguments; a pickle is nobody's friend."""
+
+
+class Recipe(NamedTuple):
+    """How much a training trains, where nobody says otherwise."""
+
+    num_train_epochs: float
+    learning_rate: float
+    per_device_train_batch_size: int
+
+
+HEAD = Recipe(60, 1e-3, 256)
+"""On features that were computed once: seconds."""
+
+FINE_TUNING = Recipe(10, 5e-5, 32)
+"""Of the backbone too."""
 
 
 @dataclass
 class KnnTrainingArguments(TrainingArguments):
     """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
 
+    A value of None, the default of the first five, is replaced when the arguments are made, by what
+    suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value that is given
+    stays, also one that is a default of `TrainingArguments`; so does what was chosen before, when
+    arguments are copied. `hf-knn train` has the same defaults, except that it skips pictures that
+    cannot be decoded and lists them, where Python raises.
+
     Args:
+        num_train_epochs: passes over the training pictures: 60 of a head alone, 10 with the
+            backbone.
+        learning_rate: at the start: 1e-3 of a head alone, 5e-5 with the backbone.
+        per_device_train_batch_size: 256 features, or 32 pictures.
+        save_strategy: `no` of a head alone, which trains in seconds, unless `save_steps`,
+            `push_to_hub` or `load_best_model_at_end` ask for checkpoints; else `steps`.
+        save_steps: see `TrainingArguments`: 500.
+        per_device_eval_batch_size: pictures of a forward pass that computes features: 32.
         freeze_backbone: train the head alone, on features that are computed once.
         trainable_blocks: train the last so many blocks of the backbone only, with what comes after
             them; None trains all.
@@ -62,6 +99,29 @@ class KnnTrainingArguments(TrainingArguments):
         feature_cache: keep computed features for the next run.
     """
 
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Default: {HEAD[0]:g} of a head alone, else {FINE_TUNING[0]:g}."},
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Default: {HEAD[1]:g} of a head alone, else {FINE_TUNING[1]:g}."},
+    )
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": f"Default: {HEAD[2]} features of a head alone, {FINE_TUNING[2]} pictures."
+        },
+    )
+    save_strategy: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 'no' of a head alone, else 'steps'."}
+    )
+    save_steps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 500; see `save_strategy`."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "Pictures of a forward pass that computes features."}
+    )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone, on features computed once."}
     )
@@ -138,6 +198,7 @@ class KnnTrainingArguments(TrainingArguments):
         Raises:
             ValueError: naming the field, its range and what was found.
         """
+        self._resolve()
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
@@ -189,13 +250,30 @@ class KnnTrainingArguments(TrainingArguments):
                 "an epoch would repeat its augmentation; leave it out."
             )
 
+    def _resolve(self) -> None:
+        """Puts what suits the training in place of None."""
+        if self.save_strategy is None:
+            asked = self.save_steps is not None or self.push_to_hub or self.load_best_model_at_end
+            self.save_strategy = "no" if self.freeze_backbone and not asked else "steps"
+        if self.save_steps is None:
+            self.save_steps = TrainingArguments.save_steps
+        recipe = HEAD if self.freeze_backbone else FINE_TUNING
+        for name, value in recipe._asdict().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def write_json(self, folder: Path) -> None:
-        """Writes the arguments into a folder, without tokens.
+        """Writes the recipe into a folder, which may be pushed: no token, no place on this machine.
 
         Args:
             folder: of a checkpoint.
         """
-        text = json.dumps(self.to_sanitized_dict(), indent=2, default=str)
+        recipe = {
+            name: value
+            for name, value in self.to_sanitized_dict().items()
+            if name not in _PLACES and not _LOOKS_LIKE_A_PLACE.search(str(value))
+        }
+        text = json.dumps(recipe, indent=2, default=str)
         (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     def quiet(self, folder: str) -> "KnnTrainingArguments":
@@ -224,6 +302,11 @@ class KnnTrainingArguments(TrainingArguments):
     def refresh_steps(self) -> int | None:
         """Steps between two refreshes; None if the schedule is another one."""
         return int(self.knn_refresh) if re.fullmatch(r"[1-9]\d*", self.knn_refresh) else None
+
+    @property
+    def names_index(self) -> bool:
+        """Whether the caller asked for an index, so that the run's own files may bring it."""
+        return self.knn_index not in (AUTO, FLAT)
 
     @property
     def reweights(self) -> bool:

@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..core.files import hash_blocks
+from ..core.manifest import hash_blocks
+from ..core.plain_json import read_json
 from ..model.card import draw_reliability, make_card
 from ..model.checkpoint import is_checkpoint_file
 from ..model.code import legacy_code
@@ -64,7 +65,7 @@ def problem_of(folder: Path) -> str | None:
     if not path.is_file():
         return f"it has no {SEAL_NAME}: it was not finished, or not written by KnnTrainer"
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))
+        files = read_json(path)
         names = {str(name): str(sha256) for name, sha256 in files.items()}
     except (ValueError, AttributeError) as error:
         return f"{SEAL_NAME} is damaged: {error}"

@@ -113,7 +113,8 @@ class KnnLoss:
             return
         self.take(votes)
         if self.args.knn_queries == "live":
-            self.store = Datastore.load(folder / SNAPSHOT)
+            trusts = self.args.names_index
+            self.store = Datastore.load(folder / SNAPSHOT, trust_faiss_index=trusts)
 
     def of_batch(
         self,

@@ -1,5 +1,6 @@
 """The rows that a trainer is given: checked, as features, as folds, and as a datastore."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,17 @@ from torch import Tensor
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..data.augmentation import Augment, EpochRows
-from ..data.loading import fingerprint_of, groups_of, labels_of, prepare
+from ..data.loading import groups_of, labels_of, prepare
+from ..data.places import fingerprint_of
 from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures, extract_features
+from ..fit.measure import rows_but, stored_places
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def check_sources(
@@ -183,6 +188,27 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
+
+
+def unstored(features: ImageFeatures, model: KnnForImageClassification) -> ImageFeatures:
+    """The pictures that a model does not have in its datastore; says how many it has.
+
+    Raises:
+        ValueError: if it has all of them.
+    """
+    stored = stored_places(model, features)
+    if not len(stored):
+        return features
+    if len(stored) == len(features):
+        raise ValueError(
+            f"Expected pictures to choose k, temperature and λ on that are not stored in the "
+            f"model, but all {len(features)} are: each is its own nearest neighbour; pass others."
+        )
+    logger.warning(
+        "%d of these %d pictures are stored in the model, and nothing is chosen on them.",
+        len(stored), len(features),
+    )  # fmt: skip
+    return features.select(rows_but(len(features), stored))
 
 
 def folds_of(features: ImageFeatures, args: KnnTrainingArguments) -> list[Fold]:

@@ -55,6 +55,7 @@ from .rows import (
     folds_of,
     labels_in,
     store_of,
+    unstored,
 )
 
 
@@ -186,8 +187,7 @@ class KnnTrainer(Trainer):
         store.digest = made_by(self.model)
         if features.backend:
             store.source["backend"] = features.backend
-        # receipts and pictures are those of the rows before
-        self.model.memory = self.model.memory.started_with(store)
+        self.model.memory = self.model.memory.started_with(store, features.ids, features.contents)
         self._datastore_step = self.state.global_step
         return store
 
@@ -199,8 +199,8 @@ class KnnTrainer(Trainer):
     ) -> TuneResult:
         """Chooses k, temperature and λ and sets them in the model's configuration.
 
-        On a validation set if there is one; else, with a frozen backbone, by cross-validation in
-        which both voices of a fold come from its training part only.
+        On a validation set if there is one, without what of it is stored; else, with a frozen
+        backbone, by cross-validation in which both voices of a fold come from its training part.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
@@ -216,7 +216,7 @@ class KnnTrainer(Trainer):
         if self.model.datastore is None:
             self.build_datastore()
         if dataset is not None:
-            features = self._features_of(checked_rows(dataset, self.model))
+            features = unstored(self._features_of(checked_rows(dataset, self.model)), self.model)
             held_out = ask_voices(self.model, features, self.args.device)
         else:
             rows = self.train_features or self._features_of(self.train_dataset)
@@ -246,8 +246,9 @@ class KnnTrainer(Trainer):
 
         Returns:
             `eval_{head|knn|blend}_{top1|top5|mean_class|nll|ece|brier}` (`auroc` for two classes),
-            `eval_loss` (cross-entropy of the head), `eval_accuracy` (top-1 of the blend), and
-            `eval_both_wrong`, `eval_oracle`, `eval_blend_gain`.
+            `eval_loss` (cross-entropy of the head), `eval_accuracy` (top-1 of the blend),
+            `eval_both_wrong`, `eval_oracle`, `eval_blend_gain`, and `eval_stored`: how many of the
+            pictures are stored; if some are, all numbers without them: `eval_without_stored_…`.
 
         Raises:
             ValueError: without a dataset, or with labels the model does not have.
@@ -260,12 +261,11 @@ class KnnTrainer(Trainer):
             for name, rows in dataset.items():
                 everything |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
             return everything
-        started = time.time()
+        started, prefix = time.time(), metric_key_prefix
         trains_backbone = self.is_in_train and not self.args.freeze_backbone
         if trains_backbone and self._datastore_step != self.state.global_step:
             self.build_datastore()
         features = self._features_of(checked_rows(dataset, self.model))
-        prefix = metric_key_prefix
         found, reliability = measure_voices(self.model, features, self.args.device)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(prefix, started, num_samples=len(features))
@@ -485,7 +485,8 @@ class KnnTrainer(Trainer):
     ) -> None:
         """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
         folder = Path(resume_from_checkpoint)
-        loaded = KnnForImageClassification.from_pretrained(folder)
+        trusts = self.args.names_index
+        loaded = KnnForImageClassification.from_pretrained(folder, trust_faiss_index=trusts)
         self.model.load_state_dict(loaded.state_dict())
         self.model.datastore = loaded.datastore
         if self.args.reweights and not self.args.freeze_backbone:

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 94cacdd788802ab8faa77f331942af335e409ad56891122d7ad64376d8cbfafd.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1a2b99e7d5504cbe8c2b5c112e6b0c03bf8d569276a2a66e9b6ce37b89223a21.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

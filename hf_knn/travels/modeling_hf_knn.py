@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 94cacdd788802ab8faa77f331942af335e409ad56891122d7ad64376d8cbfafd.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1a2b99e7d5504cbe8c2b5c112e6b0c03bf8d569276a2a66e9b6ce37b89223a21.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -197,107 +197,6 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
         )
 
 
-# ---- files.py: Files of a checkpoint, and what was promised about each: its size, and sha256 by blocks.
-
-MANIFEST_NAME = "datastore.json"
-HASH_BLOCK = 64 * 2**20
-"""Bytes per separately hashed block of a blob."""
-
-_READ_BYTES = 2**20
-_SEEKING = threading.Lock()
-
-def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
-    whole, blocks = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            whole.update(block)
-            blocks.append(hashlib.sha256(block).hexdigest())
-    return whole.hexdigest(), blocks
-
-def read_at(file: BinaryIO, position: int, count: int) -> bytes:
-    """Reads an open file at a place, whatever other threads and forked processes read of it."""
-    if hasattr(os, "pread"):
-        return os.pread(file.fileno(), count, position)
-    with _SEEKING:  # Windows, where nothing forks
-        file.seek(position)
-        return file.read(count)
-
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
-    """Hashes the blocks of a file, as many at once as there are processors."""
-
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := read(position, min(_READ_BYTES, end - position)):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
-
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
-
-class DatastoreError(ValueError):
-    """A datastore on disk that is damaged, incomplete or not what it says it is."""
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
-
-    name: str
-    size: int
-    sha256: str
-    blocks: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, path: Path) -> "FileRecord":
-        """Measures a file."""
-        sha256, blocks = hash_blocks(path)
-        return cls(path.name, path.stat().st_size, sha256, blocks)
-
-    def verify_size(self, path: Path | None) -> Path:
-        """Compares a file's size with its record, without reading it."""
-        if path is None or not path.is_file():
-            raise DatastoreError(
-                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
-                "download or save the checkpoint again."
-            )
-        size = path.stat().st_size
-        if size != self.size:
-            raise DatastoreError(
-                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
-                "the file is truncated or from another save, download or save it again."
-            )
-        return path
-
-    def verify(self, path: Path | None) -> Path:
-        """Compares a file with its record, byte for byte."""
-        path = self.verify_size(path)
-        with path.open("rb") as file:
-            self.compare(partial(read_at, file))
-        return path
-
-    def read(self, path: Path | None) -> bytes:
-        """Reads a file whole; what is returned is what was compared with the record."""
-        data = self.verify_size(path).read_bytes()
-        view = memoryview(data)
-        self.compare(lambda position, count: view[position : position + count])
-        return data
-
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once."""
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
-                raise DatastoreError(
-                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
-                )
-
-
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
 
 Values = Tensor | NDArray | Sequence[int]
@@ -418,6 +317,48 @@ class RowParts:
         if not pieces:
             return self.parts[0].numpy()[:0]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+# ---- plain_json.py: JSON that anybody may have written: of a size, of a depth, and saying each thing once.
+
+LARGEST_JSON = 64 * 2**20
+_DEEPEST = 50
+
+class DatastoreError(ValueError):
+    """A datastore on disk that is damaged, incomplete or not what it says it is."""
+
+def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
+    """What a JSON file holds that anybody may have written."""
+    if path.stat().st_size > most:
+        raise DatastoreError(f"Expected {path.name} to have at most {most} bytes; it is not ours.")
+    return parse_json(path.read_bytes(), path.name)
+
+def parse_json(text: bytes | str, name: str) -> Any:
+    """What a JSON text holds that anybody may have written; see `read_json`."""
+    try:
+        values = json.loads(text, object_pairs_hook=_said_once)
+        _refuse_depth(values)
+    except (ValueError, RecursionError) as error:
+        raise DatastoreError(
+            f"Expected {name} to be JSON that is not nested deeply, but got: {error}; the file is "
+            "damaged, download or save it again."
+        ) from None
+    return values
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return values
+
+def _refuse_depth(values: Any) -> None:
+    level: list[Any] = [[values]]
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [value for part in parts for value in part if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"more than {_DEEPEST} levels")
 
 
 # ---- backbone.py: Any vision model of transformers, or of timm through transformers, as a source of features.
@@ -613,21 +554,115 @@ class KnnHead(nn.Module):
 
 # ---- manifest.py: The manifest of a datastore: what a checkpoint promises about its files, and the check.
 
+HASH_BLOCK = 64 * 2**20
+"""Bytes per separately hashed block of a blob."""
+
+_READ_BYTES = 2**20
+_SEEKING = threading.Lock()
+
+def hash_blocks(path: Path) -> tuple[str, list[str]]:
+    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    whole, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return whole.hexdigest(), blocks
+
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors."""
+
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := read(position, min(_READ_BYTES, end - position)):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
+
+    if count <= 1:
+        return [hash_block(number) for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_block, range(count)))
+
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION = 1
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _LARGEST_COUNT = 2**48
-_LARGEST_MANIFEST = 64 * 2**20
 
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file: size in bytes, sha256 whole and per block."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Measures a file."""
+        sha256, blocks = hash_blocks(path)
+        return cls(path.name, path.stat().st_size, sha256, blocks)
+
+    def verify_size(self, path: Path | None) -> Path:
+        """Compares a file's size with its record, without reading it."""
+        if path is None or not path.is_file():
+            raise DatastoreError(
+                f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
+                "download or save the checkpoint again."
+            )
+        size = path.stat().st_size
+        if size != self.size:
+            raise DatastoreError(
+                f"Expected {self.name} to have {self.size} bytes, but got {size}; "
+                "the file is truncated or from another save, download or save it again."
+            )
+        return path
+
+    def verify(self, path: Path | None) -> Path:
+        """Compares a file with its record, byte for byte."""
+        path = self.verify_size(path)
+        with path.open("rb") as file:
+            self.compare(partial(read_at, file))
+        return path
+
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record."""
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once."""
+        found = hash_read_blocks(read, len(self.blocks))
+        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
+            if mine != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
+                    "save, download or save it again."
+                )
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -677,7 +712,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Reads and checks `datastore.json`."""
-        return cls.parse(read_values(path))
+        return cls.parse(read_json(path))
 
     @classmethod
     def parse(cls, values: Any) -> "Manifest":
@@ -721,15 +756,6 @@ class Manifest:
                 f"{available} bytes."
             )
         return manifest
-
-def read_values(path: Path) -> Any:
-    """The decoded JSON of a `datastore.json`, unchecked."""
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} below 64 MiB; it is not a manifest.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DatastoreError(f"Expected {MANIFEST_NAME} to be JSON, but got: {error}") from None
 
 def signed_json(values: dict[str, Any]) -> str:
     """The text of a `datastore.json` with its own checksum."""
@@ -882,7 +908,7 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"tf32": 2.0**-9, "bf16": 2.0**-6}
+_SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
 """What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
@@ -987,12 +1013,12 @@ def float32_rounding(width: int) -> float:
 
 def shortcut() -> float:
     """How much further off torch's settings let it be, on a GPU or a CPU."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # new settings; they say what old ones were set to, too
-        found = (matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
-        return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
-    old = {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "")
-    return _SHORTCUTS.get(old, 0.0)
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
+    # new settings, which say what the old ones were set to, too
+    found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+    return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
     """Applies the datastore's normalisation in float64."""
@@ -1290,11 +1316,9 @@ def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise not_tensors(record, error) from error
-
-def not_tensors(record: FileRecord, error: Exception) -> DatastoreError:
-    """The error for a row file that cannot be read."""
-    return DatastoreError(f"Expected {record.name} to be a safetensors file, but: {error}")
+        raise DatastoreError(
+            f"Expected {record.name} to be a safetensors file, but: {error}"
+        ) from error
 
 def take(tensors: dict[str, Tensor], key: str, record: FileRecord) -> Tensor:
     """A tensor that a row file must hold."""
@@ -1368,6 +1392,10 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+CONTENTS_NAME = "contents.safetensors"
+"""File of a checkpoint: ids, marks of the rows, and prints of their pictures."""
+
+_NO_WEIGHTS = (THUMBNAILS_NAME, CONTENTS_NAME)
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
 
@@ -1464,6 +1492,9 @@ def find_problem(resolve: Resolve, binding: Binding | None) -> DatastoreError | 
     if any(name not in found for name in names):
         return damaged[0]
     processor = resolve(IMAGE_PROCESSOR_NAME)
+    if processor is not None and not binding.processor:
+        logger.warning("%s was put beside a datastore saved without one: they must fit.", processor)
+        processor = None
     try:
         pooling = _stored_pooling(resolve(CONFIG_NAME), binding.pooling)
         now = fingerprint_files([found[name] for name in names], processor, pooling)
@@ -1491,7 +1522,7 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     if weight_sum is not None:
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     names = [CONFIG_NAME, *(path.name for path in weights)]
-    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    others = (SAFE_WEIGHTS_INDEX_NAME, *_NO_WEIGHTS)
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
@@ -1500,7 +1531,8 @@ def bind_again(folder: Path, pooling: str, dtype: torch.dtype, before: Binding |
     """Ties rows that were opened with one checkpoint to another; what was stale stays so."""
     name = str(dtype).removeprefix("torch.")
     binding = bind(folder, pooling, name)
-    if before is None or before.dtype != name or before.fingerprint == binding.fingerprint:
+    alike = binding.fingerprint, _combine(binding.weights, "", binding.pooling)
+    if before is None or before.dtype != name or before.fingerprint in alike:
         return binding
     logger.warning(
         "The datastore was not made by the backbone, image processor and pooling as they are now; "
@@ -1545,7 +1577,7 @@ def hash_settings(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+    return name.endswith(".safetensors") and name not in _NO_WEIGHTS
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""
@@ -1553,10 +1585,7 @@ def _stored_pooling(config: Path | None, fallback: str) -> str:
     return str(values.get("knn_pooling") or values.get("pooling") or fallback)
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise DatastoreError(
             f"Expected {path.name} to hold a JSON object, but it does not; the file is damaged, "
@@ -1620,12 +1649,6 @@ class KnnImageClassifierOutput(ModelOutput):
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-def own_weights(model: nn.Module) -> None:
-    """Copies weights that are mapped from a file, so that they do not change when it does."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
-            tensor.data = tensor.data.clone()
 
 class KnnForImageClassification(PreTrainedModel):
     """An image classifier that also remembers.
@@ -1704,7 +1727,9 @@ class KnnForImageClassification(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        own_weights(model)
+        for tensor in (*model.parameters(), *model.buffers()):  # mapped: they change with the file
+            if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+                tensor.data = tensor.data.clone()
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
             model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options

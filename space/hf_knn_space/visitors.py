@@ -6,9 +6,10 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from hf_knn import Datastore, KnnForImageClassification
 
@@ -17,16 +18,19 @@ from .overlay import Overlay, fingerprint
 from .uploads import SpaceError
 
 MAX_IN_MEMORY = 256
-"""Visitors whose models are held; those who wait longest make room if a journal keeps them."""
+"""Visitors whose models are held; others make room, which loses what no journal keeps."""
 
 MAX_BYTES = 2 * 2**30
 """Of the rows and sums that those visitors' models hold together, about."""
 
 MAX_ON_DISK = 5000
-"""Journals."""
+"""Journals; others make room for a new one."""
 
-IDLE_IN_MEMORY = 3600.0
-"""Seconds after which a visitor without a journal may be forgotten for others."""
+MAX_BYTES_ON_DISK = 4 * 2**30
+"""Of all journals together."""
+
+FEW_EXAMPLES, SMALL_JOURNAL = 10, 100_000
+"""A visitor with no more than so many pictures, or bytes, is one of those who taught little."""
 
 KEPT_ON_DISK = 30 * 24 * 3600.0
 """Seconds after its last change when a journal is deleted."""
@@ -50,6 +54,27 @@ def room_for(model: KnnForImageClassification) -> int:
     if model.config.head == "ridge":
         bytes_each += 8 * store.dim**2
     return max(1, min(MAX_IN_MEMORY, MAX_BYTES // max(1, bytes_each)))
+
+
+class Kept(NamedTuple):
+    """What decides who makes room: whether much was taught, when it was last of use, and whose."""
+
+    is_large: bool
+    used: float
+    name: str | Path
+
+
+def first_to_go(kept: Iterable[Kept]) -> Iterator[Kept]:
+    """Who makes room, one after the other.
+
+    Those who taught little, or much, whoever are more, and the longest unused of them. So no crowd
+    of new visitors drives out all who taught much, nor keeps out those who begin.
+    """
+    oldest_last = sorted(kept, key=lambda each: each.used, reverse=True)
+    few = [each for each in oldest_last if not each.is_large]
+    much = [each for each in oldest_last if each.is_large]
+    while few or much:
+        yield (few if len(few) >= len(much) else much).pop()
 
 
 def new_token() -> str:
@@ -126,7 +151,7 @@ class Visitors:
             The overlay; None if there is none, so that the published model answers.
 
         Raises:
-            SpaceError: for a bad token, or if there are too many visitors.
+            SpaceError: for a bad token, or while too many others are being answered.
         """
         if time.monotonic() > self._next_expiry:
             self.expire()
@@ -160,7 +185,7 @@ class Visitors:
                 if path not in held and path.stat().st_mtime < oldest
             ]
             for path in old:
-                path.unlink()
+                path.unlink(missing_ok=True)
         return len(old)
 
     def _find(self, token: str, create: bool) -> Overlay | None:
@@ -169,12 +194,13 @@ class Visitors:
             if overlay is not None and not overlay.is_closed:
                 return overlay
             path = self._path(token)
-            is_kept = path is not None and path.exists()
-            if not create and not is_kept:
+            if not create and (path is None or not path.exists()):
                 return None
             if not isinstance(self._model.datastore, Datastore):
                 raise SpaceError("This model cannot be taught here: it holds no rows of its own.")
-            self._make_room(is_kept)
+            self._make_room_in_memory()
+            if create:
+                self._make_room_on_disk(path)
             journal = None if path is None else Journal(path)
             try:
                 overlay = self._overlays[token] = Overlay(self._model, journal)
@@ -186,23 +212,47 @@ class Visitors:
                 ) from error
             return overlay
 
-    def _make_room(self, is_kept: bool) -> None:
-        folder = self._folder
-        is_full = folder is not None and sum(1 for _ in folder.iterdir()) >= MAX_ON_DISK
-        if is_full and not is_kept:
-            raise SpaceError("Too many visitors have taught this Space; try again later.")
-        waiting = sorted(self._overlays.items(), key=lambda item: item[1].seen)
-        for token, overlay in waiting:
+    def _make_room_in_memory(self) -> None:
+        kept = (
+            Kept(len(overlay.examples) > FEW_EXAMPLES, overlay.seen, token)
+            for token, overlay in self._overlays.items()
+        )
+        for each in first_to_go(list(kept)):
             if len(self._overlays) < self._max:
                 return
-            idle = time.monotonic() - overlay.seen
-            may_go = overlay.is_closed or self._folder is not None or idle > IDLE_IN_MEMORY
-            if may_go and overlay.lock.acquire(blocking=False):
-                overlay.is_closed = True
-                del self._overlays[token]
-                overlay.lock.release()
+            self._let_go(str(each.name))
         if len(self._overlays) >= self._max:
             raise SpaceError("Too many visitors are teaching right now; try again in a while.")
+
+    def _make_room_on_disk(self, own: Path | None) -> None:
+        """Deletes journals while there are too many or too large ones; never that of who asks."""
+        if self._folder is None:
+            return
+        states = {path: path.stat() for path in self._folder.glob("*.journal") if path != own}
+        kept = [
+            Kept(state.st_size > SMALL_JOURNAL, state.st_mtime, path)
+            for path, state in states.items()
+        ]
+        count, size = len(kept), sum(state.st_size for state in states.values())
+        holders = {self._path(token): token for token in self._overlays}
+        for _, _, path in first_to_go(kept):
+            if count < MAX_ON_DISK and size < MAX_BYTES_ON_DISK:
+                return
+            assert isinstance(path, Path)
+            holder = holders.get(path)
+            if holder is None or self._let_go(holder):
+                path.unlink(missing_ok=True)
+                count, size = count - 1, size - states[path].st_size
+
+    def _let_go(self, token: str) -> bool:
+        """Forgets a visitor in memory; False while they are being answered."""
+        overlay = self._overlays[token]
+        if not overlay.lock.acquire(blocking=False):
+            return False
+        overlay.is_closed = True
+        del self._overlays[token]
+        overlay.lock.release()
+        return True
 
     def _path(self, token: str) -> Path | None:
         """A name from which nobody who sees the folder learns the token."""

@@ -17,6 +17,7 @@ import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
 from hf_knn.features.backends import check_backend
 from hf_knn.milvus.collection import MilvusIndex
+from hf_knn.training.arguments import FINE_TUNING, HEAD
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 
@@ -97,6 +98,18 @@ def test_choices_in_the_text_of_a_help_are_those_of_the_package() -> None:
         KnnConfig(pooling=NOT_OFFERED)
     poolings = set(re.findall(r"'(\w+)'", str(refusal.value))) - {NOT_OFFERED}
     assert poolings <= set(helps["train", "pooling"])
+
+
+def test_defaults_in_the_text_of_a_help_are_those_of_the_package() -> None:
+    own = {option.name: option.default for option in fields(TrainOptions)}
+    assert (own["epochs"], own["learning_rate"]) == (None, None)
+    assert own["batch_size"] == FINE_TUNING.per_device_train_batch_size
+    for name, values in (
+        ("epochs", (HEAD.num_train_epochs, FINE_TUNING.num_train_epochs)),
+        ("learning_rate", (HEAD.learning_rate, FINE_TUNING.learning_rate)),
+    ):
+        text = get_args(parameters()["train", name].annotation)[1].help
+        assert re.findall(r"[\d.]+(?:e-\d+)?(?=,? )", text) == [f"{value:g}" for value in values]
 
 
 def test_train_offers_its_options_and_what_no_command_takes() -> None:

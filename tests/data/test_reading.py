@@ -85,9 +85,11 @@ def test_pictures_that_are_no_rows_come_to_the_same_pixels(name: str) -> None:
     wanted = read_batch(rows, range(len(files)), processor).pixel_values
     assert wanted is not None
     parts = list(pixel_batches(files, processor, 4))
-    assert [len(part) for part in parts] == [4, 2]
-    assert torch.equal(torch.cat(parts), wanted)
-    assert torch.equal(torch.cat(list(pixel_batches(wanted, None, 5))), wanted)
+    assert [len(part.values) for part in parts] == [4, 2]
+    assert torch.equal(torch.cat([part.values for part in parts]), wanted)
+    plain = list(pixel_batches(wanted, None, 5))
+    assert torch.equal(torch.cat([part.values for part in plain]), wanted)
+    assert [part.contents for part in plain] == [None, None]
     files[5] = b"nothing"
     with pytest.raises(BadImageError, match="picture 5"):
         list(pixel_batches(files, processor, 4))

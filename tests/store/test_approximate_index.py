@@ -593,6 +593,8 @@ try:
     Datastore.from_features(rows, [0] * 300, index={index!r}).search(rows, 1)
 except ValueError as error:
     print("refused:", error)
+else:
+    raise SystemExit("it was built and searched")
 """
 
 
@@ -604,6 +606,7 @@ def test_a_string_that_kills_faiss_is_refused(index: str) -> None:
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.startswith("refused:")
     assert index in done.stdout
 
 

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from support.oracles import assert_nearest
 from support.tiny import tiny_model, tiny_store
 
 from hf_knn import KnnForImageClassification
-from hf_knn.core.files import FileRecord
+from hf_knn.core.lazy import Lock, Once
+from hf_knn.core.manifest import FileRecord
 from hf_knn.features.encoders import one_torch_thread
 from hf_knn.model import explain as explaining
 from hf_knn.model import memory as remembering
@@ -24,7 +26,6 @@ from hf_knn.store import disk
 from hf_knn.store import index as row_index
 from hf_knn.store.datastore import Datastore
 from hf_knn.store.faiss import FaissApproximate, has_faiss
-from hf_knn.store.once import Lock, Once
 
 THREADS, COUNT, WIDTH = 6, 4000, 16
 FAISS = pytest.mark.skipif(not has_faiss(), reason="needs faiss")
@@ -68,6 +69,10 @@ def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
     return calls
 
 
+def first_ids(stores: list[Datastore], number: int) -> torch.Tensor:
+    return stores[number].search(rows()[number : number + 1], 3).ids
+
+
 @pytest.mark.parametrize("is_copied", [False, True], ids=["one", "copies"])
 @pytest.mark.parametrize("index", ["flat", pytest.param("IVF8,Flat", marks=FAISS)])
 def test_first_searches_of_a_mapped_store(
@@ -82,7 +87,7 @@ def test_first_searches_of_a_mapped_store(
             opened = Datastore.load(tmp_path / "s")
             stores = [copy.copy(opened) if is_copied else opened for _ in range(THREADS)]
             hashed = counted(patch, FileRecord, "compare")
-            found = at_once(lambda i, s=stores: s[i].search(rows()[i : i + 1], 3).ids)
+            found = at_once(partial(first_ids, stores))
         assert torch.equal(torch.cat(found), wanted.ids)
         assert len(hashed) == 1
 
@@ -181,7 +186,13 @@ def test_rows_are_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with_store()
     features = torch.randn(2, model.config.feature_dim)
     made = counted(monkeypatch, explaining, "Calibration")
-    found = at_once(lambda _: [e.typicality for e in model.explain(features=features)])
+
+    def typicalities(_: int) -> list[float | None]:
+        found = model.explain(features=features)
+        assert isinstance(found, list)
+        return [explanation.typicality for explanation in found]
+
+    found = at_once(typicalities)
     assert len(made) == 1
     assert all(values == found[0] for values in found)
 

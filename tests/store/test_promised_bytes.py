@@ -14,9 +14,8 @@ from support.stored import blob_of, cut_into_shards, make_store
 from support.tiny import tiny_model, tiny_store
 
 from hf_knn import KnnForImageClassification, datastore_as_dataset
-from hf_knn.core.files import DatastoreError, FileRecord, read_at
 from hf_knn.core.frozen import FrozenDatastore
-from hf_knn.core.manifest import Manifest
+from hf_knn.core.manifest import DatastoreError, FileRecord, Manifest, read_at
 from hf_knn.store import disk
 from hf_knn.store.datastore import Datastore
 

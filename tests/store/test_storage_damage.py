@@ -24,7 +24,7 @@ from support.stored import (
 )
 from torch import Tensor
 
-from hf_knn.core.files import DatastoreError, FileRecord, hash_blocks
+from hf_knn.core.manifest import DatastoreError, FileRecord, hash_blocks
 from hf_knn.store import disk as datastore_files
 from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore

@@ -4,6 +4,7 @@ Everything is seeded and 8 x 8, so that models of one layer tell the classes apa
 """
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def write_folder(folder: Path, per_class: dict[str, int], seed: int = 0) -> Path:
-    """One sub-folder of PNG files per label."""
+    """One sub-folder of PNG files per label; no two pictures are the same."""
     for name, count in per_class.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
+        label = NAMES.index(name) if name in NAMES else 0
+        first = seed if name in NAMES else seed + zlib.crc32(name.encode())
         for i in range(count):
-            label = NAMES.index(name) if name in NAMES else 0
-            (folder / name / f"{i}.png").write_bytes(encoded(picture(label, seed + i)))
+            (folder / name / f"{i}.png").write_bytes(encoded(picture(label, first + i)))
     return folder
 
 

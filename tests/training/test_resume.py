@@ -268,8 +268,12 @@ def test_a_checkpoint_links_what_did_not_change(tmp_path: Path) -> None:
 # kills
 
 
-def kill_while_training(folder: Path, generator: random.Random) -> None:
-    """Trains in a child and kills it at a random moment, often while it saves."""
+def kill_while_training(folder: Path, generator: random.Random) -> bool:
+    """Trains in a child and kills it at a random moment, often while it saves.
+
+    Returns:
+        Whether it was killed before it came to its end.
+    """
     reader, writer = os.pipe()
 
     def work() -> None:
@@ -292,21 +296,20 @@ def kill_while_training(folder: Path, generator: random.Random) -> None:
         select_timeout = generator.uniform(0, 0.2)
         signal.sigtimedwait([], select_timeout)
         os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     os.close(reader)
+    return os.WIFSIGNALED(status)
 
 
-def survive(folder: Path, kills: int, seed: int) -> int:
-    """Kills and resumes until the run is through, again and again; returns the kills made."""
+def survive(folder: Path, tries: int, seed: int) -> int:
+    """Kills and resumes until the run is through, again and again; returns how many died of it."""
     whole = make_trainer(folder / "whole", save_steps=1)
     whole.train()
-    wanted, generator, made, round_ = outcome(whole), random.Random(seed), 0, 0
-    while made < kills:
-        run = folder / f"round-{round_}"
-        round_ += 1
+    wanted, generator, killed = outcome(whole), random.Random(seed), 0
+    for number in range(tries // 4):
+        run = folder / f"round-{number}"
         for _ in range(4):
-            kill_while_training(run, generator)
-            made += 1
+            killed += kill_while_training(run, generator)
             for path in list_checkpoints(run / "run"):
                 assert problem_of(path) is None, path
         trainer = make_trainer(run, save_steps=1)
@@ -315,17 +318,19 @@ def survive(folder: Path, kills: int, seed: int) -> int:
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
         assert not (run / "run" / STAGING).exists()
         shutil.rmtree(run)
-    return made
+    return killed
 
 
 @pytest.mark.slow
 def test_a_run_survives_kills(tmp_path: Path) -> None:
-    assert survive(tmp_path, 4, 0) >= 4
+    assert survive(tmp_path, 8, 0) >= 2
 
 
 @pytest.mark.faults
-def test_a_run_survives_200_kills(tmp_path: Path) -> None:
-    assert survive(tmp_path, 200, 1) >= 200
+def test_a_run_survives_many_kills(tmp_path: Path) -> None:
+    killed = survive(tmp_path, 240, 1)
+    print(f"240 runs were to be killed or to end; {killed} were killed")
+    assert killed >= 100
 
 
 def test_a_kill_while_a_checkpoint_is_published_loses_none(tmp_path: Path, stopped: Path) -> None:

@@ -30,6 +30,7 @@ from torch.utils.data import default_collate
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -545,7 +546,8 @@ def expected_metrics(model: KnnForImageClassification, rows: ImageFeatures) -> d
         bins = np.array_split(order, min(15, len(order)))
         gaps = [len(b) * abs(probs.max(1)[b].mean() - right[b].mean()) for b in bins]
         found[f"eval_{voice}_top1"] = right.mean()
-        found[f"eval_{voice}_top5"] = 1.0  # fewer than five classes
+        # fewer than five classes, so what counts is whether the label was given any probability
+        found[f"eval_{voice}_top5"] = (probs[np.arange(len(labels)), labels] > 0).mean()
         found[f"eval_{voice}_mean_class"] = np.mean(
             [right[labels == c].mean() for c in set(labels)]
         )
@@ -578,7 +580,7 @@ def test_evaluate_gives_the_documented_numbers(
     assert_same(tensors(model), before)
     wanted = expected_metrics(model, held_out)
     assert len(wanted) == (20 if classes == 2 else 17)
-    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain"}
+    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain", "eval_stored"}
     others |= {f"eval_{voice}_brier" for voice in ("head", "knn", "blend")}  # see test_metrics.py
     assert found.keys() - STOCK - others == wanted.keys()
     assert others <= found.keys()
@@ -587,11 +589,34 @@ def test_evaluate_gives_the_documented_numbers(
         assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
     assert found["eval_head_top1"] != found["eval_knn_top1"]
     same_as = {0.0: "head", 1.0: "knn"}.get(knn_weight)
-    for name in ("top1", "nll", "ece", "mean_class"):
+    for name in ("top1", "top5", "nll", "ece", "mean_class"):
         if same_as:
             blended, pure = found[f"eval_blend_{name}"], found[f"eval_{same_as}_{name}"]
             assert blended == pytest.approx(pure, abs=1e-6)
     assert trainer.state.log_history[-1]["eval_blend_nll"] == found["eval_blend_nll"]
+
+
+@pytest.mark.parametrize("knn_weight", [0.3, 1.0])
+@pytest.mark.parametrize("blend_temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_class_without_a_vote_is_in_no_top_5(
+    k: int, knn_weight: float, blend_temperature: float, tmp_path: Path
+) -> None:
+    model = small_model(9, knn_weight=knn_weight, k=k, blend_temperature=blend_temperature)
+    trainer = KnnTrainer(model, probe(tmp_path), train_dataset=cloud(60, classes=9))
+    trainer.train()
+    held_out = cloud(60, seed=3, classes=9)
+    found = trainer.evaluate(held_out)
+    store = model.datastore
+    assert store is not None
+    voted = store.search(held_out.features, k).labels == held_out.labels.unsqueeze(1)
+    assert found["eval_knn_top5"] == pytest.approx(float(voted.any(1).double().mean()))
+    if k == 1:
+        assert found["eval_knn_top5"] == found["eval_knn_top1"] < found["eval_head_top5"]
+    if knn_weight == 1:
+        assert found["eval_blend_top5"] == found["eval_knn_top5"]
+    else:
+        assert found["eval_blend_top5"] > found["eval_knn_top5"]
 
 
 def test_evaluate_pictures_names_and_mode(tmp_path: Path) -> None:
@@ -1182,6 +1207,71 @@ def test_good_arguments(tmp_path: Path) -> None:
     for criterion in ("one_standard_error", "accuracy", "mean_class", "log_likelihood"):
         assert probe(tmp_path, tune_criterion=criterion).tune_criterion == criterion
     assert probe(tmp_path, knn_loss_clamp=math.inf, knn_loss_normalize="mean").knn_loss_clamp > 1e9
+
+
+RECIPE = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "save_strategy")
+
+
+def recipe_of(args: TrainingArguments) -> tuple[Any, ...]:
+    return tuple(getattr(args, name) for name in RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"freeze_backbone": True}, (60, 1e-3, 256, "no")),
+        ({}, (10, 5e-5, 32, "steps")),
+        ({"knn_loss_alpha": 0.1, "trainable_blocks": 1}, (10, 5e-5, 32, "steps")),
+        ({"freeze_backbone": True, "num_train_epochs": 3}, (3, 1e-3, 256, "no")),
+        ({"freeze_backbone": True, "learning_rate": 5e-5}, (60, 5e-5, 256, "no")),
+        ({"freeze_backbone": True, "per_device_train_batch_size": 8}, (60, 1e-3, 8, "no")),
+        ({"freeze_backbone": True, "save_strategy": "steps"}, (60, 1e-3, 256, "steps")),
+        ({"freeze_backbone": True, "save_steps": 500}, (60, 1e-3, 256, "steps")),
+        ({"freeze_backbone": True, "push_to_hub": True}, (60, 1e-3, 256, "steps")),
+        ({"num_train_epochs": 0.5, "save_strategy": "no"}, (0.5, 5e-5, 32, "no")),
+    ],
+)
+def test_what_is_not_given_suits_the_training(
+    given: dict[str, Any], wanted: tuple[Any, ...], tmp_path: Path
+) -> None:
+    args = KnnTrainingArguments(str(tmp_path), report_to=[], **given)
+    assert recipe_of(args) == wanted
+    assert args.save_steps == 500
+    plain = TrainingArguments(str(tmp_path), report_to=[])
+    others = ("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "optim", "eval_strategy")
+    assert [getattr(args, name) for name in others] == [getattr(plain, name) for name in others]
+    # copies are what they were copied from
+    assert recipe_of(dataclasses.replace(args, output_dir="other")) == wanted
+    assert recipe_of(copy.deepcopy(args)) == wanted
+    rebuilt = KnnTrainingArguments(**json.loads(json.dumps(args.to_dict())))
+    assert rebuilt.to_dict() == args.to_dict()
+    changed = dataclasses.replace(args, num_train_epochs=7)
+    assert recipe_of(changed) == (7, *wanted[1:])
+
+
+@pytest.mark.parametrize("way", ["command line", "dict", "json"])
+def test_arguments_are_parsed_with_their_defaults(way: str, tmp_path: Path) -> None:
+    parser = HfArgumentParser(KnnTrainingArguments)
+    folder = str(tmp_path / "out")
+
+    def parse(**given: Any) -> KnnTrainingArguments:
+        given |= {"output_dir": folder, "report_to": "none"}
+        if way == "command line":
+            words = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+            return parser.parse_args_into_dataclasses(words)[0]
+        if way == "dict":
+            return parser.parse_dict(given)[0]
+        path = tmp_path / "args.json"
+        path.write_text(json.dumps(given))
+        return parser.parse_json_file(str(path))[0]
+
+    assert recipe_of(parse(freeze_backbone=True)) == (60, 1e-3, 256, "no")
+    assert recipe_of(parse()) == (10, 5e-5, 32, "steps")
+    typed = parse(
+        num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=8, save_strategy="epoch"
+    )
+    assert recipe_of(typed) == (3, 5e-5, 8, "epoch")
+    assert [type(value) for value in recipe_of(typed)[1:3]] == [float, int]
 
 
 def test_the_precision_of_features_is_passed_on(tmp_path: Path) -> None:

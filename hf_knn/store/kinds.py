@@ -1,0 +1,80 @@
+"""Which index a file may ask for: whoever wrote it decides what is built at the first search.
+
+A factory string of faiss can take hours, all memory or the process. Only kinds whose cost follows
+from the rows that are there are built unasked.
+"""
+
+import logging
+import re
+from math import isqrt
+
+from ..core.manifest import MANIFEST_NAME, DatastoreError, IndexInfo
+
+logger = logging.getLogger(__name__)
+
+AUTO, FLAT = "auto", "flat"
+
+LARGEST_EF = 4096
+"""Rows of a graph that a search keeps in mind at most."""
+
+_REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
+_LISTS = re.compile(r"IVF0*([1-9]\d{0,8}),(?:Flat|SQ8)")
+_GRAPH = re.compile(r"HNSW(?:0*([1-9]\d{0,2}))?(?:,Flat)?")
+_FEWEST_LISTS, _LISTS_PER_ROOT = 1024, 16  # as many as faiss advises at most, per root of the rows
+_MOST_LINKS = 64
+
+
+def is_rebuildable(spec: str) -> bool:
+    """Whether an index is stored as centroids and lists."""
+    return _REBUILDABLE.fullmatch(spec) is not None
+
+
+def is_modest(name: str, count: int) -> bool:
+    """Whether an index costs what the rows are worth, so that it is built for anybody's file.
+
+    Args:
+        name: `auto`, `flat` or a factory string.
+        count: rows.
+    """
+    if name in (AUTO, FLAT):
+        return True
+    if lists := _LISTS.fullmatch(name):
+        return int(lists[1]) <= max(_FEWEST_LISTS, _LISTS_PER_ROOT * isqrt(count))
+    graph = _GRAPH.fullmatch(name)
+    return graph is not None and 2 <= int(graph[1] or 32) <= _MOST_LINKS
+
+
+def allowed(info: IndexInfo, count: int, is_trusted: bool) -> IndexInfo:
+    """What of the index that a file names is built.
+
+    Args:
+        info: of the file.
+        count: rows of the file.
+        is_trusted: whether the caller said that the file is one of their own.
+
+    Returns:
+        The same; an exact one, with a warning, in place of a kind that nobody asked for.
+
+    Raises:
+        DatastoreError: for parameters that the index does not have, or out of their range.
+    """
+    if not is_trusted and not (is_modest(info.requested, count) and is_modest(info.spec, count)):
+        name = info.requested if is_modest(info.spec, count) else info.spec
+        logger.warning(
+            "%s names the index %.80r, which is not built for a file of others (flat, "
+            "IVF<n>,Flat, IVF<n>,SQ8 and HNSW<m> of usual size are): its rows are searched "
+            "exactly. If the file is your own, pass trust_faiss_index=True.",
+            MANIFEST_NAME, name,
+        )  # fmt: skip
+        return IndexInfo(FLAT, FLAT)
+    lists = re.search(r"IVF(\d{1,9})", info.spec)
+    ranges = {"nprobe": int(lists[1])} if lists else {}
+    ranges |= {"efSearch": LARGEST_EF} if "HNSW" in info.spec else {}
+    for name, value in info.parameters.items():
+        if not 1 <= value <= ranges.get(name, 0):
+            wanted = " and ".join(f"{name} in [1, {most}]" for name, most in ranges.items())
+            raise DatastoreError(
+                f"Expected `index.parameters` in {MANIFEST_NAME} to be {wanted or 'none'} for the "
+                f"index {info.spec}, but got {name[:40]!r}: {value}; save the datastore again."
+            )
+    return info
