@@ -9,6 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from .places import fail
+
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes."""
+
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 
 OnBadImage = Literal["skip", "fail"]
@@ -35,20 +40,44 @@ Queries = Literal["snapshot", "live"]
 Splits = Literal["auto", "none"]
 """How folders that are called like splits are read."""
 
-Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
+Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood", "fixed"]
 """What makes k, temperature and λ the best."""
+
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON instead, and nothing else on stdout."),
+]
+"""Always called `json_output`: see `hand_over`."""
 
 Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]
 """What runs the backbone when features are computed."""
 
+_GRAPHS = ("onnx", "openvino")
+"""Those that need packages of their own."""
+
 
 def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
     """Every extraction of this command reads the variable, also those of a trainer."""
+    chosen = backend or os.environ.get("HF_KNN_BACKEND")
+    if chosen is not None and (backend is None or chosen in _GRAPHS):
+        _check(chosen)
     if backend is not None:
         before = os.environ.get("HF_KNN_BACKEND")
         os.environ["HF_KNN_BACKEND"] = backend
         context.call_on_close(lambda: _restore(before))
     return backend
+
+
+def _check(backend: str) -> None:
+    """Says what is missing before the work begins, which needs the same imports."""
+    from hf_knn.features.backends import check_backend, check_installed
+
+    try:
+        check_backend(backend)
+        if backend in _GRAPHS:
+            check_installed(backend)
+    except (ValueError, ImportError) as error:
+        fail(str(error))
 
 
 def _restore(before: str | None) -> None:

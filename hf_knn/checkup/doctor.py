@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
 from ..data.loading import groups_of, ids_of, label_names, read_source
-from ..data.places import paths_of
+from ..data.places import paths_of, reading_of
 from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
@@ -69,8 +69,7 @@ def open_source(options: DoctorOptions) -> Source:
     parts: dict[str, Any] = {}
     records: list[tuple[Any, ...]] = []
     names: list[str] = []
-    splits = False if options.splits == "none" else None
-    found = read_source(options.pictures, splits)
+    found = read_source(options.pictures, reading_of(options.splits))
     has_labels = found.has_labels
     for name, dataset in found.splits.items():
         names = label_names(dataset) if has_labels else []
@@ -128,13 +127,20 @@ def check_up(options: DoctorOptions, source: Source, watch: Watch = unwatched) -
             prints.append(one)
             usable.append(number)
         elif isinstance(one, Broken):
-            reason = f"Cannot be used: {one.reason}."
-            checkup.findings.append(Finding(Kind.BROKEN, number, 1.0, reason))
+            kind, detail = Kind.BROKEN, f"Cannot be used: {one.reason}."
+            if one.is_unread:
+                kind, detail = Kind.UNREAD, f"Is not read: {one.reason}; convert it to JPEG or PNG."
+            checkup.findings.append(Finding(kind, number, 1.0, detail))
         else:
             reason = "Has no label: give it one."
             checkup.findings.append(Finding(Kind.NO_LABEL, number, 1.0, reason))
     checkup.usable = np.array(usable, np.int64)
     with checkup.phase("features"):
+        if not usable:
+            raise ValueError(
+                f"Expected at least one picture that can be used, but none of {len(pictures)} can; "
+                f"the first, {pictures.name_of(0)}: {checkup.findings[0].detail}"
+            )
         checkup.features = _features(source, options, checkup.usable)
     groups = None if source.groups is None else source.groups[checkup.usable]
     examine(checkup, prints, groups, options.seed, watch)
@@ -158,11 +164,6 @@ def _group_values(dataset: Any, column: str | None, split: str) -> list[Any]:
 
 def _features(source: Source, options: DoctorOptions, usable: Ints) -> Tensor:
     """[M, D] features of the usable pictures, by the backbone that `train` would take."""
-    if not len(usable):
-        raise ValueError(
-            f"Expected at least one picture that can be used, but none of "
-            f"{len(source.pictures)} can; see hf_knn.data.decode for what is accepted."
-        )
     names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)
     splits = np.array(source.pictures.splits, dtype=object)

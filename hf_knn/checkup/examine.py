@@ -249,7 +249,11 @@ def inspect_datastore(
     pictures = pictures_of(store, label_names)
     prints: list[Print] | None = None
     checkup = Checkup(pictures, np.arange(len(pictures)), store.features.float())
-    checkup.unseen |= {Kind.BROKEN, Kind.NO_LABEL}  # every row has features and a label
+    checkup.unseen |= {
+        Kind.BROKEN,
+        Kind.UNREAD,
+        Kind.NO_LABEL,
+    }  # every row has features and a label
     if root is None:
         checkup.skipped.append("Pixels: without the folder of the pictures, features are compared.")
     else:

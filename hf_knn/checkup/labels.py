@@ -42,8 +42,8 @@ _ALIKE = str.maketrans("авекмнорстухіјѕԁһӏıαβεικνορτ
 _DIFFERENCES: dict[str, Callable[[str], str]] = {
     "spaces": lambda name: " ".join(name.split()),
     "invisible characters": lambda name: "".join(filter(_is_seen, name)),
-    "capital letters": str.casefold,
     "the width of letters": lambda name: unicodedata.normalize("NFKC", name),
+    "capital letters": str.casefold,
     "letters of several alphabets": lambda name: name.translate(_ALIKE),
     "spaces, dashes and underscores": lambda name: re.sub(
         r"(?<=[^\W\d_])[\s_\u2010-\u2015-]+(?=[^\W\d_])", "", name

@@ -23,6 +23,7 @@ Show = Callable[[int], Image.Image | None]
 
 TITLES = {
     Kind.BROKEN: "Broken files",
+    Kind.UNREAD: "Pictures of a format or size that is not read",
     Kind.NO_LABEL: "Pictures without a label",
     Kind.CROSS_SPLIT: "Duplicates across splits",
     Kind.GROUP_ACROSS: "Groups across splits",
@@ -36,6 +37,10 @@ TITLES = {
 }
 ADVICE = {
     Kind.BROKEN: "Repair or delete them. Training leaves them out.",
+    Kind.UNREAD: (
+        "Convert them to JPEG or PNG. Where only the size is too much, --max-pixels or --max-bytes "
+        "may allow it. Training leaves them out."
+    ),
     Kind.NO_LABEL: "Give them a label or take them out. Training refuses them.",
     Kind.CROSS_SPLIT: (
         "Remove those marked as copies. A picture that is trained on and tested on makes the test "
@@ -132,7 +137,7 @@ def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> 
     heading, text = f"{TITLES[kind]} ({len(found):,})", [ADVICE[kind]]
     if kind is Kind.LABEL_ERROR:
         text.append(label_note(checkup))
-    if kind in (Kind.BROKEN, Kind.NO_LABEL):
+    if kind in (Kind.BROKEN, Kind.UNREAD, Kind.NO_LABEL):
         return Section(heading, text, tables=[_places(found, checkup.pictures)])
     if kind in (Kind.LOOK_ALIKE, Kind.IMBALANCE):
         names = checkup.pictures.label_names

@@ -1,6 +1,7 @@
 """`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
 import math
+import shlex
 import shutil
 import tempfile
 import time
@@ -10,19 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
 from ..core.plain_json import read_json
+from ..data.folders import SPLIT_NAMES
 from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.measure import stored_places
 from ..fit.metrics import COMPLEMENTARITY
-from ..fit.plots import draw_tuning
-from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
+from ..fit.plots import check_drawing, draw_tuning
+from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import shown
 from ..training.arguments import KnnTrainingArguments
@@ -30,11 +31,14 @@ from ..training.trainer import KnnTrainer
 from .console import (
     changing,
     console,
+    escape,
     metrics_table,
+    open_checkpoint,
     open_labelled,
     print_json,
     right,
     say_what_was_skipped,
+    typed,
 )
 
 WITHOUT_STORED = "eval_without_stored_"
@@ -65,7 +69,7 @@ def evaluate_pictures(
         ValueError: for pictures that cannot be used, or labels that the model does not have.
         OSError: if something is not there.
     """
-    model, rows = _open(checkpoint, pictures, split or "test", splits, on_bad_image)
+    model, rows = _open(checkpoint, pictures, split, "test", splits, on_bad_image)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
@@ -146,8 +150,10 @@ def tune_checkpoint(
         ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
         OSError: if something is not there or cannot be written.
     """
+    if plot is not None:
+        check_drawing()
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split or "validation", splits, on_bad_image)
+        model, rows = _open(checkpoint, pictures, split, "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         stored, known = stored_names(model, rows), set(model.datastore.paths or [])
@@ -163,13 +169,12 @@ def tune_checkpoint(
                 "are the same, k-NN has seen them, and what is chosen here will favour it."
             )
         with tempfile.TemporaryDirectory() as folder:
-            result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
+            trainer = KnnTrainer(model, _silent(folder))
+            with progress_bars():
+                result = trainer.tune(rows, criterion, calibrate, progress=True)
         model.save_pretrained(checkpoint)
-        console.print(
-            f"Chosen by {result.criterion} on {len(rows) - len(stored)} pictures: k = {result.k}, "
-            f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}. "
-            f"Saved in {escape(checkpoint)}."
-        )
+        said = result.say("in these pictures" if result.has_few_labels else "on these pictures")
+        console.print(f"{said} Saved in {escape(checkpoint)}.")
         if plot is not None:
             draw_tuning(result, plot)
             console.print(f"Drawn: {escape(str(plot))}")
@@ -205,13 +210,13 @@ def push_checkpoint(
     """
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
-    console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
+    console.print(f"Next: [bold]{typed('predict', repo_id, 'PICTURE.jpg')}[/]", soft_wrap=True)
 
 
 def export_checkpoint(checkpoint: str, folder: Path) -> None:
@@ -226,7 +231,8 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         ValueError: for what cannot be exported, with the reason.
         OSError: if something is not there or cannot be written.
     """
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    check_export()
+    model = open_checkpoint(checkpoint)
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
     size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
@@ -235,19 +241,23 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         f"{exported.rows:,} rows, log-probabilities within {exported.largest_gap:.0e} of PyTorch's."
     )
     console.print(
-        f"Next: [bold]python {escape(str(folder / SCRIPT_NAME))} PICTURE.jpg[/]", soft_wrap=True
+        f"Next: [bold]python {escape(shlex.quote(str(folder / SCRIPT_NAME)))} PICTURE.jpg[/]",
+        soft_wrap=True,
     )
 
 
 def _open(
-    checkpoint: str, pictures: str, split: str, how: str, on_bad_image: str
+    checkpoint: str, pictures: str, split: str | None, usual: str, how: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
-    """A model and the features of one split of labelled pictures."""
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    splits = open_labelled(pictures, how)
-    if split not in splits and len(splits) > 1:
-        raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
-    dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
+    """A model and the features of one split of labelled pictures: the usual or the only one."""
+    wanted = usual if split is None else SPLIT_NAMES.get(split.casefold(), split)
+    model = open_checkpoint(checkpoint)
+    splits = open_labelled(pictures, how, wanted)
+    if split is None and len(splits) == 1:
+        wanted = next(iter(splits))
+    if wanted not in splits:
+        raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
+    dataset = prepare(splits[wanted], model.config.class_names)
     with progress_bars():
         rows = extract_features(model, dataset, on_bad_image=on_bad_image)
     say_what_was_skipped(rows)
@@ -312,7 +322,7 @@ def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
     verb = "Cleared" if clear else "Kept"
     console.print(f"{verb} in {escape(str(cache_root()))}: {_size(total)}.", soft_wrap=True)
     if entries and not clear:
-        console.print("Next: [bold]hf-knn cache --clear[/], or with --older-than 30")
+        console.print(f"Next: [bold]{typed('cache', '--clear')}[/], or with --older-than 30")
 
 
 def cache_entries() -> dict[Path, CacheEntry]:

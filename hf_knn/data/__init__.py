@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 from ..core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .batches import content_of as content_of
     from .decode import BadImageError as BadImageError
     from .decode import decode_image as decode_image
+    from .decode import decoding as decoding
     from .keys import print_of as print_of
     from .loading import datastore_as_dataset as datastore_as_dataset
     from .loading import load_splits as load_splits
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BadImageError": "decode",
+    "content_of": "batches",
     "StoredPictures": "walk",
     "datastore_as_dataset": "loading",
     "decode_image": "decode",
+    "decoding": "decode",
     "few_rows": "splits",
     "few_shots": "splits",
     "load_splits": "loading",

@@ -13,21 +13,39 @@ from PIL import Image
 from torch import Tensor
 
 from .augmentation import EPOCH, Augment
-from .decode import BadImageError, decode_image, read_picture
+from .decode import BadImageError, decode_image, decoding, reading
 
 IMAGE, LABEL, SAMPLE_ID, PATH = "image", "label", "sample_id", "path"
+
+HELD_PIXELS = 4 * 10**6
+"""A picture with more is processed as soon as it is decoded, before the next one is."""
 
 CONTENT_BYTES = 16
 """Of the print of a picture, see `content_of`."""
 
 
 class BadRow(NamedTuple):
-    """A row that could not be used, and why."""
+    """A row that could not be used.
+
+    Attributes:
+        row: its number.
+        sample_id: of its picture.
+        path: of its picture; empty if unknown.
+        reason: why.
+        is_unread: whether the picture may be whole, of a format or size that is not read.
+    """
 
     row: int
     sample_id: int
     path: str
     reason: str
+    is_unread: bool = False
+
+    def remedy(self) -> str:
+        """What can be done about it."""
+        if self.is_unread:
+            return "convert it to JPEG or PNG, or raise a limit (--max-pixels, --max-bytes)"
+        return "repair or remove it"
 
 
 class Batch(NamedTuple):
@@ -59,12 +77,6 @@ def content_of(image: Image.Image) -> bytes:
     total = xxhash.xxh3_128(f"{image.width} {image.height} ".encode())
     total.update(image.tobytes())
     return total.digest()
-
-
-def contents_of(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
-    """[B, 16] uint8: the prints of B pictures, see `content_of`."""
-    joined = b"".join(map(content_of, images))
-    return np.frombuffer(joined, np.uint8).reshape(-1, CONTENT_BYTES)
 
 
 class Pixels(NamedTuple):
@@ -104,8 +116,13 @@ def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Pixels]:
         if isinstance(part, Tensor):
             yield Pixels(part, None)
             continue
-        pictures = [read_picture(one, number) for number, one in enumerate(part, start)]
-        yield Pixels(pixels_of(pictures, processor), contents_of(pictures))
+        collected = _Collected(processor)
+        for number, one in enumerate(part, start):
+            with reading(one, number) as image:
+                collected.add(image)
+        values = collected.pixels()
+        assert values is not None
+        yield Pixels(values, collected.contents())
 
 
 def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
@@ -119,10 +136,11 @@ def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
     entries = dataset[list(rows)]
     pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
     items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
-    images, good, bad = _decode_rows(items, None)
+    collected = _Collected(processor)
+    good, bad = _decode_rows(items, None, collected)
     named = [row._replace(row=int(rows[row.row])) for row in bad]
-    pixels = pixels_of(images, processor) if images else None
-    return Batch(pixels, [int(rows[place]) for place in good], named, contents_of(images))
+    numbers = [int(rows[place]) for place in good]
+    return Batch(collected.pixels(), numbers, named, collected.contents())
 
 
 def process_rows(
@@ -135,29 +153,72 @@ def process_rows(
         processor: an image processor.
         augment: what the pictures go through first; the rows then have an `epoch`.
     """
-    images, good, bad = _decode_rows(items, augment)
     options = {} if augment is None else augment.processor_options
-    return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
+    collected = _Collected(processor, with_contents=False, **options)
+    good, bad = _decode_rows(items, augment, collected)
+    return Batch(collected.pixels(), good, bad)
+
+
+class _Collected:
+    """Pictures on their way to pixels; a large one is processed at once, so that none pile up.
+
+    Args:
+        processor: an image processor.
+        with_contents: take their prints, too.
+        options: of the processor.
+    """
+
+    def __init__(self, processor: Any, *, with_contents: bool = True, **options: Any) -> None:
+        self._processor, self._options = processor, options
+        self._with_contents = with_contents
+        self._prints: list[bytes] = []
+        self._held: list[Any] = []
+        self._done: list[Tensor] = []
+
+    def add(self, image: Any) -> None:
+        """One more; a decoded picture that is large is not needed any longer."""
+        if self._with_contents:
+            self._prints.append(content_of(image))
+        self._held.append(image)
+        is_large = isinstance(image, Image.Image) and image.width * image.height > HELD_PIXELS
+        if is_large:
+            self._process()
+
+    def pixels(self) -> Tensor | None:
+        """[B, 3, H, W] float32; None for no picture."""
+        if self._held:
+            self._process()
+        return (
+            self._done[0] if len(self._done) == 1 else torch.cat(self._done) if self._done else None
+        )
+
+    def contents(self) -> NDArray[np.uint8]:
+        """[B, 16] uint8: the prints of the pictures, see `content_of`."""
+        return np.frombuffer(b"".join(self._prints), np.uint8).reshape(-1, CONTENT_BYTES)
+
+    def _process(self) -> None:
+        self._done.append(pixels_of(self._held, self._processor, **self._options))
+        self._held = []
 
 
 def _decode_rows(
-    items: list[dict[str, Any]], augment: Augment | None
-) -> tuple[list[Any], list[int], list[BadRow]]:
-    """Pictures, augmented if wanted, their places in the list, and those that cannot be decoded."""
-    images: list[Any] = []
+    items: list[dict[str, Any]], augment: Augment | None, collected: _Collected
+) -> tuple[list[int], list[BadRow]]:
+    """Collects pictures, augmented if wanted; their places, and those that cannot be decoded."""
     good: list[int] = []
     bad: list[BadRow] = []
     for place, item in enumerate(items):
         try:
-            image = _decode_entry(item[IMAGE])
-            if augment is not None:
-                image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
-            images.append(image)
+            with decoding(cell_source(item[IMAGE])) as image:
+                if augment is not None:
+                    image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
+                collected.add(image)
             good.append(place)
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
-            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
-    return images, good, bad
+            is_unread = getattr(error, "is_unread", False)
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error), is_unread))
+    return good, bad
 
 
 def pixels_of(images: Sequence[Any], processor: Any, **options: Any) -> Tensor:
@@ -211,7 +272,7 @@ def picture_of(dataset: Any, row: int) -> Image.Image:
         BadImageError: if there is none, or it cannot be decoded.
         OSError: if its file cannot be read.
     """
-    return _decode_entry(dataset[row][IMAGE])
+    return decode_image(cell_source(dataset[row][IMAGE]))
 
 
 class RowPictures(Mapping[int, Image.Image]):
@@ -289,7 +350,7 @@ class KnnCollator:
         if bad and (self.on_bad_image == "fail" or not good):
             raise ValueError(
                 f"Expected pictures that can be decoded, but {bad[0].path or 'a picture'} "
-                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; repair or remove it, or "
+                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; {bad[0].remedy()}, or "
                 "pass on_bad_image='skip'."
             )
         labels = torch.tensor([rows[i][LABEL] for i in good])
@@ -298,8 +359,9 @@ class KnnCollator:
         return {"pixel_values": pixel_values, "labels": labels, "sample_ids": sample_ids}
 
 
-def _decode_entry(entry: dict[str, Any] | None) -> Image.Image:
-    """The picture of one undecoded cell of a dataset: its bytes, or the file of its path."""
+def cell_source(entry: dict[str, Any] | None) -> bytes | str:
+    """What is to be decoded of one undecoded cell of a dataset: its bytes, or the file's path."""
     if entry is None:
         raise BadImageError("the row has no picture")
-    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])
+    source: bytes | str = entry["bytes"] if entry.get("bytes") is not None else entry["path"]
+    return source

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..store.folders import written_whole
-from .batches import IMAGE, content_of, picture_of
-from .decode import BadImageError
+from .batches import IMAGE, cell_source, content_of
+from .decode import BadImageError, decoding
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,39 @@ def _remember(place: Path, keys: NDArray[np.uint8]) -> None:
         logger.debug("%s: %s", place, error)
 
 
+def hash_of_pictures(splits: Mapping[str, Any]) -> str:
+    """A hash of what labelled pictures hold, whatever they are called and wherever they lie.
+
+    Every byte is read once, also of files, so that one that was replaced is seen.
+
+    Args:
+        splits: prepared datasets, see `hf_knn.data.loading.load_splits`.
+
+    Returns:
+        64 hexadecimal digits; equal for the same pictures with the same labels.
+    """
+    found: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for rows in splits.values():
+            names = [*rows.features["label"].names, ""]  # the last one for a missing label
+            labels = (names[-1 if label is None else label] for label in rows["label"])
+            contents = rows.select_columns([IMAGE]).with_format("arrow")
+            for batch in contents.iter(_BATCH):
+                column = batch.column(IMAGE).combine_chunks()
+                hashes = threads.map(_hash_of_content, column.field("bytes"), column.field("path"))
+                found += [f"{content} {next(labels)}" for content in hashes]
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
+def _hash_of_content(data: Any, path: Any) -> str:
+    if data.is_valid:
+        return hashlib.sha256(data.as_buffer()).hexdigest()
+    if not path.is_valid or not os.path.isfile(path.as_py()):
+        return name_of_file(path.as_py()).hex()
+    with open(path.as_py(), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Print(NamedTuple):
     """What is kept of one picture.
 
@@ -117,9 +150,15 @@ class Print(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A picture that cannot be decoded, with the reason."""
+    """A picture that cannot be decoded.
+
+    Attributes:
+        reason: why.
+        is_unread: whether it may be whole, of a format or size that is not read.
+    """
 
     reason: str
+    is_unread: bool
 
 
 def print_of(image: Image.Image) -> Print:
@@ -148,6 +187,7 @@ def prints_of(
 
 def _print_row(dataset: Any, row: int) -> Print | Broken:
     try:
-        return print_of(picture_of(dataset, row))
+        with decoding(cell_source(dataset[row][IMAGE])) as image:
+            return print_of(image)
     except (BadImageError, OSError) as error:
-        return Broken(str(error))
+        return Broken(str(error), getattr(error, "is_unread", False))

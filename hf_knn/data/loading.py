@@ -98,12 +98,15 @@ def load_splits(
     return found.splits
 
 
-def read_labelled(source: str | Path, splits: bool | None = None, **options: Any) -> Source:
+def read_labelled(
+    source: str | Path, splits: bool | None = None, needed: str = "", **options: Any
+) -> Source:
     """Opens a set of labelled pictures, as `load_splits` does, with what was left out.
 
     Args:
         source: as for `load_splits`.
         splits: likewise.
+        needed: a split that is not left out: it is refused if it has no labels.
         options: likewise.
 
     Returns:
@@ -115,10 +118,10 @@ def read_labelled(source: str | Path, splits: bool | None = None, **options: Any
     """
     found = read_source(source, splits, **options)
     if not found.has_labels:
-        columns = next(iter(found.splits.values())).column_names
-        count = sum(map(len, found.splits.values()))
-        raise ValueError(why_no_labels(source, count, columns, found.notes))
+        raise ValueError(why_no_labels(source, found.splits, found.notes))
     bare = [name for name, rows in found.splits.items() if not _has_labels(rows)]
+    if needed in bare:
+        raise ValueError(why_no_labels(source, {needed: found.splits[needed]}, found.notes))
     kept = {name: rows for name, rows in found.splits.items() if name not in bare}
     said = [
         f"The split {name} was left out: its {len(found.splits[name])} pictures have no labels."
@@ -295,7 +298,7 @@ def _load_saved(path: Path) -> dict[str, Dataset]:
         if not path.is_dir():
             return dict(load_dataset("parquet", data_files=glob.escape(str(path.absolute()))))
         saved = load_from_disk(str(path))
-    except (DatasetGenerationError, OSError) as error:
+    except (DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(
             f"Expected {path} to be whole, but it cannot be read: {error.__cause__ or error}"
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 from .batches import IMAGE, LABEL, PATH, SAMPLE_ID
 from .keys import name_of_file
 from .tables import is_table
+from .walk import split_of
 
 _HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
@@ -62,8 +63,10 @@ def check_options(
         options: of a Hub id.
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming them, or for `splits` of another kind.
     """
+    if not isinstance(splits, bool | None):
+        raise ValueError(f"Expected `splits` to be True, False or None, but got {splits!r}.")
     given = sorted(name for name, value in options.items() if value is not None)
     if path is not None and given:
         raise ValueError(
@@ -92,25 +95,45 @@ def names_beside(path: Path) -> list[str]:
         return []
 
 
-def why_no_labels(
-    source: str | Path, count: int, columns: Sequence[str], notes: Sequence[str]
-) -> str:
+def why_no_labels(source: str | Path, splits: Mapping[str, Any], notes: Sequence[str]) -> str:
     """What pictures lack that somebody wants to learn from, and what would give it to them.
 
     Args:
         source: of the pictures.
-        count: how many there are.
-        columns: of the dataset.
+        splits: that have no labels.
         notes: what was left out.
     """
-    others = [name for name in columns if name not in (IMAGE, LABEL, SAMPLE_ID, PATH)]
+    first = next(iter(splits.values()))
+    own = (IMAGE, LABEL, SAMPLE_ID, PATH)
+    others = [name for name in first.column_names if name not in own]
+    count = sum(map(len, splits.values()))
+    what = f"{count} pictures"
+    if list(splits) != ["train"]:
+        what += f" of {', '.join(splits)}"
     seen = "lie in no folders of classes"
     if not Path(source).expanduser().is_dir():
         seen = f"have no column `{LABEL}`" + (f", but {others}" if others else "")
+    elif any(map(split_of, paths_of(first)[:1])):
+        seen += ", below folders that are read as splits (--splits none reads them as classes)"
     return " ".join((
-        f"Expected {source} to say the label of each picture, but its {count} pictures {seen};",
+        f"Expected {source} to say the label of each picture, but its {what} {seen};",
         "make one sub-folder per label, or a csv of path,label.", *notes,
     ))  # fmt: skip
+
+
+def reading_of(how: str) -> bool | None:
+    """What `--splits` means for `load_splits`.
+
+    Args:
+        how: `auto` or `none`.
+
+    Raises:
+        ValueError: for another word.
+    """
+    readings = {"auto": None, "none": False}
+    if how not in readings:
+        raise ValueError(f"Expected `splits` to be one of {[*readings]}, but got {how!r}.")
+    return readings[how]
 
 
 def check_classes(splits: Mapping[str, Any], source: str | Path) -> list[str]:
@@ -130,7 +153,8 @@ def check_classes(splits: Mapping[str, Any], source: str | Path) -> list[str]:
         )
     rows = splits["train"]
     names = list(rows.features[LABEL].names)
-    if len(set(rows[LABEL]) - {-1}) > 1:
+    labels = rows[LABEL][:]
+    if len(set(labels) - {-1}) > 1:
         return names
     below = {path.split("/")[-2] for path in paths_of(rows) if path.count("/") > 1}
     hint = "give it at least one more sub-folder of pictures"
@@ -138,7 +162,7 @@ def check_classes(splits: Mapping[str, Any], source: str | Path) -> list[str]:
         hint = f"if {', '.join(sorted(below)[:5])} are the classes, pass the folder they lie in"
     raise ValueError(
         f"Expected at least two classes to tell apart, but all pictures of {source} to train on "
-        f"are {names[rows[LABEL][0]]}; {hint}."
+        f"are {names[max(labels)]}; {hint}."
     )
 
 
@@ -188,7 +212,8 @@ def source_of(pictures: str | Path, dataset: Any, split: str = "train") -> dict[
         for place in dataset.info.download_checksums or {}
         if (found := _HUB_COMMIT.search(str(place)))
     }
-    facts = {"dataset": Path(pictures).name, "split": split}
+    place = Path(pictures).expanduser()
+    facts = {"dataset": place.resolve().name if place.exists() else place.name, "split": split}
     if commits:
         facts |= {"dataset": str(pictures), "revision": ", ".join(sorted(commits))}
     if dataset.info.license:

@@ -233,7 +233,9 @@ class FeatureTable:
             self._set_good(self._same(row), part.features[place], part.contents[place])
         for bad in part.bad:
             self._set_bad(self._same(bad.row), bad.reason)
-        self._unwritten += sorted([*part.rows, *(bad.row for bad in part.bad)])
+        # what is merely not read may be read with other limits, or when an extra is installed
+        broken = [bad.row for bad in part.bad if not bad.is_unread]
+        self._unwritten += sorted([*part.rows, *broken])
         while len(self._unwritten) >= SHARD_ROWS:
             self._write(SHARD_ROWS)
 

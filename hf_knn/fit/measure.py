@@ -1,11 +1,13 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
@@ -16,7 +18,7 @@ from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
-from .blend import Grid, TuneResult, default_grid, has_few_labels, tune
+from .blend import Criterion, Grid, TuneResult, default_grid, has_few_labels, tune, untuned
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
@@ -38,11 +40,27 @@ class HeldOut(NamedTuple):
         neighbors: [B, k] at the largest k that shall be tried.
         head_log_probs: [B, C_head].
         labels: [B] int64.
+        groups: [B] int64 of what belongs together; None: each row is by itself.
     """
 
     neighbors: Neighbors
     head_log_probs: Tensor
     labels: Tensor
+    groups: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "HeldOut":
+        """Some of the rows, by number."""
+        neighbors = Neighbors(*(field[rows] for field in self.neighbors))
+        groups = None if self.groups is None else self.groups[rows]
+        return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
+
+    def halves(self) -> "tuple[HeldOut, HeldOut]":
+        """Two random halves; what belongs together is on one side."""
+        owners = torch.arange(len(self.labels)) if self.groups is None else self.groups
+        names, which = owners.unique(return_inverse=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+        is_first = (order < (len(names) + 1) // 2)[which]
+        return self.at(is_first.nonzero().flatten()), self.at((~is_first).nonzero().flatten())
 
 
 def ask_voices(
@@ -66,7 +84,8 @@ def ask_voices(
         logits = model.head(head_part.to(device)).float()
     head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
     k = k or max(_grid_for(model, len(features)).k)
-    return HeldOut(store.search(store_part, k), head_log_probs, features.labels)
+    found = store.search(store_part, k)
+    return HeldOut(found, head_log_probs, features.labels, features.groups)
 
 
 def ask_folds(
@@ -75,6 +94,7 @@ def ask_folds(
     folds: Sequence[Fold],
     fit: Callable[[ImageFeatures], KnnForImageClassification],
     device: torch.device,
+    progress: bool = False,
 ) -> HeldOut:
     """Asks about each row a model that has not seen it, for as many neighbours as the whole would.
 
@@ -84,10 +104,11 @@ def ask_folds(
         folds: of these rows.
         fit: a model with a datastore, from some of the rows.
         device: of the heads.
+        progress: show a progress bar.
     """
     k = max(_grid_for(model, len(features)).k)
     parts = []
-    for fold in folds:
+    for fold in transformers_logging.tqdm(folds, desc="Training on folds", disable=not progress):
         fitted = fit(features.select(fold.fitted))
         parts.append(ask_voices(fitted, features.select(fold.held_out), device, k))
     return _joined(parts)
@@ -99,45 +120,78 @@ def _joined(parts: Sequence[HeldOut]) -> HeldOut:
     fields = zip(*(part.neighbors for part in parts), strict=True)
     neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
     heads = torch.cat([part.head_log_probs for part in parts])
-    return HeldOut(neighbors, heads, torch.cat([part.labels for part in parts]))
+    groups = [part.groups for part in parts if part.groups is not None]
+    labels = torch.cat([part.labels for part in parts])
+    return HeldOut(neighbors, heads, labels, torch.cat(groups) if groups else None)
 
 
 def choose_blend(
     model: KnnForImageClassification,
-    held_out: HeldOut,
+    held_out: HeldOut | None,
     criterion: str | None,
     calibrate: bool,
+    progress: bool = False,
 ) -> TuneResult:
     """Chooses k, temperature and λ, and sets them in the configuration of a model.
 
+    Where something is chosen, that is on one half of the rows, since from which confidence on
+    answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
+    other half. The fixed cell leaves all of them for that.
+
     Args:
         model: what was asked.
-        held_out: its answers.
+        held_out: its answers; None where no row can be held out, which leaves the fixed cell.
         criterion: see `hf_knn.tune`.
         calibrate: also scale the temperatures of head and blend.
+        progress: show a progress bar.
     """
-    neighbors, head_log_probs, labels = held_out
-    config, grid = model.config, _grid_for(model, len(labels))
+    config = model.config
+    if held_out is None:
+        result = untuned()
+        _set_cell(config, result)
+        config.answer_thresholds = {}
+        return result
+    few = has_few_labels(len(held_out.labels), config.classes)
+    criterion = criterion or (Criterion.FIXED if few else Criterion.ONE_STANDARD_ERROR)
+    rows = fresh = held_out
+    if calibrate or criterion != Criterion.FIXED:
+        rows, fresh = held_out.halves()
     if calibrate:
-        head_log_probs = _calibrate_head(model, head_log_probs, labels)
+        temperature = _calibrate_head(model, rows)
+        rows, fresh = (
+            part._replace(head_log_probs=soften(part.head_log_probs, temperature))
+            for part in (rows, fresh)
+        )
     result = tune(
-        neighbors, head_log_probs, labels, config.classes, criterion,
-        metric=config.metric, weighting=config.knn_weighting, grid=grid,
+        rows.neighbors, rows.head_log_probs, rows.labels, config.classes, criterion,
+        metric=config.metric, weighting=config.knn_weighting,
+        grid=_grid_for(model, len(held_out.labels)), progress=progress,
     )  # fmt: skip
+    result = replace(result, has_few_labels=few)
+    _set_cell(config, result)
+    if calibrate:
+        config.blend_temperature = fit_temperature(
+            floor_log_probs(_blend_of(config, rows)), rows.labels
+        )
+    sure = soften(_blend_of(config, fresh), config.blend_temperature)
+    config.answer_thresholds = thresholds(sure, fresh.labels, ERROR_RATES)
+    return result
+
+
+def _set_cell(config: KnnConfig, result: TuneResult) -> None:
     config.k, config.knn_temperature = result.k, result.temperature
     config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
     config.num_tuned_labels = None
+
+
+def _blend_of(config: KnnConfig, rows: HeldOut) -> Tensor:
+    """[B, C] log-probabilities of the blend, before its temperature."""
+    near = rows.neighbors
     votes = knn_log_probs(
-        neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
-        config.classes, result.temperature,
-        metric=config.metric, weighting=config.knn_weighting,
+        near.similarities[:, : config.k], near.labels[:, : config.k], config.classes,
+        config.knn_temperature, metric=config.metric, weighting=config.knn_weighting,
     )  # fmt: skip
-    blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
-    if calibrate:
-        config.blend_temperature = fit_temperature(floor_log_probs(blend), labels)
-    sure = soften(blend, config.blend_temperature)
-    config.answer_thresholds = thresholds(sure, labels, ERROR_RATES)
-    return result
+    return blend_log_probs(rows.head_log_probs, votes, config.knn_weight)
 
 
 def measure_voices(
@@ -279,12 +333,12 @@ def _grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
     return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
-def _calibrate_head(model: KnnForImageClassification, log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Scales the head's temperature; returns its log-probabilities then."""
-    known = labels < log_probs.shape[1]
+def _calibrate_head(model: KnnForImageClassification, rows: HeldOut) -> float:
+    """Scales the head's temperature; returns the factor."""
+    known = rows.labels < rows.head_log_probs.shape[1]
     if not known.any():
-        return log_probs
-    temperature = fit_temperature(floor_log_probs(log_probs[known]), labels[known])
+        return 1.0
+    temperature = fit_temperature(floor_log_probs(rows.head_log_probs[known]), rows.labels[known])
     model.head.soften(temperature)
     model.config.head_temperature *= temperature
-    return soften(log_probs, temperature)
+    return temperature

@@ -6,13 +6,13 @@ balanced accuracy warns where a class does not occur, and its Brier score knows 
 classes from version 1.7 on only.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import evaluate
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import beta
 from sklearn.metrics import recall_score, roc_auc_score
@@ -24,40 +24,72 @@ from ..data.loading import PREDICTION_FEATURES
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """For which `KnnTrainer.tune` looks for thresholds."""
 
+SURENESS = 0.9
+_CANDIDATES, _FIRST_ERRORS = 30, 10
+
 
 def thresholds(log_probs: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:
-    """From which confidence on no more than a share of the answers was wrong.
+    """From which confidence on no more than a share of the answers is wrong, 90 % sure.
 
-    The smallest threshold such that the answers above it, of the rows given, were wrong at most at
-    the rate, and 90 % sure so: by the upper Clopper-Pearson bound, as in Geifman & El-Yaniv,
-    *Selective Classification for Deep Neural Networks* (2017).
+    Whatever the confidence means: the promise is broken in one of ten samples at most, also by one
+    that says nothing. Candidates are tested in a sequence that the number of rows alone fixes, from
+    few answers to many, each by its exact upper bound (Clopper-Pearson). The first that fails ends
+    it, so that many tests go wrong no more often than one (fixed-sequence testing; Angelopoulos et
+    al., *Learn then Test*, 2021).
 
     Args:
-        log_probs: [N, C] of rows that nothing was fitted on.
+        log_probs: [N, C] of rows that nothing was fitted on, independent of each other.
         labels: [N] int64.
         rates: of errors, each in (0, 1).
 
     Returns:
-        Rate, as text, to threshold in [0, 1]; rates that no threshold reaches are left out.
+        Rate, as text, to threshold in [0, 1], the confidence of a row; rates for which there are
+        too few rows, or too many errors, are left out.
     """
-    confidence, answer = log_probs.double().exp().max(1)
-    order = confidence.argsort(descending=True)
-    wrong = (answer != labels)[order].long().cumsum(0)
-    counts = torch.arange(1, len(order) + 1)
-    # answers of one confidence are given together
-    ends = torch.cat([confidence[order].diff() < 0, torch.ones(1, dtype=torch.bool)])
-    places = ends.nonzero().flatten() if len(order) else torch.empty(0, dtype=torch.int64)
-    bounds = upper_bounds(wrong[places].numpy(), counts[places].numpy())
-    found = {}
-    for rate in rates:
-        fine = places[torch.from_numpy(bounds <= rate)]
-        if len(fine):
-            found[f"{rate:g}"] = float(confidence[order[fine[-1]]])
-    return found
+    confidence, answer = log_probs.float().exp().clamp_max(1).max(1)  # as `explain` reads them
+    order = confidence.argsort(descending=True, stable=True)
+    wrong = (answer != labels)[order].long().cumsum(0).numpy()
+    ranked = confidence[order].numpy()
+    found = {f"{rate:g}": _lowest_safe(ranked, wrong, rate) for rate in rates}
+    return {rate: threshold for rate, threshold in found.items() if threshold is not None}
+
+
+def _lowest_safe(
+    confidence: NDArray[np.float32], wrong: NDArray[np.int64], rate: float
+) -> float | None:
+    """The last of the candidates in a row that are safe.
+
+    Args:
+        confidence: [N] descending.
+        wrong: [N] errors up to each row.
+        rate: of errors.
+    """
+    ranks = _candidates(len(confidence), rate)
+    if not len(ranks):
+        return None
+    lowest = confidence[ranks - 1]
+    # answers of one confidence are given together; without the last of them, which sets the
+    # threshold, they are a sample of what lies above it
+    counts = np.searchsorted(-confidence, -lowest, side="right") - 1
+    fails = upper_bounds(wrong[counts - 1], counts) > rate
+    passed = int(fails.argmax()) if fails.any() else len(fails)
+    return float(lowest[passed - 1]) if passed else None
+
+
+def _candidates(rows: int, rate: float) -> NDArray[np.int64]:
+    """How many answers to try, ascending: it must not depend on what the rows say.
+
+    The first test wants to pass: ten errors' worth of answers, but no more than a third of them.
+    """
+    fewest = math.ceil(math.log(1 - SURENESS) / math.log1p(-rate)) + 1  # none of them wrong
+    first = max(fewest, min(round(_FIRST_ERRORS / rate), rows // 3))
+    if first > rows:
+        return np.empty(0, np.int64)
+    return np.unique(np.linspace(first, rows, _CANDIDATES).round().astype(np.int64))
 
 
 def upper_bounds(
-    errors: NDArray[np.int64], counts: NDArray[np.int64], sureness: float = 0.9
+    errors: NDArray[np.int64], counts: NDArray[np.int64], sureness: float = SURENESS
 ) -> NDArray[np.float64]:
     """The error rates that are exceeded with a chance of 1 - sureness only (Clopper-Pearson).
 

@@ -96,6 +96,11 @@ class Tally:
         return _tally(store, total, ridge)
 
 
+def fingerprint_of(store: RowStore) -> str:
+    """A hash of all rows and their mean, whatever their order, as in a receipt; all are read."""
+    return _tally(store, store.hash_sum(), None).fingerprint
+
+
 def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
     count = len(store)
     fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
@@ -119,7 +124,7 @@ def _updated(
 
 
 class Gone(NamedTuple):
-    """What the last change took away, if it was `forget`, for `undo`; never saved.
+    """What a `forget` took away, for `undo` and to be erased in a version before; never saved.
 
     Attributes:
         rows: as they were stored.
@@ -152,7 +157,7 @@ class Memory:
         contents: prints of the pictures of stored rows, where they are known, or None.
         measured: what was measured on pictures held out, or None.
         picture: a PNG with neighbours for the model card, or None.
-        gone: what `undo` needs after `forget`, or None.
+        gone: what was forgotten since the model was opened and not brought back, oldest first.
         tally: sums over the rows, if they were counted.
     """
 
@@ -164,7 +169,7 @@ class Memory:
     contents: Contents | None = None
     measured: dict[str, Any] | None = None
     picture: bytes | None = None
-    gone: Gone | None = None
+    gone: tuple[Gone, ...] = ()
     tally: Tally | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
@@ -237,6 +242,4 @@ class Memory:
         contents = None
         if rows is not None and ids is not None:
             contents = Contents.of(rows.blocks(), ids, prints)
-        return replace(
-            self, rows=rows, receipts=(), thumbnails=None, contents=contents, gone=None, tally=None
-        )
+        return replace(self, rows=rows, receipts=(), thumbnails=None, contents=contents, tally=None)

@@ -238,6 +238,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        keep_replaced: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves weights, configuration, processor, datastore and code as one version.
@@ -251,6 +252,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
                 `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
                 go to `push_to_hub`.
+            keep_replaced: keep the version that is there in `.before/`, for `hf-knn undo`.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -261,7 +263,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
         save_weights = super(core.KnnForImageClassification, self).save_pretrained
-        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs, keep_replaced)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
@@ -336,8 +338,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     def fingerprint_rows(self) -> str:
         """A hash of all stored rows and their mean, whatever their order.
 
-        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
-        first change of each is as fast as later ones.
+        Rows are counted once; copies made afterwards share the count.
 
         Returns:
             64 hexadecimal digits, as in a receipt.

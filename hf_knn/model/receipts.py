@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +26,11 @@ logger = logging.getLogger(__name__)
 CHANGES_NAME = "changes.json"
 """File of a checkpoint with its receipts, oldest first."""
 
+PICTURES_MARK, ROWS_MARK = "pictures", "rows"
+"""What `Datastore.source` says of a training: hashes of its pictures, and of the rows it left."""
+
 _KEPT = 100
+_TOLD = 3
 _LARGEST_FILE = 50 * 10**6
 
 
@@ -37,6 +42,14 @@ class Change(StrEnum):
     RELABEL = "relabel"
     MERGE = "merge"
     UNDO = "undo"
+    EXCHANGE = "undo of a training"
+    """The version before the last training and the present one took each other's place."""
+
+
+_DONE: dict[str, str] = {
+    Change.TEACH: "taught", Change.MERGE: "merged", Change.FORGET: "forgotten",
+    Change.RELABEL: "relabelled",
+}  # fmt: skip
 
 
 class Scope(StrEnum):
@@ -45,6 +58,7 @@ class Scope(StrEnum):
     STORE = "store"
     STORE_AND_HEAD = "store and head"
     NOTHING = "nothing"
+    ALL = "the whole checkpoint"
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,47 @@ class Receipt:
 def time_of_day() -> str:
     """Now, ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def standing(changes: Sequence[Receipt]) -> list[Receipt]:
+    """The changes that were not taken back, oldest first; `undo` takes back the last of them.
+
+    Args:
+        changes: all receipts, oldest first.
+    """
+    found: list[Receipt] = []
+    for receipt in changes:
+        if receipt.action != Change.UNDO:
+            found.append(receipt)
+        elif found:  # receipts of long ago may be missing
+            found.pop()
+    return found
+
+
+def describe_changes(changes: Sequence[Receipt]) -> str:
+    """What was done to a model since its training, in words; empty if nothing stands.
+
+    Args:
+        changes: all receipts, oldest first.
+
+    Returns:
+        Such as `3 pictures were taught (2026-11-30: 3 of fox)`.
+    """
+    labels: dict[str, Counter[str]] = {done: Counter() for done in _DONE.values()}
+    days: dict[str, str] = {}
+    for receipt in standing(changes):
+        for place, label in enumerate(receipt.labels):
+            was_there = place < len(receipt.old_labels)  # taught under another label
+            done = _DONE.get(Change.RELABEL if was_there else receipt.action, "changed")
+            labels.setdefault(done, Counter())[label] += 1
+            days[done] = receipt.at[:10]
+    parts = []
+    for done, counts in labels.items():
+        total, more = counts.total(), ", …" if len(counts) > _TOLD else ""
+        named = ", ".join(f"{count} of {label}" for label, count in counts.most_common(_TOLD))
+        were = "picture was" if total == 1 else "pictures were"
+        parts += [f"{total} {were} {done} ({days[done]}: {named}{more})"] if total else []
+    return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + "".join(parts[-1:])
 
 
 def write_changes(changes: Sequence[Receipt], folder: Path) -> None:

@@ -31,6 +31,7 @@ from .receipts import (
     Receipt,
     Scope,
     notes_of_forgotten,
+    standing,
     time_of_day,
 )
 from .ridge import center_head, solve_head
@@ -162,9 +163,10 @@ def relabel(memory: Memory, config: KnnConfig, ids: Values, labels: Sequence[Lab
 
 def undo(memory: Memory, config: KnnConfig) -> Memory:
     """Takes the last change back; see `KnnForImageClassification.undo`."""
-    if not memory.receipts or memory.receipts[-1].action == Change.UNDO:
+    left = standing(memory.receipts)
+    if not left or left[-1].action == Change.EXCHANGE:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
-    last = memory.receipts[-1]
+    last = left[-1]
     ids = torch.tensor(last.ids, dtype=torch.int64)
     if last.action == Change.FORGET:
         return _bring_back(memory, config, last)
@@ -177,12 +179,12 @@ def undo(memory: Memory, config: KnnConfig) -> Memory:
 
 def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
     """Forgotten rows, about the mean that there was with them, and their small pictures."""
-    if memory.gone is None or memory.gone.rows.ids.tolist() != last.ids:
+    if not memory.gone or memory.gone[-1].rows.ids.tolist() != last.ids:
         raise ValueError(
-            "Expected rows to bring back, but no byte of them was saved; teach them again, "
-            "or merge a backup."
+            "Expected rows to bring back, but no byte of them was saved; teach them again, merge a "
+            "backup, or go back to before the training (`hf-knn undo CHECKPOINT --training`)."
         )
-    rows, mean, thumbnails, contents, picture = memory.gone
+    rows, mean, thumbnails, contents, picture = memory.gone[-1]
     classes, numbers = memory.classes.with_labels(last.labels, len(rows.ids))
     with _rows_of(memory).changed() as store:
         ids = store.put_back(rows._replace(labels=numbers.numpy()))
@@ -195,7 +197,7 @@ def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
     after = after.with_contents(contents)
     if thumbnails is not None and after.thumbnails is not None:
         after = replace(after, thumbnails=after.thumbnails.joined(thumbnails))
-    return replace(after, picture=picture)
+    return replace(after, picture=picture, gone=memory.gone[:-1])
 
 
 _Step = tuple[StoredRows | None, StoredRows | None]
@@ -264,7 +266,7 @@ def _remove(
     theirs = Gone(
         gone, mean, small and small.only(rows), contents and contents.only(rows), memory.picture
     )
-    return replace(after, picture=None, gone=theirs)
+    return replace(after, picture=None, gone=(*memory.gone, theirs))
 
 
 def _relabel(
@@ -390,7 +392,7 @@ def _after(
         measured = measured | {"note": f"{measured.get('note', '')} {STALE_NOTE}".strip()}
     return replace(
         memory, head=head, classes=classes, rows=store, tally=tally, measured=measured,
-        receipts=(*memory.receipts, receipt), gone=None,
+        receipts=(*memory.receipts, receipt),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..core.lazy import Lock
 from ..core.manifest import DatastoreError, FileRecord, read_at
 from ..core.search import Floats, Ints, Singles, float32_rounding
+from .advice import install
 
 
 def limits(last_scores: Singles, rounding: float) -> Floats:
@@ -20,7 +21,10 @@ def limits(last_scores: Singles, rounding: float) -> Floats:
     return last_scores.astype(np.float64) + rounding
 
 
-FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
+def how_to_get_faiss() -> str:
+    """The commands that install it."""
+    return f"run `{install('cpu')}`, or with [gpu] instead where there is an NVIDIA GPU"
+
 
 _TRAINING_ROWS_PER_LIST = 64
 
@@ -35,7 +39,6 @@ _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
 
 _REST_BYTES = 2**20
-
 _LIMITING = Lock()  # of the limits of faiss, which hold for the whole process
 
 _LARGEST_NUMBER = 4096
@@ -67,7 +70,7 @@ def require_faiss(why: str) -> None:
         ImportError: naming the extra to install.
     """
     if not has_faiss():
-        raise ImportError(f"faiss is not installed, and {why} needs it; {FAISS_HINT}.")
+        raise ImportError(f"faiss is not installed, and {why} needs it; {how_to_get_faiss()}.")
 
 
 class TrustedIndex(NamedTuple):
@@ -421,7 +424,7 @@ def _write(path: Path, index: Any) -> None:
 def _read(trusted: TrustedIndex, count: int) -> Any:
     """Reads from the open file that was hashed, whatever has its name by now."""
     file, record = trusted
-    found, position = hashlib.sha256(), 0
+    found, position, library = hashlib.sha256(), 0, _faiss()
 
     def read(size: int) -> bytes:
         nonlocal position
@@ -430,7 +433,6 @@ def _read(trusted: TrustedIndex, count: int) -> Any:
         found.update(piece)
         return piece
 
-    library = _faiss()
     with _deserialization_limits(record.size, count):
         try:
             index = library.read_index(library.PyCallbackIOReader(read))

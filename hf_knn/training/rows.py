@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.backbone import split_features
@@ -188,6 +189,13 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
+
+
+def can_hold_out(features: ImageFeatures) -> bool:
+    """Whether a class has two rows, or two groups, one of which can be held out."""
+    owners = torch.arange(len(features)) if features.groups is None else features.groups
+    classes = torch.stack([features.labels, owners]).unique(dim=1)[0]
+    return bool((classes.bincount() > 1).any())
 
 
 def unstored(features: ImageFeatures, model: KnnForImageClassification) -> ImageFeatures:

@@ -4,50 +4,44 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..core.backbone import split_features
 from ..core.config import Head
-from ..core.manifest import MANIFEST_NAME
 from ..data.augmentation import EpochRows
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
-from ..fit.measure import ask_folds, ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.measure import (
+    HeldOut,
+    ask_folds,
+    ask_voices,
+    choose_blend,
+    describe_measurement,
+    measure_voices,
+)
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
-from ..store.hub import PushTarget
 from .arguments import KnnTrainingArguments
 from .callbacks import callbacks_of, taking_part
-from .checkpoints import (
-    STAGING,
-    find_whole,
-    is_due,
-    prepare_checkpoint_push,
-    prepare_push,
-    publish_with_state,
-    push_in_background,
-    start_staging,
-)
 from .heads import check_at_once, fit_at_once, sweep_parts
 from .loss import KnnLoss, check_finite
 from .rows import (
     KnownFeatures,
     augment_of,
+    can_hold_out,
     check_groups,
     check_sources,
     check_tunable,
@@ -57,9 +51,10 @@ from .rows import (
     store_of,
     unstored,
 )
+from .saving import SavingTrainer
 
 
-class KnnTrainer(Trainer):
+class KnnTrainer(SavingTrainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
@@ -88,9 +83,6 @@ class KnnTrainer(Trainer):
 
     # the loss is a mean over the batch, which Trainer has to divide for gradient accumulation
     loss_is_scaled_for_ga = False
-    model: KnnForImageClassification
-    args: KnnTrainingArguments
-    push_in_progress: Any = None
 
     def __init__(
         self,
@@ -113,9 +105,6 @@ class KnnTrainer(Trainer):
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
-        self._datastore_step = -1
-        self._is_staging = False
-        self._background = HfApi()  # it has one thread, so that pushes follow each other
         self._known_features = KnownFeatures(args)
         super().__init__(
             model=model,
@@ -167,10 +156,6 @@ class KnnTrainer(Trainer):
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
 
-    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint in `output_dir` to resume from, see `find_whole`."""
-        return find_whole(Path(str(self.args.output_dir)), wanted)
-
     def build_datastore(self) -> Datastore:
         """Builds the datastore from the training set, with the weights as they are.
 
@@ -196,38 +181,46 @@ class KnnTrainer(Trainer):
         eval_dataset: Any = None,
         criterion: str | None = None,
         calibrate: bool | None = None,
+        progress: bool | None = None,
     ) -> TuneResult:
         """Chooses k, temperature and λ and sets them in the model's configuration.
 
         On a validation set if there is one, without what of it is stored; else, with a frozen
         backbone, by cross-validation in which both voices of a fold come from its training part.
+        Below 16 labels a class, and where no row can be held out, the fixed cell is taken (k 20,
+        T 0.14, λ 0.5), unless a criterion is named: on so few, chance would choose.
+
+        Half of the rows are chosen on; on the others, which nothing was chosen on, thresholds for
+        `explain(max_error=…)` are found.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
             criterion: see `hf_knn.tune`; None takes `tune_criterion`.
             calibrate: also scale the temperatures of head and blend on these rows: the head's goes
                 into its weights, the blend's into `blend_temperature`. None takes the argument's.
+            progress: show progress bars; None does where `disable_tqdm` allows it.
 
         Raises:
             ValueError: without a validation set if the backbone was trained: it has seen every row.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_tunable(dataset, self.args)
+        criterion = criterion or self.args.tune_criterion
+        progress = not self.args.disable_tqdm if progress is None else progress
         if self.model.datastore is None:
             self.build_datastore()
+        held_out: HeldOut | None = None
         if dataset is not None:
             features = unstored(self._features_of(checked_rows(dataset, self.model)), self.model)
             held_out = ask_voices(self.model, features, self.args.device)
         else:
             rows = self.train_features or self._features_of(self.train_dataset)
-            self.train_features, folds = rows, folds_of(rows, self.args)
-            held_out = ask_folds(self.model, rows, folds, self._fit_fold, self.args.device)
-        self.tune_result = choose_blend(
-            self.model,
-            held_out,
-            criterion or self.args.tune_criterion,
-            self.args.calibrate if calibrate is None else calibrate,
-        )
+            self.train_features = rows
+            if criterion or can_hold_out(rows):
+                folds, device = folds_of(rows, self.args), self.args.device
+                held_out = ask_folds(self.model, rows, folds, self._fit_fold, device, progress)
+        calibrate = self.args.calibrate if calibrate is None else calibrate
+        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress)
         self._forget_measurement()
         return self.tune_result
 
@@ -280,41 +273,6 @@ class KnnTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> Any:
-        """Saves into `output_dir` and pushes it in one commit; the card is made anew.
-
-        Args:
-            commit_message: of the commit.
-            blocking: wait for it; False returns a future.
-            token: a token; None is that of the arguments.
-            revision: a branch; None is that of the arguments.
-            private: whether a repository that is made is private; None is as the arguments say.
-
-        Returns:
-            `CommitInfo`, or a future of it; None on other ranks than the first.
-
-        Raises:
-            PushConflictError: if the branch moved on meanwhile; nothing was overwritten.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        target = PushTarget(str(self.hub_model_id), private, token, revision)
-        folder = Path(str(self.args.output_dir))
-        push = prepare_push(self.model, folder, self.args, target, commit_message or "")
-        return push() if blocking else self._background.run_as_future(push)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
@@ -419,82 +377,3 @@ class KnnTrainer(Trainer):
             trainer.probe_choice = self.probe_choice
             trainer.train()
         return model
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints go; while one is built, a hidden folder below it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self._is_staging else folder
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Saves a training checkpoint, which appears whole or not at all, and pushes it."""
-        run_folder = Path(self._get_output_dir(trial))
-        name, best = f"checkpoint-{self.state.global_step}", self.state.best_global_step
-        known = run_folder / f"checkpoint-{best}" if best else None
-        if self.args.should_save:
-            start_staging(run_folder)
-        self.accelerator.wait_for_everyone()
-        self._is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_staging = False
-        if known is not None and (known.name == name or known.exists()):
-            self.state.best_model_checkpoint = str(known)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            final = publish_with_state(run_folder, name, self.state, self.args.save_total_limit)
-            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
-                self.model.datastore.home = final  # the next one links what did not change
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_folder / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint in the background, once it is whole and in its place."""
-        last = self.push_in_progress
-        if self._is_staging or not self.is_world_process_zero() or not is_due(self.args, last):
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, repo_id = Path(checkpoint_folder), str(self.hub_model_id)
-        step = self.state.global_step
-        push = prepare_checkpoint_push(self.model, folder, self.args, repo_id, step)
-        self.push_in_progress = push_in_background(self._background, push, last)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Saves a whole checkpoint; the arguments as JSON, since a pickle is nobody's friend."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        store = self.model.datastore
-        if self.is_in_train and not self.args.freeze_backbone:
-            # one of other weights does not belong into this checkpoint
-            is_current = self._datastore_step == self.state.global_step
-            self.model.datastore = store if is_current else None
-        try:
-            self.model.save_pretrained(folder, state_dict=state_dict)
-        finally:
-            self.model.datastore = store
-        self.args.write_json(folder)
-        if self.is_in_train:
-            self.loss.save(folder)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
-        folder = Path(resume_from_checkpoint)
-        trusts = self.args.names_index
-        loaded = KnnForImageClassification.from_pretrained(folder, trust_faiss_index=trusts)
-        self.model.load_state_dict(loaded.state_dict())
-        self.model.datastore = loaded.datastore
-        if self.args.reweights and not self.args.freeze_backbone:
-            self.loss.load(folder)
-
-    def _load_best_model(self) -> None:
-        """Restores weights and datastore of the best checkpoint."""
-        best = self.state.best_model_checkpoint
-        assert best is not None
-        self._load_from_checkpoint(best)
-        self._datastore_step = self.state.best_global_step or -1

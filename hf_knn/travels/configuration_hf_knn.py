@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1a2b99e7d5504cbe8c2b5c112e6b0c03bf8d569276a2a66e9b6ce37b89223a21.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 14e02a39a00d36b965286e464bf6b6888cc470f17da6a559ff3d2d68f6590242.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

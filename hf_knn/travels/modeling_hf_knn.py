@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1a2b99e7d5504cbe8c2b5c112e6b0c03bf8d569276a2a66e9b6ce37b89223a21.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 14e02a39a00d36b965286e464bf6b6888cc470f17da6a559ff3d2d68f6590242.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1857,12 +1857,14 @@ class KnnForImageClassification(PreTrainedModel):
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
+    @torch.compiler.disable  # a search is no graph; under `inference_mode` its capture fails
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
         store = self.datastore
         if store is None or len(store) == 0:
             return None
         return store.search(features.float(), self.config.k, sample_ids)
 
+    @torch.compiler.disable
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None
         return knn_log_probs(

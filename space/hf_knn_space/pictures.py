@@ -5,9 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from hf_knn.data import StoredPictures, decode_image
+from hf_knn.data import StoredPictures
 
-from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
+from .uploads import small_picture
 
 
 class Pictures(Protocol):
@@ -67,6 +67,6 @@ class FolderPictures:
             place = self._stored.find(path)  # paths come from a checkpoint, which may be anybody's
             if place is None:
                 return None
-            return thumbnail(decode_image(place, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS))
+            return small_picture(place)
         except (ValueError, OSError):  # then a tile is shown, as for one that is not there
             return None

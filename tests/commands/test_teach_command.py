@@ -97,14 +97,17 @@ def test_a_broken_picture_changes_nothing_unless_it_is_skipped(
     assert done.exit_code == 1
     assert "1.png" in done.output
     assert manifest(folder) == before
-    done = run("teach", folder, rows, "--skip-bad-images")
+    done = run("teach", folder, rows, "--on-bad-image", "skip")
     assert done.exit_code == 0, done.output
     assert "Skipped" in done.stdout
+    assert "--skip-bad-images" not in done.stderr
     assert len(opened(folder).datastore) == 42
     assert run("undo", folder).exit_code == 0
-    done = run("teach", folder, rows / "ant", "--label", "elk", "--skip-bad-images")
+    done = run("teach", folder, rows / "ant", "--label", "elk", "--skip-bad-images", "--json")
     assert done.exit_code == 0, done.output
-    assert "Skipped" in done.stdout
+    assert json.loads(done.stdout)["action"] == "teach"
+    assert "Skipped" in done.stderr  # stdout is the receipt's
+    assert "--skip-bad-images is now --on-bad-image skip" in done.stderr
     store = opened(folder).datastore
     assert [store.path_of(row_id) for row_id in store.ids[-2:].tolist()] == ["0.png", "2.png"]
 

@@ -484,7 +484,7 @@ def test_bad_rows_are_named_and_left_out() -> None:
     rows = rows.select([5, 4, 1, 0])
     batch = read_batch(rows, [3, 2, 0, 1], keep_images)
     assert batch.rows == [3, 1]
-    reason = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+    reason = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"
     assert batch.bad == [BadRow(2, 1, "bee/1.png", reason), BadRow(0, 5, "ant/5.png", reason)]
     images: Any = batch.pixel_values
     found = [image.getpixel((0, 0)) for image in images]

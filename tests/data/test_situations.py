@@ -744,6 +744,13 @@ def test_options_of_the_hub_are_refused_for_a_folder(tmp_path: Path) -> None:
         load_splits(tmp_path, revision="main", token=None)
 
 
+def test_a_word_for_splits_is_refused_in_python(tmp_path: Path) -> None:
+    lay_out(tmp_path, some("cat", "dog"))
+    word: Any = "none"
+    with pytest.raises(ValueError, match="to be True, False or None, but got 'none'"):
+        load_splits(tmp_path, splits=word)
+
+
 def test_paths_name_the_same_files_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,17 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, ResNetConfig, ViTConfig, ViTImageProcessor
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data.decode import ALLOWED_FORMATS
 from hf_knn.features.extract import ImageFeatures
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:  # then HEIC is not tried
+    pillow_heif = None
+WRITTEN_FORMATS = tuple(kind for kind in ALLOWED_FORMATS if kind != "HEIF" or pillow_heif)
+"""Pillow can write these here."""
 
 SIDE = 8
 NAMES = ("ant", "bee", "cat", "dog", "eel")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,12 +36,14 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.utils import logging as transformers_logging
 
 from hf_knn import (
     Datastore,
     KnnForImageClassification,
     KnnTrainer,
     KnnTrainingArguments,
+    Neighbors,
     extract_features,
     tune,
 )
@@ -50,7 +52,10 @@ from hf_knn.data.batches import KnnCollator
 from hf_knn.data.loading import prepare
 from hf_knn.data.splits import split_rows, stratified_folds
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import measure as measure_module
 from hf_knn.fit.blend import TEMPERATURES, default_grid
+from hf_knn.fit.measure import HeldOut
+from hf_knn.fit.metrics import thresholds
 
 CLASSES = NAMES[:3]
 QUIET: dict[str, Any] = {
@@ -680,9 +685,16 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
     )
     trainer.train()
     found = trainer.tune()
+    # on one half; the other half sets thresholds
+    half = (torch.randperm(60, generator=torch.Generator().manual_seed(0)) < 30).nonzero().flatten()
+    chosen_on = held_out.select(half.numpy())
+    assert found.rows == len(chosen_on) == 30
     with torch.no_grad():
-        head = model.head(held_out.features).log_softmax(1)
-    wanted = tune(store_of(trainer).search(held_out.features, 512), head, held_out.labels, 3)
+        head = model.head(chosen_on.features).log_softmax(1)
+    found_near = store_of(trainer).search(chosen_on.features, 512)
+    grid = default_grid(60, 3)
+    wanted = tune(found_near, head, chosen_on.labels, 3, "one_standard_error", grid=grid)
+    assert found.criterion == "one_standard_error"
     assert found.table == wanted.table
     cell = (found.k, found.temperature, found.knn_weight)
     assert cell == (wanted.k, wanted.temperature, wanted.knn_weight)
@@ -690,7 +702,7 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
     assert (config.k, config.knn_temperature, config.knn_weight) == cell
     assert trainer.tune_result is found
     chosen = next(scored for scored in found.table if scored[:3] == cell)
-    measured = trainer.evaluate()
+    measured = trainer.evaluate(chosen_on)
     assert measured["eval_accuracy"] == pytest.approx(chosen.accuracy, abs=1e-6)
     assert measured["eval_blend_nll"] == pytest.approx(-chosen.log_likelihood, rel=1e-4)
     assert measured["eval_head_top1"] == pytest.approx(found.head.accuracy, abs=1e-6)
@@ -798,13 +810,98 @@ def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -
     assert tables[0] == tables[1]
 
 
-def test_folds_of_nothing_but_lone_rows_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shots", [1, 2, 8])
+def test_few_labels_leave_the_fixed_cell(shots: int, tmp_path: Path) -> None:
+    model = small_model(CLASSES, k=3, knn_temperature=0.5, knn_weight=0.9, blend_temperature=2.0)
+    trainer = KnnTrainer(model, probe(tmp_path), train_dataset=random_features([0, 1, 2] * shots))
+    trainer.train()
+    result = trainer.tune()
+    assert (result.criterion, result.has_few_labels) == ("fixed", True)
+    assert result.rows == (3 * shots if shots > 1 else 0)
+    assert (result.k, result.temperature, result.knn_weight) == (20, 0.14, 0.5)
+    config = model.config
+    cell = (config.k, config.knn_temperature, config.knn_weight, config.blend_temperature)
+    assert cell == (20, 0.14, 0.5, 1.0)  # not clipped: the store may grow
+    assert f"({result.rows} on these; 16 a class are wanted)" in result.say("on these")
+    assert math.isnan(result.score) == (shots == 1)
+    if shots > 1:
+        assert result.score == result.fixed.accuracy
+        assert result.fixed.k <= min(20, 3 * shots - 1)  # who could vote in a fold
+        # whoever names a criterion gets what it says
+        named = trainer.tune(criterion="log_likelihood")
+        assert named.criterion == "log_likelihood"
+        assert named.score == max(cell.log_likelihood for cell in named.table)
+        assert named.has_few_labels
+    else:
+        assert config.answer_thresholds == {}
+        with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
+            trainer.tune(criterion="accuracy")
+
+
+def test_the_fixed_cell_as_a_criterion(tmp_path: Path) -> None:
     trainer = KnnTrainer(
-        small_model(CLASSES), probe(tmp_path), train_dataset=random_features([0, 1, 2])
+        small_model(CLASSES), probe(tmp_path, tune_criterion="fixed"), train_dataset=cloud(60)
     )
     trainer.train()
-    with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
-        trainer.tune()
+    result = trainer.tune()
+    assert (result.criterion, result.has_few_labels, result.rows) == ("fixed", False, 60)
+    assert result.say("") == "The fixed cell, as asked for: k = 20, temperature = 0.14, λ = 0.5."
+
+
+def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=cloud(60))
+    trainer.train()
+    capfd.readouterr()
+    trainer.tune()
+    assert "folds" not in capfd.readouterr().err
+    transformers_logging.enable_progress_bar()
+    trainer.tune(progress=True)
+    said = capfd.readouterr().err
+    assert "Training on folds: 100%" in said
+    assert "Choosing k, temperature and λ: 100%" in said
+
+
+def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Tensor]] = {"chosen": [], "told": []}
+
+    def spied_tune(neighbors: Neighbors, head: Tensor, labels: Tensor, *args: Any, **kwargs: Any):
+        seen["chosen"].append(head)
+        return tune(neighbors, head, labels, *args, **kwargs)
+
+    def spied_thresholds(log_probs: Tensor, labels: Tensor, rates: Any) -> dict[str, float]:
+        seen["told"].append(labels)
+        return thresholds(log_probs, labels, rates)
+
+    monkeypatch.setattr(measure_module, "tune", spied_tune)
+    monkeypatch.setattr(measure_module, "thresholds", spied_thresholds)
+    rows = cloud(120)
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=rows)
+    trainer.train()
+    for options, chosen, told in (
+        ({}, 60, 60),
+        ({"calibrate": True}, 60, 60),
+        ({"criterion": "fixed"}, 120, 120),  # nothing was chosen
+        ({"criterion": "fixed", "calibrate": True}, 60, 60),  # temperatures were
+    ):
+        trainer.tune(**options)
+        assert (len(seen["chosen"][-1]), len(seen["told"][-1])) == (chosen, told), options
+
+
+def test_halves_keep_groups_together() -> None:
+    groups = torch.tensor([5, 5, 9, 9, 9, 2, 7, 7, 1, 3])
+    near = Neighbors(torch.rand(10, 2), torch.zeros(10, 2).long(), torch.arange(20).view(10, 2))
+    rows = HeldOut(near, torch.rand(10, 3), torch.arange(10), groups)
+    first, second = rows.halves()
+    assert sorted([*first.labels.tolist(), *second.labels.tolist()]) == list(range(10))
+    assert first.groups is not None
+    assert second.groups is not None
+    assert not set(first.groups.tolist()) & set(second.groups.tolist())
+    assert torch.equal(first.neighbors.ids, near.ids[first.labels])
+    assert torch.equal(second.head_log_probs, rows.head_log_probs[second.labels])
+    alone, nobody = rows.at(torch.tensor([0])).halves()
+    assert (len(alone.labels), len(nobody.labels)) == (1, 0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 40])
@@ -1251,7 +1348,7 @@ def test_what_is_not_given_suits_the_training(
 
 @pytest.mark.parametrize("way", ["command line", "dict", "json"])
 def test_arguments_are_parsed_with_their_defaults(way: str, tmp_path: Path) -> None:
-    parser = HfArgumentParser(KnnTrainingArguments)
+    parser = HfArgumentParser(cast(Any, KnnTrainingArguments))
     folder = str(tmp_path / "out")
 
     def parse(**given: Any) -> KnnTrainingArguments:
