@@ -9,9 +9,11 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,7 @@ HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
 _READ_BYTES = 2**20
+_SEEKING = threading.Lock()
 
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
@@ -42,22 +45,30 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
     return whole.hexdigest(), blocks
 
 
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors.
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors.
 
     Args:
-        file: open for reading; its position does not matter and stays.
+        read: its bytes from a position on, at most so many.
         count: how many blocks; what lies beyond belongs to the last one.
 
     Returns:
         The hex sha256 of each block.
     """
-    descriptor = file.fileno()
 
     def hash_block(number: int) -> str:
         found, position = hashlib.sha256(), number * HASH_BLOCK
         end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+        while piece := read(position, min(_READ_BYTES, end - position)):
             found.update(piece)
             position += len(piece)
         return found.hexdigest()
@@ -142,19 +153,33 @@ class FileRecord:
         """
         path = self.verify_size(path)
         with path.open("rb") as file:
-            self.verify_stream(file)
+            self.compare(partial(read_at, file))
         return path
 
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once.
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record.
 
         Args:
-            file: open for reading.
+            path: where the file should be; None if it could not be found.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        found = hash_open_blocks(file, len(self.blocks))
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once.
+
+        Args:
+            read: its bytes from a position on, at most so many.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
                 raise DatastoreError(

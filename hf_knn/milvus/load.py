@@ -103,6 +103,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
         total += sum_of(rows)
         space = IndexSpace(mean, store.metric, store.normalization, rows.features)
         largest = max(largest, space.largest)
+    store.verify()  # afterwards: these are the rows that the server must have, read back
     return About(
         state=LOADING,
         count=len(store),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..core import model as core
 from ..core.config import KnnConfig
+from ..core.lazy import Lock
 from ..core.reading import PUSH_OPTIONS
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
@@ -60,6 +61,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     def __init__(self, config: KnnConfig) -> None:
         complete(config)
         super().__init__(config)
+        self.once = Lock()
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
 
@@ -102,10 +104,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """What was measured on pictures held out, which the model card is made from, or None.
-
-        It has `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
-        """
+        """What was measured on pictures held out: `metrics`, `rows`, `dataset`, …; or None."""
         return self._memory.measured
 
     @measured.setter
@@ -123,8 +122,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     def _counted(self) -> Memory:
         """What is remembered, with sums over the rows, with which later changes go on."""
-        self._memory = self.memory.counted(self.config)
-        return self._memory
+        with self.once:
+            before, counted = self._memory, self.memory.counted(self.config)
+            self._memory = counted if self._memory is before else self._memory  # a change stays
+            return counted
 
     @classmethod
     def from_backbone(
@@ -339,8 +340,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     def fingerprint_rows(self) -> str:
         """A hash of all stored rows and their mean, whatever their order.
 
-        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
-        first change of each is as fast as later ones.
+        Rows are counted once; copies made afterwards share the count.
 
         Returns:
             64 hexadecimal digits, as in a receipt.

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..core.search import Ints, Rows, Singles
 from .faiss import (
     FaissApproximate,
     FaissFlat,
+    TrustedIndex,
     empty_index,
     has_faiss,
     how_to_get_faiss,
@@ -160,7 +161,7 @@ def build_searcher(
     stored: StoredLists | None,
     min_recall: float,
     placement: Placement,
-    trusted: BinaryIO | None,
+    trusted: TrustedIndex | None,
 ) -> tuple[GrowingSearcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
@@ -305,7 +306,7 @@ class RowIndex:
     min_recall: float
     placement: Placement = field(default_factory=Placement)
     centroids: Singles | None = None
-    trusted: BinaryIO | None = None
+    trusted: TrustedIndex | None = None
     searcher: GrowingSearcher | None = None
 
     @classmethod
@@ -351,7 +352,9 @@ class RowIndex:
         """An exact one at the same place, for some of the rows."""
         return replace(self.unopened(), info=IndexInfo(FLAT, FLAT), centroids=None)
 
-    def read(self, info: IndexInfo, centroids: Singles | None, trusted: BinaryIO | None) -> Self:
+    def read(
+        self, info: IndexInfo, centroids: Singles | None, trusted: TrustedIndex | None
+    ) -> Self:
         """The one that files describe, see the attributes."""
         return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted)
 

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 96a908893f020188dd8a9d2476dd8bfe3edc61bd75d04b2e74d296f2ead6778d.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 09e499f27371abb0589fd2a058e2c30c781c95f1c0c346cfc9d48d317d850fda.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

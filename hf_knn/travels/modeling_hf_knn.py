@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 96a908893f020188dd8a9d2476dd8bfe3edc61bd75d04b2e74d296f2ead6778d.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 09e499f27371abb0589fd2a058e2c30c781c95f1c0c346cfc9d48d317d850fda.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -13,9 +13,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
@@ -25,7 +27,7 @@ import transformers
 import transformers.initialization as init
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -557,6 +559,7 @@ HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
 _READ_BYTES = 2**20
+_SEEKING = threading.Lock()
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
     """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
@@ -567,14 +570,21 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
             blocks.append(hashlib.sha256(block).hexdigest())
     return whole.hexdigest(), blocks
 
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors."""
-    descriptor = file.fileno()
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors."""
 
     def hash_block(number: int) -> str:
         found, position = hashlib.sha256(), number * HASH_BLOCK
         end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+        while piece := read(position, min(_READ_BYTES, end - position)):
             found.update(piece)
             position += len(piece)
         return found.hexdigest()
@@ -635,12 +645,19 @@ class FileRecord:
         """Compares a file with its record, byte for byte."""
         path = self.verify_size(path)
         with path.open("rb") as file:
-            self.verify_stream(file)
+            self.compare(partial(read_at, file))
         return path
 
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once."""
-        found = hash_open_blocks(file, len(self.blocks))
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record."""
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once."""
+        found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
                 raise DatastoreError(
@@ -898,8 +915,8 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-"""What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
+_SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
+"""What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
@@ -1002,8 +1019,13 @@ def float32_rounding(width: int) -> float:
     return 4 * (width + 4) * _FLOAT32_ROUNDING
 
 def shortcut() -> float:
-    """How much further off torch's settings let it be."""
-    return _SHORTCUTS[torch.get_float32_matmul_precision()]
+    """How much further off torch's settings let it be, on a GPU or a CPU."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
+    # new settings, which say what the old ones were set to, too
+    found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+    return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
     """Applies the datastore's normalisation in float64."""
@@ -1217,15 +1239,18 @@ class FrozenDatastore:
     def __init__(self, manifest: Manifest, resolve: Resolve) -> None:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
-        self.places = [record.verify(resolve(record.name)) for record in manifest.blobs]
-        files = [open_blob(record, resolve) for record in manifest.blobs]
+        self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
+        pairs = zip(self.places, manifest.blobs, strict=True)
+        files = [parse_blob(record, record.read(path)) for path, record in pairs]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        self._searcher: Searcher | None = None
+        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        first_pass = TorchFirstPass(space.first_pass_rows(self.features))
+        self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -1256,11 +1281,6 @@ class FrozenDatastore:
         shape = (len(wanted.queries), wanted.width(len(self)))
         similarities, positions = np.zeros(shape), np.zeros(shape, np.int64)
         if 0 not in shape:
-            if self._searcher is None:
-                mean = self.mean.double().numpy()
-                space = RowSpace(mean, self.metric, self.normalization, self.features)
-                rows = TorchFirstPass(space.first_pass_rows(self.features))
-                self._searcher = Searcher(self.features, self.ids.numpy(), space, rows)
             similarities, positions = self._searcher.search(
                 wanted.queries, shape[1], wanted.excluded
             )
@@ -1273,11 +1293,10 @@ class FrozenDatastore:
         folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
-            record.verify(path)
             if not target.exists() or not target.samefile(path):
                 target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-                record.verify(target)
+            record.verify(target)  # afterwards: what was copied is what was opened
 
     def write_manifest(self, folder: Path, binding: Binding) -> None:
         """Binds the row files to the checkpoint that lies beside them."""
@@ -1299,12 +1318,11 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
-    """Maps a row file of the right size into memory."""
-    path = record.verify_size(resolve(record.name))
+def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory of their own."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
+        return load(data)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise DatastoreError(
             f"Expected {record.name} to be a safetensors file, but: {error}"
         ) from error
@@ -1716,6 +1734,9 @@ class KnnForImageClassification(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):  # mapped: they change with the file
+            if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+                tensor.data = tensor.data.clone()
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
             model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options
