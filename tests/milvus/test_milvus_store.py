@@ -219,7 +219,7 @@ def test_changes_that_cannot_be_are_refused_whole(pair):
         inside.relabel([taken], [1, 2])
     with pytest.raises(ValueError, match="that float16 can hold"):
         inside.add(features * 1e6, labels, ids)
-    with pytest.raises(ValueError, match="that float16 can hold.*a row that the cast turns"):
+    with pytest.raises(ValueError, match=r"that float16 can hold.*a row that the cast turns"):
         inside.add(inside.mean + 1e-5 * features, labels, ids)
     with pytest.raises(ValueError, match="finite"):
         inside.add(features * torch.inf, labels, ids)
