@@ -221,6 +221,9 @@ def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) ->
         ValueError: for a backbone that cannot be one, or a bad value.
     """
     config = detached_config(backbone.config)  # refuses some, before they are tried
+    if config.model_type != backbone.config.model_type:  # what it is without its mask
+        with torch.device("meta"):
+            backbone = build_backbone(config, list(Pooling))
     pooling = pooling or default_pooling(backbone)
     other = values.get("knn_pooling")
     return KnnConfig(

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2e6dcb030f3078c14edf139ebefa87d067b2a7b35c757c47c0ba890b61d40dbe.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 993f6663dd26861439410d699461ba7cc47a0483f909142225a76e50adcb834c.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2e6dcb030f3078c14edf139ebefa87d067b2a7b35c757c47c0ba890b61d40dbe.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 993f6663dd26861439410d699461ba7cc47a0483f909142225a76e50adcb834c.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -364,6 +364,7 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
     | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
     | {"window_size"}
 )
+_CHANNELS_LAST = ("dinat", "edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
 _ONE_FIRST = ("dinov3_convnext", "pvt")
 """Model types without one patch size whose first token is no patch."""
 
@@ -452,9 +453,9 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
-    width = getattr(backbone.config, "hidden_size", hidden.shape[1])
-    width = getattr(getattr(backbone, "timm_model", None), "num_features", width)
-    if hidden.shape[1] != width and hidden.shape[-1] == width:
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    is_last = backbone.config.model_type in _CHANNELS_LAST
+    if is_last or (hidden.shape[1] != width and hidden.shape[-1] == width):
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
 
