@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hf_knn_cli.terminal import prepare_streams
 from reporting.baseline import baseline_report
 from reporting.build import build_report
 from reporting.cells import load_results
@@ -23,7 +24,8 @@ app = typer.Typer(add_completion=False)
 def main(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What benchmark/run.py wrote.")],
     output: Annotated[
-        Path | None, typer.Option(help="Where the report goes; DIR itself by default.")
+        Path | None,
+        typer.Option("--output", "-o", help="Where the report goes; DIR itself by default."),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(metavar="DIR2", help="Compare with this folder, cell by cell.")
@@ -70,4 +72,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     app()

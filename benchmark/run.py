@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from catalog.tasks import Source, find_task
+from hf_knn_cli.terminal import prepare_streams
 from quickstart import EPOCHS as HEAD_EPOCHS
 from quickstart import SCRATCH_EPOCHS, SCRATCH_SEEDS, SEEDS, run_quickstart
 from study.cells import Cell, is_finished
@@ -232,4 +233,5 @@ def _progress_table(progress: dict[tuple[str, str], Progress], doing: str) -> Ta
 
 
 if __name__ == "__main__":
+    prepare_streams()
     app()

@@ -19,6 +19,7 @@ from rich.table import Table
 from catalog.backbones import BACKBONES, Backbone, find_backbone
 from catalog.hub_loading import resolve_revision
 from catalog.tasks import TASKS, Source, Task, find_task
+from hf_knn_cli.terminal import prepare_streams
 
 
 class Verdict(NamedTuple):
@@ -105,4 +106,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

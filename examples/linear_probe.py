@@ -16,13 +16,7 @@ def main() -> None:
     labels = pictures["train"].features["label"].names
     backbone = build_backbone("efficientnet-lite0")  # or "facebook/dinov2-small"
     model = KnnForImageClassification.from_backbone(backbone, labels)
-    args = KnnTrainingArguments(
-        "outputs/linear_probe",
-        freeze_backbone=True,
-        num_train_epochs=60,
-        learning_rate=1e-3,
-        per_device_train_batch_size=256,
-    )
+    args = KnnTrainingArguments("outputs/linear_probe", freeze_backbone=True)
     trainer = KnnTrainer(model, args, train_dataset=pictures["train"])
     trainer.train()
     chosen = trainer.tune()

@@ -9,6 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from .places import fail
+
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes."""
+
 DEFAULT_BACKBONE = "facebook/dinov2-small"
 
 OnBadImage = Literal["skip", "fail"]
@@ -32,20 +37,47 @@ Augmentation = Literal["paper", "flip", "none"]
 Queries = Literal["snapshot", "live"]
 """Which features ask the datastore during fine-tuning."""
 
-Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood"]
+Splits = Literal["auto", "none"]
+"""How folders that are called like splits are read."""
+
+Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood", "fixed"]
 """What makes k, temperature and λ the best."""
+
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON instead, and nothing else on stdout."),
+]
+"""Always called `json_output`: see `hand_over`."""
 
 Backend = Literal["auto", "torch", "compile", "onnx", "openvino"]
 """What runs the backbone when features are computed."""
 
+_GRAPHS = ("onnx", "openvino")
+"""Those that need packages of their own."""
+
 
 def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
     """Every extraction of this command reads the variable, also those of a trainer."""
+    chosen = backend or os.environ.get("HF_KNN_BACKEND")
+    if chosen is not None and (backend is None or chosen in _GRAPHS):
+        _check(chosen)
     if backend is not None:
         before = os.environ.get("HF_KNN_BACKEND")
         os.environ["HF_KNN_BACKEND"] = backend
         context.call_on_close(lambda: _restore(before))
     return backend
+
+
+def _check(backend: str) -> None:
+    """Says what is missing before the work begins, which needs the same imports."""
+    from hf_knn.features.backends import check_backend, check_installed
+
+    try:
+        check_backend(backend)
+        if backend in _GRAPHS:
+            check_installed(backend)
+    except (ValueError, ImportError) as error:
+        fail(str(error))
 
 
 def _restore(before: str | None) -> None:
@@ -54,6 +86,15 @@ def _restore(before: str | None) -> None:
     else:
         os.environ["HF_KNN_BACKEND"] = before
 
+
+SplitsOption = Annotated[
+    Splits,
+    typer.Option(
+        help="Folders called train, validation or test, and a csv's column split: auto finds out "
+        "what they are; none reads such folders as classes.",
+    ),
+]
+"""How splits are read."""
 
 BackendOption = Annotated[
     Backend | None,

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from .caches import prepare_caches
 from .demo import app as demonstration
 from .memory import app as memory
+from .terminal import flush_streams, prepare_streams
 from .train import app as training
 from .use import app as use
 
@@ -31,4 +33,9 @@ def _main(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    prepare_streams()
+    prepare_caches()
+    try:
+        app()
+    finally:
+        flush_streams()

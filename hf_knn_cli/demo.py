@@ -5,16 +5,22 @@ from typing import Annotated
 
 import typer
 
+from . import places
 from .choices import Backend
+from .limits import reads_pictures
 
 app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 def demo(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint folder or a Hub id; none builds a small one, once."),
+        typer.Argument(
+            callback=places.checkpoint,
+            help="A checkpoint folder or a Hub id; none builds a small one, once.",
+        ),
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free from 7860 on.")
@@ -22,8 +28,9 @@ def demo(
     pictures: Annotated[
         Path | None,
         typer.Option(
+            callback=places.stored_pictures,
             help="The folder it was trained on, to show the neighbours' pictures; with --push "
-            "small copies go along, for everybody to see."
+            "small copies go along, for everybody to see.",
         ),
     ] = None,
     backend: Annotated[
@@ -31,7 +38,10 @@ def demo(
         typer.Option(help="What makes features here. Default: $HF_KNN_BACKEND, else torch."),
     ] = None,
     push: Annotated[
-        str | None, typer.Option(help="Push it as the Space org/name instead of starting it.")
+        str | None,
+        typer.Option(
+            callback=places.repo_id, help="Push it as the Space org/name instead of starting it."
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="With --push: a Space that is made is private.")

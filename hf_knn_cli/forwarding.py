@@ -26,7 +26,7 @@ def hand_over(declared: Callable[..., Command]) -> Command:
 
         command = declared(**values)
         values.pop("backend", None)
-        run(partial(command, **values))
+        run(partial(command, **values), json_output=bool(values.get("json_output")))
 
     return call
 

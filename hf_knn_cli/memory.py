@@ -1,52 +1,77 @@
 """Commands of `hf-knn` about what a checkpoint remembers."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .choices import BackendOption
+from . import places
+from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage, SplitsOption
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
+from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
 app = typer.Typer()
 
-Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint folder; it will be changed, as a whole or not at all.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
+
+def _renamed(value: bool) -> bool:
+    """Says what an option of version 0.2 is called now."""
+    if value:
+        typer.echo("Note: --skip-bad-images is now --on-bad-image skip.", err=True)
+    return value
 
 
 @app.command()
+@reads_pictures
 def teach(
-    checkpoint: Checkpoint,
+    checkpoint: ChangedCheckpoint,
     pictures: Annotated[
         Path,
         typer.Argument(
+            callback=places.local_pictures,
             help="A folder with one sub-folder per label, or a csv of path,label; with --label "
-            "one picture, or a folder of pictures."
+            "one picture, or a folder of pictures.",
         ),
     ],
     label: Annotated[
         str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
     ] = None,
+    splits: SplitsOption = "auto",
+    on_bad_image: Annotated[
+        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+    ] = "fail",
     skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="Go on without what cannot be decoded.")
+        bool,
+        typer.Option(
+            "--skip-bad-images", callback=_renamed, hidden=True, help="Now --on-bad-image skip."
+        ),
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also add pictures that are stored with their label.")
+    ] = False,
+    relabel: Annotated[
+        bool,
+        typer.Option(
+            "--relabel", help="Give pictures that are stored with another label the new one."
+        ),
     ] = False,
     backend: BackendOption = None,
-    json_output: AsJson = False,
+    json_output: JsonOption = False,
 ) -> None:
-    """Teach new pictures or classes, without training."""
+    """Teach new pictures or classes, without training; what is stored already is left out."""
     from hf_knn.commands.console import run
     from hf_knn.commands.memory import teach_pictures
 
-    how = "skip" if skip_bad_images else "fail"
-    run(teach_pictures, checkpoint, pictures, label, how, json_output)
+    how = "skip" if skip_bad_images else on_bad_image
+    command = partial(teach_pictures, checkpoint, pictures, label, how, json_output, splits, again)
+    run(partial(command, relabel=relabel), json_output=json_output)
 
 
 @app.command()
 @hand_over
 def forget(
-    checkpoint: Checkpoint,
+    checkpoint: ChangedCheckpoint,
     ids: Annotated[
         list[int],
         typer.Option(
@@ -68,9 +93,12 @@ def forget(
         typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
     ] = False,
     backup: Annotated[
-        Path | None, typer.Option(help="Keep the rows in this folder, for `hf-knn merge`.")
+        Path | None,
+        typer.Option(
+            callback=places.new_place, help="Keep the rows in this folder, for `hf-knn merge`."
+        ),
     ] = None,
-    json_output: AsJson = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
     from hf_knn.commands.memory import forget_rows
@@ -81,10 +109,10 @@ def forget(
 @app.command()
 @hand_over
 def relabel(
-    checkpoint: Checkpoint,
+    checkpoint: ChangedCheckpoint,
     label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
     ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
-    json_output: AsJson = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """Give stored pictures another label."""
     from hf_knn.commands.memory import relabel_rows
@@ -94,8 +122,21 @@ def relabel(
 
 @app.command()
 @hand_over
-def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> Command:
-    """Take the last change back: one that was interrupted, if there is one, and then no other."""
+def undo(
+    checkpoint: ChangedCheckpoint,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Go back to the version before the last training, whatever was changed since.",
+        ),
+    ] = False,
+    json_output: JsonOption = False,
+) -> Command:
+    """Take the last change back, also a training; one that was interrupted first, and no other.
+
+    After a training was taken back, undo puts the later version back again.
+    """
     from hf_knn.commands.memory import undo_change
 
     return undo_change
@@ -104,11 +145,15 @@ def undo(checkpoint: Checkpoint, json_output: AsJson = False) -> Command:
 @app.command()
 @hand_over
 def merge(
-    checkpoint: Checkpoint,
+    checkpoint: ChangedCheckpoint,
     other: Annotated[
-        str, typer.Argument(help="A checkpoint or datastore of the same backbone; stays as it is.")
+        str,
+        typer.Argument(
+            callback=places.rows_or_checkpoint,
+            help="A checkpoint or datastore of the same backbone; stays as it is.",
+        ),
     ],
-    json_output: AsJson = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """Add the rows of another checkpoint."""
     from hf_knn.commands.memory import merge_stores
@@ -119,9 +164,9 @@ def merge(
 @app.command()
 @hand_over
 def diff(
-    first: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    second: Annotated[str, typer.Argument(help="Another one.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    first: CheckpointArgument,
+    second: Annotated[str, typer.Argument(callback=places.checkpoint, help="Another one.")],
+    json_output: JsonOption = False,
 ) -> Command:
     """Say what differs between two checkpoints: rows, classes, settings, numbers."""
     from hf_knn.commands.memory import show_difference
@@ -130,20 +175,23 @@ def diff(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
-    ] = Path("knn-inspect"),
+    checkpoint: CheckpointArgument,
+    output: ReportFolder = Path("knn-inspect"),
     root: Annotated[
         Path | None,
         typer.Option(
-            "--pictures", help="Folder that the stored paths are relative to: shows the pictures."
+            "--pictures",
+            callback=places.stored_pictures,
+            help="Folder that the stored paths are relative to: shows the pictures.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, parts and the map.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and the map.")
+    ] = 0,
+    json_output: JsonOption = False,
 ) -> Command:
     """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
     from hf_knn.commands.checks import inspect_checkpoint
@@ -154,7 +202,7 @@ def inspect(
 @app.command()
 @hand_over
 def milvus(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    checkpoint: ChangedCheckpoint,
     uri: Annotated[
         str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
     ],

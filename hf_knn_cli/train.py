@@ -7,6 +7,8 @@ import typer
 
 from .choices import BackendOption
 from .forwarding import fields_as_options
+from .limits import reads_pictures
+from .terminal import one_line
 from .train_options import TrainOptions
 
 app = typer.Typer()
@@ -21,17 +23,17 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"Expected {path} to be YAML or JSON, but: {error}") from error
+        said = one_line(f"Expected {path} to be YAML or JSON, but: {error}")
+        raise typer.BadParameter(said) from error
     if not isinstance(values, dict):
-        raise typer.BadParameter(f"Expected {path} to hold options by name, but got a list.")
+        said = one_line(f"Expected {path} to hold options by name, but got a list.")
+        raise typer.BadParameter(said)
     found = {str(name).replace("-", "_"): value for name, value in values.items()}
     known = {str(parameter.name) for parameter in context.command.params} - {"config"}
     unknown = sorted(set(found) - known)
     if unknown:
-        raise typer.BadParameter(
-            f"Expected options of this command in {path}, but got {unknown}; known are "
-            f"{sorted(known)}."
-        )
+        said = f"Expected options of this command in {path}, but got {unknown}; known are "
+        raise typer.BadParameter(one_line(f"{said}{sorted(known)}."))
     context.default_map = {**(context.default_map or {}), **found}
     return path
 
@@ -50,6 +52,7 @@ ConfigOption = Annotated[
 
 
 @app.command()
+@reads_pictures
 @fields_as_options
 def train(
     options: TrainOptions, config: ConfigOption = None, backend: BackendOption = None

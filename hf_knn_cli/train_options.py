@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from . import places
 from .choices import (
     DEFAULT_BACKBONE,
+    LARGEST_SEED,
     Augmentation,
     ClassWeights,
     Criterion,
@@ -15,6 +17,7 @@ from .choices import (
     OnBadImage,
     Precision,
     Queries,
+    Splits,
     Sweep,
 )
 
@@ -33,17 +36,32 @@ class TrainOptions:
     pictures: Annotated[
         str,
         typer.Argument(
+            callback=places.pictures,
             help="A folder with one sub-folder per label (train/validation/test inside are used), "
-            "a csv of path,label, a parquet file, or a Hub dataset id."
+            "a csv of path,label, a parquet file, or a Hub dataset id.",
         ),
     ]
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder.")] = Path(
-        "knn-model"
-    )
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=places.new_folder, help="Checkpoint folder.")
+    ] = Path("knn-model")
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a model there that was taught since, or trained on other pictures; "
+            "`hf-knn undo` brings it back.",
+        ),
+    ] = False
     backbone: Annotated[
-        str, typer.Option(help="Hub id, timm name, local folder or another k-NN checkpoint.")
+        str,
+        typer.Option(
+            callback=places.backbone,
+            help="Hub id, timm name, local folder or another k-NN checkpoint.",
+        ),
     ] = DEFAULT_BACKBONE
-    seed: Annotated[int, typer.Option(help="Of splits, folds and the head.")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of splits, folds and the head.")
+    ] = 0
     pooling: Annotated[
         str | None, typer.Option(help="cls, mean, max, pooler or cls_mean; default by backbone.")
     ] = None
@@ -63,6 +81,14 @@ class TrainOptions:
             help="Held out for the report, if there is no test split.",
         ),
     ] = 0.2
+    splits: Annotated[
+        Splits,
+        typer.Option(
+            rich_help_panel=DATA,
+            help="Folders called train, validation or test, and a csv's column split: auto finds "
+            "out what they are; none reads such folders as classes.",
+        ),
+    ] = "auto"
     group_by: Annotated[
         str | None,
         typer.Option(

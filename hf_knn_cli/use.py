@@ -1,12 +1,24 @@
 """Commands of `hf-knn` that use a checkpoint, check pictures, and tidy up what is kept."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .choices import DEFAULT_BACKBONE, BackendOption, Criterion, OnBadImage
+from . import places
+from .choices import (
+    DEFAULT_BACKBONE,
+    LARGEST_SEED,
+    BackendOption,
+    Criterion,
+    JsonOption,
+    OnBadImage,
+    SplitsOption,
+)
 from .forwarding import Command, hand_over
+from .limits import reads_pictures
+from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
 WHY = "Reasons"
 """A group of options in `--help`."""
@@ -15,18 +27,22 @@ app = typer.Typer()
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    pictures: Annotated[str, typer.Argument(help="Labelled pictures, as for `train`.")],
+    checkpoint: CheckpointArgument,
+    pictures: Annotated[
+        str, typer.Argument(callback=places.pictures, help="Labelled pictures, as for `train`.")
+    ],
     split: Annotated[
         str | None, typer.Option(help="Which split; test, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "skip",
     backend: BackendOption = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """Measure head, neighbours and blend on labelled pictures."""
     from hf_knn.commands.use import evaluate_pictures
@@ -35,15 +51,20 @@ def evaluate(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def tune(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder; it will be changed.")],
+    checkpoint: ChangedCheckpoint,
     pictures: Annotated[
-        str, typer.Argument(help="Labelled pictures that the model was not trained on.")
+        str,
+        typer.Argument(
+            callback=places.pictures, help="Labelled pictures that the model was not trained on."
+        ),
     ],
     split: Annotated[
         str | None, typer.Option(help="Which split; validation, or the only one there is.")
     ] = None,
+    splits: SplitsOption = "auto",
     criterion: Annotated[
         Criterion | None, typer.Option(help="Default: by how many labels there are.")
     ] = None,
@@ -54,7 +75,10 @@ def tune(
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "skip",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw what was tried as heat maps into this PNG.")
+        Path | None,
+        typer.Option(
+            callback=places.new_file, help="Draw what was tried as heat maps into this PNG."
+        ),
     ] = None,
     backend: BackendOption = None,
 ) -> Command:
@@ -65,12 +89,20 @@ def tune(
 
 
 @app.command()
+@reads_pictures
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures to classify.")],
+    checkpoint: CheckpointArgument,
+    images: Annotated[
+        list[Path], typer.Argument(callback=places.picture_files, help="Pictures to classify.")
+    ],
     top: Annotated[int, typer.Option(min=1, help="Classes shown per picture.")] = 5,
-    neighbors: Annotated[int, typer.Option(min=0, help="Neighbours shown per picture.")] = 5,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    neighbors: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Neighbours shown per picture, of the k that vote; 5, on a page 24."
+        ),
+    ] = None,
+    json_output: JsonOption = False,
     explain: Annotated[
         bool,
         typer.Option(
@@ -79,12 +111,19 @@ def predict(
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(rich_help_panel=WHY, help="Write the reasons with pictures into this file."),
+        typer.Option(
+            callback=places.new_file,
+            rich_help_panel=WHY,
+            help="Write the reasons with pictures into this file.",
+        ),
     ] = None,
-    pictures: Annotated[
+    stored: Annotated[
         Path | None,
         typer.Option(
-            rich_help_panel=WHY, help="Folder that the stored paths are relative to, for --html."
+            "--pictures",
+            callback=places.stored_pictures,
+            rich_help_panel=WHY,
+            help="Folder that the stored paths are relative to, for --html.",
         ),
     ] = None,
     max_error: Annotated[
@@ -96,23 +135,27 @@ def predict(
     ] = None,
 ) -> None:
     """Classify pictures, show the neighbours that voted, and say why."""
-    from hf_knn.commands.console import run
-    from hf_knn.commands.predict import ExplainOptions, explain_images, predict_images
-
-    if not (explain or html or pictures or max_error is not None):
-        run(predict_images, checkpoint, images, top, neighbors, json_output)
-        return
-    if pictures and not html:
+    if stored and not html:
         raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
-    options = ExplainOptions(top, neighbors, html, pictures, max_error, json_output)
-    run(explain_images, checkpoint, images, options)
+    from hf_knn.commands.console import run
+    from hf_knn.commands.predict import PredictOptions, predict_images
+
+    options = PredictOptions(
+        top, neighbors, explain or html is not None or max_error is not None, html, stored,
+        max_error, json_output,
+    )  # fmt: skip
+    run(partial(predict_images, checkpoint, images, options), json_output=json_output)
 
 
 @app.command()
 @hand_over
 def push(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
-    repo_id: Annotated[str, typer.Argument(help="org/name; made if it is not there.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(callback=places.checkpoint_folder, help="A checkpoint folder.")
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(callback=places.repo_id, help="org/name; made if it is not there.")
+    ],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
     ] = None,
@@ -143,11 +186,13 @@ def push(
 @app.command()
 @hand_over
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    checkpoint: CheckpointArgument,
     folder: Annotated[
         Path,
         typer.Option(
-            "--onnx", help="Folder for the graph, its settings and a script that uses them."
+            "--onnx",
+            callback=places.new_folder,
+            help="Folder for the graph, its settings and a script that uses them.",
         ),
     ],
 ) -> Command:
@@ -158,16 +203,23 @@ def export(
 
 
 @app.command()
+@reads_pictures
 @hand_over
 def doctor(
     pictures: Annotated[
-        str, typer.Argument(help="Pictures as for `train`; without labels less is looked for.")
+        str,
+        typer.Argument(
+            callback=places.pictures,
+            help="Pictures as for `train`; without labels less is looked for.",
+        ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for report.html and findings.csv.")
-    ] = Path("knn-doctor"),
+    output: ReportFolder = Path("knn-doctor"),
     backbone: Annotated[
-        str, typer.Option(help="As for `train`; its features are kept and used again there.")
+        str,
+        typer.Option(
+            callback=places.backbone,
+            help="As for `train`; its features are kept and used again there.",
+        ),
     ] = DEFAULT_BACKBONE,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
     limit: Annotated[
@@ -178,9 +230,12 @@ def doctor(
         str | None,
         typer.Option(help="Column of what belongs together (a patient, a camera)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, parts and --limit.")] = 0,
+    splits: SplitsOption = "auto",
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and --limit.")
+    ] = 0,
     backend: BackendOption = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """Check pictures before training: broken, doubled, mislabelled, strange, too few.
 
@@ -195,7 +250,9 @@ def doctor(
 @app.command()
 @hand_over
 def code(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(callback=places.code_of, help="A checkpoint folder or a Hub id.")
+    ],
     revision: Annotated[
         str | None, typer.Option(help="A branch, tag or commit of a Hub id; main if left out.")
     ] = None,
@@ -214,7 +271,7 @@ def cache(
         int | None,
         typer.Option(min=0, help="Only what was not used for so many days.", show_default=False),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    json_output: JsonOption = False,
 ) -> Command:
     """List what is kept to be fast: features, graphs and choices of backends; clear it."""
     from hf_knn.commands.use import show_cache

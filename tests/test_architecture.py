@@ -27,7 +27,7 @@ ONLY_IN = {
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 100, 500  # 90 files in 0.2; a new capability brings its own
+MOST_FILES, MOST_LINES = 112, 500  # 90 files in 0.2; each capability since brings its own
 
 
 def sources(package: Path = PACKAGE) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """From the name of a task to its pictures, at a known revision."""
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset
 
 from catalog.cache import cache_root
 from catalog.hub_loading import load_hub, normalised, roles_of
@@ -14,6 +15,7 @@ from catalog.loaded_task import LoadedTask
 from catalog.offline_tasks import MIN_PICTURES, load_pictures
 from catalog.splits import ANY, TEST, TRAIN
 from catalog.tasks import Source, Task, find_task
+from hf_knn import load_splits
 
 
 def load_task(
@@ -62,14 +64,13 @@ def _load_folder(entry: Task) -> LoadedTask:
         raise FileNotFoundError(
             f"Expected a folder with a sub-folder per label at {folder}, but there is none."
         )
-    found = load_dataset("imagefolder", data_dir=str(folder))
+    found = load_splits(folder)
     listing = sorted(
-        (str(path.relative_to(folder)), path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file()
+        (path, os.stat(cell["path"]).st_size)
+        for rows in found.values()
+        for path, cell in zip(rows["path"][:], rows["image"][:], strict=True)
     )
     revision = "files-" + hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
-    assert isinstance(found, DatasetDict)
     return normalised(
         entry, revision, {role: found[name] for role, name in roles_of(found).items()}
     )

@@ -124,12 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=0.05, help="of the labels, made wrong")
     parser.add_argument("--seeds", type=int, default=5, help="sets of planted errors")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--output", type=Path, default=Path("outputs/doctor"))
+    parser.add_argument("--task", action="append", choices=TASKS, help="repeatable")
+    parser.add_argument("--output", "-o", type=Path, default=Path("outputs/doctor"))
     options = parser.parse_args()
     folder = build_backbone("efficientnet-lite0")
     found: dict[str, list[dict[str, float]]] = {}
-    for task in options.tasks:
+    for task in options.task or TASKS:
         dataset = load_pictures(task)
         names = dataset.features["label"].names
         model = KnnForImageClassification.from_backbone(folder, names)

@@ -96,11 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="sets of planted copies")
     parser.add_argument("--copies", type=int, default=200, help="planted in each set")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--output", type=Path, default=Path("outputs/doctor"))
+    parser.add_argument("--task", action="append", choices=TASKS, help="repeatable")
+    parser.add_argument("--output", "-o", type=Path, default=Path("outputs/doctor"))
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    for task in options.tasks:
+    for task in options.task or TASKS:
         originals = load(task)
         # scans of 8 x 8 pixels are not made smaller: nothing would be left of them
         crops = CROPS if task != "digits" else {"resized and recompressed": 0.0}

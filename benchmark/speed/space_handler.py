@@ -41,7 +41,7 @@ def main(
     from hf_knn_space.pictures import NoPictures
     from hf_knn_space.service import Service
     from hf_knn_space.settings import Settings
-    from hf_knn_space.uploads import read_upload
+    from hf_knn_space.uploads import Upload, reading
     from hf_knn_space.visitors import Visitors
 
     model = open_builtin().model
@@ -65,6 +65,10 @@ def main(
     def forward(pixels: torch.Tensor) -> None:
         model.backbone(pixels)
 
+    def read(path: str) -> Upload:
+        with reading(path) as upload:
+            return upload
+
     def classify(path: str) -> dict[str, Any]:
         return as_json(service.explain(service.look(path), Settings(), ""))
 
@@ -76,7 +80,7 @@ def main(
             pixels = pixels_of(image)
             timed(FORWARD, partial(forward, pixels))
             timed(CLASSIFY, partial(classify, path))
-            upload = timed(READ, partial(read_upload, path))
+            upload = timed(READ, partial(read, path))
             timed(PIXELS, partial(pixels_of, upload.image))
             look = service.look(path)  # known by now: the backbone does not run again
             found = timed(EXPLAIN, partial(service.explain, look, Settings(), ""))

@@ -153,9 +153,9 @@ def describe_arms(
         described[name] = {
             "chosen": arm.chosen,
             "validation": {} if arm.validation is None
-            else metrics_of(floor(arm.validation), validation),
-            "test": metrics_of(floored, labels),
-            "test_clean": metrics_of(floored[clean], labels[clean]) if clean.any() else {},
+            else metrics_of(arm.validation, validation),
+            "test": metrics_of(arm.test, labels),
+            "test_clean": metrics_of(arm.test[clean], labels[clean]) if clean.any() else {},
             "per_class": recall_per_class(floored, labels, num_labels),
         }  # fmt: skip
         confidence, predicted = floored.max(1)

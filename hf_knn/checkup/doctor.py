@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.keys import Broken, Print, prints_of
-from ..data.loading import groups_of, ids_of, label_names, load_pictures, paths_of
+from ..data.loading import groups_of, ids_of, label_names, read_source
+from ..data.places import paths_of, reading_of
 from ..data.splits import few_rows
 from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
@@ -29,6 +30,7 @@ class DoctorOptions:
     group_by: str | None = None
     seed: int = 0
     json_output: bool = False
+    splits: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Source:
         pictures: all rows that are looked at, split by split.
         places: [N] the row of each picture in the part of its split; -1 for one without a label.
         groups: [N] which belong together; None: each is its own.
+        notes: what was left out, in sentences.
     """
 
     parts: dict[str, Any]
     pictures: Pictures
     places: Ints
     groups: Ints | None
+    notes: list[str]
 
     def picture(self, number: int) -> Any:
         """The undecoded row of a picture: the part and the row in it."""
@@ -65,8 +69,9 @@ def open_source(options: DoctorOptions) -> Source:
     parts: dict[str, Any] = {}
     records: list[tuple[Any, ...]] = []
     names: list[str] = []
-    splits, has_labels = load_pictures(options.pictures)
-    for name, dataset in splits.items():
+    found = read_source(options.pictures, reading_of(options.splits))
+    has_labels = found.has_labels
+    for name, dataset in found.splits.items():
         names = label_names(dataset) if has_labels else []
         labels = _labels_or_none(dataset)
         rows = np.arange(len(labels))
@@ -93,6 +98,7 @@ def open_source(options: DoctorOptions) -> Source:
         Pictures(split, np.array(row), np.array(row_id), path, np.array(label), names),
         np.array(place),
         None if options.group_by is None else np.array([numbers[name] for name in group]),
+        found.notes,
     )
 
 
@@ -121,13 +127,20 @@ def check_up(options: DoctorOptions, source: Source, watch: Watch = unwatched) -
             prints.append(one)
             usable.append(number)
         elif isinstance(one, Broken):
-            reason = f"Cannot be used: {one.reason}."
-            checkup.findings.append(Finding(Kind.BROKEN, number, 1.0, reason))
+            kind, detail = Kind.BROKEN, f"Cannot be used: {one.reason}."
+            if one.is_unread:
+                kind, detail = Kind.UNREAD, f"Is not read: {one.reason}."
+            checkup.findings.append(Finding(kind, number, 1.0, detail))
         else:
             reason = "Has no label: give it one."
             checkup.findings.append(Finding(Kind.NO_LABEL, number, 1.0, reason))
     checkup.usable = np.array(usable, np.int64)
     with checkup.phase("features"):
+        if not usable:
+            raise ValueError(
+                f"Expected at least one picture that can be used, but none of {len(pictures)} can; "
+                f"the first, {pictures.name_of(0)}: {checkup.findings[0].detail}"
+            )
         checkup.features = _features(source, options, checkup.usable)
     groups = None if source.groups is None else source.groups[checkup.usable]
     examine(checkup, prints, groups, options.seed, watch)
@@ -151,11 +164,6 @@ def _group_values(dataset: Any, column: str | None, split: str) -> list[Any]:
 
 def _features(source: Source, options: DoctorOptions, usable: Ints) -> Tensor:
     """[M, D] features of the usable pictures, by the backbone that `train` would take."""
-    if not len(usable):
-        raise ValueError(
-            f"Expected at least one picture that can be used, but none of "
-            f"{len(source.pictures)} can; see hf_knn.data.decode for what is accepted."
-        )
     names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)
     splits = np.array(source.pictures.splits, dtype=object)

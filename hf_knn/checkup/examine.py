@@ -18,6 +18,7 @@ from ..core.votes import squared_distances
 from ..data.decode import BadImageError, decode_image
 from ..data.keys import Print, print_of
 from ..data.splits import stratified_folds
+from ..data.walk import StoredPictures
 from ..fit.voices import Voices, out_of_fold
 from ..store.backend import RowStore
 from .duplicates import (
@@ -35,6 +36,7 @@ from .labels import (
     LabelScores,
     balance_findings,
     label_findings,
+    look_alike_findings,
     outlier_findings,
     score_labels,
 )
@@ -128,6 +130,7 @@ def examine(
     with checkup.phase("outliers"):
         found += _outliers(checkup, rows)
     found += balance_findings(rows)
+    found += look_alike_findings(checkup.pictures)
     found += _look_at_labels(checkup, rows, pairs, groups, seed, watch, with_curve)
     for one in found:  # the numbers of usable pictures become those of all
         others = tuple(usable[list(one.others)].tolist())
@@ -175,7 +178,8 @@ def _look_at_labels(
     labels = torch.from_numpy(rows.labels)
     classes = len(rows.label_names)
     if not classes:
-        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR, Kind.IMBALANCE}
+        checkup.unseen |= {Kind.NO_LABEL, Kind.CONFLICT, Kind.LABEL_ERROR}
+        checkup.unseen |= {Kind.LOOK_ALIKE, Kind.IMBALANCE}
         checkup.skipped.append(
             "Label errors, label conflicts, balance and learning curve: the pictures have no "
             "labels (one sub-folder per label, or a column `label`)."
@@ -245,15 +249,24 @@ def inspect_datastore(
     pictures = pictures_of(store, label_names)
     prints: list[Print] | None = None
     checkup = Checkup(pictures, np.arange(len(pictures)), store.features.float())
-    checkup.unseen |= {Kind.BROKEN, Kind.NO_LABEL}  # every row has features and a label
+    checkup.unseen |= {
+        Kind.BROKEN,
+        Kind.UNREAD,
+        Kind.NO_LABEL,
+    }  # every row has features and a label
     if root is None:
         checkup.skipped.append("Pixels: without the folder of the pictures, features are compared.")
     else:
-        check_root(root, pictures)
-        with checkup.phase("decoding"):
-            prints = _prints_of_stored(root, pictures, watch)
+        stored = StoredPictures(root)
+        found = check_root(stored, root, pictures)
+        if found == len(pictures):
+            with checkup.phase("decoding"):
+                prints = _prints_of_stored(stored, pictures, watch)
         if prints is None:
-            checkup.skipped.append("Pixels: not every picture of the datastore can be opened.")
+            checkup.skipped.append(
+                "Pixels: not every picture of the datastore can be opened "
+                f"({found} of {len(pictures)} found under {plain(str(root))})."
+            )
     examine(checkup, prints, None, seed, watch, with_curve=with_curve)
     return checkup
 
@@ -272,30 +285,36 @@ def pictures_of(store: RowStore, names: Sequence[str]) -> Pictures:
     )
 
 
-def check_root(root: Path, pictures: Pictures) -> None:
-    """Refuses a folder that has none of the pictures.
+def check_root(stored: StoredPictures, root: Path, pictures: Pictures) -> int:
+    """How many of the pictures are in a folder.
 
     Args:
+        stored: of the folder.
         root: the folder.
         pictures: with paths.
 
     Raises:
-        ValueError: naming the folder and a path.
+        ValueError: if it has none, naming the folder and a path.
     """
-    if not any(place_of(root, path) is not None for path in pictures.paths):
+    found = sum(stored.find(path) is not None for path in pictures.paths)
+    if not found:
         example = next((path for path in pictures.paths if path), "")
-        wanted = f"such as {plain(example)}" if example else "but the datastore knows no paths"
-        raise ValueError(f"Expected {root} to hold the pictures of the datastore, {wanted}.")
+        wanted = f"looked for {plain(example)} there" if example else "the datastore knows no paths"
+        raise ValueError(
+            f"Expected the folder of the stored pictures, but got 0 of {len(pictures)} found under "
+            f"{root} ({wanted}); pass the folder that the model was trained on."
+        )
+    return found
 
 
-def open_picture(root: Path, path: str) -> Image.Image | None:
+def open_picture(stored: StoredPictures, path: str) -> Image.Image | None:
     """The picture of a row; None where it is not there, cannot be read or lies outside.
 
     Args:
-        root: the folder.
+        stored: the pictures of a folder.
         path: as it is stored.
     """
-    return decoded_or_none(place_of(root, path))
+    return decoded_or_none(stored.find(path))
 
 
 def decoded_or_none(picture: Path | bytes | None) -> Image.Image | None:
@@ -306,19 +325,14 @@ def decoded_or_none(picture: Path | bytes | None) -> Image.Image | None:
         return None
 
 
-def place_of(root: Path, path: str) -> Path | None:
-    """The file of a stored path, which a stranger may have written, if it lies in the folder."""
-    place = (root / path).resolve()
-    is_inside = path and place.is_relative_to(root.resolve())
-    return place if is_inside and place.is_file() else None
-
-
-def _prints_of_stored(root: Path, pictures: Pictures, watch: Watch) -> list[Print] | None:
+def _prints_of_stored(
+    stored: StoredPictures, pictures: Pictures, watch: Watch
+) -> list[Print] | None:
     """One per row; None as soon as one picture cannot be opened."""
     done = watch("Decoding", len(pictures))
     found = []
     for path in pictures.paths:
-        image = open_picture(root, path)
+        image = open_picture(stored, path)
         if image is None:
             return None
         found.append(print_of(image))

@@ -28,6 +28,7 @@ class Kind(StrEnum):
     """What can be wrong, the most urgent first."""
 
     BROKEN = "broken"
+    UNREAD = "not_read"
     NO_LABEL = "no_label"
     CROSS_SPLIT = "cross_split_duplicate"
     GROUP_ACROSS = "group_across_splits"
@@ -36,6 +37,7 @@ class Kind(StrEnum):
     EXACT = "exact_duplicate"
     NEAR = "near_duplicate"
     OUTLIER = "outlier"
+    LOOK_ALIKE = "look_alike_classes"
     IMBALANCE = "imbalance"
 
 

@@ -92,7 +92,7 @@ class Tile:
 
     Attributes:
         title: the first line.
-        picture: a data URI, see `thumbnail`; None shows an empty frame.
+        picture: a data URI, see `thumbnail`; None shows an empty frame beside other pictures.
         lines: more lines.
         tone: good, bad or neutral.
         alt: what a screen reader says of the picture; the title if empty.
@@ -328,7 +328,11 @@ def _cells(row: Sequence[str], kinds: list[str]) -> str:
 
 
 def _tiles(tiles: Iterable[Tile]) -> str:
-    return f'<ul class="tiles">{"".join(map(_tile, tiles))}</ul>'
+    listed = list(tiles)
+    # an empty frame keeps the lines of its neighbours' pictures level, and is of no other use
+    frame = '<div class="empty" aria-hidden="true"></div>'
+    frame = frame if any(tile.picture is not None for tile in listed) else ""
+    return f'<ul class="tiles">{"".join(_tile(tile, frame) for tile in listed)}</ul>'
 
 
 def _group(group: Group) -> str:
@@ -336,10 +340,10 @@ def _group(group: Group) -> str:
     return f'<div class="group">{title}{_tiles(group.tiles)}</div>'
 
 
-def _tile(tile: Tile) -> str:
+def _tile(tile: Tile, frame: str) -> str:
     tone = Tone(tile.tone)
     mark = f'<span class="mark" aria-hidden="true">{_MARKS[tone]}</span> ' if _MARKS[tone] else ""
-    picture = '<div class="empty" aria-hidden="true"></div>'
+    picture = frame
     if tile.picture is not None:
         picture = f'<img src="{_source(tile.picture)}" alt="{_text(tile.alt or tile.title)}">'
     lines = "".join(f"<span>{_text(line)}</span>" for line in tile.lines)

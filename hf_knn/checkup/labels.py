@@ -1,5 +1,9 @@
-"""Labels that are likely wrong, pictures unlike all others, and classes with too few pictures."""
+"""Labels that are likely wrong, pictures unlike all others, and classes too small or alike."""
 
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +29,28 @@ LARGEST_RATIO = 20.0
 
 LARGEST_OWN_SHARE = 0.1
 """A picture is named where p(label) is below this share of what its class has on average."""
+
+
+def _is_seen(character: str) -> bool:
+    is_variant = "\ufe00" <= character <= "\ufe0f"  # of an emoji, in colour or not
+    return not is_variant and unicodedata.category(character) not in ("Cf", "Cc")
+
+
+_ALIKE = str.maketrans("авекмнорстухіјѕԁһӏıαβεικνορτυχζ", "abekmhopctyxijsdhliabeikvoptuxz")
+"""Cyrillic and Greek letters, and what Latin ones they look like, also as capitals."""
+
+_DIFFERENCES: dict[str, Callable[[str], str]] = {
+    "spaces": lambda name: " ".join(name.split()),
+    "invisible characters": lambda name: "".join(filter(_is_seen, name)),
+    "the width of letters": lambda name: unicodedata.normalize("NFKC", name),
+    "capital letters": str.casefold,
+    "letters of several alphabets": lambda name: name.translate(_ALIKE),
+    "spaces, dashes and underscores": lambda name: re.sub(
+        r"(?<=[^\W\d_])[\s_\u2010-\u2015-]+(?=[^\W\d_])", "", name
+    ),
+    "an s at the end": lambda name: re.sub(r"(?<=[^\W\d_]{3})s$", "", name),
+}
+"""What two names of one class may differ in, and what takes the difference away."""
 
 _FEWEST_OF_A_CLASS = 20
 _SMALLEST_SPREAD = 0.02  # of log distance: where all distances are equal none is far
@@ -139,6 +165,48 @@ def _why_small(label: int, count: int, split: str, counts: dict[str, Ints]) -> s
             "--class-weights inverse_sqrt to train."
         )
     return ""
+
+
+def look_alike_findings(pictures: Pictures) -> list[Finding]:
+    """Classes whose names differ in what is easily mistyped or not seen.
+
+    Args:
+        pictures: all.
+    """
+    alike: dict[str, list[int]] = defaultdict(list)
+    for label, name in enumerate(pictures.label_names):
+        alike[_spelled(name)[-1]].append(label)
+    counts = sum(counts_by_split(pictures).values(), np.zeros(len(pictures.label_names), np.int64))
+    found = []
+    for labels in alike.values():
+        largest = max(labels, key=lambda label: int(counts[label]))
+        for label in labels:
+            if label != largest:
+                detail = _difference(pictures, label, largest, counts)
+                found.append(
+                    Finding(Kind.LOOK_ALIKE, -1, 1.0, detail, suggested=largest, label=label)
+                )
+    return found
+
+
+def _difference(pictures: Pictures, label: int, other: int, counts: Ints) -> str:
+    names = [str(pictures.label_names[one]) for one in (label, other)]
+    steps = zip(_DIFFERENCES, *map(_spelled, names), strict=True)
+    what = next(difference for difference, one, two in steps if one == two)
+    said = [
+        f"{ascii(name) if what.startswith(('inv', 'let')) else repr(name)} ({count} pictures)"
+        for name, count in zip(names, counts[[label, other]].tolist(), strict=True)
+    ]
+    return f"{said[0]} and {said[1]} differ in {what} only."
+
+
+def _spelled(name: str) -> list[str]:
+    """A name after each of the differences is taken away."""
+    made = []
+    for take_away in _DIFFERENCES.values():
+        name = take_away(name)
+        made.append(name)
+    return made
 
 
 class LabelScores(NamedTuple):

@@ -23,6 +23,7 @@ Show = Callable[[int], Image.Image | None]
 
 TITLES = {
     Kind.BROKEN: "Broken files",
+    Kind.UNREAD: "Pictures of a format or size that is not read",
     Kind.NO_LABEL: "Pictures without a label",
     Kind.CROSS_SPLIT: "Duplicates across splits",
     Kind.GROUP_ACROSS: "Groups across splits",
@@ -31,10 +32,15 @@ TITLES = {
     Kind.EXACT: "Exact duplicates",
     Kind.NEAR: "Near duplicates",
     Kind.OUTLIER: "Outliers",
+    Kind.LOOK_ALIKE: "Classes spelled alike",
     Kind.IMBALANCE: "Small classes",
 }
 ADVICE = {
     Kind.BROKEN: "Repair or delete them. Training leaves them out.",
+    Kind.UNREAD: (
+        "Convert them to JPEG or PNG. Where only the size is too much, --max-pixels or --max-bytes "
+        "may allow it. Training leaves them out."
+    ),
     Kind.NO_LABEL: "Give them a label or take them out. Training refuses them.",
     Kind.CROSS_SPLIT: (
         "Remove those marked as copies. A picture that is trained on and tested on makes the test "
@@ -52,6 +58,7 @@ ADVICE = {
         "recompressed or slightly cropped copies, or pictures that differ in very little."
     ),
     Kind.OUTLIER: "Ask whether they belong to the task. They are far from all other pictures.",
+    Kind.LOOK_ALIKE: "Merge them if they are one class. Each costs the other its pictures.",
     Kind.IMBALANCE: "Add pictures, merge classes, or train with class weights.",
 }
 _DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
@@ -130,9 +137,9 @@ def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> 
     heading, text = f"{TITLES[kind]} ({len(found):,})", [ADVICE[kind]]
     if kind is Kind.LABEL_ERROR:
         text.append(label_note(checkup))
-    if kind in (Kind.BROKEN, Kind.NO_LABEL):
+    if kind in (Kind.BROKEN, Kind.UNREAD, Kind.NO_LABEL):
         return Section(heading, text, tables=[_places(found, checkup.pictures)])
-    if kind is Kind.IMBALANCE:
+    if kind in (Kind.LOOK_ALIKE, Kind.IMBALANCE):
         names = checkup.pictures.label_names
         rows = [(str(names[one.label]), one.detail) for one in found]
         return Section(heading, text, tables=[Table(("class", "what is wrong"), rows)])

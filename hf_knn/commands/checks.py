@@ -1,6 +1,5 @@
 """`hf-knn doctor | inspect | code`: what is wrong with pictures, stored rows, and code."""
 
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import typer
 from PIL import Image
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import CONFIG_NAME
@@ -27,11 +25,20 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
+from ..data.walk import StoredPictures
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from .console import console, print_json, right
+from .console import (
+    console,
+    escape,
+    open_checkpoint,
+    print_json,
+    right,
+    say_what_was_left_out,
+    typed,
+)
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -47,6 +54,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         OSError: if something is not there, or the report cannot be written.
     """
     source = open_source(options)
+    say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
         checkup = check_up(options, source, watch)
 
@@ -72,11 +80,12 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         return
     print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
-    words = ["hf-knn", "train", options.pictures, "--backbone", backbone]
+    words = ["train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
+    words += [] if options.splits == "auto" else ["--splits", options.splits]
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
-        f"{escape(plain(shlex.join(words)))}[/]",
+        f"{typed(*words)}[/]",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
@@ -170,7 +179,7 @@ def inspect_checkpoint(
             that has none of its pictures.
         OSError: if something is not there or cannot be written.
     """
-    model: KnnForImageClassification = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     store = model.datastore
     if store is None or not len(store):
         raise ValueError(f"Expected {checkpoint} to hold a datastore with rows, but it has none.")
@@ -180,9 +189,10 @@ def inspect_checkpoint(
         checkup = inspect_datastore(store, names, root=root, seed=seed, watch=watch)
         drawing = _map(checkup, seed, watch)
     pictures = checkup.pictures
+    stored = None if root is None else StoredPictures(root)
 
     def show(number: int) -> Image.Image | None:
-        image = None if root is None else open_picture(root, pictures.paths[number])
+        image = None if stored is None else open_picture(stored, pictures.paths[number])
         if image is not None or model.thumbnails is None:
             return image
         return decoded_or_none(model.thumbnails.get(int(pictures.ids[number])))
@@ -201,15 +211,15 @@ def inspect_checkpoint(
         print_json(summary_of(checkup, page) | {"checkpoint": facts})
         return
     print_checkup(checkup, page)
-    manifest = escape(f"{plain(checkpoint)}/{MANIFEST_NAME}")
+    manifest = escape(f"{checkpoint}/{MANIFEST_NAME}")
     console.print(
         f"All {len(store)} rows are what {manifest} promises, byte for byte.", highlight=False
     )
-    place = escape(shlex.quote(plain(checkpoint)))
     if checkup.findings and Path(checkpoint).is_dir():
         console.print(
-            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]hf-knn relabel {place} "
-            f"--ids ID --label CLASS[/], or [bold]hf-knn forget {place} --ids ID[/]",
+            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]"
+            f"{typed('relabel', checkpoint, '--ids', 'ID', '--label', 'CLASS')}[/], or [bold]"
+            f"{typed('forget', checkpoint, '--ids', 'ID')}[/]",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 
@@ -295,7 +305,7 @@ def check_code(checkpoint: str, revision: str | None) -> None:
     if old:
         say(f"{len(old)} files are named like those that hf-knn 0.1 wrote into a checkpoint.")
     for problem in problems:
-        say(escape(f"- {plain(problem)}"))
+        say(escape(f"- {problem}"))
     say(
         "Read it before you pass trust_remote_code=True; save the checkpoint again with this "
         "package to replace it."

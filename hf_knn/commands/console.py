@@ -2,59 +2,211 @@
 
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich import markup
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
-from ..data.loading import hide_progress_bars
+from hf_knn_cli.terminal import (
+    HIDDEN,
+    Guarded,
+    as_called,
+    called,
+    clean,
+    is_utf8,
+    let_go,
+    one_line,
+)
+
+from ..data.loading import hide_progress_bars, read_labelled
+from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.card import VOICE_NAMES
-from ..store.folders import exclusive_lock
+from ..model.modeling import KnnForImageClassification
+from ..store.folders import exclusive_lock, restore
+from .errors import EXPECTED, STOPPED, sentence_of
 
-console = Console()
+
+class Terminal(Console):
+    """A console that sends no control character of a name or a text.
+
+    Its own colours and moves are sent. A reader that goes away silences it: what a command does
+    for its user is done all the same.
+
+    Attributes:
+        documents: what `--json` prints when the command has done its work.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr)
+        self.documents: list[object] = []
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it writes: a stream that is guarded from others, it needs no guard from."""
+        stream = super().file
+        return stream.bare if isinstance(stream, Guarded) else stream
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Renders what is printed, every text of it cleaned before it is styled."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(clean(text), style)
+
+    def on_broken_pipe(self) -> None:
+        """Goes on silently."""
+        self.quiet = True
+        let_go(sys.stderr if self.stderr else sys.stdout)
+
+
+console = Terminal()
 right = partial(Column, justify="right")
 """A column of numbers in a table."""
 
 
-def run(command: Callable[..., None], *args: Any) -> None:
+def escape(text: object) -> str:
+    """A name, a path or somebody else's sentence, for `console.print`: one line, no markup.
+
+    Args:
+        text: any; what it says as a string.
+    """
+    return markup.escape(one_line(text))
+
+
+def open_checkpoint(name: str | Path) -> KnnForImageClassification:
+    """Opens a checkpoint; whatever is wrong with it, the error names it.
+
+    Args:
+        name: a folder or a Hub id.
+
+    Raises:
+        ValueError: for settings that no model can be made of.
+        OSError: if something is not there.
+    """
+    try:
+        model: KnnForImageClassification = KnnForImageClassification.from_pretrained(name)
+    except (AttributeError, TypeError, LookupError) as error:  # transformers believes its files
+        raise ValueError(
+            f"Expected {name} to be a checkpoint with settings that a model can be made of, but: "
+            f"{error}; copy its JSON files again."
+        ) from error
+    return model
+
+
+def typed(*words: object) -> str:
+    """A command of `hf-knn` to type here, for `console.print`.
+
+    Args:
+        words: of the command line.
+    """
+    return escape(f"{called()} {shlex.join(map(str, words))}")
+
+
+def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> None:
     """Runs a command; an error a user can do something about becomes one message.
 
     Args:
         command: what to run.
         args: its arguments.
+        json_output: whether stdout is for the document alone that the command hands to
+            `print_json`; all else goes to stderr then.
     """
     hide_progress_bars()
     transformers_logging.disable_progress_bar()
     # a command says itself what a user should know; pymilvus logs the traceback of each retry
     quiet = {"hf_knn": logging.ERROR, "pymilvus": logging.CRITICAL}
+    quiet["hf_knn.features.cache"] = logging.WARNING  # a disk that is full meanwhile
+    quiet["hf_knn.data.decode"] = logging.WARNING  # a huge JPEG is read at a part of its size
     loggers = [logging.getLogger(name) for name in quiet]
     levels = [logger.level for logger in loggers]
     for logger, level in zip(loggers, quiet.values(), strict=True):
         logger.setLevel(level)
+    console.documents.clear()
     try:
-        command(*args)
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        with redirect_stdout(sys.stderr if json_output else sys.stdout):
+            command(*args)
+        for document in console.documents:
+            _write_json(document)
+    except typer.Exit:  # a RuntimeError
+        raise
+    except EXPECTED as error:
         if os.environ.get("HF_KNN_DEBUG"):
             raise
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        say_error(sentence_of(error))
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        Terminal(stderr=True).print(STOPPED, soft_wrap=True)
+        raise typer.Exit(130) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
+def say_error(sentence: str) -> None:
+    """Prints what went wrong on stderr, in one line.
+
+    Args:
+        sentence: what, and what to do.
+    """
+    Terminal(stderr=True).print(
+        f"[bold red]Error:[/] {escape(as_called(sentence))}", soft_wrap=True, highlight=False
+    )
+
+
 def print_json(value: object) -> None:
-    """What `--json` prints instead of tables."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """What `--json` prints instead of tables, when the command has done the rest of its work.
+
+    Args:
+        value: of dicts, lists, texts and numbers; one that is not finite becomes null.
+    """
+    console.documents.append(value)
+
+
+def json_text(value: object, *, ascii_only: bool = False) -> str:
+    """JSON that every parser takes and no terminal obeys.
+
+    Args:
+        value: see `print_json`.
+        ascii_only: for a stream that is not UTF-8.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+    # JSON escapes the first 32 controls alone; these only occur inside of strings
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _write_json(value: object) -> None:
+    try:
+        sys.stdout.write(json_text(value, ascii_only=not is_utf8(sys.stdout)) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        let_go(sys.stdout)
+
+
+def _finite(value: object) -> object:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return [*map(_finite, value)] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
@@ -70,6 +222,7 @@ def changing(checkpoint: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it is no folder.
     """
+    restore(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
@@ -79,21 +232,49 @@ def changing(checkpoint: Path) -> Iterator[Path]:
         yield folder
 
 
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
+def metrics_table(metrics: dict[str, float], title: str, prefix: str = "eval_") -> Table:
     """Head, neighbours and blend as a table.
 
     Args:
         metrics: what `KnnTrainer.evaluate` returned.
         title: of the table.
+        prefix: of the numbers to show.
     """
     names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
     table = Table("", *names, title=title, title_justify="left")
     for voice, label in VOICE_NAMES.items():
-        if f"eval_{voice}_top1" in metrics:
-            values = [metrics[f"eval_{voice}_{name}"] for name in ("top1", "mean_class")]
-            tail = [metrics[f"eval_{voice}_{name}"] for name in ("nll", "ece")]
+        if f"{prefix}{voice}_top1" in metrics:
+            values = [metrics[f"{prefix}{voice}_{name}"] for name in ("top1", "mean_class")]
+            tail = [metrics[f"{prefix}{voice}_{name}"] for name in ("nll", "ece")]
             table.add_row(label, *[f"{v:.1%}" for v in values], *[f"{v:.3f}" for v in tail])
     return table
+
+
+def open_labelled(pictures: str, splits: str, needed: str = "") -> dict[str, Any]:
+    """The labelled pictures of a command, by split; what was left out is said.
+
+    Args:
+        pictures: see `load_splits`.
+        splits: `auto`, or `none` for folders that are called like splits and are classes.
+        needed: a split that must have labels.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for pictures that cannot be used, or come without labels.
+    """
+    found = read_labelled(pictures, reading_of(splits), needed)
+    say_what_was_left_out(found.notes)
+    return found.splits
+
+
+def say_what_was_left_out(notes: Sequence[str]) -> None:
+    """Prints what a loader noticed.
+
+    Args:
+        notes: in sentences.
+    """
+    for note in notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def say_what_was_skipped(rows: ImageFeatures) -> None:

@@ -2,27 +2,30 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
+import typer
 from huggingface_hub import HfApi
-from rich.markup import escape
 
 from ..checkup.examine import check_root, open_picture, pictures_of
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
+from ..data.walk import StoredPictures
 from ..features.backends import check_backend
+from ..model.before import REPORT_NAME
 from ..model.pictures import small_webp
+from ..store.advice import install, needs
 from ..store.datastore import Datastore
-from .console import console
+from ..store.hub import KEPT_TO_ONESELF
+from .console import console, escape
 
 _PICTURES = "pictures.zip"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
+_KEPT = shutil.ignore_patterns(*KEPT_TO_ONESELF, "runs", REPORT_NAME)
+"""What of a checkpoint folder is nobody's business: earlier versions, logs, places on a disk."""
 
 
 def show_demo(
@@ -39,22 +42,21 @@ def show_demo(
     Raises:
         ImportError: without gradio, or the backend.
         ValueError: for a backend that there is not.
-        OSError: if the page ends with an error, which it has said.
+        typer.Exit: with the status of the page, if it ends with an error, which it has said.
     """
-    if find_spec("gradio") is None:
-        raise ImportError("hf-knn demo needs gradio; run `pip install 'hf-knn[space]'`.")
-    # -P: what lies in the folder one happens to be in is not imported
-    command = [sys.executable, "-P", "-m", "hf_knn_space"]
-    command += [] if checkpoint is None else [checkpoint]
+    needs({"gradio": "gradio"}, "hf-knn demo", install("space"))
     given = {"port": port, "pictures": pictures, "backend": backend and check_backend(backend)}
+    arguments = [] if checkpoint is None else [checkpoint]
     for name, value in given.items():
-        command += [] if value is None else [f"--{name}", str(value)]
-    try:
-        status = subprocess.run(command, check=False).returncode
+        arguments += [] if value is None else [f"--{name}", str(value)]
+    from hf_knn_space import main  # it stands on this package, not below it
+
+    try:  # in this process: what ends it, a signal too, ends the server
+        status = main(arguments)
     except KeyboardInterrupt:  # how one closes it
         return
-    if status > 0:
-        raise OSError(f"Expected the page to run until it is closed, but it ended with {status}.")
+    if status:
+        raise typer.Exit(status)
 
 
 def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Path | None) -> None:
@@ -110,7 +112,7 @@ def build_space(folder: Path, checkpoint: str) -> None:
         missing = [n for n in ("config.json", MANIFEST_NAME) if not Path(checkpoint, n).is_file()]
         if missing:
             raise ValueError(f"Expected {checkpoint} to be a checkpoint, but it has no {missing}.")
-        shutil.copytree(checkpoint, folder / "model")
+        shutil.copytree(checkpoint, folder / "model", ignore=_KEPT)
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(
@@ -137,11 +139,12 @@ def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:
         ValueError: if none was found, or the checkpoint holds no rows.
     """
     store = Datastore.from_pretrained(checkpoint)
-    check_root(pictures, pictures_of(store, []))
+    stored = StoredPictures(pictures)
+    check_root(stored, pictures, pictures_of(store, []))
     count = 0
     with zipfile.ZipFile(target, "w") as file:  # stored: WEBP cannot be packed further
         for path in dict.fromkeys(store.paths or []):
-            image = open_picture(pictures, path)
+            image = open_picture(stored, path)
             if image is not None:
                 file.writestr(f"{path}.webp", small_webp(image))
                 count += 1

@@ -1,31 +1,48 @@
 """`hf-knn teach | forget | relabel | undo | merge | diff | milvus`: each whole or not at all."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
+from ..core.reading import CONTENTS_NAME
 from ..data.batches import RowPictures
-from ..data.loading import from_files, load_splits
+from ..data.loading import from_files
+from ..data.walk import nfc
 from ..features.extract import extract_features, progress_bars
+from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
+from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt, Scope
+from ..model.stored import StoredOtherwiseError
+from ..model.versions import exchange_versions, goes_back_to_training
+from ..store.advice import install, needs
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.remote import DatastoreReference, read_manifest
-from .console import changing, console, print_json, say_what_was_skipped
+from ..store.remote import LOCAL_ENDING, DatastoreReference, is_pending, read_manifest
+from .console import (
+    Terminal,
+    as_called,
+    changing,
+    console,
+    escape,
+    open_checkpoint,
+    open_labelled,
+    print_json,
+    say_what_was_left_out,
+    say_what_was_skipped,
+    typed,
+)
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
@@ -33,16 +50,18 @@ _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was
 _CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
 
-_CACHE_NOTE = (
-    "Note: features that were computed on this machine are cached apart from the checkpoint; "
-    "[bold]hf-knn cache --clear[/] removes them."
-)
-
 
 def teach_pictures(
-    checkpoint: Path, pictures: Path, label: str | None, on_bad_image: str, json_output: bool
+    checkpoint: Path,
+    pictures: Path,
+    label: str | None,
+    on_bad_image: str,
+    json_output: bool,
+    splits: str = "auto",
+    again: bool = False,
+    relabel: bool = False,
 ) -> None:
-    """Adds labelled pictures to a checkpoint.
+    """Adds labelled pictures to a checkpoint, of which those that are stored are left out.
 
     Args:
         checkpoint: a folder.
@@ -50,29 +69,45 @@ def teach_pictures(
         label: of all of them; None takes the labels that come with them.
         on_bad_image: `fail` or `skip`.
         json_output: print the receipt as JSON.
+        splits: how folders called like splits are read, `auto` or `none`.
+        again: also add those that are stored with their label.
+        relabel: give those that are stored with another label the new one.
 
     Raises:
         ValueError: for pictures or labels that cannot be used; nothing is changed.
     """
 
     def change(model: KnnForImageClassification) -> Receipt:
-        rows = _labelled(pictures) if label is None else _under_one_label(pictures, label)
+        rows = _labelled(pictures, splits) if label is None else _of_label(pictures, label)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
         names = rows.features["label"].names
         labels = [names[number] for number in found.labels.tolist()]
-        # where a picture of one's own lies is nobody's business: its name will do
-        paths = found.paths if label is None else [Path(path).name for path in found.paths]
-        receipt = model.teach(features=found.features, labels=labels, paths=paths or None)
+        try:
+            receipt = model.teach(
+                features=found.features, contents=found.contents, labels=labels,
+                paths=found.paths or None, again=again, relabel=relabel,
+            )  # fmt: skip
+        except StoredOtherwiseError as error:
+            raise ValueError(_how_to_relabel(error, checkpoint)) from error
         if model.thumbnails is not None:
-            model.keep_thumbnails(RowPictures(rows, receipt.ids, found.ids.tolist()))
+            taken = found.ids[rows_but(len(found), torch.tensor(receipt.skipped).long())]
+            ids = receipt.ids[len(receipt.old_labels) :]
+            model.keep_thumbnails(RowPictures(rows, ids, taken.tolist()))
         return receipt
 
-    _change(checkpoint, change, json_output)
-    if not json_output:
-        place = escape(str(checkpoint))
-        console.print(f"Next: [bold]hf-knn predict {place} PICTURE.jpg[/], or hf-knn undo {place}")
+    receipt = _change(checkpoint, change, json_output)
+    if json_output:
+        return
+    if receipt.scope == Scope.NOTHING:
+        console.print("Nothing was changed.")
+    else:
+        console.print(
+            f"Next: [bold]{typed('predict', checkpoint, 'PICTURE.jpg')}[/], or "
+            f"{typed('undo', checkpoint)}",
+            soft_wrap=True,
+        )
 
 
 def forget_rows(
@@ -106,15 +141,19 @@ def forget_rows(
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
         names = model.config.class_names
         if label is not None:
-            if label not in names:
+            numbers = {nfc(name): number for number, name in enumerate(names)}
+            if nfc(label) not in numbers:
                 raise ValueError(
                     f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
                 )
-            wanted = store.ids_labelled(names.index(label))
+            wanted = store.ids_labelled(numbers[nfc(label)])
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
             store.subset(wanted).save(backup)
+            prints = model.memory.contents
+            if prints is not None:
+                prints.only(wanted.tolist()).save(backup)
             text = json.dumps(names, ensure_ascii=False)
             (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
         return model.forget(wanted, recenter=recenter)
@@ -122,9 +161,13 @@ def forget_rows(
     _change(checkpoint, change, json_output)
     if json_output:
         return
-    console.print(_CACHE_NOTE, soft_wrap=True)
+    console.print(
+        "Note: features that were computed on this machine are cached apart from the checkpoint; "
+        f"[bold]{typed('cache', '--clear')}[/] removes them.",
+        soft_wrap=True,
+    )
     if backup is not None:
-        again = f"hf-knn merge {escape(str(checkpoint))} {escape(str(backup))}"
+        again = typed("merge", checkpoint, backup)
         console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
 
 
@@ -140,14 +183,26 @@ def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool
     _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
 
 
-def undo_change(checkpoint: Path, json_output: bool) -> None:
+def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
     """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
+
+    If nothing was changed since the last training, the version before that takes its place again,
+    if it is kept; called once more, the two are exchanged again.
 
     Args:
         checkpoint: a folder.
+        training: go back to the version before the last training, whatever was changed since.
         json_output: print the receipt as JSON.
+
+    Raises:
+        ValueError: if there is nothing to take back.
     """
-    _change(checkpoint, lambda model: model.undo(), json_output, _nothing_else)
+    with changing(checkpoint) as folder:
+        if not is_pending(folder) and (training or goes_back_to_training(folder)):
+            receipt = exchange_versions(folder)
+        else:
+            receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
+    _say(receipt, json_output)
 
 
 def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
@@ -166,9 +221,12 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
         if _holds_datastore_alone(other):
             store = Datastore.from_pretrained(other)
             _check_maker(store, checkpoint, other)
-            return model.merge(store, _classes_of(Path(other)))
-        second = KnnForImageClassification.from_pretrained(other)
-        return model.merge(_store(second, Path(other)), second.config.class_names)
+            kept = Path(other) / CONTENTS_NAME  # believed of the rows that it was made with
+            known = Contents.load(kept if kept.is_file() else None)
+            return model.merge(store, _classes_of(Path(other)), known)
+        second = open_checkpoint(other)
+        rows, names = _store(second, Path(other)), second.config.class_names
+        return model.merge(rows, names, second.memory.contents)
 
     _change(checkpoint, change, json_output)
 
@@ -181,7 +239,7 @@ def show_difference(first: str, second: str, json_output: bool) -> None:
         second: another one.
         json_output: print JSON.
     """
-    models = [KnnForImageClassification.from_pretrained(name) for name in (first, second)]
+    models = [open_checkpoint(name) for name in (first, second)]
     found = compare(models[0], models[1])
     if json_output:
         print_json(asdict(found))
@@ -198,66 +256,93 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
     """What `undo` did where it found an interrupted change, which no receipt speaks of."""
     state, store = model.fingerprint_rows(), model.datastore
     assert store is not None  # it has just been counted
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Receipt(
-        Change.UNDO, [], [], len(store), len(store), state, state, Scope.STORE, at,
-        notes=["nothing else was undone"],
-    )  # fmt: skip
+    return Receipt.nothing(Change.UNDO, len(store), state, ["nothing else was undone"])
 
 
 def _change(
-    checkpoint: Path,
-    change: Callable[[KnnForImageClassification], Receipt],
-    json_output: bool,
-    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
-) -> None:
+    checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
+) -> Receipt:
     """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
     with changing(checkpoint) as folder:
-        was_interrupted = settle(folder)
-        if was_interrupted:
-            typer.echo(_TAKEN_BACK, err=True)
-        model = KnnForImageClassification.from_pretrained(checkpoint)
-        store = _store(model, checkpoint)
-        if store.location is not None and not isinstance(store, MilvusDatastore):
-            raise ValueError(
-                f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
-                f"rows in {store.location}; change them in Python and save the model."
-            )
-        if was_interrupted and after_settling is not None:
-            receipt = after_settling(model)
-        else:
-            with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
-                receipt = change(model)
-                model.save_pretrained(checkpoint)
+        receipt = _changed(checkpoint, folder, change)
+    return _say(receipt, json_output)
+
+
+def _changed(
+    checkpoint: Path,
+    folder: Path,
+    change: Callable[[KnnForImageClassification], Receipt],
+    after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
+) -> Receipt:
+    """The receipt of a change, which is saved then; the caller holds the lock of the folder."""
+    was_interrupted = settle(folder)
+    if was_interrupted:
+        Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
+    model = open_checkpoint(checkpoint)
+    store = _store(model, checkpoint)
+    if store.location is not None and not isinstance(store, MilvusDatastore):
+        raise ValueError(
+            f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
+            f"rows in {store.location}; change them in Python and save the model."
+        )
+    if was_interrupted and after_settling is not None:
+        return after_settling(model)
+    with whole_or_not(store if isinstance(store, MilvusDatastore) else None, folder):
+        receipt = change(model)
+        if receipt.scope == Scope.NOTHING:
+            return receipt
+        model.save_pretrained(checkpoint)
+    return model.changes[-1]  # the save may have noted something
+
+
+def _say(receipt: Receipt, json_output: bool) -> Receipt:
+    """Prints what was done."""
     if json_output:
         print_json(asdict(receipt))
-        return
+        return receipt
     console.print(escape(str(receipt)), soft_wrap=True)
-    if receipt.action != "forget":
+    if receipt.ids and receipt.action != Change.FORGET:
         shown = ", ".join(map(str, receipt.ids[:_SHOWN]))
         console.print(f"Ids: {shown}{', …' if len(receipt.ids) > _SHOWN else ''}", soft_wrap=True)
     for note in receipt.notes:
-        console.print(f"Note: {escape(note)}.", soft_wrap=True)
+        console.print(f"Note: {escape(as_called(note))}.", soft_wrap=True)
+    return receipt
 
 
-def _labelled(pictures: Path) -> Any:
-    """Pictures that come with their labels."""
-    splits = load_splits(str(pictures))
+def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
+    """What was refused, with the commands that do it."""
+    place, rows = shlex.quote(str(checkpoint)), sum(map(len, error.moves.values()))
+    if rows > _SHOWN:
+        return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
+    commands = [
+        f"`hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} "
+        f"--label {shlex.quote(label)}`"
+        for label, ids in error.moves.items()
+    ]
+    return (
+        f"{error.problem} Nothing was changed; {' and '.join(commands)} gives them the new label, "
+        "and this command with --relabel does that and teaches the rest."
+    )
+
+
+def _labelled(pictures: Path, how: str) -> Any:
+    """Pictures that come with their labels: of a split `train`, or the only one there is."""
+    splits = open_labelled(str(pictures), how)
     if len(splits) > 1 and "train" not in splits:
         raise ValueError(f"Expected {pictures} to have one split, but got {list(splits)}.")
-    return splits.get("train", next(iter(splits.values())))
+    name = "train" if "train" in splits else next(iter(splits))
+    others = [other for other in splits if other != name]
+    if others:
+        said = ", ".join(f"{other} ({len(splits[other])} pictures)" for other in others)
+        say_what_was_left_out([f"Only the split {name} is taught; left out: {said}."])
+    return splits[name]
 
 
-def _under_one_label(pictures: Path, label: str) -> Any:
-    """One picture, or all files of a folder, under one label."""
-    if not pictures.exists():
-        raise FileNotFoundError(f"Expected {pictures} to be a picture or a folder of pictures.")
-    files = [pictures]
-    if pictures.is_dir():
-        files = sorted(f for f in pictures.iterdir() if f.is_file() and f.name[0] != ".")
-    if not files:
-        raise ValueError(f"Expected {pictures} to hold pictures, but it has none.")
-    return from_files(files, label)
+def _of_label(pictures: Path, label: str) -> Any:
+    """One picture, or all below a folder, under one label."""
+    found = from_files(pictures, label)
+    say_what_was_left_out(found.notes)
+    return found.splits["train"]
 
 
 def _store(model: KnnForImageClassification, place: Path) -> RowStore:
@@ -267,14 +352,14 @@ def _store(model: KnnForImageClassification, place: Path) -> RowStore:
 
 
 def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
-    known = dict(zip(store.paths or [], store.ids.tolist(), strict=False))
-    missing = [path for path in paths if path not in known]
+    known = dict(zip(map(nfc, store.paths or []), store.ids.tolist(), strict=False))
+    missing = [path for path in paths if nfc(path) not in known]
     if missing:
         raise ValueError(
             f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
             "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
         )
-    return [known[path] for path in paths]
+    return [known[nfc(path)] for path in paths]
 
 
 def _classes_of(folder: Path) -> list[str] | None:
@@ -350,13 +435,15 @@ def move_to_milvus(
         ImportError: without pymilvus.
         OSError: if the server does not answer, or something cannot be written.
     """
+    lite = {"milvus_lite": "milvus-lite"} if uri.endswith(LOCAL_ENDING) else {}
+    needs({"pymilvus": "pymilvus"} | lite, "hf-knn milvus", install("milvus"))
     manifest = checkpoint / MANIFEST_NAME
     with changing(checkpoint):  # or a row that is taught meanwhile would be lost
         if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
             raise ValueError(
                 f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
             )
-        model = KnnForImageClassification.from_pretrained(checkpoint)
+        model = open_checkpoint(checkpoint)
         if not isinstance(model.datastore, Datastore):
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         with progress_bars():
@@ -371,6 +458,6 @@ def move_to_milvus(
         f"{escape(str(checkpoint))} holds a reference to them, and no rows."
     )
     console.print(
-        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} hf-knn predict "
-        f"{escape(str(checkpoint))} PICTURE.jpg[/]", soft_wrap=True,
+        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} "
+        f"{typed('predict', checkpoint, 'PICTURE.jpg')}[/]", soft_wrap=True,
     )  # fmt: skip

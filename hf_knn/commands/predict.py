@@ -1,26 +1,27 @@
 """`hf-knn predict`: answers and who voted; with `--explain` or `--html` also why."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from ..checkup.examine import open_picture
 from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
+from ..data.walk import StoredPictures
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails, features_of
-from .console import console, print_json, right
+from .console import as_called, console, escape, open_checkpoint, print_json, right
 
-_TILES = 24
+_ROWS, _TILES = 5, 24
 _CHANGED = (
     "The threshold for this error rate was found before the model was taught or made to forget; "
     "`hf-knn tune` finds it anew."
@@ -28,12 +29,13 @@ _CHANGED = (
 
 
 @dataclass(frozen=True)
-class ExplainOptions:
-    """What `hf-knn predict --explain` was asked.
+class PredictOptions:
+    """What `hf-knn predict` was asked.
 
     Attributes:
-        top: classes shown per picture.
-        neighbors: neighbours shown per picture on the screen.
+        top: classes shown per picture, >= 1.
+        neighbors: neighbours shown per picture, >= 0; None is 5, and 24 on a page.
+        explain: also say why.
         page: an HTML file to write; None prints.
         pictures: folder that the stored paths are relative to; None shows no stored picture.
         max_error: error rate at which it abstains; None always answers.
@@ -41,72 +43,72 @@ class ExplainOptions:
     """
 
     top: int
-    neighbors: int
-    page: Path | None
-    pictures: Path | None
-    max_error: float | None
-    json_output: bool
+    neighbors: int | None = None
+    explain: bool = False
+    page: Path | None = None
+    pictures: Path | None = None
+    max_error: float | None = None
+    json_output: bool = False
+
+    @property
+    def shown_neighbors(self) -> int:
+        """How many on the screen, and in JSON."""
+        return _ROWS if self.neighbors is None else self.neighbors
 
 
-def predict_images(
-    checkpoint: str, images: list[Path], top: int, neighbors: int, json_output: bool
-) -> None:
-    """Classifies pictures and shows the neighbours that voted.
-
-    Args:
-        checkpoint: a folder or a Hub id.
-        images: picture files.
-        top: classes shown per picture.
-        neighbors: neighbours shown per picture.
-        json_output: print JSON instead of tables.
-
-    Raises:
-        ValueError: if a picture cannot be decoded, or the checkpoint is damaged.
-        OSError: if something is not there.
-    """
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    answers = [_answer(model, path, top, neighbors) for path in images]
-    if json_output:
-        print_json(answers)
-        return
-    for answer in answers:
-        _print_answer(answer)
-
-
-def explain_images(checkpoint: str, images: Sequence[Path], options: ExplainOptions) -> None:
-    """Classifies pictures and says why.
+def predict_images(checkpoint: str, images: Sequence[Path], options: PredictOptions) -> None:
+    """Classifies pictures, shows the neighbours that voted, and says why if that is asked.
 
     Args:
         checkpoint: a folder or a Hub id.
         images: picture files.
-        options: see `ExplainOptions`.
+        options: see `PredictOptions`.
 
     Raises:
-        ValueError: if a picture cannot be decoded, for an error rate without a threshold, or a
-            folder that is not there.
+        ValueError: if a picture cannot be decoded, for an error rate without a threshold, a folder
+            that is not there, or a damaged checkpoint.
         OSError: if something is not there or cannot be written.
     """
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    decoded = [read_picture(path, number) for number, path in enumerate(images)]
-    found = model.explain(decoded, max_error=options.max_error)
+    model = open_checkpoint(checkpoint)
+    stored = None if options.pictures is None else StoredPictures(options.pictures)
+    seen: dict[int, bool] = {}
+    show = partial(_stored, stored, model.thumbnails, seen)
+    answers, reasons, sections = [], [], []
+    for number, path in enumerate(images):
+        image = read_picture(path, number)
+        features = features_of(model, [image])
+        answers.append(_answer(model, path, features, options))
+        if options.explain:
+            found = model.explain(features=features, max_error=options.max_error)
+            explanation = found[0] if isinstance(found, list) else found
+            _add_reasons(answers[-1], explanation)
+            reasons.append(explanation)
+            if options.page is not None:
+                sections.append(_section(path, image, explanation, options, show))
     remarks = [_CHANGED] if options.max_error is not None and model.changes else []
-    if options.json_output:
-        print_json([{"image": str(p)} | _as_dict(e) for p, e in zip(images, found, strict=True)])
     if options.page is not None:
-        pairs = zip(images, decoded, found, strict=True)
-        show = partial(_stored, options.pictures, model.thumbnails)
-        sections = [_section(path, image, one, options, show) for path, image, one in pairs]
+        if stored is not None and not all(seen.values()):
+            missed = (
+                f"Stored pictures of this page: {sum(seen.values())} of {len(seen)} found under "
+                f"{options.pictures}; pass the folder that their paths are relative to."
+            )
+            remarks.append(missed)
+            console.print(f"[yellow]{escape(missed)}[/]", soft_wrap=True)
         lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
         write_page(options.page, "Answers and their reasons", sections, lead)
-        if not options.json_output:
-            console.print(f"Written: {escape(str(options.page))}", soft_wrap=True)
-    elif not options.json_output:
-        for path, explanation in zip(images, found, strict=True):
-            _print(path, explanation, options)
-        for remark in remarks:
-            console.print(f"\n[yellow]{escape(remark)}[/]", soft_wrap=True)
+        console.print(f"Written: {escape(options.page)}", soft_wrap=True)
+    if options.json_output:
+        print_json(answers)
+    elif options.page is None and options.explain:
+        for answer, explanation in zip(answers, reasons, strict=True):
+            _print_reasons(answer, explanation, options)
+    elif options.page is None:
+        for answer in answers:
+            _print_answer(answer)
+    for remark in remarks if options.page is None else []:
+        console.print(f"\n[yellow]{escape(as_called(remark))}[/]", soft_wrap=True)
 
 
 def notices(explanation: Explanation) -> list[str]:
@@ -139,27 +141,36 @@ def flip_text(explanation: Explanation) -> str:
     return f"Without {rows} the answer would be {flip.answer}{least}."
 
 
-def _as_dict(explanation: Explanation) -> dict[str, Any]:
+def _add_reasons(answer: dict[str, Any], explanation: Explanation) -> None:
+    """What `--explain` adds to an answer, by the names that it has without."""
+    shares = {voter.row_id: voter.share for voter in explanation.neighbors}
+    for row in answer["neighbors"]:
+        row["share"] = shares.get(row["id"], 0.0)
     flip = explanation.flip
-    return asdict(explanation) | {
-        "neighbors": [voter._asdict() for voter in explanation.neighbors],
+    answer |= {
+        "answers": explanation.answers,
+        "margin": explanation.margin,
+        "typicality": explanation.typicality,
+        "is_typical": explanation.is_typical,
         "flip": None if flip is None else flip._asdict(),
+        "notices": notices(explanation),
     }
 
 
 def _answer(
-    model: KnnForImageClassification, path: Path, top: int, neighbors: int
+    model: KnnForImageClassification, path: Path, features: Tensor, options: PredictOptions
 ) -> dict[str, Any]:
-    features = features_of(model, [path]).to(model.device)
     with torch.inference_mode():
-        output = model(features=features, return_neighbors=True)
+        output = model(features=features.to(model.device), return_neighbors=True)
     names = model.config.class_names
     probabilities = output.logits[0].exp()
     head = output.head_logits[0].float().softmax(-1)
     votes = None if output.knn_log_probs is None else output.knn_log_probs[0].exp()
-    classes = probabilities.topk(min(top, len(probabilities))).indices.tolist()
+    order = probabilities.argsort(descending=True, stable=True)  # as explanations have it
+    classes = order[: options.top].tolist()
     answer: dict[str, Any] = {
         "image": str(path),
+        "answer": names[classes[0]],
         "classes": [
             {
                 "label": names[c],
@@ -174,7 +185,9 @@ def _answer(
     if output.neighbors is not None and model.datastore is not None:
         found = output.neighbors
         columns = (found.labels, found.similarities, found.ids)
-        rows = zip(*(column[0, :neighbors].tolist() for column in columns), strict=True)
+        rows = zip(
+            *(column[0, : options.shown_neighbors].tolist() for column in columns), strict=True
+        )
         answer["neighbors"] = [
             {
                 "label": names[label],
@@ -208,23 +221,28 @@ def _print_answer(answer: dict[str, Any]) -> None:
     console.print(near)
 
 
-def _print(path: Path, explanation: Explanation, options: ExplainOptions) -> None:
+def _print_reasons(
+    answer: dict[str, Any], explanation: Explanation, options: PredictOptions
+) -> None:
     probability = explanation.probabilities[explanation.answer]
-    console.print(f"\n[bold]{escape(str(path))}[/]: {escape(explanation.answer)} {probability:.1%}")
-    for notice in notices(explanation):
+    console.print(
+        f"\n[bold]{escape(answer['image'])}[/]: {escape(explanation.answer)} {probability:.1%}"
+    )
+    for notice in answer["notices"]:
         console.print(f"[yellow]{escape(notice)}[/]")
     table = Table("", "blend", "head", "neighbours")
-    for row in _class_rows(explanation, options.top):
-        table.add_row(*map(escape, row))
+    for cells in _class_rows(explanation, options.top):
+        table.add_row(*map(escape, cells))
     console.print(table)
     if explanation.neighbors:
         voters = Table("nearest", "id", "similarity", "share", "picture")
-        for voter in explanation.neighbors[: options.neighbors]:
+        for row in answer["neighbors"]:
             voters.add_row(
-                escape(voter.label), str(voter.row_id), f"{voter.similarity:.3f}",
-                f"{voter.share:.1%}", escape(voter.path),
+                escape(row["label"]), str(row["id"]), f"{row['similarity']:.3f}",
+                f"{row['share']:.1%}", escape(row["path"] or "-"),
             )  # fmt: skip
-        console.print(voters)
+        if answer["neighbors"]:
+            console.print(voters)
         console.print(f"Margin of the vote: {explanation.margin:.1%}.")
         ids = "" if explanation.flip is None else f" Ids: {explanation.flip.row_ids[:10]}"
         console.print(escape(flip_text(explanation) + ids), soft_wrap=True)
@@ -245,13 +263,14 @@ def _section(
     path: Path,
     image: Image.Image,
     explanation: Explanation,
-    options: ExplainOptions,
+    options: PredictOptions,
     show: Callable[[Voter], str | None],
 ) -> Section:
     probability = explanation.probabilities[explanation.answer]
     flip = set() if explanation.flip is None else set(explanation.flip.row_ids)
     own = Tile(explanation.answer, thumbnail(image, 224), [f"{probability:.1%}"], alt=path.name)
-    shown = explanation.neighbors[:_TILES]
+    count = _TILES if options.neighbors is None else options.neighbors
+    shown = explanation.neighbors[:count]
     tiles = [_tile(voter, explanation.answer, flip, show(voter)) for voter in shown]
     facts = [Fact(f"{probability:.0%}", f"blended probability of {explanation.answer}")]
     if explanation.neighbors:
@@ -276,13 +295,21 @@ def _section(
 def _tile(voter: Voter, answer: str, flip: set[int], picture: str | None) -> Tile:
     lines = [f"share {voter.share:.1%}", f"similarity {voter.similarity:.3f}"]
     lines.append(f"id {voter.row_id}" + (", decides" if voter.row_id in flip else ""))
+    if picture is None and voter.path:
+        lines.append(voter.path)
     tone = Tone.GOOD if voter.label == answer else Tone.BAD
     return Tile(voter.label, picture, lines, tone, voter.path or voter.label)
 
 
-def _stored(root: Path | None, thumbnails: Thumbnails | None, voter: Voter) -> str | None:
+def _stored(
+    pictures: StoredPictures | None,
+    thumbnails: Thumbnails | None,
+    seen: dict[int, bool],
+    voter: Voter,
+) -> str | None:
     """A stored picture: from the folder, else from the checkpoint; None where it is in neither."""
-    image = None if root is None else open_picture(root, voter.path)
+    image = None if pictures is None else open_picture(pictures, voter.path)
+    seen[voter.row_id] = image is not None
     if image is not None:
         return thumbnail(image)
     small = None if thumbnails is None else thumbnails.get(voter.row_id)

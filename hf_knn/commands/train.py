@@ -1,6 +1,5 @@
 """`hf-knn train`: everything from pictures to a tuned, measured checkpoint."""
 
-import json
 import shutil
 import tempfile
 import time
@@ -11,31 +10,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
-
-from hf_knn_cli.train_options import (
-    FINE_TUNING_EPOCHS,
-    FINE_TUNING_LEARNING_RATE,
-    HEAD_EPOCHS,
-    HEAD_LEARNING_RATE,
-    TrainOptions,
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
 )
 
+from hf_knn_cli.train_options import TrainOptions
+
 from ..data.batches import RowPictures, picture_of
-from ..data.loading import groups_of, labels_of, load_splits, source_of
+from ..data.keys import hash_of_pictures
+from ..data.loading import groups_of, labels_of
+from ..data.places import check_classes, source_of
 from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
-from ..fit.plots import draw_neighbors
+from ..fit.plots import check_drawing, draw_neighbors
+from ..model.before import REPORT_NAME
 from ..model.card import draw_reliability, make_card
 from ..model.modeling import KnnForImageClassification
+from ..model.versions import Occupant, check_free, mark_training, occupant_of
+from ..store.advice import install, install_package
+from ..store.faiss import require_faiss
+from ..store.folders import exclusive_lock
 from ..store.hub import CARD_NAME
+from ..store.index import FLAT
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
-from .console import console, metrics_table, say_what_was_skipped
+from .console import (
+    as_called,
+    console,
+    escape,
+    json_text,
+    open_labelled,
+    say_what_was_skipped,
+    typed,
+)
+from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -45,7 +58,7 @@ _PICTURES_SHOWN = 6
 FEW_SHOT_VALIDATION_SHARE = 0.25
 """Of few pictures a tenth is too little to choose anything on."""
 
-_HEAD_BATCH = 256
+_LOGS = ("tensorboard", "trackio")
 
 _RATES = ("epochs", "learning_rate")
 _FINE_TUNING_ALONE = (
@@ -76,9 +89,14 @@ def train_pictures(options: TrainOptions) -> None:
     """
     started = time.perf_counter()
     _check(options)
+    _check_packages(options)
+    _arguments(options, options.output)  # which look at the values of theirs
+    _check_output(options)
     set_seed(options.seed)
-    splits = load_splits(options.pictures)
-    names = list(splits["train"].features["label"].names)
+    splits = open_labelled(options.pictures, options.splits)
+    names = check_classes(splits, options.pictures)
+    pictures = hash_of_pictures(splits)
+    _check_output(options, pictures)
     console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
@@ -90,8 +108,8 @@ def train_pictures(options: TrainOptions) -> None:
     with _work_folder(options) as folder:
         trainer = _trainer(model, options, folder, parts)
         _train(trainer, options)
-        with console.status("Choosing k, temperature and λ on held-out pictures …"):
-            result = trainer.tune()
+        with progress_bars():
+            result = trainer.tune(progress=True)
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
         source = source_of(options.pictures, splits["train"])
@@ -104,9 +122,32 @@ def train_pictures(options: TrainOptions) -> None:
             with console.status("Making small pictures of the stored rows …"):
                 ids = model.datastore.ids.tolist()
                 model.keep_thumbnails(RowPictures(splits["train"], ids))
-        trainer.save_model(str(options.output))
+        replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     _report(options, model, parts, result, metrics, skipped, time.perf_counter() - started)
+    if replaced is not None:
+        back = f" `hf-knn undo {options.output}` brings it back."
+        said = str(replaced) + back * replaced.is_kept
+        console.print(escape(as_called(said)), soft_wrap=True)
+
+
+def _check_output(options: TrainOptions, pictures: str | None = None) -> Occupant | None:
+    """What will be replaced; see `check_free`."""
+    if options.overwrite:
+        return occupant_of(options.output)
+    return check_free(options.output, pictures)
+
+
+def _save(trainer: KnnTrainer, options: TrainOptions, pictures: str) -> Occupant | None:
+    """Saves the model, unless something came there meanwhile; returns what was replaced."""
+    model = trainer.model
+    assert model.datastore is not None
+    mark_training(model.datastore, pictures)
+    with exclusive_lock(options.output):
+        replaced = _check_output(options, pictures)
+        model.save_pretrained(options.output, keep_replaced=True)
+        trainer.args.write_json(options.output)
+    return replaced
 
 
 def _report(
@@ -118,12 +159,7 @@ def _report(
     skipped: list[dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Card, report and the last lines on the screen."""
-    how = "a validation set" if parts.validation is not None else "cross-validation"
-    console.print(
-        f"Chosen by {result.criterion} on {how}: k = {result.k}, "
-        f"temperature = {result.temperature:g}, λ = {result.knn_weight:g}."
-    )
+    """Card and report, and when they are on disk the last lines on the screen."""
     draw_reliability(model, options.output)
     path = options.output / CARD_NAME
     earlier = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -137,14 +173,17 @@ def _report(
         "skipped": skipped,
         "seconds": seconds,
     }
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    (options.output / "report.json").write_text(text + "\n", encoding="utf-8")
+    (options.output / REPORT_NAME).write_text(json_text(report) + "\n", encoding="utf-8")
+    how = "a validation set" if parts.validation is not None else "cross-validation"
+    console.print(result.say(f"on {how}"))
     if metrics:
-        console.print(metrics_table(metrics, f"{len(parts.test)} test pictures"))
+        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+        names = stored_names(model, parts.test) if is_known else []
+        print_measured(metrics, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
-    console.print(f"Saved {options.output} after {seconds:.0f} s: {store}.")
+    console.print(f"Saved {escape(options.output)} after {seconds:.0f} s: {store}.", soft_wrap=True)
     console.print(
-        f"Next: [bold]hf-knn predict {escape(str(options.output))} PICTURE.jpg[/]", soft_wrap=True
+        f"Next: [bold]{typed('predict', options.output, 'PICTURE.jpg')}[/]", soft_wrap=True
     )
 
 
@@ -293,7 +332,8 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "freeze_backbone": not options.fine_tune,
-        "weight_decay": 0.1,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
         "knn_loss_alpha": options.alpha,
         "class_weights": options.class_weights,
         "label_smoothing_factor": options.label_smoothing,
@@ -334,6 +374,28 @@ def _check(options: TrainOptions) -> None:
         _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
 
 
+def _check_packages(options: TrainOptions) -> None:
+    """Refuses what needs a package that is not here, before anything takes long.
+
+    Raises:
+        ImportError: naming it.
+        ValueError: for a logger that there is not.
+    """
+    if options.show_neighbors:
+        check_drawing()
+    if options.index not in ("auto", FLAT):
+        require_faiss(f"--index {options.index}")
+    for name in sorted({*options.report_to} - {"all", "none"}):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"Expected --report-to to be one of {sorted(INTEGRATION_TO_CALLBACK)}, but got "
+                f"{name!r}."
+            )
+        if name not in get_available_reporting_integrations():
+            how = install("logs") if name in _LOGS else install_package(name)
+            raise ImportError(f"--report-to {name} needs a package that is not here; run `{how}`.")
+
+
 def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
     """Refuses options that would be ignored: those that are not at their defaults."""
     defaults = {field.name: field.default for field in fields(options)}
@@ -344,21 +406,11 @@ def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:
-    return {
-        "num_train_epochs": options.epochs or HEAD_EPOCHS,
-        "learning_rate": options.learning_rate or HEAD_LEARNING_RATE,
-        "per_device_train_batch_size": _HEAD_BATCH,
-        "probe_grid": options.sweep,
-        "save_strategy": "no",
-    }
+    return {"probe_grid": options.sweep, "save_strategy": "no"}
 
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
-        "num_train_epochs": options.epochs or FINE_TUNING_EPOCHS,
-        "learning_rate": options.learning_rate or FINE_TUNING_LEARNING_RATE,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "feature_precision": options.precision,

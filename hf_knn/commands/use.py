@@ -1,34 +1,59 @@
 """`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
 import math
+import shlex
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback
 
 from ..core.plain_json import read_json
-from ..data.loading import load_splits, prepare
+from ..data.folders import SPLIT_NAMES
+from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
 from ..features.extract import ImageFeatures, extract_features, progress_bars
+from ..fit.measure import stored_places
 from ..fit.metrics import COMPLEMENTARITY
-from ..fit.plots import draw_tuning
-from ..model.export import GRAPH_NAME, SCRIPT_NAME, export_onnx
+from ..fit.plots import check_drawing, draw_tuning
+from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.modeling import KnnForImageClassification
+from ..model.stored import shown
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
-from .console import changing, console, metrics_table, print_json, right, say_what_was_skipped
+from .console import (
+    changing,
+    console,
+    escape,
+    metrics_table,
+    open_checkpoint,
+    open_labelled,
+    print_json,
+    right,
+    say_what_was_skipped,
+    typed,
+)
+
+WITHOUT_STORED = "eval_without_stored_"
+"""What the names of numbers begin with that leave stored pictures out."""
+
+_NAMED = 20
 
 
 def evaluate_pictures(
-    checkpoint: str, pictures: str, split: str | None, on_bad_image: str, json_output: bool
+    checkpoint: str,
+    pictures: str,
+    split: str | None,
+    on_bad_image: str,
+    json_output: bool,
+    splits: str = "auto",
 ) -> None:
     """Measures a checkpoint on labelled pictures.
 
@@ -38,24 +63,65 @@ def evaluate_pictures(
         split: which one; None takes `test`, else the only one there is.
         on_bad_image: `fail` or `skip`.
         json_output: print JSON instead of a table.
+        splits: how folders called like splits are read, `auto` or `none`.
 
     Raises:
         ValueError: for pictures that cannot be used, or labels that the model does not have.
         OSError: if something is not there.
     """
-    model, rows = _open(checkpoint, pictures, split or "test", on_bad_image)
+    model, rows = _open(checkpoint, pictures, split, "test", splits, on_bad_image)
     with tempfile.TemporaryDirectory() as folder:
         trainer = KnnTrainer(model, _silent(folder))
         trainer.remove_callback(PrinterCallback)
         metrics = trainer.evaluate(rows)
+    stored = stored_names(model, rows) if metrics["eval_stored"] else []
     if json_output:
-        print_json(metrics)
+        print_json(metrics | {"stored_pictures": stored})
         return
-    console.print(metrics_table(metrics, f"{len(rows)} pictures"))
-    known = {name: metrics[f"eval_{name}"] for name in COMPLEMENTARITY if f"eval_{name}" in metrics}
-    if known:
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
-        console.print(f"Together: {shown}.")
+    print_measured(metrics, f"{len(rows)} pictures", stored)
+    prefix = WITHOUT_STORED if f"{WITHOUT_STORED}loss" in metrics else "eval_"
+    known = {n: metrics[f"{prefix}{n}"] for n in COMPLEMENTARITY if f"{prefix}{n}" in metrics}
+    if known and len(stored) < len(rows):
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
+        console.print(f"Together: {said}.")
+
+
+def stored_names(model: KnnForImageClassification, rows: ImageFeatures) -> list[str]:
+    """What the pictures are called that a model has in its datastore.
+
+    Args:
+        model: with a datastore or without.
+        rows: the pictures.
+    """
+    paths = rows.paths or [""] * len(rows)
+    return [paths[place] or f"row {place}" for place in stored_places(model, rows).tolist()]
+
+
+def print_measured(metrics: dict[str, float], pictures: str, stored: Sequence[str] = ()) -> None:
+    """Head, neighbours and blend; where pictures are stored, first without these.
+
+    Args:
+        metrics: what `KnnTrainer.evaluate` returned.
+        pictures: how many and which, such as `71 test pictures`.
+        stored: the names of those that are stored, where they are known.
+    """
+    count = int(metrics["eval_stored"])
+    if not count:
+        console.print(metrics_table(metrics, pictures))
+        return
+    names = f": {escape(shown(stored, _NAMED))}" if stored else ""
+    console.print(
+        f"[yellow]{count} of these {pictures} are stored in the model[/], and each of them is its "
+        f"own nearest neighbour{names}.",
+        soft_wrap=True,
+    )  # fmt: skip
+    if f"{WITHOUT_STORED}loss" in metrics:
+        title = f"Without them: {pictures} less {count}"
+        console.print(metrics_table(metrics, title, WITHOUT_STORED))
+    else:
+        console.print("No picture is left to measure it on; pass others.")
+    title = "With them: what the model remembers, not what it can do"
+    console.print(metrics_table(metrics, title))
 
 
 def tune_checkpoint(
@@ -66,6 +132,7 @@ def tune_checkpoint(
     calibrate: bool,
     on_bad_image: str,
     plot: Path | None,
+    splits: str = "auto",
 ) -> None:
     """Chooses k, temperature and λ on labelled pictures and saves them into the checkpoint.
 
@@ -77,28 +144,37 @@ def tune_checkpoint(
         calibrate: also scale the temperatures of head and blend.
         on_bad_image: `fail` or `skip`.
         plot: where to draw what was tried; None draws nothing.
+        splits: how folders called like splits are read, `auto` or `none`.
 
     Raises:
         ValueError: for pictures that cannot be used, or a checkpoint that is not a folder.
         OSError: if something is not there or cannot be written.
     """
+    if plot is not None:
+        check_drawing()
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split or "validation", on_bad_image)
+        model, rows = _open(checkpoint, pictures, split, "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-        known = set(model.datastore.paths or [])
-        if known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
+        stored, known = stored_names(model, rows), set(model.datastore.paths or [])
+        if stored:
+            console.print(
+                f"[yellow]{len(stored)} of these {len(rows)} pictures are stored in the model[/], "
+                f"and nothing is chosen on them: {escape(shown(stored, _NAMED))}.",
+                soft_wrap=True,
+            )
+        elif known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
             console.print(
                 "[yellow]Most of these pictures are named like those in the datastore.[/] If they "
                 "are the same, k-NN has seen them, and what is chosen here will favour it."
             )
         with tempfile.TemporaryDirectory() as folder:
-            result = KnnTrainer(model, _silent(folder)).tune(rows, criterion, calibrate)
+            trainer = KnnTrainer(model, _silent(folder))
+            with progress_bars():
+                result = trainer.tune(rows, criterion, calibrate, progress=True)
         model.save_pretrained(checkpoint)
-        console.print(
-            f"Chosen by {result.criterion} on {len(rows)} pictures: k = {result.k}, temperature = "
-            f"{result.temperature:g}, λ = {result.knn_weight:g}. Saved in {escape(checkpoint)}."
-        )
+        said = result.say("in these pictures" if result.has_few_labels else "on these pictures")
+        console.print(f"{said} Saved in {escape(checkpoint)}.")
         if plot is not None:
             draw_tuning(result, plot)
             console.print(f"Drawn: {escape(str(plot))}")
@@ -134,13 +210,13 @@ def push_checkpoint(
     """
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
-    console.print(f"Next: [bold]hf-knn predict {escape(repo_id)} PICTURE.jpg[/]", soft_wrap=True)
+    console.print(f"Next: [bold]{typed('predict', repo_id, 'PICTURE.jpg')}[/]", soft_wrap=True)
 
 
 def export_checkpoint(checkpoint: str, folder: Path) -> None:
@@ -155,7 +231,8 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         ValueError: for what cannot be exported, with the reason.
         OSError: if something is not there or cannot be written.
     """
-    model = KnnForImageClassification.from_pretrained(checkpoint)
+    check_export()
+    model = open_checkpoint(checkpoint)
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
     size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
@@ -164,19 +241,23 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
         f"{exported.rows:,} rows, log-probabilities within {exported.largest_gap:.0e} of PyTorch's."
     )
     console.print(
-        f"Next: [bold]python {escape(str(folder / SCRIPT_NAME))} PICTURE.jpg[/]", soft_wrap=True
+        f"Next: [bold]python {escape(shlex.quote(str(folder / SCRIPT_NAME)))} PICTURE.jpg[/]",
+        soft_wrap=True,
     )
 
 
 def _open(
-    checkpoint: str, pictures: str, split: str, on_bad_image: str
+    checkpoint: str, pictures: str, split: str | None, usual: str, how: str, on_bad_image: str
 ) -> tuple[KnnForImageClassification, ImageFeatures]:
-    """A model and the features of one split of labelled pictures."""
-    model = KnnForImageClassification.from_pretrained(checkpoint)
-    splits = load_splits(pictures)
-    if split not in splits and len(splits) > 1:
-        raise ValueError(f"Expected a split {split!r}, but {pictures} has {sorted(splits)}.")
-    dataset = prepare(splits.get(split, next(iter(splits.values()))), model.config.class_names)
+    """A model and the features of one split of labelled pictures: the usual or the only one."""
+    wanted = usual if split is None else SPLIT_NAMES.get(split.casefold(), split)
+    model = open_checkpoint(checkpoint)
+    splits = open_labelled(pictures, how, wanted)
+    if split is None and len(splits) == 1:
+        wanted = next(iter(splits))
+    if wanted not in splits:
+        raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
+    dataset = prepare(splits[wanted], model.config.class_names)
     with progress_bars():
         rows = extract_features(model, dataset, on_bad_image=on_bad_image)
     say_what_was_skipped(rows)
@@ -241,7 +322,7 @@ def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
     verb = "Cleared" if clear else "Kept"
     console.print(f"{verb} in {escape(str(cache_root()))}: {_size(total)}.", soft_wrap=True)
     if entries and not clear:
-        console.print("Next: [bold]hf-knn cache --clear[/], or with --older-than 30")
+        console.print(f"Next: [bold]{typed('cache', '--clear')}[/], or with --older-than 30")
 
 
 def cache_entries() -> dict[Path, CacheEntry]:

@@ -277,12 +277,14 @@ class KnnForImageClassification(PreTrainedModel):
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
+    @torch.compiler.disable  # a search is no graph; under `inference_mode` its capture fails
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
         store = self.datastore
         if store is None or len(store) == 0:
             return None
         return store.search(features.float(), self.config.k, sample_ids)
 
+    @torch.compiler.disable
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None
         return knn_log_probs(

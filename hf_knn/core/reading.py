@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+CONTENTS_NAME = "contents.safetensors"
+"""File of a checkpoint: ids, marks of the rows, and prints of their pictures."""
+
+_NO_WEIGHTS = (THUMBNAILS_NAME, CONTENTS_NAME)
+
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
 
@@ -222,7 +227,7 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     if weight_sum is not None:
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     names = [CONFIG_NAME, *(path.name for path in weights)]
-    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    others = (SAFE_WEIGHTS_INDEX_NAME, *_NO_WEIGHTS)
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
@@ -309,7 +314,7 @@ def hash_settings(settings: dict[str, Any]) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+    return name.endswith(".safetensors") and name not in _NO_WEIGHTS
 
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:

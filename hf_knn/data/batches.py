@@ -7,22 +7,43 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from .augmentation import EPOCH, Augment
-from .decode import BadImageError, decode_image, read_picture
+from .decode import BadImageError, decode_image, decoding, reading
 
-IMAGE, LABEL, SAMPLE_ID = "image", "label", "sample_id"
+IMAGE, LABEL, SAMPLE_ID, PATH = "image", "label", "sample_id", "path"
+
+HELD_PIXELS = 4 * 10**6
+"""A picture with more is processed as soon as it is decoded, before the next one is."""
+
+CONTENT_BYTES = 16
+"""Of the print of a picture, see `content_of`."""
 
 
 class BadRow(NamedTuple):
-    """A row that could not be used, and why."""
+    """A row that could not be used.
+
+    Attributes:
+        row: its number.
+        sample_id: of its picture.
+        path: of its picture; empty if unknown.
+        reason: why.
+        is_unread: whether the picture may be whole, of a format or size that is not read.
+    """
 
     row: int
     sample_id: int
     path: str
     reason: str
+    is_unread: bool = False
+
+    def advice(self) -> str:
+        """The reason, and what can be done about it."""
+        return self.reason if self.is_unread else f"{self.reason}; repair or remove it"
 
 
 class Batch(NamedTuple):
@@ -32,14 +53,43 @@ class Batch(NamedTuple):
         pixel_values: [B, 3, H, W] float32; without the bad rows.
         rows: the row numbers of what was decoded, length B.
         bad: the rows that could not be decoded.
+        contents: [B, 16] uint8, their prints, see `content_of`; None where nobody asked.
     """
 
     pixel_values: Tensor | None
     rows: list[int]
     bad: list[BadRow]
+    contents: NDArray[np.uint8] | None = None
 
 
-def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
+def content_of(image: Image.Image) -> bytes:
+    """A print of a picture: 16 bytes, the xxh3_128 of its size and of its pixels.
+
+    It is equal for files of one picture that were renamed, saved again without loss, or rid of
+    their metadata. Nobody can get the picture from it, but whoever has a picture can tell whether
+    it is the same.
+
+    Args:
+        image: RGB, as `decode_image` returns it.
+    """
+    total = xxhash.xxh3_128(f"{image.width} {image.height} ".encode())
+    total.update(image.tobytes())
+    return total.digest()
+
+
+class Pixels(NamedTuple):
+    """Pictures that are no rows of a dataset.
+
+    Attributes:
+        values: [B, 3, H, W].
+        contents: [B, 16] uint8, their prints, see `content_of`; None if pixel values were given.
+    """
+
+    values: Tensor
+    contents: NDArray[np.uint8] | None
+
+
+def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Pixels]:
     """Pixels of pictures that are no rows of a dataset, batch by batch.
 
     Args:
@@ -48,7 +98,7 @@ def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
         size: pictures per batch.
 
     Yields:
-        [B, 3, H, W].
+        B pictures.
 
     Raises:
         BadImageError: naming the picture that cannot be read.
@@ -61,13 +111,20 @@ def pixel_batches(images: Any, processor: Any, size: int) -> Iterator[Tensor]:
         )
     for start in range(0, len(images), size):
         part = images[start : start + size]
-        if not isinstance(part, Tensor):
-            part = pixels_of([read_picture(one, n) for n, one in enumerate(part, start)], processor)
-        yield part
+        if isinstance(part, Tensor):
+            yield Pixels(part, None)
+            continue
+        collected = _Collected(processor)
+        for number, one in enumerate(part, start):
+            with reading(one, number) as image:
+                collected.add(image)
+        values = collected.pixels()
+        assert values is not None
+        yield Pixels(values, collected.contents())
 
 
 def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
-    """Decodes some rows and runs the image processor on them.
+    """Decodes some rows, runs the image processor on them, and takes their prints.
 
     Args:
         dataset: prepared.
@@ -77,9 +134,11 @@ def read_batch(dataset: Any, rows: Sequence[int], processor: Any) -> Batch:
     entries = dataset[list(rows)]
     pairs = zip(entries[IMAGE], entries[SAMPLE_ID], strict=True)
     items = [{IMAGE: image, SAMPLE_ID: sample_id} for image, sample_id in pairs]
-    pixels, good, bad = process_rows(items, processor)
+    collected = _Collected(processor)
+    good, bad = _decode_rows(items, None, collected)
     named = [row._replace(row=int(rows[row.row])) for row in bad]
-    return Batch(pixels, [int(rows[place]) for place in good], named)
+    numbers = [int(rows[place]) for place in good]
+    return Batch(collected.pixels(), numbers, named, collected.contents())
 
 
 def process_rows(
@@ -92,19 +151,72 @@ def process_rows(
         processor: an image processor.
         augment: what the pictures go through first; the rows then have an `epoch`.
     """
-    images, good, bad = [], [], []
+    options = {} if augment is None else augment.processor_options
+    collected = _Collected(processor, with_contents=False, **options)
+    good, bad = _decode_rows(items, augment, collected)
+    return Batch(collected.pixels(), good, bad)
+
+
+class _Collected:
+    """Pictures on their way to pixels; a large one is processed at once, so that none pile up.
+
+    Args:
+        processor: an image processor.
+        with_contents: take their prints, too.
+        options: of the processor.
+    """
+
+    def __init__(self, processor: Any, *, with_contents: bool = True, **options: Any) -> None:
+        self._processor, self._options = processor, options
+        self._with_contents = with_contents
+        self._prints: list[bytes] = []
+        self._held: list[Any] = []
+        self._done: list[Tensor] = []
+
+    def add(self, image: Any) -> None:
+        """One more; a decoded picture that is large is not needed any longer."""
+        if self._with_contents:
+            self._prints.append(content_of(image))
+        self._held.append(image)
+        is_large = isinstance(image, Image.Image) and image.width * image.height > HELD_PIXELS
+        if is_large:
+            self._process()
+
+    def pixels(self) -> Tensor | None:
+        """[B, 3, H, W] float32; None for no picture."""
+        if self._held:
+            self._process()
+        return (
+            self._done[0] if len(self._done) == 1 else torch.cat(self._done) if self._done else None
+        )
+
+    def contents(self) -> NDArray[np.uint8]:
+        """[B, 16] uint8: the prints of the pictures, see `content_of`."""
+        return np.frombuffer(b"".join(self._prints), np.uint8).reshape(-1, CONTENT_BYTES)
+
+    def _process(self) -> None:
+        self._done.append(pixels_of(self._held, self._processor, **self._options))
+        self._held = []
+
+
+def _decode_rows(
+    items: list[dict[str, Any]], augment: Augment | None, collected: _Collected
+) -> tuple[list[int], list[BadRow]]:
+    """Collects pictures, augmented if wanted; their places, and those that cannot be decoded."""
+    good: list[int] = []
+    bad: list[BadRow] = []
     for place, item in enumerate(items):
         try:
-            image = _decode_entry(item[IMAGE])
-            if augment is not None:
-                image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
-            images.append(image)
+            with decoding(cell_source(item[IMAGE])) as image:
+                if augment is not None:
+                    image = augment(image, item.get(EPOCH, 0), int(item[SAMPLE_ID]))
+                collected.add(image)
             good.append(place)
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
-            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error)))
-    options = {} if augment is None else augment.processor_options
-    return Batch(pixels_of(images, processor, **options) if images else None, good, bad)
+            is_unread = getattr(error, "is_unread", False)
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error), is_unread))
+    return good, bad
 
 
 def pixels_of(images: Sequence[Any], processor: Any, **options: Any) -> Tensor:
@@ -158,7 +270,7 @@ def picture_of(dataset: Any, row: int) -> Image.Image:
         BadImageError: if there is none, or it cannot be decoded.
         OSError: if its file cannot be read.
     """
-    return _decode_entry(dataset[row][IMAGE])
+    return decode_image(cell_source(dataset[row][IMAGE]))
 
 
 class RowPictures(Mapping[int, Image.Image]):
@@ -232,11 +344,11 @@ class KnnCollator:
             return rows.columns
         if "features" in rows[0]:
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pixel_values, good, bad = process_rows(rows, self.processor, self.augment)
+        pixel_values, good, bad, _ = process_rows(rows, self.processor, self.augment)
         if bad and (self.on_bad_image == "fail" or not good):
             raise ValueError(
                 f"Expected pictures that can be decoded, but {bad[0].path or 'a picture'} "
-                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; repair or remove it, or "
+                f"(sample id {bad[0].sample_id}) cannot: {bad[0].advice()}, or "
                 "pass on_bad_image='skip'."
             )
         labels = torch.tensor([rows[i][LABEL] for i in good])
@@ -245,8 +357,9 @@ class KnnCollator:
         return {"pixel_values": pixel_values, "labels": labels, "sample_ids": sample_ids}
 
 
-def _decode_entry(entry: dict[str, Any] | None) -> Image.Image:
-    """The picture of one undecoded cell of a dataset: its bytes, or the file of its path."""
+def cell_source(entry: dict[str, Any] | None) -> bytes | str:
+    """What is to be decoded of one undecoded cell of a dataset: its bytes, or the file's path."""
     if entry is None:
         raise BadImageError("the row has no picture")
-    return decode_image(entry["bytes"] if entry.get("bytes") is not None else entry["path"])
+    source: bytes | str = entry["bytes"] if entry.get("bytes") is not None else entry["path"]
+    return source

@@ -1,11 +1,12 @@
 """Pictures with labels, from wherever `datasets` can read them. The only file that imports it."""
 
-import hashlib
-import os
+import glob
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +26,29 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from ..store.datastore import Datastore
-from .batches import IMAGE, LABEL, SAMPLE_ID
+from .batches import IMAGE, LABEL, PATH, SAMPLE_ID
+from .folders import (
+    SPLIT_NAMES,
+    Layout,
+    Rows,
+    read_folder,
+    read_list,
+    read_under_label,
+    whole_numbers,
+)
+from .places import check_options, find_local, is_saved, names_beside, why_no_labels
+from .tables import is_table
+from .walk import nfc
 
 PREDICTION_FEATURES = Features(
     {"predictions": List(Value("float32")), "references": Value("int64")}
 )
 """What the metrics read: a row of log-probabilities and a label per picture."""
 
-_HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
+logger = logging.getLogger(__name__)
+
 _GENERIC_NAME = re.compile(r"LABEL_\d+")
-_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
 def hide_progress_bars() -> None:
@@ -43,58 +56,119 @@ def hide_progress_bars() -> None:
     disable_progress_bars()
 
 
-def load_splits(source: str | Path, **options: Any) -> dict[str, Dataset]:
+class Source(NamedTuple):
+    """Pictures, with labels or without.
+
+    Attributes:
+        splits: by name, each with `image`, `label` (ClassLabel), `sample_id` and, where it is
+            known, `path`; a source without splits is one split, `train`.
+        has_labels: whether the labels mean something; else all pictures are of one class.
+        notes: what was left out or assumed, in sentences.
+    """
+
+    splits: dict[str, Dataset]
+    has_labels: bool
+    notes: list[str]
+
+
+def load_splits(
+    source: str | Path, *, splits: bool | None = None, **options: Any
+) -> dict[str, Dataset]:
     """Opens a set of labelled pictures.
 
     Args:
-        source: a folder with one sub-folder per label (or with `metadata.csv`, or with `train`,
-            `validation` and `test` inside), a csv of `path,label` or `file_name,label`, a parquet
-            file, a folder written by `Dataset.save_to_disk`, or a Hub id.
+        source: a folder with one sub-folder per label (or such folders in `train`, `validation`
+            and `test`, or a `metadata.csv`), a csv of `path,label`, a parquet file, a folder
+            written by `Dataset.save_to_disk`, or a Hub id.
+        splits: False reads folders called like splits as classes, and a csv as one split; None
+            finds out, and refuses what may be either.
         options: `revision`, `name`, `token`, … for a Hub id.
 
     Returns:
         The splits by name, each with `image`, `label` (ClassLabel) and `sample_id`; a source
-        without splits is one split, `train`.
+        without splits is one split, `train`. What was left out is logged as a warning.
 
     Raises:
         FileNotFoundError: if a local source is not there.
-        ValueError: if it holds no pictures or no labels, listing the columns there are.
+        ValueError: if it holds no pictures or no labels, saying what there is instead.
     """
-    return _labelled(_read_splits(source, options, needs_labels=True))
+    found = read_labelled(source, splits, **options)
+    for note in found.notes:
+        logger.warning("%s: %s", source, note)
+    return found.splits
 
 
-def load_pictures(source: str | Path, **options: Any) -> tuple[dict[str, Dataset], bool]:
+def read_labelled(
+    source: str | Path, splits: bool | None = None, needed: str = "", **options: Any
+) -> Source:
+    """Opens a set of labelled pictures, as `load_splits` does, with what was left out.
+
+    Args:
+        source: as for `load_splits`.
+        splits: likewise.
+        needed: a split that is not left out: it is refused if it has no labels.
+        options: likewise.
+
+    Returns:
+        The splits that have labels.
+
+    Raises:
+        FileNotFoundError: if a local source is not there.
+        ValueError: if it holds no pictures or no labels.
+    """
+    found = read_source(source, splits, **options)
+    if not found.has_labels:
+        raise ValueError(why_no_labels(source, found.splits, found.notes))
+    bare = [name for name, rows in found.splits.items() if not _has_labels(rows)]
+    if needed in bare:
+        raise ValueError(why_no_labels(source, {needed: found.splits[needed]}, found.notes))
+    kept = {name: rows for name, rows in found.splits.items() if name not in bare}
+    said = [
+        f"The split {name} was left out: its {len(found.splits[name])} pictures have no labels."
+        for name in bare
+    ]
+    return Source(kept, True, [*found.notes, *said])
+
+
+def read_source(source: str | Path, splits: bool | None = None, **options: Any) -> Source:
     """Opens a set of pictures, with labels or without.
 
     Args:
         source: as for `load_splits`; also a folder of pictures without sub-folders, and a csv
-            without a column `label`.
-        options: as for `load_splits`.
+            without a column of labels.
+        splits: as for `load_splits`.
+        options: likewise.
 
     Returns:
-        The splits by name, as `load_splits` returns them, and whether they have labels; without,
-        all pictures are of one class.
+        The splits, whether there are labels, and what was left out.
 
     Raises:
         FileNotFoundError: if a local source is not there.
-        ValueError: if it holds no pictures, or some of its splits have labels and others none.
+        ValueError: if it holds no pictures, or cannot be read, saying why.
     """
-    splits = _read_splits(source, options, needs_labels=False)
-    if not _is_plain_folder(Path(source)) and any(map(_has_labels, splits.values())):
-        return _labelled(splits), True
-    return {name: _with_columns(_of_one_class(rows)) for name, rows in splits.items()}, False
+    path = find_local(source)
+    check_options(source, path, splits, options)
+    if path is None:
+        return _source_of_columns(_load_from_hub(str(source), options), source)
+    if is_table(path):
+        return _source_of_layout(read_list(path, splits))
+    if path.is_dir() and not is_saved(path):
+        return _source_of_layout(read_folder(path, splits))
+    return _source_of_columns(_load_saved(path), source)
 
 
-def from_files(files: Sequence[Path], label: str) -> Dataset:
-    """Picture files under one label, as `load_splits` would return them.
+def from_files(place: Path, label: str) -> Source:
+    """One picture, or all below a folder, under one label, as `load_splits` returns them.
 
     Args:
-        files: of pictures.
+        place: a picture, or a folder.
         label: of all of them.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for a folder without pictures.
     """
-    columns = {IMAGE: [str(file) for file in files], LABEL: [0] * len(files)}
-    kinds = Features({IMAGE: Image(), LABEL: ClassLabel(names=[label])})
-    return _with_columns(Dataset.from_dict(columns, features=kinds))
+    return _source_of_layout(read_under_label(place, label))
 
 
 def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
@@ -115,16 +189,20 @@ def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
     dataset = _with_columns(dataset)
     if names is not None:
         own = {str(value) for value in _values(dataset) if not _is_missing(value)}
-        is_text = not all(value.isdigit() for value in own)
+        known = {nfc(name) for name in names}
+        is_numbers = bool(own) and all(_NUMBER.fullmatch(value) for value in own)
         has_names = not all(_GENERIC_NAME.fullmatch(name) for name in names)
-        if own & set(names) or (is_text and has_names):
-            foreign = sorted(own - set(names))
+        is_in_range = is_numbers and all(int(value) < len(names) for value in own)
+        if {nfc(value) for value in own} & known or (has_names and not is_in_range):
+            foreign = sorted(value for value in own if nfc(value) not in known)
             if foreign:
                 raise ValueError(
                     f"Expected the labels to be among the model's {len(names)} classes, but got "
                     f"{foreign[:10]} too; drop those pictures or train with them."
                 )
             return _with_labels(dataset, list(names))
+        if is_in_range:
+            return _with_labels(dataset, list(range(len(names))))
     if isinstance(dataset.features[LABEL], ClassLabel):
         return _with_labels(dataset, None)
     return _with_labels(dataset, _class_names(_values(dataset)))
@@ -175,57 +253,6 @@ def groups_of(dataset: Dataset, column: str) -> Tensor:
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
 
 
-def paths_of(dataset: Dataset) -> list[str]:
-    """Where each picture lies, relative to the folder that holds them all; empty if unknown."""
-    paths = _raw_paths(dataset)
-    parents = {str(Path(path).parent) for path in paths if path}
-    if not parents or any(not path for path in paths):
-        return [Path(path).name for path in paths]
-    if not all(Path(path).is_absolute() for path in paths):
-        return [Path(path).name if Path(path).is_absolute() else path for path in paths]
-    root = _common_root(sorted(parents))
-    return [str(Path(path).relative_to(root)) if root else path for path in paths]
-
-
-def fingerprint_of(dataset: Any) -> str | None:
-    """A name for the content of a dataset, its files included; None for other kinds of dataset."""
-    known = getattr(dataset, "_fingerprint", None)
-    if known is None:
-        return None
-    # `datasets` knows files by their paths only: one that was replaced has another size or time
-    total = hashlib.sha256(known.encode())
-    for path in _raw_paths(dataset):
-        if os.path.isfile(path):
-            status = os.stat(path)
-            total.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return total.hexdigest()
-
-
-def source_of(pictures: str | Path, dataset: Dataset, split: str = "train") -> dict[str, str]:
-    """Where pictures came from, as a datastore and a model card say it.
-
-    Args:
-        pictures: what `load_splits` was given.
-        dataset: one of the splits that it returned.
-        split: its name.
-
-    Returns:
-        `dataset` (the Hub id, or the name of the folder or file), `split`, and where they are
-        known `revision` (the commit on the Hub) and `license`.
-    """
-    commits = {
-        found.group(1)
-        for place in dataset.info.download_checksums or {}
-        if (found := _HUB_COMMIT.search(str(place)))
-    }
-    facts = {"dataset": Path(pictures).name, "split": split}
-    if commits:
-        facts |= {"dataset": str(pictures), "revision": ", ".join(sorted(commits))}
-    if dataset.info.license:
-        facts["license"] = dataset.info.license
-    return facts
-
-
 def datastore_as_dataset(
     store: Datastore, class_names: Sequence[str] | None = None, root: str | Path | None = None
 ) -> Dataset:
@@ -263,33 +290,78 @@ def datastore_as_dataset(
     return Dataset.from_dict(columns, features=Features(kinds))
 
 
-def _read_splits(
-    source: str | Path, options: dict[str, Any], *, needs_labels: bool
-) -> dict[str, Dataset]:
-    """What `datasets` reads, split by split, with the columns as they are."""
-    path = Path(source)
-    if path.is_dir():
-        splits = _load_folder(path)
-    elif path.suffix == ".csv" and path.is_file():
-        splits = {"train": _load_csv(path, needs_labels)}
-    elif path.suffix == ".parquet" and path.is_file():
-        splits = load_dataset("parquet", data_files=str(path))
-    elif not _HUB_ID.fullmatch(str(source)):
+def _load_saved(path: Path) -> dict[str, Dataset]:
+    """A folder of `save_to_disk`, or a parquet file."""
+    try:
+        if not path.is_dir():
+            return dict(load_dataset("parquet", data_files=glob.escape(str(path.absolute()))))
+        saved = load_from_disk(str(path))
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected {path} to be whole, but it cannot be read: {error.__cause__ or error}"
+        ) from error
+    return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def _load_from_hub(name: str, options: dict[str, Any]) -> dict[str, Dataset]:
+    try:
+        return dict(load_dataset(name, **options))
+    except (FileNotFoundError, ConnectionError) as error:
+        near = get_close_matches(name, names_beside(Path(name)), 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise FileNotFoundError(
-            f"Expected {source} to be a folder, a csv, a parquet file or a Hub id, "
-            "but there is nothing there."
-        )
-    else:
-        splits = _load_from_hub(str(source), options)
-    return {_SPLIT_NAMES.get(str(name), str(name)): rows for name, rows in splits.items()}
+            f"Expected {name} to be a folder, a csv, a parquet file or a Hub id, but there is "
+            f"nothing of that name here{hint}, and the Hub says: {error}"
+        ) from error
+
+
+def _source_of_layout(layout: Layout) -> Source:
+    """Datasets of lists of files, whose labels are numbered alike."""
+    names = _class_names(label for rows in layout.splits.values() for label in rows.labels)
+    splits = {name: _dataset_of(rows, names) for name, rows in layout.splits.items()}
+    return Source(splits, bool(names), layout.notes)
+
+
+def _dataset_of(rows: Rows, names: Sequence[str]) -> Dataset:
+    """The files of one split; without names of classes all are of one."""
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    numbers[None] = -1 if names else 0
+    columns: dict[str, Any] = {IMAGE: rows.files, LABEL: [numbers[one] for one in rows.labels]}
+    columns |= {SAMPLE_ID: list(range(len(rows.files))), PATH: rows.paths}
+    kinds: dict[str, Any] = {IMAGE: Value("string"), LABEL: ClassLabel(names=names or ["picture"])}
+    kinds |= {SAMPLE_ID: Value("int64"), PATH: Value("string")}
+    for name, cells in rows.columns.items():
+        if name == SAMPLE_ID:
+            columns[name] = whole_numbers(cells, name)
+        elif name not in columns:
+            columns[name], kinds[name] = cells, Value("string")
+    dataset = Dataset.from_dict(columns, features=Features(kinds))
+    return dataset.cast_column(IMAGE, Image(decode=False))
+
+
+def _source_of_columns(found: dict[str, Dataset], source: str | Path) -> Source:
+    """Datasets as somebody saved them, with the columns brought to ours."""
+    splits: dict[str, Dataset] = {}
+    for given, rows in found.items():
+        name = SPLIT_NAMES.get(str(given), str(given))
+        if name in splits:
+            raise ValueError(
+                f"Expected one split {name} in {source}, but got {list(found)}; rename one."
+            )
+        splits[name] = rows
+    if any(map(_has_labels, splits.values())):
+        return Source(_labelled(splits), True, [])
+    bare = {name: _with_columns(_of_one_class(rows)) for name, rows in splits.items()}
+    return Source(bare, False, [])
 
 
 def _labelled(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """Splits whose labels are numbered alike."""
     columns = {name: _with_columns(rows) for name, rows in splits.items()}
-    classes = None
     kinds = [rows.features[LABEL] for rows in columns.values()]
-    if not all(isinstance(kind, ClassLabel) and kind.names == kinds[0].names for kind in kinds):
+    if all(isinstance(kind, ClassLabel) and kind.names == kinds[0].names for kind in kinds):
+        classes: list[Any] = list(dict.fromkeys(map(nfc, kinds[0].names)))
+    else:
         classes = _class_names(value for rows in columns.values() for value in _values(rows))
     return {name: _with_labels(rows, classes) for name, rows in columns.items()}
 
@@ -309,67 +381,6 @@ def _of_one_class(dataset: Dataset) -> Dataset:
         dataset = dataset.remove_columns(LABEL)
     kind = ClassLabel(names=["picture"])
     return dataset.add_column(LABEL, [0] * len(dataset), feature=kind)
-
-
-def _is_plain_folder(path: Path) -> bool:
-    """Whether a folder holds files only, so that its own name would be taken for their label."""
-    if not path.is_dir() or any(entry.is_dir() for entry in path.iterdir()):
-        return False
-    return not any(path.glob("metadata.*")) and not any(path.glob("dataset_*.json"))
-
-
-def _load_folder(path: Path) -> Any:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
-        return saved if isinstance(saved, DatasetDict) else {"train": saved}
-    try:
-        return load_dataset("imagefolder", data_dir=str(path.resolve()), drop_labels=False)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"Expected {path} to hold one sub-folder of pictures per label, or a metadata.csv, "
-            f"but: {error}"
-        ) from error
-
-
-def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
-    try:
-        return load_dataset(name, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"Expected {name} to be a folder, a csv, a parquet file or a Hub id, but there is "
-            f"nothing of that name here, and the Hub says: {error}"
-        ) from error
-
-
-def _load_csv(path: Path, needs_labels: bool) -> Dataset:
-    try:
-        rows = load_dataset("csv", data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(
-            f"Expected {path} to be a csv of path,label with at least one row, but: {error}"
-        ) from error
-    if len(rows) == 0:
-        raise ValueError(f"Expected {path} to have at least one row, but it has none.")
-    places = next((name for name in ("path", "file_name", IMAGE) if name in rows.column_names), "")
-    if not places or (needs_labels and LABEL not in rows.column_names):
-        raise ValueError(
-            f"Expected {path} to have the columns path,label, but it has {rows.column_names}."
-        )
-    files = [str((path.parent / place).resolve()) for place in rows[places]]
-    missing = [file for file in files if not Path(file).is_file()]
-    if len(missing) == len(files):
-        raise ValueError(f"Expected the paths in {path} to exist, but {missing[0]} does not.")
-    others = {name: rows[name][:] for name in rows.column_names if name not in (places, IMAGE)}
-    return Dataset.from_dict({IMAGE: files, **others}).cast_column(IMAGE, Image(decode=False))
-
-
-def _raw_paths(dataset: Dataset) -> list[str]:
-    """The path that each picture came with; empty strings where there is none."""
-    chunks = dataset.data.column(IMAGE).chunks  # not combined: that would copy every picture
-    paths = [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
-    if dataset._indices is None:
-        return paths
-    return [paths[row] for row in dataset._indices.column(0).to_pylist()]
 
 
 def _with_columns(dataset: Dataset) -> Dataset:
@@ -401,7 +412,8 @@ def _class_names(values: Iterable[Any]) -> list[Any]:
     if found and all(isinstance(value, int) and not isinstance(value, bool) for value in found):
         highest = max(found)
         return list(range(highest + 1)) if highest < 2 * len(found) + 100 else sorted(found)
-    return sorted({str(value) for value in found})
+    names = sorted({nfc(str(value)) for value in found})
+    return sorted(names, key=int) if all(map(_NUMBER.fullmatch, names)) else names
 
 
 def _with_labels(dataset: Dataset, classes: list[Any] | None) -> Dataset:
@@ -413,7 +425,11 @@ def _with_labels(dataset: Dataset, classes: list[Any] | None) -> Dataset:
         return dataset
     assert classes is not None
     numbers = {str(name): number for number, name in enumerate(classes)}
-    labels = [-1 if _is_missing(value) else numbers[str(value)] for value in _values(dataset)]
+    numbers = {nfc(name): number for name, number in numbers.items()} | numbers
+    labels = [
+        -1 if _is_missing(value) else numbers.get(str(value), numbers.get(nfc(str(value)), -1))
+        for value in _values(dataset)
+    ]
     names = ClassLabel(names=[str(name) for name in classes])
     columns = dataset.column_names
     dataset = dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=names)
@@ -469,9 +485,3 @@ def _holds_classes(name: str, kind: Any) -> bool:
 
 def _rename(dataset: Dataset, name: str, present: str) -> Dataset:
     return dataset if present == name else dataset.rename_column(present, name)
-
-
-def _common_root(parents: list[str]) -> str:
-    """The folder above all label folders, so that a path keeps its label."""
-    common = os.path.commonpath(parents)
-    return common if len(parents) > 1 else str(Path(common).parent)

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from ..core.backbone import extract
 from ..core.config import KnnConfig
 from ..core.plain_json import read_json
+from ..store.advice import install
 from ..store.folders import written_whole
 from .cache import cache_root, short_name
 from .encoders import (
@@ -169,7 +170,7 @@ def check_installed(backend: str) -> None:
     if missing:
         raise ImportError(
             f"Expected {' and '.join(missing)} for backend={backend!r}, but it is not installed; "
-            f"run `pip install 'hf-knn[{backend}]'`, or choose backend='torch'."
+            f"run `{install(backend)}`, or choose backend='torch'."
         )
 
 

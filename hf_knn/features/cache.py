@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.manifest import hash_blocks
 from ..core.plain_json import parse_json
+from ..data.batches import CONTENT_BYTES
 from ..data.keys import KEY_BYTES
 from .encoders import Encoded
 
@@ -28,8 +29,9 @@ SHARD_ROWS = 256
 """Rows per cache file: what a kill can cost, beside the batches under way."""
 
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
-Part = tuple[NDArray[np.int64], Tensor, dict[int, str]]
-"""What one rank knows: rows [n], their features [n, D], and of bad rows the reason."""
+Part = tuple[NDArray[np.int64], Tensor, NDArray[np.uint8], dict[int, str]]
+"""What one rank knows: rows [n], their features [n, D], their prints [n, 16], and of bad rows the
+reason."""
 
 
 class Shard(NamedTuple):
@@ -38,11 +40,13 @@ class Shard(NamedTuple):
     Attributes:
         keys: [n, 16] uint8, see `picture_keys`; first those with features, in their order.
         features: [m, D] float32 of the first m keys.
+        contents: [m, 16] uint8 likewise, see `content_of`.
         reasons: why each of the other n - m pictures cannot be decoded.
     """
 
     keys: NDArray[np.uint8]
     features: Tensor
+    contents: NDArray[np.uint8]
     reasons: list[str]
 
 
@@ -97,6 +101,7 @@ class FeatureCache:
         tensors = {
             "keys": torch.tensor(shard.keys),
             "features": shard.features,
+            "contents": torch.tensor(shard.contents),
             "reasons": torch.frombuffer(text, dtype=torch.uint8),
         }
         writer = f"{os.getpid()}.{threading.get_ident()}"
@@ -122,9 +127,9 @@ class FeatureCache:
                     return None
                 sha256, _ = hash_blocks(path)
                 if path.stem.removeprefix("shard-") == sha256[:24]:
-                    text = file.get_tensor("reasons").numpy().tobytes()
-                    reasons = parse_json(text, path.name)
-                    return Shard(keys, file.get_tensor("features"), reasons)
+                    reasons = parse_json(file.get_tensor("reasons").numpy().tobytes(), path.name)
+                    contents = file.get_tensor("contents").numpy()
+                    return Shard(keys, file.get_tensor("features"), contents, reasons)
         except SafetensorError as error:
             logger.debug("%s: %s", path, error)
         except FileNotFoundError:  # another process cleared it just now
@@ -177,6 +182,7 @@ class FeatureTable:
         self, rows: int, width: int, keys: NDArray[np.uint8] | None, cache: FeatureCache
     ) -> None:
         self.features = torch.empty(rows, width)
+        self.contents = np.zeros((rows, CONTENT_BYTES), np.uint8)
         self._state = np.zeros(rows, np.uint8)
         self._mine = np.ones(rows, bool)
         self._reasons: dict[int, str] = {}
@@ -210,7 +216,7 @@ class FeatureTable:
                     sources += [place] * len(rows)
                 elif with_bad:
                     self._set_bad(rows, shard.reasons[place - len(shard.features)])
-            self._set_good(places, shard.features[sources])
+            self._set_good(places, shard.features[sources], shard.contents[sources])
 
     def missing(self) -> list[int]:
         """This rank's rows that are not known, one per picture."""
@@ -224,10 +230,12 @@ class FeatureTable:
         """Fills in what was just computed, and writes each shard that is full."""
         for place, row in enumerate(part.rows):
             assert part.features is not None
-            self._set_good(self._same(row), part.features[place])
+            self._set_good(self._same(row), part.features[place], part.contents[place])
         for bad in part.bad:
             self._set_bad(self._same(bad.row), bad.reason)
-        self._unwritten += sorted([*part.rows, *(bad.row for bad in part.bad)])
+        # what is merely not read may be read with other limits, or when an extra is installed
+        broken = [bad.row for bad in part.bad if not bad.is_unread]
+        self._unwritten += sorted([*part.rows, *broken])
         while len(self._unwritten) >= SHARD_ROWS:
             self._write(SHARD_ROWS)
 
@@ -239,12 +247,12 @@ class FeatureTable:
     def own(self) -> Part:
         """What this rank knows, for the others."""
         rows = np.flatnonzero(self._mine & (self._state == _GOOD))
-        return rows, self.features[rows], self._reasons
+        return rows, self.features[rows], self.contents[rows], self._reasons
 
     def merge(self, parts: Iterable[Part]) -> None:
         """Fills in what the ranks know."""
-        for rows, features, reasons in parts:
-            self._set_good(rows, features)
+        for rows, features, contents, reasons in parts:
+            self._set_good(rows, features, contents)
             for row, reason in reasons.items():
                 self._set_bad([row], reason)
 
@@ -261,8 +269,12 @@ class FeatureTable:
             return [row]
         return [other for other in self._rows_of[self._keys[row]] if self._mine[other]]
 
-    def _set_good(self, rows: Sequence[int] | NDArray[np.int64], features: Tensor) -> None:
+    def _set_good(
+        self, rows: Sequence[int] | NDArray[np.int64], features: Tensor,
+        contents: NDArray[np.uint8],
+    ) -> None:  # fmt: skip
         self.features[rows] = features
+        self.contents[rows] = contents
         self._state[rows] = _GOOD
 
     def _set_bad(self, rows: Iterable[int], reason: str) -> None:
@@ -279,4 +291,5 @@ class FeatureTable:
         bad = [row for row in rows if self._state[row] == _BAD]
         keys = b"".join(self._keys[row] for row in good + bad)
         shard = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
-        self._cache.write(Shard(shard, self.features[good], [self._reasons[row] for row in bad]))
+        reasons = [self._reasons[row] for row in bad]
+        self._cache.write(Shard(shard, self.features[good], self.contents[good], reasons))

@@ -10,7 +10,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -172,11 +174,13 @@ class Encoded(NamedTuple):
         features: [B, D] float32; None where no picture could be decoded.
         rows: the row numbers of the features.
         bad: the rows that could not be decoded.
+        contents: [B, 16] uint8, the prints of the pictures, see `content_of`.
     """
 
     features: Tensor | None
     rows: list[int]
     bad: list[BadRow]
+    contents: NDArray[np.uint8]
 
 
 def encode_rows(
@@ -201,10 +205,12 @@ def encode_rows(
         return batch
 
     def start(batch: Batch) -> Callable[[], Encoded]:
+        _, numbers, bad, contents = batch
+        assert contents is not None
         if batch.pixel_values is None:
-            return lambda: Encoded(None, batch.rows, batch.bad)
+            return lambda: Encoded(None, numbers, bad, contents)
         waiting = encoder.encode(batch.pixel_values)
-        return lambda: Encoded(waiting(), batch.rows, batch.bad)
+        return lambda: Encoded(waiting(), numbers, bad, contents)
 
     if encoder.streams > 1:  # each thread takes a batch all the way: no core waits for another
         with one_torch_thread():

@@ -24,7 +24,8 @@ from ..core.backbone import hash_tensors
 from ..core.config import KnnConfig
 from ..data.batches import IMAGE, BadRow, ReadyBatch, pixel_batches, pixels_of, read_batch
 from ..data.keys import picture_keys
-from ..data.loading import groups_of, ids_of, label_names, labels_of, paths_of, prepare
+from ..data.loading import groups_of, ids_of, label_names, labels_of, prepare
+from ..data.places import paths_of
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
@@ -54,6 +55,8 @@ class ImageFeatures:
         groups: [N] int64, which rows belong together (one patient, one camera) and must be on the
             same side of every split; None where each row is its own.
         backend: what encoded the pictures, `torch`, `onnx` or `openvino`; empty if unknown.
+        contents: [N, 16] uint8, the print of each picture, by which the same picture is known
+            again, see `content_of`; None if unknown.
     """
 
     features: Tensor
@@ -68,6 +71,7 @@ class ImageFeatures:
     gives_ids: bool = False
     groups: Tensor | None = None
     backend: str = ""
+    contents: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -97,6 +101,7 @@ class ImageFeatures:
             self, features=self.features[index], labels=self.labels[index], ids=self.ids[index],
             paths=paths, skipped=[], seconds=0.0, computed=0, knn_log_probs=None,
             groups=None if self.groups is None else self.groups[index],
+            contents=None if self.contents is None else self.contents[index],
         )  # fmt: skip
 
 
@@ -240,13 +245,14 @@ def _collect(
         paths=[paths[row] for row in kept.tolist()],
         skipped=bad,
         groups=None if groups is None else groups[kept],
+        contents=torch.from_numpy(table.contents)[kept],
     )
 
 
 def _refusal(bad: BadRow) -> ValueError:
     return ValueError(
         f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
-        f"cannot: {bad.reason}; repair or remove it, or pass on_bad_image='skip'."
+        f"cannot: {bad.advice()}, or pass on_bad_image='skip'."
     )
 
 
@@ -289,7 +295,7 @@ def _cache_of(root: Path, work: Work, backend: str, rows: Any) -> FeatureCache:
         "backend": backend,
         "first_pictures": f"{len(rows)} of {', '.join(names[:3])}{' …' * (len(names) > 3)}",
     }
-    return FeatureCache(root / short_name(work.key | {"backend": backend, "format": 2}), about)
+    return FeatureCache(root / short_name(work.key | {"backend": backend, "format": 3}), about)
 
 
 def _pooling_config(model: PreTrainedModel, pooling: str | None) -> KnnConfig:
@@ -351,7 +357,7 @@ class PictureEncoder:
                 "'compile'; choose onnx or openvino."
             )
         self._model = model.eval()
-        (sample,) = pixel_batches(_patterns(), model.image_processor, SAMPLE)
+        ((sample, _),) = pixel_batches(_patterns(), model.image_processor, SAMPLE)
         work = Work(
             model.backbone, model.config, mark_of(model.backbone), "fp32", 1,
             settings_of(model.image_processor), lambda _: _ANSWERS, True, lambda _: sample,

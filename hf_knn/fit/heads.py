@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.backbone import KnnHead, split_features
 from ..core.votes import ClassWeighting
+from ..data.augmentation import seeded
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..model.ridge import center_head, prepare_rows, solve_head
@@ -143,8 +144,7 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
         seed: of the new head's weights, whatever was drawn before.
     """
     fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh.head = KnnHead.from_config(fresh.config)
         fresh.head.apply(fresh._init_weights)
     return fresh

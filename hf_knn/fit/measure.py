@@ -1,25 +1,35 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import split_features
+from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..data.splits import Fold
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
-from .blend import Grid, TuneResult, default_grid, has_few_labels, tune
+from ..model.stored import find_copies
+from .blend import Criterion, Grid, TuneResult, default_grid, has_few_labels, tune, untuned
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
 _ROWS = 1024
+_SAME = 2
+"""Of the nearest rows, so many are looked at: a stored copy is among them."""
+
+_WITHOUT_STORED = "without_stored_"
 _VOICES = ("head", "knn", "blend")
+_STORED_NOTE = "{} of {} pictures are stored in the model and were left out."
+_ALL_STORED_NOTE = "All of them are stored in the model: this is no measure of what it can do."
 _OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 
@@ -30,11 +40,27 @@ class HeldOut(NamedTuple):
         neighbors: [B, k] at the largest k that shall be tried.
         head_log_probs: [B, C_head].
         labels: [B] int64.
+        groups: [B] int64 of what belongs together; None: each row is by itself.
     """
 
     neighbors: Neighbors
     head_log_probs: Tensor
     labels: Tensor
+    groups: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "HeldOut":
+        """Some of the rows, by number."""
+        neighbors = Neighbors(*(field[rows] for field in self.neighbors))
+        groups = None if self.groups is None else self.groups[rows]
+        return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
+
+    def halves(self) -> "tuple[HeldOut, HeldOut]":
+        """Two random halves; what belongs together is on one side."""
+        owners = torch.arange(len(self.labels)) if self.groups is None else self.groups
+        names, which = owners.unique(return_inverse=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+        is_first = (order < (len(names) + 1) // 2)[which]
+        return self.at(is_first.nonzero().flatten()), self.at((~is_first).nonzero().flatten())
 
 
 def ask_voices(
@@ -58,7 +84,8 @@ def ask_voices(
         logits = model.head(head_part.to(device)).float()
     head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
     k = k or max(_grid_for(model, len(features)).k)
-    return HeldOut(store.search(store_part, k), head_log_probs, features.labels)
+    found = store.search(store_part, k)
+    return HeldOut(found, head_log_probs, features.labels, features.groups)
 
 
 def ask_folds(
@@ -67,6 +94,7 @@ def ask_folds(
     folds: Sequence[Fold],
     fit: Callable[[ImageFeatures], KnnForImageClassification],
     device: torch.device,
+    progress: bool = False,
 ) -> HeldOut:
     """Asks about each row a model that has not seen it, for as many neighbours as the whole would.
 
@@ -76,10 +104,11 @@ def ask_folds(
         folds: of these rows.
         fit: a model with a datastore, from some of the rows.
         device: of the heads.
+        progress: show a progress bar.
     """
     k = max(_grid_for(model, len(features)).k)
     parts = []
-    for fold in folds:
+    for fold in transformers_logging.tqdm(folds, desc="Training on folds", disable=not progress):
         fitted = fit(features.select(fold.fitted))
         parts.append(ask_voices(fitted, features.select(fold.held_out), device, k))
     return _joined(parts)
@@ -91,50 +120,97 @@ def _joined(parts: Sequence[HeldOut]) -> HeldOut:
     fields = zip(*(part.neighbors for part in parts), strict=True)
     neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
     heads = torch.cat([part.head_log_probs for part in parts])
-    return HeldOut(neighbors, heads, torch.cat([part.labels for part in parts]))
+    groups = [part.groups for part in parts if part.groups is not None]
+    labels = torch.cat([part.labels for part in parts])
+    return HeldOut(neighbors, heads, labels, torch.cat(groups) if groups else None)
 
 
 def choose_blend(
     model: KnnForImageClassification,
-    held_out: HeldOut,
+    held_out: HeldOut | None,
     criterion: str | None,
     calibrate: bool,
+    progress: bool = False,
 ) -> TuneResult:
     """Chooses k, temperature and λ, and sets them in the configuration of a model.
 
+    Where something is chosen, that is on one half of the rows, since from which confidence on
+    answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
+    other half. The fixed cell leaves all of them for that.
+
     Args:
         model: what was asked.
-        held_out: its answers.
+        held_out: its answers; None where no row can be held out, which leaves the fixed cell.
         criterion: see `hf_knn.tune`.
         calibrate: also scale the temperatures of head and blend.
+        progress: show a progress bar.
     """
-    neighbors, head_log_probs, labels = held_out
-    config, grid = model.config, _grid_for(model, len(labels))
+    config = model.config
+    if held_out is None:
+        result = untuned()
+        _set_cell(config, result)
+        config.answer_thresholds = {}
+        return result
+    few = has_few_labels(len(held_out.labels), config.classes)
+    criterion = criterion or (Criterion.FIXED if few else Criterion.ONE_STANDARD_ERROR)
+    rows = fresh = held_out
+    if calibrate or criterion != Criterion.FIXED:
+        rows, fresh = held_out.halves()
     if calibrate:
-        head_log_probs = _calibrate_head(model, head_log_probs, labels)
+        temperature = _calibrate_head(model, rows)
+        rows, fresh = (
+            part._replace(head_log_probs=soften(part.head_log_probs, temperature))
+            for part in (rows, fresh)
+        )
     result = tune(
-        neighbors, head_log_probs, labels, config.classes, criterion,
-        metric=config.metric, weighting=config.knn_weighting, grid=grid,
+        rows.neighbors, rows.head_log_probs, rows.labels, config.classes, criterion,
+        metric=config.metric, weighting=config.knn_weighting,
+        grid=_grid_for(model, len(held_out.labels)), progress=progress,
     )  # fmt: skip
+    result = replace(result, has_few_labels=few)
+    _set_cell(config, result)
+    if calibrate:
+        config.blend_temperature = fit_temperature(
+            floor_log_probs(_blend_of(config, rows)), rows.labels
+        )
+    sure = soften(_blend_of(config, fresh), config.blend_temperature)
+    config.answer_thresholds = thresholds(sure, fresh.labels, ERROR_RATES)
+    return result
+
+
+def _set_cell(config: KnnConfig, result: TuneResult) -> None:
     config.k, config.knn_temperature = result.k, result.temperature
     config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
     config.num_tuned_labels = None
+
+
+def _blend_of(config: KnnConfig, rows: HeldOut) -> Tensor:
+    """[B, C] log-probabilities of the blend, before its temperature."""
+    near = rows.neighbors
     votes = knn_log_probs(
-        neighbors.similarities[:, : result.k], neighbors.labels[:, : result.k],
-        config.classes, result.temperature,
-        metric=config.metric, weighting=config.knn_weighting,
+        near.similarities[:, : config.k], near.labels[:, : config.k], config.classes,
+        config.knn_temperature, metric=config.metric, weighting=config.knn_weighting,
     )  # fmt: skip
-    blend = blend_log_probs(head_log_probs, votes, result.knn_weight)
-    if calibrate:
-        config.blend_temperature = fit_temperature(floor_log_probs(blend), labels)
-    sure = soften(blend, config.blend_temperature)
-    config.answer_thresholds = thresholds(sure, labels, ERROR_RATES)
-    return result
+    return blend_log_probs(rows.head_log_probs, votes, config.knn_weight)
+
+
+class Measured(NamedTuple):
+    """What head, neighbours and blend of a model said of some rows.
+
+    Attributes:
+        numbers: by name.
+        reliability: of the blend, see `metrics.reliability`.
+        logits: [N, C] of the blend, on the CPU.
+    """
+
+    numbers: dict[str, float]
+    reliability: list[list[float]]
+    logits: Tensor
 
 
 def measure_voices(
     model: KnnForImageClassification, features: ImageFeatures, device: torch.device
-) -> tuple[dict[str, float], list[list[float]]]:
+) -> Measured:
     """Measures head, neighbours and blend.
 
     Args:
@@ -143,28 +219,86 @@ def measure_voices(
         device: of the head.
 
     Returns:
-        The numbers by name, and the reliability of the blend, see `metrics.reliability`.
+        The numbers by name, the reliability of the blend, and its `logits`. The number `stored`
+        is how many of the rows are in the datastore, so that they are judged by their own copies;
+        if some are, there are all numbers `without_stored_…` too, and the reliability is that of
+        the others.
     """
     voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
-    classes = model.config.classes
+    classes, nearest = model.config.classes, []
     with evaluating(model):
         for rows in torch.arange(len(features)).split(_ROWS):
-            output = model(features=features.features[rows].to(device))
+            output = model(features=features.features[rows].to(device), return_neighbors=True)
+            if output.neighbors is not None:
+                nearest.append(output.neighbors.ids[:, :_SAME])
             head = functional.log_softmax(output.head_logits.float(), dim=-1)
             missing = (0, classes - head.shape[1])
             voices["head"].append(functional.pad(head, missing, value=-torch.inf))
-            voices["blend"].append(output.logits)
+            voices["blend"].append(voices["head"][-1])
             if output.knn_log_probs is not None:
                 voices["knn"].append(output.knn_log_probs)
+                voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
     joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
+    labels, count = features.labels, len(features)
+    results, logits = _numbers(joint, labels), floor_log_probs(joint["blend"]).cpu()
+    stored = stored_places(model, features, torch.cat(nearest) if nearest else None)
+    results["stored"] = len(stored)
+    if 0 < len(stored) < count:
+        rest = rows_but(count, stored)
+        joint, labels = {voice: said[rest] for voice, said in joint.items()}, labels[rest]
+        others = _numbers(joint, labels)
+        results |= {f"{_WITHOUT_STORED}{name}": value for name, value in others.items()}
+    return Measured(results, reliability(joint["blend"], labels), logits)
+
+
+def _numbers(joint: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
     results: dict[str, float] = {}
     for voice, log_probs in joint.items():
-        scores = measure(floor_log_probs(log_probs), features.labels)
+        scores = measure(log_probs, labels)
         results |= {f"{voice}_{name}": value for name, value in scores.items()}
     if "knn" in joint:
-        results |= complementarity(joint["head"], joint["knn"], joint["blend"], features.labels)
-    results |= {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
-    return results, reliability(joint["blend"], features.labels)
+        results |= complementarity(joint["head"], joint["knn"], joint["blend"], labels)
+    return results | {"loss": results["head_nll"], "accuracy": results["blend_top1"]}
+
+
+def stored_places(
+    model: KnnForImageClassification, features: ImageFeatures, nearest: Tensor | None = None
+) -> Tensor:
+    """Which pictures a model has in its datastore: the same pixels, or the same features.
+
+    Args:
+        model: with a datastore or without.
+        features: N pictures.
+        nearest: [N, n] ids of the nearest rows of each, if they were searched for already.
+
+    Returns:
+        [M] int64, their places, ascending.
+    """
+    if model.datastore is None:
+        return torch.empty(0, dtype=torch.int64)
+    _, rows = split_features(features.features, model.config)
+    known = model.memory.contents
+    copies = find_copies(model.datastore, known, rows, features.contents, nearest)
+    return torch.tensor([place for place, ids in enumerate(copies) if ids], dtype=torch.int64)
+
+
+def rows_but(count: int, places: Tensor) -> Tensor:
+    """[N - M] int64: the places that are not named.
+
+    Args:
+        count: N.
+        places: [M] int64 below N.
+    """
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[places] = False
+    return kept.nonzero().flatten()
+
+
+def _blend(config: KnnConfig, head: Tensor, votes: Tensor) -> Tensor:
+    """[B, C] `logits` of a model without the floor: -inf for a class that neither voice knows."""
+    blend = blend_log_probs(head, votes, config.knn_weight, config.blended_classes)
+    softened = soften(blend, config.blend_temperature)
+    return softened.masked_fill(blend == -torch.inf, -torch.inf)
 
 
 def describe_measurement(
@@ -183,15 +317,27 @@ def describe_measurement(
         dataset: the pictures, as given to `evaluate`.
         is_tuned_on: whether k, temperature and λ were chosen on them.
     """
-    numbers = {f"eval_{k.removeprefix(f'{prefix}_')}": v for k, v in metrics.items()}
-    voices = {k: v for k, v in numbers.items() if "_per_second" not in k and "runtime" not in k}
+    numbers = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items()}
+    stored, notes = int(numbers.pop("stored", 0)), [_OWN_NOTE] if is_tuned_on else []
+    others = {
+        k.removeprefix(_WITHOUT_STORED): v
+        for k, v in numbers.items()
+        if k.startswith(_WITHOUT_STORED)
+    }
+    if stored:
+        notes.append(_STORED_NOTE.format(stored, rows) if others else _ALL_STORED_NOTE)
+    voices = {
+        f"eval_{k}": v
+        for k, v in (others or numbers).items()
+        if "_per_second" not in k and "runtime" not in k
+    }
     info = getattr(dataset, "info", None)
     return {
         "metrics": voices,
-        "rows": rows,
+        "rows": rows - stored if others else rows,
         "dataset": getattr(info, "dataset_name", None) or "",
         "split": str(getattr(dataset, "split", None) or ""),
-        "note": _OWN_NOTE if is_tuned_on else "",
+        "note": " ".join(notes),
     }
 
 
@@ -201,12 +347,12 @@ def _grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
     return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
-def _calibrate_head(model: KnnForImageClassification, log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Scales the head's temperature; returns its log-probabilities then."""
-    known = labels < log_probs.shape[1]
+def _calibrate_head(model: KnnForImageClassification, rows: HeldOut) -> float:
+    """Scales the head's temperature; returns the factor."""
+    known = rows.labels < rows.head_log_probs.shape[1]
     if not known.any():
-        return log_probs
-    temperature = fit_temperature(floor_log_probs(log_probs[known]), labels[known])
+        return 1.0
+    temperature = fit_temperature(floor_log_probs(rows.head_log_probs[known]), rows.labels[known])
     model.head.soften(temperature)
     model.config.head_temperature *= temperature
-    return soften(log_probs, temperature)
+    return temperature

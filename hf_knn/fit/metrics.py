@@ -6,13 +6,13 @@ balanced accuracy warns where a class does not occur, and its Brier score knows 
 classes from version 1.7 on only.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import evaluate
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import beta
 from sklearn.metrics import recall_score, roc_auc_score
@@ -24,40 +24,72 @@ from ..data.loading import PREDICTION_FEATURES
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """For which `KnnTrainer.tune` looks for thresholds."""
 
+SURENESS = 0.9
+_CANDIDATES, _FIRST_ERRORS = 30, 10
+
 
 def thresholds(log_probs: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:
-    """From which confidence on no more than a share of the answers was wrong.
+    """From which confidence on no more than a share of the answers is wrong, 90 % sure.
 
-    The smallest threshold such that the answers above it, of the rows given, were wrong at most at
-    the rate, and 90 % sure so: by the upper Clopper-Pearson bound, as in Geifman & El-Yaniv,
-    *Selective Classification for Deep Neural Networks* (2017).
+    Whatever the confidence means: the promise is broken in one of ten samples at most, also by one
+    that says nothing. Candidates are tested in a sequence that the number of rows alone fixes, from
+    few answers to many, each by its exact upper bound (Clopper-Pearson). The first that fails ends
+    it, so that many tests go wrong no more often than one (fixed-sequence testing; Angelopoulos et
+    al., *Learn then Test*, 2021).
 
     Args:
-        log_probs: [N, C] of rows that nothing was fitted on.
+        log_probs: [N, C] of rows that nothing was fitted on, independent of each other.
         labels: [N] int64.
         rates: of errors, each in (0, 1).
 
     Returns:
-        Rate, as text, to threshold in [0, 1]; rates that no threshold reaches are left out.
+        Rate, as text, to threshold in [0, 1], the confidence of a row; rates for which there are
+        too few rows, or too many errors, are left out.
     """
-    confidence, answer = log_probs.double().exp().max(1)
-    order = confidence.argsort(descending=True)
-    wrong = (answer != labels)[order].long().cumsum(0)
-    counts = torch.arange(1, len(order) + 1)
-    # answers of one confidence are given together
-    ends = torch.cat([confidence[order].diff() < 0, torch.ones(1, dtype=torch.bool)])
-    places = ends.nonzero().flatten() if len(order) else torch.empty(0, dtype=torch.int64)
-    bounds = upper_bounds(wrong[places].numpy(), counts[places].numpy())
-    found = {}
-    for rate in rates:
-        fine = places[torch.from_numpy(bounds <= rate)]
-        if len(fine):
-            found[f"{rate:g}"] = float(confidence[order[fine[-1]]])
-    return found
+    confidence, answer = log_probs.float().exp().clamp_max(1).max(1)  # as `explain` reads them
+    order = confidence.argsort(descending=True, stable=True)
+    wrong = (answer != labels)[order].long().cumsum(0).numpy()
+    ranked = confidence[order].numpy()
+    found = {f"{rate:g}": _lowest_safe(ranked, wrong, rate) for rate in rates}
+    return {rate: threshold for rate, threshold in found.items() if threshold is not None}
+
+
+def _lowest_safe(
+    confidence: NDArray[np.float32], wrong: NDArray[np.int64], rate: float
+) -> float | None:
+    """The last of the candidates in a row that are safe.
+
+    Args:
+        confidence: [N] descending.
+        wrong: [N] errors up to each row.
+        rate: of errors.
+    """
+    ranks = _candidates(len(confidence), rate)
+    if not len(ranks):
+        return None
+    lowest = confidence[ranks - 1]
+    # answers of one confidence are given together; without the last of them, which sets the
+    # threshold, they are a sample of what lies above it
+    counts = np.searchsorted(-confidence, -lowest, side="right") - 1
+    fails = upper_bounds(wrong[counts - 1], counts) > rate
+    passed = int(fails.argmax()) if fails.any() else len(fails)
+    return float(lowest[passed - 1]) if passed else None
+
+
+def _candidates(rows: int, rate: float) -> NDArray[np.int64]:
+    """How many answers to try, ascending: it must not depend on what the rows say.
+
+    The first test wants to pass: ten errors' worth of answers, but no more than a third of them.
+    """
+    fewest = math.ceil(math.log(1 - SURENESS) / math.log1p(-rate)) + 1  # none of them wrong
+    first = max(fewest, min(round(_FIRST_ERRORS / rate), rows // 3))
+    if first > rows:
+        return np.empty(0, np.int64)
+    return np.unique(np.linspace(first, rows, _CANDIDATES).round().astype(np.int64))
 
 
 def upper_bounds(
-    errors: NDArray[np.int64], counts: NDArray[np.int64], sureness: float = 0.9
+    errors: NDArray[np.int64], counts: NDArray[np.int64], sureness: float = SURENESS
 ) -> NDArray[np.float64]:
     """The error rates that are exceeded with a chance of 1 - sureness only (Clopper-Pearson).
 
@@ -72,6 +104,7 @@ def upper_bounds(
 
 
 CALIBRATION_BINS = 15
+_FLOAT32_ERROR = 1e-5  # of log(1e-12)
 ALL = "all"
 
 COMPLEMENTARITY = ("both_wrong", "oracle", "blend_gain")
@@ -81,21 +114,40 @@ Scores = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
+def is_possible(log_probs: Scores) -> NDArray[np.bool_]:
+    """[N, C] which classes were given any probability: a class without a vote is no answer.
+
+    Such a class has -inf, or the floor that stands for it in `logits`. What a very sure head says
+    of the other classes lies below the floor, and counts.
+
+    Args:
+        log_probs: [N, C].
+    """
+    is_floor = np.abs(log_probs - np.log(PROBABILITY_FLOOR)) < _FLOAT32_ERROR
+    return (log_probs > -np.inf) & ~is_floor
+
+
+def answers_of(log_probs: Scores) -> Labels:
+    """[N] the most probable class of each picture, the lowest of equal ones; -1 where none is."""
+    return np.where(is_possible(log_probs).any(axis=1), log_probs.argmax(axis=1), -1)
+
+
 def top_k_accuracy(log_probs: Scores, labels: Labels, k: int) -> float:
     """Share of pictures whose label is among the k most probable classes.
 
     Args:
-        log_probs: [N, C].
+        log_probs: [N, C]; classes without any probability are not counted, see `is_possible`.
         labels: [N].
         k: from 1; more than C counts as C.
     """
     best = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]  # the lower of equal classes first
-    return float((best == labels[:, None]).any(axis=1).mean())
+    found = (best == labels[:, None]) & np.take_along_axis(is_possible(log_probs), best, axis=1)
+    return float(found.any(axis=1).mean())
 
 
 def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
     """Mean over the classes that occur of their top-1 accuracy."""
-    predicted = log_probs.argmax(axis=1)
+    predicted = answers_of(log_probs)
     present = np.unique(labels)
     return float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0))
 
@@ -127,7 +179,7 @@ def calibration_bins(log_probs: Scores, labels: Labels, bins: int) -> list[list[
         Mean confidence, accuracy and number of pictures of each bin.
     """
     confidence = np.exp(log_probs.max(axis=1))
-    correct = (log_probs.argmax(axis=1) == labels).astype(np.float64)
+    correct = (answers_of(log_probs) == labels).astype(np.float64)
     parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
     return [[float(confidence[p].mean()), float(correct[p].mean()), float(len(p))] for p in parts]
 
@@ -183,7 +235,7 @@ def score_log_probs(log_probs: Scores, labels: Labels) -> dict[str, float]:
     """All metrics of one voice, from arrays.
 
     Args:
-        log_probs: [N, C] float64, floored log-probabilities.
+        log_probs: [N, C] float64 log-probabilities; -inf or log(1e-12) for a class without any.
         labels: [N] int64.
 
     Returns:
@@ -238,7 +290,7 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     """All metrics of one voice.
 
     Args:
-        log_probs: [N, C], floored log-probabilities.
+        log_probs: [N, C] log-probabilities; -inf or log(1e-12) for a class without any.
         labels: [N] int64.
 
     Returns:
@@ -264,9 +316,10 @@ def complementarity(head: Tensor, knn: Tensor, blend: Tensor, labels: Tensor) ->
         `both_wrong`: share of pictures at which both err. `oracle`: accuracy of an oracle that
         picks the right voice, 1 - both_wrong. `blend_gain`: top-1 of the blend minus the head's.
     """
+    wanted = labels.cpu().numpy()
     head_right, knn_right, blend_right = (
-        voice.argmax(dim=1) == labels.to(voice.device) for voice in (head, knn, blend)
+        answers_of(voice.double().cpu().numpy()) == wanted for voice in (head, knn, blend)
     )
-    both_wrong = float((~head_right & ~knn_right).double().mean())
-    gain = float(blend_right.double().mean() - head_right.double().mean())
+    both_wrong = float((~head_right & ~knn_right).mean())
+    gain = float(blend_right.mean() - head_right.mean())
     return {"both_wrong": both_wrong, "oracle": 1 - both_wrong, "blend_gain": gain}

@@ -10,9 +10,19 @@ from PIL.Image import Image
 
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
+from ..store.advice import install_package, needs
 from .blend import TuneResult
 
 _RIGHT, _WRONG = "#1a7f37", "#b42318"
+
+
+def check_drawing() -> None:
+    """Checks that pictures can be drawn, before the work that leads to them.
+
+    Raises:
+        ImportError: without matplotlib, naming what to install.
+    """
+    needs({"matplotlib": "matplotlib"}, "Drawing", install_package("matplotlib"))
 
 
 def draw_tuning(result: TuneResult, path: Path) -> None:
@@ -24,11 +34,13 @@ def draw_tuning(result: TuneResult, path: Path) -> None:
 
     Raises:
         ImportError: without matplotlib, naming what to install.
+        ValueError: where nothing was tried.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib; run `pip install matplotlib`.") from error
+    check_drawing()
+    from matplotlib.figure import Figure
+
+    if not result.table:
+        raise ValueError("Expected rows that cells were tried on, but no row was held out.")
     ks = sorted({cell.k for cell in result.table})
     temperatures = sorted({cell.temperature for cell in result.table})
     weights = sorted({cell.knn_weight for cell in result.table})
@@ -47,7 +59,7 @@ def draw_tuning(result: TuneResult, path: Path) -> None:
         by_weight[weight, column] = np.fmax(by_weight[weight, column], cell.accuracy)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    chosen = place["k"][result.k]
+    chosen = place["k"].get(min(result.k, ks[-1]))
     panels = [
         (by_temperature, temperatures, "temperature", place["temperature"][result.temperature]),
         (by_weight, weights, "λ", place["λ"][result.knn_weight]),
@@ -90,10 +102,9 @@ def draw_neighbors(
     Raises:
         ImportError: without matplotlib, naming what to install.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib; run `pip install matplotlib`.") from error
+    check_drawing()
+    from matplotlib.figure import Figure
+
     names = model.config.class_names
     with torch.inference_mode():
         output = model(features=queries.features.to(model.device), return_neighbors=True)

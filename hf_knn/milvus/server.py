@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..store.advice import install
 from ..store.remote import LOCAL_ENDING, check_uri
 
 if TYPE_CHECKING:  # importing it takes a second, and few need it
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIMEOUT, PATIENCE = 30.0, 60.0
-MILVUS_HINT = "run `pip install hf-knn[milvus]`"
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 4.0
 _CONNECT_FAILED = 2  # pymilvus has no name for it
@@ -192,5 +192,5 @@ def _import_pymilvus(is_local: bool) -> Any:
 
 def _missing(name: str) -> ImportError:
     return ImportError(
-        f"{name} is not installed, and a datastore in Milvus needs it; {MILVUS_HINT}."
+        f"{name} is not installed, and a datastore in Milvus needs it; run `{install('milvus')}`."
     )

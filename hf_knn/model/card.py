@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.plain_json import read_json
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
+from .receipts import PICTURES_MARK, ROWS_MARK
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -245,8 +246,9 @@ def _body(
         "## Limits and privacy",
         "",
         "The answer is one of the classes it knows, also for a picture of something else. The "
-        "datastore holds features of the training pictures, which can reveal something about them: "
-        "share it only where you may share that. Removing a row leaves no byte of it in the next "
+        "datastore holds features of the training pictures, which can reveal something about them, "
+        "and prints, by which whoever has a picture can tell whether it is stored: share it only "
+        "where you may share that. Removing a row leaves no byte of it in the next "
         "version, but earlier commits of a repository still hold it until its history is squashed "
         "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned."
         + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),
@@ -279,7 +281,8 @@ def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[
     config, store = model.config, model.datastore
     if store is None:
         return ["None: this is the head alone."]
-    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in store.source.items() if v)
+    known = {k: v for k, v in store.source.items() if v and k not in (PICTURES_MARK, ROWS_MARK)}
+    named = ", ".join(f"{_text(k)} {_text(v)}" for k, v in known.items())
     size = sum(path.stat().st_size for path in folder.glob(BLOB_GLOB)) if folder else 0
     return [
         f"{len(store):,} rows of {store.dim} values over {config.classes} classes"

@@ -3,20 +3,20 @@
 import hashlib
 import json
 import logging
-import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.config import KnnConfig
 from ..core.manifest import (
-    BLOB_PATTERN,
-    FAISS_NAME,
     MANIFEST_NAME,
     Binding,
     DatastoreError,
@@ -25,6 +25,7 @@ from ..core.manifest import (
 )
 from ..core.plain_json import read_json
 from ..core.reading import (
+    CONTENTS_NAME,
     HUB_OPTIONS,
     THUMBNAILS_NAME,
     HubFiles,
@@ -37,7 +38,7 @@ from ..core.reading import (
 )
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder
+from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder, restore
 from ..store.hub import CARD_NAME
 from ..store.remote import (
     PENDING_NAME,
@@ -49,6 +50,14 @@ from ..store.remote import (
     read_manifest,
 )
 from .backbones import same_weights, weight_marks
+from .before import (
+    BEFORE_NAME,
+    carry_version,
+    is_checkpoint_file,
+    keep_version,
+    rows_alike,
+    version_files,
+)
 from .card import (
     MEASURED_NAME,
     NEIGHBORS_NAME,
@@ -59,7 +68,8 @@ from .card import (
     read_picture,
     write_measured,
 )
-from .code import AUTO_MAP, CODE_NAMES, legacy_code, reader_of, write_code
+from .code import AUTO_MAP, legacy_code, reader_of, write_code
+from .contents import Contents
 from .memory import Memory
 from .pictures import Thumbnails
 from .receipts import CHANGES_NAME, read_changes, write_changes
@@ -68,25 +78,18 @@ if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
-_WEIGHTS_PATTERN = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-)
 
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
+_ERASED = "erased in the version before the last training too: {} of its rows"
+_ERASED_ALL = (
+    "the version before the last training was erased too, since it may hold the same pictures; "
+    "undo cannot bring it back"
+)
+
 _READ_ATTEMPTS = 3
 _LABELS_CHECKED_AT_ONCE = 500_000  # reading them would read all of a large, mapped datastore
-
-
-def is_checkpoint_file(name: str) -> bool:
-    """Whether a file name belongs to a checkpoint, so that a new version must not inherit it."""
-    return (
-        name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST_NAME, FAISS_NAME, *CODE_NAMES)
-        or name in (MEASURED_NAME, NEIGHBORS_NAME, CHANGES_NAME, THUMBNAILS_NAME)
-        or name.startswith((".datastore-", PENDING_NAME, f".{PENDING_NAME}"))
-        or any(pattern.fullmatch(name) for pattern in (_WEIGHTS_PATTERN, BLOB_PATTERN))
-    )
 
 
 def is_damage(error: Exception) -> bool:
@@ -101,6 +104,7 @@ def write_checkpoint(
     folder: Path,
     save_weights: Callable[..., None],
     options: dict[str, Any],
+    keep_replaced: bool = False,
 ) -> None:
     """Writes a model with its processor and datastore as one version.
 
@@ -109,6 +113,7 @@ def write_checkpoint(
         folder: where to.
         save_weights: `PreTrainedModel.save_pretrained` of the model.
         options: further options of `save_weights`.
+        keep_replaced: keep the version that is there, see `before`; else the one that is kept.
 
     Raises:
         OSError: if something could not be written; the old version is intact.
@@ -118,45 +123,99 @@ def write_checkpoint(
         check_store(store, model.config)
     model.config.has_datastore = store is not None
     model.config.auto_map = dict(AUTO_MAP)
-    legacy = legacy_code(reader_of(folder))
+    gone = legacy_code(reader_of(folder)) | {BEFORE_NAME}
+    if keep_replaced:
+        gone |= version_files(folder)
+    note = ""
 
     def is_owned(name: str) -> bool:
-        return is_checkpoint_file(name) or name in legacy
+        return is_checkpoint_file(name) or name in gone
 
     try:
         with replaced_folder(folder, is_owned) as staging:
             _refuse_pending(store, folder)
+            (keep_version if keep_replaced else carry_version)(folder, staging)
+            note = _erase_forgotten(model, staging / BEFORE_NAME)
+            memory = model.memory
+            changes = (memory.remarked(note) if note and memory.receipts else memory).receipts
             save_weights(staging, push_to_hub=False, **options)
             write_code(staging)
             if model.image_processor is not None:
                 model.image_processor.save_pretrained(staging)
             if model.measured is not None:
                 write_measured(model.measured, staging)
-            if model.changes:
-                write_changes(model.changes, staging)
+            if changes:
+                write_changes(changes, staging)
             if model.neighbor_picture is not None:
                 (staging / NEIGHBORS_NAME).write_bytes(model.neighbor_picture)
-            _write_thumbnails(model, staging)
+            _write_pictures(model, staging)
             for path in staging.glob("model*.safetensors"):
                 give_default_mode(path)
             if store is not None:
                 store.save(staging, binding=_bind(model, staging), reuse=folder)
-            _write_card(model, folder, staging)
+            drawing = folder / RELIABILITY_NAME
+            if drawing.is_file() and model.measured is not None and not keep_replaced:
+                link_or_copy(str(drawing), str(staging / RELIABILITY_NAME))
+            write_card(model, folder, staging)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Could not save the checkpoint to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+    if note:
+        model.changes = changes
 
 
-def _write_card(model: "KnnForImageClassification", folder: Path, staging: Path) -> None:
-    """The card as it is made at a push; one that is all a user's own stays as it is."""
-    name, card, drawing = folder.resolve().name, folder / CARD_NAME, folder / RELIABILITY_NAME
+def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
+    """Erases in the version before what was forgotten since the model was opened.
+
+    Args:
+        model: that forgot it.
+        place: of that version, in a folder that nobody reads yet.
+
+    Returns:
+        What was erased; empty for nothing.
+    """
+    memory = model.memory
+    if not place.is_dir() or not memory.gone:
+        return ""
+    try:
+        earlier = type(model).from_pretrained(place)
+        alike = _alike(memory, earlier.memory)
+    except (OSError, ValueError, SafetensorError) as error:
+        logger.warning("The version before the last training cannot be opened: %s", error)
+        alike = None
+    if alike is not None and not len(alike):
+        return ""
+    if alike is None or len(alike) == len(earlier.datastore):
+        shutil.rmtree(place)
+        return _ERASED_ALL
+    earlier.forget(alike)
+    earlier.save_pretrained(place)
+    (place / CARD_NAME).unlink(missing_ok=True)
+    return _ERASED.format(len(alike))
+
+
+def _alike(memory: Memory, earlier: Memory) -> Tensor:
+    """Ids of the rows of an earlier version that may be of forgotten pictures."""
+    if earlier.rows is None:
+        return torch.empty(0, dtype=torch.int64)
+    makers = (STALE if m.rows is None else m.rows.digest or STALE for m in (memory, earlier))
+    return rows_alike(earlier.rows, earlier.contents, memory.gone, _is_same_maker(*makers))
+
+
+def write_card(model: "KnnForImageClassification", folder: Path, staging: Path) -> None:
+    """Writes the card as it is made at a push; one that is all a user's own stays as it is.
+
+    Args:
+        model: what it is about.
+        folder: with the card that is there; it names the model.
+        staging: where the new one goes.
+    """
+    name, card = folder.resolve().name, folder / CARD_NAME
     existing = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     if existing is not None and not is_made_here(existing):
         return
-    if drawing.is_file() and model.measured is not None:
-        link_or_copy(str(drawing), str(staging / RELIABILITY_NAME))
     (staging / CARD_NAME).write_text(make_card(model, name, existing, staging), encoding="utf-8")
 
 
@@ -169,14 +228,19 @@ def _refuse_pending(store: RowStore | None, folder: Path) -> None:
         )
 
 
-def _write_thumbnails(model: "KnnForImageClassification", folder: Path) -> None:
-    """Those of the rows that there are: no byte of a row that is gone reaches the disk."""
-    if model.thumbnails is None or model.datastore is None:
+def _write_pictures(model: "KnnForImageClassification", folder: Path) -> None:
+    """Small pictures and prints of the rows that there are: no byte of one that is gone."""
+    memory, rows = model.memory, model.datastore
+    small, contents = memory.thumbnails, memory.contents
+    if rows is None or not (small or contents):
         return
-    kept = model.thumbnails.only(model.datastore.ids.tolist())
-    if len(kept):
-        kept.save(folder)
-        give_default_mode(folder / THUMBNAILS_NAME)
+    if small or rows.location is None:  # else asking a server for all ids would take long
+        ids = rows.ids.tolist()
+        small, contents = small and small.only(ids), contents and contents.only(ids)
+    for name, part in ((THUMBNAILS_NAME, small), (CONTENTS_NAME, contents)):
+        if part:
+            part.save(folder)
+            give_default_mode(folder / name)
 
 
 def made_by(model: "KnnForImageClassification") -> str:
@@ -202,7 +266,16 @@ def check_store(store: RowStore, config: KnnConfig) -> None:
 
 
 class CheckpointReader(HubFiles):
-    """Finds the files of one checkpoint, and reads it as one version."""
+    """Finds the files of one checkpoint, and reads it as one version.
+
+    Args:
+        name: a folder or a Hub id; a folder that an interrupted save left hidden is put back.
+        options: see `HubFiles`.
+    """
+
+    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+        restore(Path(name))
+        super().__init__(name, options)
 
     @property
     def commit(self) -> str | None:
@@ -354,16 +427,23 @@ class CheckpointAttempt:
                 f"{explain_pending(folder)}"
             ) from error
 
-    def read_thumbnails(self) -> Thumbnails | None:
-        """Small pictures of the rows, if the datastore's manifest names their file.
+    def read_pictures(self, memory: Memory) -> Memory:
+        """With small pictures and prints of the rows, if the datastore's manifest names the files.
+
+        Args:
+            memory: with the rows.
 
         Raises:
             DatastoreError: for a damaged file.
         """
         binding = None if self.manifest is None else self.manifest.binding
-        if binding is None or THUMBNAILS_NAME not in [record.name for record in binding.files]:
-            return None
-        return Thumbnails.load(self.reader.resolve(THUMBNAILS_NAME))
+        bound = [] if binding is None else [record.name for record in binding.files]
+        places = [
+            self.reader.resolve(name) if name in bound else None
+            for name in (THUMBNAILS_NAME, CONTENTS_NAME)
+        ]
+        small, contents = Thumbnails.load(places[0]), Contents.load(places[1])
+        return replace(memory, thumbnails=small, contents=contents)
 
     def was_replaced(self) -> bool:
         """Whether another version is there than when this attempt began."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import KnnConfig
+from ..data.walk import nfc
 
 Label = str | int
 
@@ -56,8 +57,8 @@ class Classes:
         Raises:
             ValueError: for another name or number.
         """
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+        if isinstance(label, str) and (number := self._numbers().get(nfc(label))) is not None:
+            return number
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.names):
             return label
         raise ValueError(
@@ -83,17 +84,22 @@ class Classes:
         wanted = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
         if isinstance(labels, str) or len(wanted) != count:
             raise ValueError(f"Expected one label per row ({count}), but got {labels!r:.200}.")
-        known = {name: number for number, name in enumerate(self.names)}
+        known, names = self._numbers(), list(self.names)
         numbers = []
         for label in wanted:
-            if isinstance(label, str) and label not in known:
-                known[check_class_name(label)] = len(known)
-            numbers.append(known[label] if isinstance(label, str) else self.number_of(label))
+            if isinstance(label, str) and nfc(label) not in known:
+                known[nfc(label)] = len(names)
+                names.append(check_class_name(nfc(label)))
+            numbers.append(known[nfc(label)] if isinstance(label, str) else self.number_of(label))
         tuned = self.tuned
-        if len(known) > len(self.names) and tuned is None:
+        if len(names) > len(self.names) and tuned is None:
             tuned = len(self.names)
-        classes = Classes(tuple(known), self.in_head, tuned)
+        classes = Classes(tuple(names), self.in_head, tuned)
         return classes, torch.tensor(numbers, dtype=torch.int64)
+
+    def _numbers(self) -> dict[str, int]:
+        """By name, in the one form of Unicode in which names are compared."""
+        return {nfc(name): number for number, name in enumerate(self.names)}
 
     def names_of(self, numbers: Tensor) -> list[str]:
         """The names of classes.

@@ -5,6 +5,7 @@ so that equal similarities come out by id as they do here. Neighbours are a matr
 TopK with constant k.
 """
 
+import inspect
 import json
 import logging
 import math
@@ -23,6 +24,8 @@ from ..core.backbone import extract, split_features
 from ..core.config import Normalization
 from ..core.search import normalize_rows
 from ..core.votes import PROBABILITY_FLOOR, Metric, Weighting
+from ..data import pixels as pixels_of_a_picture
+from ..store.advice import install, needs
 from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,6 @@ LARGEST_EMBEDDED = 1_500_000_000
 _TOLERANCE = 1e-3
 _CHECKED_PICTURES = 4
 _SMALLEST = 1e-30
-_HINT = "run `pip install 'hf-knn[export]'`"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Exported:
     folder: Path
     largest_gap: float
     rows: int
+
+
+def check_export() -> None:
+    """Checks that a graph can be written, before a model is opened for it.
+
+    Raises:
+        ImportError: without onnx, onnxscript and onnxruntime, naming what to install.
+    """
+    modules = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}
+    needs(modules, "The export", install("export"))
 
 
 class GraphModel(nn.Module):
@@ -150,12 +162,7 @@ def export_onnx(model: KnnForImageClassification, folder: Path) -> Exported:
     """
     settings = _settings(model)
     _check_exportable(model)
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"Expected onnx, onnxscript and onnxruntime; {_HINT}.") from error
+    check_export()
     graph = GraphModel(model).eval()
     size = settings["height"], settings["width"]
     example = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -269,17 +276,30 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+
+try:  # for HEIC
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+except ImportError:
+    pass
+
+# ---- how hf_knn reads a picture ----
+
+#PIXELS#
+# ---- what the image processor and the graph make of it ----
 
 HERE = Path(__file__).parent
 S = json.loads((HERE / "model.json").read_text(encoding="utf-8"))
+Image.MAX_IMAGE_PIXELS = 200_000_000
 
 
 def load(path):
     """[3, H, W] float32, as the image processor makes it."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    with Image.open(path) as opened:
+        reduce_jpeg(opened)
+        image = to_rgb(opened)
     size = S["resize"]
     if not isinstance(size, list):  # the shorter edge
         short, long = sorted(image.size)
@@ -300,4 +320,4 @@ if __name__ == "__main__":
         best = row.argsort()[::-1][:5]
         print(path, *(f"{S['labels'][c]} {row[c]:.1%}" for c in best), sep="\\t")
         print("  nearest rows:", *(f"{i} ({s:.3f})" for i, s in zip(near[:5], how)))
-'''
+'''.replace("#PIXELS#", inspect.getsource(pixels_of_a_picture))

@@ -1,6 +1,7 @@
 """What a model remembers beside its backbone, as one value: a change makes another one."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ..core.config import KnnConfig
 from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
+from .contents import Contents
 from .pictures import Thumbnails
 from .receipts import Receipt
 from .ridge import RidgeState, follows_rows, prepare_rows, sum_rows
@@ -89,6 +91,11 @@ class Tally:
         return _tally(store, total, ridge)
 
 
+def fingerprint_of(store: RowStore) -> str:
+    """A hash of all rows and their mean, whatever their order, as in a receipt; all are read."""
+    return _tally(store, store.hash_sum(), None).fingerprint
+
+
 def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
     count = len(store)
     fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
@@ -112,18 +119,20 @@ def _updated(
 
 
 class Gone(NamedTuple):
-    """What the last change took away, if it was `forget`, for `undo`; never saved.
+    """What a `forget` took away, for `undo` and to be erased in a version before; never saved.
 
     Attributes:
         rows: as they were stored.
         mean: [D], what centred rows when they were there.
         thumbnails: theirs.
+        contents: prints of their pictures.
         picture: the picture of neighbours that there was.
     """
 
     rows: StoredRows
     mean: Tensor
     thumbnails: Thumbnails | None
+    contents: Contents | None
     picture: bytes | None
 
 
@@ -140,9 +149,10 @@ class Memory:
         rows: the datastore, or None.
         receipts: of what was taught and forgotten since the training, oldest first.
         thumbnails: small pictures of stored rows, or None.
+        contents: prints of the pictures of stored rows, where they are known, or None.
         measured: what was measured on pictures held out, or None.
         picture: a PNG with neighbours for the model card, or None.
-        gone: what `undo` needs after `forget`, or None.
+        gone: what was forgotten since the model was opened and not brought back, oldest first.
         tally: sums over the rows, if they were counted.
     """
 
@@ -151,9 +161,10 @@ class Memory:
     rows: RowStore | None = None
     receipts: tuple[Receipt, ...] = ()
     thumbnails: Thumbnails | None = None
+    contents: Contents | None = None
     measured: dict[str, Any] | None = None
     picture: bytes | None = None
-    gone: Gone | None = None
+    gone: tuple[Gone, ...] = ()
     tally: Tally | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
@@ -183,15 +194,47 @@ class Memory:
         return replace(self, tally=Tally.of(store, self.head, config))
 
     def remarked(self, note: str) -> "Memory":
-        """With one more note in the last receipt."""
+        """With one more note in the last receipt; with the same ones if it says nothing."""
+        if not note:
+            return self
         last = self.receipts[-1]
         noted = replace(last, notes=[*last.notes, note])
         return replace(self, receipts=(*self.receipts[:-1], noted))
 
-    def started_with(self, rows: RowStore | None) -> "Memory":
-        """With other rows, of which nothing was changed yet, and no pictures are kept.
+    def without_pictures(self, ids: Sequence[int]) -> "Memory":
+        """Without what is known of the pictures of some rows.
+
+        Args:
+            ids: of the rows.
+        """
+        small, contents = self.thumbnails, self.contents
+        return replace(
+            self,
+            thumbnails=None if small is None else small.without(ids),
+            contents=None if contents is None else contents.without(ids),
+        )
+
+    def with_contents(self, contents: Contents | None) -> "Memory":
+        """With more prints of pictures.
+
+        Args:
+            contents: of rows that came; None if nobody knows.
+        """
+        if contents is None or self.contents is None:
+            return self if contents is None else replace(self, contents=contents)
+        return replace(self, contents=self.contents.joined(contents))
+
+    def started_with(
+        self, rows: RowStore | None, ids: Tensor | None = None, prints: Tensor | None = None
+    ) -> "Memory":
+        """With other rows, of which nothing was changed yet, and no small pictures are kept.
 
         Args:
             rows: the datastore.
+            ids: [N] int64 of the rows whose pictures are known.
+            prints: [N, 16] uint8 of these; None if nobody knows.
         """
-        return replace(self, rows=rows, receipts=(), thumbnails=None, gone=None, tally=None)
+        contents = None
+        if rows is not None and ids is not None:
+            contents = Contents.of(rows.blocks(), ids, prints)
+        return replace(self, rows=rows, receipts=(), thumbnails=None, contents=contents, tally=None)

@@ -28,10 +28,12 @@ from .backbones import (
 from .card import publish
 from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
+from .contents import Contents
 from .explain import Calibration, Explanation, explain
 from .memory import Memory
-from .pictures import Thumbnails, features_of, small_pictures, thumbnails_of
+from .pictures import Thumbnails, features_of, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
+from .stored import lesson_of
 
 _PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license")
 
@@ -56,8 +58,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
-        complete(config)
-        super().__init__(config)
+        super().__init__(complete(config))
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
 
@@ -185,8 +186,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             load_datastore: False gives the plain classifier.
             allow_stale: True accepts, with a warning, a datastore whose features were made by other
                 weights, processor settings or pooling, and files beside it that were changed.
-            trust_faiss_index: True lets faiss parse `datastore.faiss`, see `Datastore.load`; for
-                files of your own only.
+            trust_faiss_index: True says that the files are your own, see `Datastore.load`.
             trust_remote_datastore: True asks the Milvus server that the checkpoint names, if its
                 rows lie on one; without consent nobody is asked, and such a checkpoint is refused.
             datastore_uri: consent to this address instead of the one in the checkpoint; None takes
@@ -220,8 +220,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
                     model.origin = (reader.name, reader.commit)
                 if load_datastore:
                     rows = attempt.read_datastore(model, trust_faiss_index, consent)
-                    small = attempt.read_thumbnails()
-                    model.memory = replace(model.memory, rows=rows, thumbnails=small)
+                    model.memory = attempt.read_pictures(replace(model.memory, rows=rows))
             except (OSError, ValueError, SafetensorError) as error:
                 if attempt.was_replaced():
                     continue
@@ -238,6 +237,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        keep_replaced: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves weights, configuration, processor, datastore and code as one version.
@@ -251,6 +251,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
                 `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
                 go to `push_to_hub`.
+            keep_replaced: keep the version that is there in `.before/`, for `hf-knn undo`.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -261,7 +262,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         self.config.check()
         save_weights = super(core.KnnForImageClassification, self).save_pretrained
-        write_checkpoint(self, Path(save_directory), save_weights, kwargs)
+        write_checkpoint(self, Path(save_directory), save_weights, kwargs, keep_replaced)
         if push_to_hub:
             repo_id = push_options.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_options)
@@ -350,15 +351,15 @@ class KnnForImageClassification(core.KnnForImageClassification):
         return tally.fingerprint
 
     def teach(
-        self,
-        images: Any = None,
-        labels: Sequence[Label] = (),
-        *,
-        features: Tensor | None = None,
-        ids: Values | None = None,
-        paths: Sequence[str] | None = None,
-    ) -> Receipt:
+        self, images: Any = None, labels: Sequence[Label] = (), *,
+        features: Tensor | None = None, contents: Tensor | None = None,
+        ids: Values | None = None, paths: Sequence[str] | None = None,
+        again: bool = False, relabel: bool = False,
+    ) -> Receipt:  # fmt: skip
         """Adds labelled pictures to the datastore; no training, all or none.
+
+        Pictures that are stored already (the same pixels, or the same features bit for bit) are
+        left out where their label is the same, and refused where it is another one.
 
         The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
         the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
@@ -369,33 +370,31 @@ class KnnForImageClassification(core.KnnForImageClassification):
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
                 [M, 3, H, W].
             labels: M names or numbers of classes; a name that is new makes a class.
-            features: [M, D] instead of images, as in `pooler_output`.
+            features: [M, D] instead of images, as in `pooler_output`; all of them are added.
+            contents: [M, 16] uint8, `ImageFeatures.contents` of the features: those are pictures.
             ids: [M] ids that the datastore does not have; None continues after the largest.
             paths: where each picture lies, relative to its dataset.
+            again: add pictures that are stored with their label once more.
+            relabel: give stored pictures that come with another label that one, and add the rest.
 
         Returns:
-            The receipt, also kept in `changes`.
+            The receipt, also kept in `changes` unless all pictures are stored already.
 
         Raises:
             ValueError: for pictures, labels or ids that cannot be used; nothing is changed.
         """
-        if (images is None) == (features is None):
-            raise ValueError("Expected exactly one of `images` and `features`.")
-        found = features_of(self, images) if features is None else features
-        keeps = self.thumbnails is not None and images is not None
-        small = small_pictures(images) if keeps else []
-        self.memory = teaching.teach(self._counted(), self.config, found, labels, ids, paths, small)
-        remark = note_of_unanswered(self, found, self._memory.receipts[-1].labels)
-        if remark:
-            self._memory = self._memory.remarked(remark)
-        return self._memory.receipts[-1]
+        lesson, names = lesson_of(self, images, labels, features, contents, ids, paths)
+        if (again or relabel) and names is None:
+            raise ValueError("Expected pictures, or `contents`, with `again` or `relabel`.")
+        known = self._counted()
+        self.memory, receipt = teaching.teach(known, self.config, lesson, names, again, relabel)
+        if receipt.ids or not receipt.skipped:
+            self._memory = self._memory.remarked(note_of_unanswered(self, lesson.features, receipt))
+            receipt = self._memory.receipts[-1]
+        return receipt
 
     def forget(
-        self,
-        ids: Values | None = None,
-        *,
-        label: Label | None = None,
-        recenter: bool = False,
+        self, ids: Values | None = None, *, label: Label | None = None, recenter: bool = False
     ) -> Receipt:
         """Removes rows from the datastore, all or none; the next save holds no byte of them.
 
@@ -413,9 +412,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Raises:
             ValueError: for ids or a class that are not there; nothing is changed.
         """
-        self.memory = teaching.forget(
-            self._counted(), self.config, ids, label=label, recenter=recenter
-        )
+        known = self._counted()
+        self.memory = teaching.forget(known, self.config, ids, label=label, recenter=recenter)
         return self._memory.receipts[-1]
 
     def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
@@ -431,17 +429,21 @@ class KnnForImageClassification(core.KnnForImageClassification):
         self.memory = teaching.relabel(self._counted(), self.config, ids, labels)
         return self._memory.receipts[-1]
 
-    def merge(self, other: SearchBackend, class_names: Sequence[str] | None = None) -> Receipt:
+    def merge(
+        self, other: SearchBackend, class_names: Sequence[str] | None = None,
+        contents: Contents | None = None,
+    ) -> Receipt:  # fmt: skip
         """Adds the rows of another datastore of the same backbone, all or none.
 
         Args:
             other: the rows; ids that exist here are numbered anew.
             class_names: what its label numbers mean; None is what they mean here.
+            contents: prints of its pictures, as `memory.contents` of its model; None knows none.
 
         Raises:
             ValueError: for another backbone, width, metric or normalisation; nothing is changed.
         """
-        self.memory = teaching.merge(self._counted(), self.config, other, class_names)
+        self.memory = teaching.merge(self._counted(), self.config, other, class_names, contents)
         return self._memory.receipts[-1]
 
     def undo(self) -> Receipt:

@@ -162,7 +162,14 @@ def _split(ids: torch.Tensor, ends: torch.Tensor, data: torch.Tensor) -> dict[in
 
 
 def features_of(model: "KnnForImageClassification", images: Any, batch_size: int = 32) -> Tensor:
-    """Features of pictures, as the datastore's were made.
+    """[M, D] float32 on the CPU: features of pictures, see `look_at`."""
+    return look_at(model, images, batch_size)[0]
+
+
+def look_at(
+    model: "KnnForImageClassification", images: Any, batch_size: int = 32
+) -> tuple[Tensor, Tensor | None]:
+    """Features of pictures, as the datastore's were made, and their prints.
 
     Args:
         model: whose backbone makes them.
@@ -170,18 +177,20 @@ def features_of(model: "KnnForImageClassification", images: Any, batch_size: int
         batch_size: pictures per forward pass.
 
     Returns:
-        [M, D] float32 on the CPU.
+        [M, D] float32 on the CPU, and [M, 16] uint8, see `content_of`; None for pixel values.
 
     Raises:
         BadImageError: naming the picture that cannot be decoded.
         ValueError: for pictures without an image processor.
     """
-    batches = pixel_batches(images, model.image_processor, batch_size)
+    parts = [torch.empty(0, model.config.feature_dim + model.config.extra_dim)]
+    prints = []
     with evaluating(model):
-        parts = [encode(model.backbone, model.config, pixels).cpu() for pixels in batches]
-    if not parts:
-        return torch.empty(0, model.config.feature_dim + model.config.extra_dim)
-    return torch.cat(parts)  # out here, so that it is a tensor like any other
+        for values, contents in pixel_batches(images, model.image_processor, batch_size):
+            parts.append(encode(model.backbone, model.config, values).cpu())
+            prints += [] if contents is None else [torch.tensor(contents)]
+    # out here, so that it is a tensor like any other
+    return torch.cat(parts), torch.cat(prints) if prints else None
 
 
 def encode(

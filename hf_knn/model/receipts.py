@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,11 @@ logger = logging.getLogger(__name__)
 CHANGES_NAME = "changes.json"
 """File of a checkpoint with its receipts, oldest first."""
 
+PICTURES_MARK, ROWS_MARK = "pictures", "rows"
+"""What `Datastore.source` says of a training: hashes of its pictures, and of the rows it left."""
+
 _KEPT = 100
+_TOLD = 3
 _LARGEST_FILE = 50 * 10**6
 
 
@@ -36,6 +42,14 @@ class Change(StrEnum):
     RELABEL = "relabel"
     MERGE = "merge"
     UNDO = "undo"
+    EXCHANGE = "undo of a training"
+    """The version before the last training and the present one took each other's place."""
+
+
+_DONE: dict[str, str] = {
+    Change.TEACH: "taught", Change.MERGE: "merged", Change.FORGET: "forgotten",
+    Change.RELABEL: "relabelled",
+}  # fmt: skip
 
 
 class Scope(StrEnum):
@@ -43,6 +57,8 @@ class Scope(StrEnum):
 
     STORE = "store"
     STORE_AND_HEAD = "store and head"
+    NOTHING = "nothing"
+    ALL = "the whole checkpoint"
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Receipt:
         action: what was done.
         ids: of the rows that came, went or were relabelled.
         labels: their class names after the change (before it, for rows that are gone).
-        old_labels: their class names before, if they were relabelled.
+        old_labels: their class names before, of those that were relabelled, which come first.
         new_classes: classes that did not exist before.
         rows_before: rows of the datastore before.
         rows_after: and after.
@@ -62,6 +78,7 @@ class Receipt:
         scope: what was changed: the store, or store and head.
         at: when, ISO 8601 in UTC.
         notes: what it did not reach.
+        skipped: places of the pictures, among those given, that made no row: they are stored.
     """
 
     action: str
@@ -76,11 +93,31 @@ class Receipt:
     old_labels: list[str] = field(default_factory=list)
     new_classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    @classmethod
+    def nothing(
+        cls, action: Change, rows: int, state: str, notes: list[str], skipped: Sequence[int] = ()
+    ) -> "Receipt":
+        """Of what changed nothing; it is not kept in a model.
+
+        Args:
+            action: what was asked for.
+            rows: of the datastore.
+            state: fingerprint of the rows.
+            notes: what is to be said.
+            skipped: places of pictures that made no row.
+        """
+        return cls(
+            str(action), [], [], rows, rows, state, state, str(Scope.NOTHING), time_of_day(),
+            notes=notes, skipped=list(skipped),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}
         pairs = zip(self.old_labels, self.labels, strict=False)
-        for label in [f"{old} → {new}" for old, new in pairs] or self.labels:
+        moved = [f"{old} → {new}" for old, new in pairs]
+        for label in moved + self.labels[len(moved) :]:
             counts[label] = counts.get(label, 0) + 1
         named = ", ".join(f"{count} of {label}" for label, count in counts.items())
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
@@ -88,6 +125,52 @@ class Receipt:
             f"{self.action}: {named or 'no rows'}; {self.rows_before:,} → {self.rows_after:,} rows,"
             f" {self.hash_before[:12]} → {self.hash_after[:12]}; reached: {self.scope}.{new}"
         )
+
+
+def time_of_day() -> str:
+    """Now, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def standing(changes: Sequence[Receipt]) -> list[Receipt]:
+    """The changes that were not taken back, oldest first; `undo` takes back the last of them.
+
+    Args:
+        changes: all receipts, oldest first.
+    """
+    found: list[Receipt] = []
+    for receipt in changes:
+        if receipt.action != Change.UNDO:
+            found.append(receipt)
+        elif found:  # receipts of long ago may be missing
+            found.pop()
+    return found
+
+
+def describe_changes(changes: Sequence[Receipt]) -> str:
+    """What was done to a model since its training, in words; empty if nothing stands.
+
+    Args:
+        changes: all receipts, oldest first.
+
+    Returns:
+        Such as `3 pictures were taught (2026-11-30: 3 of fox)`.
+    """
+    labels: dict[str, Counter[str]] = {done: Counter() for done in _DONE.values()}
+    days: dict[str, str] = {}
+    for receipt in standing(changes):
+        for place, label in enumerate(receipt.labels):
+            was_there = place < len(receipt.old_labels)  # taught under another label
+            done = _DONE.get(Change.RELABEL if was_there else receipt.action, "changed")
+            labels.setdefault(done, Counter())[label] += 1
+            days[done] = receipt.at[:10]
+    parts = []
+    for done, counts in labels.items():
+        total, more = counts.total(), ", …" if len(counts) > _TOLD else ""
+        named = ", ".join(f"{count} of {label}" for label, count in counts.most_common(_TOLD))
+        were = "picture was" if total == 1 else "pictures were"
+        parts += [f"{total} {were} {done} ({days[done]}: {named}{more})"] if total else []
+    return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + "".join(parts[-1:])
 
 
 def write_changes(changes: Sequence[Receipt], folder: Path) -> None:
@@ -129,6 +212,8 @@ def read_changes(path: Path | None) -> list[Receipt]:
 def _checked(receipt: Receipt) -> Receipt:
     if not all(isinstance(row_id, int) for row_id in receipt.ids):
         raise ValueError(f"ids {receipt.ids[:3]} that are not whole numbers")
+    if not all(isinstance(place, int) for place in receipt.skipped):
+        raise ValueError(f"places {receipt.skipped[:3]} that are not whole numbers")
     for names in (receipt.labels, receipt.old_labels, receipt.new_classes, receipt.notes):
         if not all(isinstance(name, str) for name in names):
             raise ValueError("names that are not texts")
@@ -197,19 +282,22 @@ def notes_of_forgotten(
 
 
 def note_of_unanswered(
-    model: "KnnForImageClassification", features: Tensor, labels: Sequence[str]
+    model: "KnnForImageClassification", features: Tensor, receipt: Receipt
 ) -> str:
     """Says so if taught rows, asked for themselves, get another class than they were taught.
 
     Args:
         model: which was taught them.
-        features: [M, D], as in `pooler_output`.
-        labels: M names.
+        features: [M, D] of the pictures that were given, as in `pooler_output`.
+        receipt: of the change.
 
     Returns:
         Empty if there is nothing to say.
     """
-    config, asked = model.config, labels[:_ASKED_ROWS]
+    config, asked = model.config, receipt.labels[len(receipt.old_labels) :][:_ASKED_ROWS]
+    came = torch.ones(len(features), dtype=torch.bool)
+    came[receipt.skipped] = False
+    features = features[came]
     blended = config.blended_classes
     if blended == len(config.id2label or ()):  # the neighbours speak in full for no class
         return ""

@@ -5,11 +5,11 @@ ends with its receipt.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from ..core.rows import Values, as_whole_numbers
 from ..store.backend import RowStore, SearchBackend, as_row_store, check_alike
 from ..store.table import StoredRows
 from .classes import Classes, Label
+from .contents import Contents
 from .memory import Gone, Memory, Tally
 from .pictures import Thumbnails
 from .receipts import (
@@ -30,41 +31,63 @@ from .receipts import (
     Receipt,
     Scope,
     notes_of_forgotten,
+    standing,
+    time_of_day,
 )
 from .ridge import center_head, solve_head
+from .stored import Lesson, Sorted, sort_out
+
+_SHOWN = 20
 
 
 def teach(
     memory: Memory,
     config: KnnConfig,
-    features: Tensor,
-    labels: Sequence[Label],
-    ids: Values | None = None,
-    paths: Sequence[str] | None = None,
-    pictures: Sequence[bytes] = (),
-) -> Memory:
+    lesson: Lesson,
+    names: Sequence[str] | None = None,
+    again: bool = False,
+    relabel: bool = False,
+) -> tuple[Memory, Receipt]:
     """Adds rows; see `KnnForImageClassification.teach`.
 
     Args:
         memory: before the change.
         config: of the model.
-        features: [M, D] raw features, as in `pooler_output`.
-        labels: M class names, new ones too, or numbers of classes.
-        ids: [M] unused ids, or None.
-        paths: where each picture lies, or None.
-        pictures: M small WEBP files, for a memory that keeps thumbnails; or none.
+        lesson: pictures, or rows of features.
+        names: of pictures, of which those that are stored are known again; None adds all rows.
+        again: pictures that are stored with their label are added once more.
+        relabel: rows of pictures that are stored with another label get theirs.
+
+    Returns:
+        The memory after the change, and the receipt. Where all pictures are stored already it is
+        the memory of before, and a receipt that it does not keep.
     """
     width = config.feature_dim + config.extra_dim
-    if features.ndim != 2 or features.shape[1] != width:
+    if lesson.features.ndim != 2 or lesson.features.shape[1] != width:
         raise ValueError(
-            f"Expected `features` to be [M, {width}], but got shape {tuple(features.shape)}."
+            f"Expected `features` to be [M, {width}], but got shape {tuple(lesson.features.shape)}."
         )
-    _, rows = split_features(features, config)
-    after = _add(memory, config, Change.TEACH, rows, labels, ids, paths)
-    if not pictures or memory.thumbnails is None:
-        return after
-    added = Thumbnails(dict(zip(after.receipts[-1].ids, pictures, strict=True)))
-    return replace(after, thumbnails=memory.thumbnails.joined(added))
+    found = Sorted([], [], {}, [])
+    if names is not None:
+        found = sort_out(memory, config, lesson, names, again, relabel)
+    if found.skipped:
+        lesson = lesson.part(found.taken)
+    if found.skipped and not found.taken and not found.moves:
+        assert memory.tally is not None  # it was counted
+        rows, state = memory.tally.count, memory.tally.fingerprint
+        return memory, Receipt.nothing(Change.TEACH, rows, state, found.notes, found.skipped)
+    after = _add(
+        memory, config, Change.TEACH, split_features(lesson.features, config)[1], lesson,
+        found.moves,
+    )  # fmt: skip
+    last = after.receipts[-1]
+    last = replace(last, skipped=found.skipped, notes=[*found.notes, *last.notes])
+    after = replace(after, receipts=(*after.receipts[:-1], last))
+    if lesson.thumbnails and memory.thumbnails is not None:
+        ids = last.ids[len(last.old_labels) :]
+        added = Thumbnails(dict(zip(ids, lesson.thumbnails, strict=True)))
+        after = replace(after, thumbnails=memory.thumbnails.joined(added))
+    return after, last
 
 
 def merge(
@@ -72,6 +95,7 @@ def merge(
     config: KnnConfig,
     other: SearchBackend,
     class_names: Sequence[str] | None = None,
+    contents: Contents | None = None,
 ) -> Memory:
     """Adds the rows of another datastore of the same backbone; ids that exist are numbered anew.
 
@@ -80,6 +104,7 @@ def merge(
         config: of the model.
         other: its rows come in; their raw features are compared about the mean of the model's.
         class_names: what its label numbers mean; None is what they mean here.
+        contents: prints of its pictures, or None.
 
     Raises:
         ValueError: for another backbone, width, metric or normalisation.
@@ -94,10 +119,17 @@ def merge(
     features = [torch.from_numpy(block.features) for block in blocks]
     rows = torch.cat(features) if features else more.features
     is_taken = bool(torch.isin(ids, store.ids).any())
-    return _add(
-        memory, config, Change.MERGE, rows, labels, None if is_taken else ids,
-        paths if any(paths) else None,
-    )  # fmt: skip
+    lesson = Lesson(rows, labels, None if is_taken else ids, paths if any(paths) else None)
+    after = _add(memory, config, Change.MERGE, rows, lesson)
+    if contents is None:
+        return after
+    prints = {i: one for block in blocks for i, one in contents.prints_of(block).items()}
+    if not prints:
+        return after
+    new_ids = dict(zip(ids.tolist(), after.receipts[-1].ids, strict=True))
+    came = torch.tensor([new_ids[row_id] for row_id in prints], dtype=torch.int64)
+    known = torch.from_numpy(np.stack(list(prints.values())))
+    return after.with_contents(Contents.of([_rows_of(after).rows_of(came)], came, known))
 
 
 def forget(
@@ -131,25 +163,28 @@ def relabel(memory: Memory, config: KnnConfig, ids: Values, labels: Sequence[Lab
 
 def undo(memory: Memory, config: KnnConfig) -> Memory:
     """Takes the last change back; see `KnnForImageClassification.undo`."""
-    if not memory.receipts or memory.receipts[-1].action == Change.UNDO:
+    left = standing(memory.receipts)
+    if not left or left[-1].action == Change.EXCHANGE:
         raise ValueError("Expected a change to undo, but nothing was changed since the last undo.")
-    last = memory.receipts[-1]
+    last = left[-1]
     ids = torch.tensor(last.ids, dtype=torch.int64)
     if last.action == Change.FORGET:
         return _bring_back(memory, config, last)
-    if last.action == Change.RELABEL:
+    moved = len(last.old_labels)
+    if moved and moved == len(ids):
         return _relabel(memory, config, Change.UNDO, ids, last.old_labels, last.new_classes)
-    return _remove(memory, config, Change.UNDO, ids, dropped=last.new_classes)
+    old = dict(zip(last.ids, last.old_labels, strict=False))
+    return _remove(memory, config, Change.UNDO, ids[moved:], dropped=last.new_classes, moves=old)
 
 
 def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
     """Forgotten rows, about the mean that there was with them, and their small pictures."""
-    if memory.gone is None or memory.gone.rows.ids.tolist() != last.ids:
+    if not memory.gone or memory.gone[-1].rows.ids.tolist() != last.ids:
         raise ValueError(
-            "Expected rows to bring back, but no byte of them was saved; teach them again, "
-            "or merge a backup."
+            "Expected rows to bring back, but no byte of them was saved; teach them again, merge a "
+            "backup, or go back to before the training (`hf-knn undo CHECKPOINT --training`)."
         )
-    rows, mean, thumbnails, picture = memory.gone
+    rows, mean, thumbnails, contents, picture = memory.gone[-1]
     classes, numbers = memory.classes.with_labels(last.labels, len(rows.ids))
     with _rows_of(memory).changed() as store:
         ids = store.put_back(rows._replace(labels=numbers.numpy()))
@@ -157,28 +192,42 @@ def _bring_back(memory: Memory, config: KnnConfig, last: Receipt) -> Memory:
         if moves:
             store.recenter(mean)
         done = _Done(Change.UNDO, ids, classes, last.labels)
-        come = store.rows_of(ids)
-        after = _after(memory, config, store, done, come=come, is_recentered=moves)
+        steps: list[_Step] = [(None, store.rows_of(ids))]
+        after = _after(memory, config, store, done, steps, is_recentered=moves)
+    after = after.with_contents(contents)
     if thumbnails is not None and after.thumbnails is not None:
         after = replace(after, thumbnails=after.thumbnails.joined(thumbnails))
-    return replace(after, picture=picture)
+    return replace(after, picture=picture, gone=memory.gone[:-1])
+
+
+_Step = tuple[StoredRows | None, StoredRows | None]
+"""Rows that went and rows that came; with both, the same rows, before and after a new label."""
 
 
 def _add(
     memory: Memory,
     config: KnnConfig,
     action: Change,
-    features: Tensor,
-    labels: Sequence[Label],
-    ids: Values | None,
-    paths: Sequence[str] | None,
+    rows: Tensor,
+    lesson: Lesson,
+    moves: Mapping[int, str] | None = None,
 ) -> Memory:
-    classes, numbers = memory.classes.with_labels(labels, len(features))
+    """With more rows, and with other labels for some that there are."""
+    moved = _Moved.of(memory, moves or {}, len(rows))
+    classes, numbers = moved.classes.with_labels(lesson.labels, len(rows))
+    steps, added = [*moved.steps], moved.ids[:0]
     with _rows_of(memory).changed() as store:
-        added = store.add(features, numbers, ids, paths)
-        done = _Done(action, added, classes, classes.names_of(numbers))
-        come = store.rows_of(added)  # as they were cast
-        return _after(memory, config, store, done, come=come)
+        moved.make(store)
+        if len(rows) or not len(moved.ids):
+            added = store.add(rows, numbers, lesson.ids, lesson.paths)
+            steps.append((None, store.rows_of(added)))  # as they were cast
+        done = _Done(
+            action, torch.cat([moved.ids, added]), classes,
+            [*moved.labels, *classes.names_of(numbers)], moved.old_labels,
+        )  # fmt: skip
+        after = _after(memory, config, store, done, steps)
+    come = [rows for _, rows in steps if rows is not None]
+    return after.with_contents(Contents.of(come, added, lesson.contents))
 
 
 def _remove(
@@ -188,11 +237,14 @@ def _remove(
     ids: Tensor,
     recenter: bool = False,
     dropped: Sequence[str] = (),
+    moves: Mapping[int, str] | None = None,
 ) -> Memory:
-    before = _rows_of(memory)
+    """Without some rows, and with other labels for some that stay."""
+    before, moved = _rows_of(memory), _Moved.of(memory, moves or {}, len(ids))
     gone, mean = before.rows_of(ids), before.mean
     labels, said = torch.from_numpy(gone.labels), []
     with before.changed() as store:
+        moved.make(store)
         store.remove(ids)
         if recenter:
             store.recenter()
@@ -200,15 +252,21 @@ def _remove(
             had = memory.picture is not None
             said = notes_of_forgotten(store, labels, memory.classes.names, recenter, had)
         classes = _without_unused(memory.classes, store, dropped)
-        done = _Done(action, ids, classes, memory.classes.names_of(labels), said=said)
-        after = _after(memory, config, store, done, gone=gone, is_recentered=recenter)
-    thumbnails, rows = memory.thumbnails, ids.tolist()
-    if thumbnails is not None:
-        after = replace(after, thumbnails=thumbnails.without(rows))
+        done = _Done(
+            action, torch.cat([moved.ids, ids]), classes,
+            [*moved.labels, *memory.classes.names_of(labels)], moved.old_labels, said,
+        )  # fmt: skip
+        steps: list[_Step] = [*moved.steps, (gone, None)]
+        after = _after(memory, config, store, done, steps, is_recentered=recenter)
+    rows = ids.tolist()
+    after = after.without_pictures(rows)
     if action != Change.FORGET:
         return after
-    theirs = Gone(gone, mean, thumbnails and thumbnails.only(rows), memory.picture)
-    return replace(after, picture=None, gone=theirs)
+    small, contents = memory.thumbnails, memory.contents
+    theirs = Gone(
+        gone, mean, small and small.only(rows), contents and contents.only(rows), memory.picture
+    )
+    return replace(after, picture=None, gone=(*memory.gone, theirs))
 
 
 def _relabel(
@@ -228,7 +286,55 @@ def _relabel(
         store.relabel(ids, numbers)
         classes = _without_unused(named, store, dropped)
         done = _Done(action, ids, classes, classes.names_of(numbers), old_names)
-        return _after(memory, config, store, done, gone=old, come=come)
+        return _after(memory, config, store, done, [(old, come)])
+
+
+class _Moved(NamedTuple):
+    """Rows that get other labels while others come or go.
+
+    Attributes:
+        ids: [M] int64 of the rows.
+        labels: their new ones.
+        old_labels: and those that they have.
+        classes: with the new labels among them.
+        steps: from the rows as they are to the rows as they will be; empty without rows.
+    """
+
+    ids: Tensor
+    labels: list[str]
+    old_labels: list[str]
+    classes: Classes
+    steps: list[_Step]
+
+    @classmethod
+    def of(cls, memory: Memory, moves: Mapping[int, str], others: int) -> "_Moved":
+        """Checks them.
+
+        Args:
+            memory: with the rows.
+            moves: the new label of each row, by its id.
+            others: how many rows come or go.
+        """
+        ids = torch.tensor(list(moves), dtype=torch.int64)
+        if not moves:
+            return cls(ids, [], [], memory.classes, [])
+        store, labels = _rows_of(memory), list(moves.values())
+        if store.location is not None and others:  # a journal takes one kind of change back
+            raise ValueError(
+                f"Expected rows beside the model, to relabel {len(ids)} of them and to add or "
+                f"remove {others} at once, but they lie in {store.location}; relabel first, then "
+                "do the rest."
+            )
+        classes, numbers = memory.classes.with_labels(labels, len(ids))
+        old = store.rows_of(ids)
+        old_labels = memory.classes.names_of(torch.from_numpy(old.labels))
+        return cls(ids, labels, old_labels, classes, [(old, old._replace(labels=numbers.numpy()))])
+
+    def make(self, store: RowStore) -> None:
+        """Gives rows of a datastore their new labels."""
+        for _, new in self.steps:
+            assert new is not None
+            store.relabel(self.ids, new.labels)
 
 
 def _rows_of(memory: Memory) -> RowStore:
@@ -261,9 +367,7 @@ def _after(
     config: KnnConfig,
     store: RowStore,
     done: _Done,
-    *,
-    gone: StoredRows | None = None,
-    come: StoredRows | None = None,
+    steps: Sequence[_Step],
     is_recentered: bool = False,
 ) -> Memory:
     """The memory with changed rows: with the head that a fit of them gives, and a receipt."""
@@ -273,7 +377,9 @@ def _after(
         head = copy.deepcopy(head)
         if is_recentered:
             center_head(head, store.mean, config)
-    tally = before.follow(store, head, config, gone, come, is_recentered)
+    tally = before
+    for gone, come in steps:
+        tally = tally.follow(store, head, config, gone, come, is_recentered)
     if tally.ridge is not None:
         if len(tally.ridge.counts) > len(classes.names):
             tally.ridge.truncate(len(classes.names))
@@ -286,7 +392,7 @@ def _after(
         measured = measured | {"note": f"{measured.get('note', '')} {STALE_NOTE}".strip()}
     return replace(
         memory, head=head, classes=classes, rows=store, tally=tally, measured=measured,
-        receipts=(*memory.receipts, receipt), gone=None,
+        receipts=(*memory.receipts, receipt),
     )  # fmt: skip
 
 
@@ -312,7 +418,7 @@ def _receipt(
         hash_before=before.fingerprint,
         hash_after=after.fingerprint,
         scope=str(Scope.STORE if after.ridge is None else Scope.STORE_AND_HEAD),
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        at=time_of_day(),
         old_labels=list(done.old_labels),
         new_classes=new,
         notes=remarks,

@@ -47,6 +47,7 @@ from .folders import (
     give_default_mode,
     identity,
     link_or_copy,
+    restore,
     stage_file,
 )
 from .index import RowIndex
@@ -141,7 +142,7 @@ def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> 
         )
         text = manifest.to_json().encode()
         target = folder / MANIFEST_NAME
-        staged = stage_file(target, lambda path: _write_bytes(path, text), scratch)
+        staged = stage_file(target, lambda path: path.write_bytes(text), scratch)
         _replace_faiss(folder, scratch, index)
         fsync_path(folder)
         staged.replace(target)  # the commit point
@@ -235,7 +236,7 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
         mean = contents.mean.double().numpy()
         space = RowSpace(mean, contents.metric, contents.normalization, table.features)
         rows = space.normalize(table.features[:]).astype(np.float32)
-        write: Callable[[Path], None] = partial(
+        write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
         )
     elif index is not None and not (is_large and is_rebuildable(info.spec)):
@@ -269,10 +270,6 @@ def _clear_litter(folder: Path) -> None:
     for entry in folder.iterdir():
         if BLOB_PATTERN.fullmatch(entry.name) and entry.name not in named:
             entry.unlink(missing_ok=True)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 class OpenedFiles(NamedTuple):
@@ -446,6 +443,7 @@ def open_newest(folder: Path, open_version: Callable[[Manifest, Resolve], Opened
         path = folder / name
         return path if path.is_file() else None
 
+    restore(folder)
     path = resolve(MANIFEST_NAME)
     if path is None:
         raise FileNotFoundError(

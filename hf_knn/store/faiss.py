@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.manifest import DatastoreError
 from ..core.search import Floats, Ints, Singles, float32_rounding
+from .advice import install
 
 
 def limits(last_scores: Singles, rounding: float) -> Floats:
@@ -19,7 +20,10 @@ def limits(last_scores: Singles, rounding: float) -> Floats:
     return last_scores.astype(np.float64) + rounding
 
 
-FAISS_HINT = "run `pip install hf-knn[cpu]`, or `hf-knn[gpu]` where there is an NVIDIA GPU"
+def how_to_get_faiss() -> str:
+    """The commands that install it."""
+    return f"run `{install('cpu')}`, or with [gpu] instead where there is an NVIDIA GPU"
+
 
 _TRAINING_ROWS_PER_LIST = 64
 
@@ -62,7 +66,7 @@ def require_faiss(why: str) -> None:
         ImportError: naming the extra to install.
     """
     if not has_faiss():
-        raise ImportError(f"faiss is not installed, and {why} needs it; {FAISS_HINT}.")
+        raise ImportError(f"faiss is not installed, and {why} needs it; {how_to_get_faiss()}.")
 
 
 class FaissFlat:

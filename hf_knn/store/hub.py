@@ -29,8 +29,8 @@ _CONFLICT = 412
 _BRANCHES_OF_OTHERS = "refs/"
 
 KEPT_TO_ONESELF = (
-    ".*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "checkpoint-*", "**/checkpoint-*",
-    "*/optimizer*", "runs/*",
+    ".*", "*/.*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "checkpoint-*",
+    "**/checkpoint-*", "*/optimizer*", "runs/*",
 )  # fmt: skip
 """What is never pushed: pickles, hidden files, training checkpoints."""
 

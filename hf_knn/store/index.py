@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ..core.manifest import IndexInfo
 from ..core.search import Ints, Rows, Singles
 from .faiss import (
-    FAISS_HINT,
     FaissApproximate,
     FaissFlat,
     empty_index,
     has_faiss,
+    how_to_get_faiss,
     read_flat,
     require_faiss,
 )
@@ -184,7 +184,9 @@ def build_searcher(
     if info.spec == FLAT or not has_faiss():
         if info.spec != FLAT:
             logger.warning(
-                "faiss is not installed: %s is searched exactly instead; %s.", info.spec, FAISS_HINT
+                "faiss is not installed: %s is searched exactly instead; %s.",
+                info.spec,
+                how_to_get_faiss(),
             )
         if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, features.shape[1])
@@ -242,7 +244,7 @@ def _exact_first_pass(count: int) -> Callable[[Singles], GrowingFirstPass]:
 
 @functools.cache
 def _say_once_that_faiss_is_missing() -> None:
-    logger.warning("faiss is not installed, searching with torch; %s.", FAISS_HINT)
+    logger.warning("faiss is not installed, searching with torch; %s.", how_to_get_faiss())
 
 
 def _tune(

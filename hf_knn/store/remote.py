@@ -32,6 +32,7 @@ from ..core.manifest import (
 )
 from ..core.plain_json import read_json
 from ..core.votes import Metric
+from .advice import install
 from .backend import RowStore
 from .folders import exclusive_lock, write_durably
 
@@ -49,8 +50,6 @@ _SCHEMES = ("http", "https", "tcp")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _OURS = {MILVUS: "hf_knn.milvus.datastore:MilvusDatastore"}
 """Known without installed metadata too, as in a pushed Space, which holds the sources alone."""
-
-_HOW_TO_INSTALL = "install the extra that brings others, as pip install hf-knn[milvus] does"
 
 
 def check_uri(uri: str) -> str:
@@ -153,7 +152,7 @@ class DatastoreReference:
         backend = fields.text("backend")
         known = _registry()
         if backend not in known:
-            raise fields.wrong("backend", f"{_named(known)} ({_HOW_TO_INSTALL})")
+            raise fields.wrong("backend", f"{_named(known)} ({_how_to_install()})")
         binding = fields.get("binding")
         try:
             uri, collection = fields.text("uri"), fields.text("collection")
@@ -259,14 +258,10 @@ def write_reference(folder: Path, reference: DatastoreReference) -> None:
     text = reference.to_json().encode()
     with exclusive_lock(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / MANIFEST_NAME, lambda path: _write(path, text))
+        write_durably(folder / MANIFEST_NAME, lambda path: path.write_bytes(text))
         for entry in folder.iterdir():
             if BLOB_PATTERN.fullmatch(entry.name) or entry.name == FAISS_NAME:
                 entry.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 class RemoteBackend(Protocol):
@@ -294,7 +289,7 @@ def open_remote(reference: DatastoreReference, consent: RemoteConsent) -> RowSto
     if reference.backend not in known:
         raise DatastoreError(
             f"Expected the rows of {reference.collection} to lie in {_named(known)}, but they lie "
-            f"in {reference.backend!r}; {_HOW_TO_INSTALL}."
+            f"in {reference.backend!r}; {_how_to_install()}."
         )
     backend: RemoteBackend = resolve_name(known[reference.backend])
     return backend.open(reference, consent)
@@ -303,6 +298,10 @@ def open_remote(reference: DatastoreReference, consent: RemoteConsent) -> RowSto
 def _registry() -> dict[str, str]:
     """Name -> `module:class` of each back end that is here."""
     return _OURS | {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _how_to_install() -> str:
+    return f"install the extra that brings others, as {install('milvus')} does"
 
 
 def _named(known: dict[str, str]) -> str:

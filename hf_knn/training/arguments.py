@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -30,11 +30,40 @@ _LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]
 """File of a saved model with the arguments; a pickle is nobody's friend."""
 
 
+class Recipe(NamedTuple):
+    """How much a training trains, where nobody says otherwise."""
+
+    num_train_epochs: float
+    learning_rate: float
+    per_device_train_batch_size: int
+
+
+HEAD = Recipe(60, 1e-3, 256)
+"""On features that were computed once: seconds."""
+
+FINE_TUNING = Recipe(10, 5e-5, 32)
+"""Of the backbone too."""
+
+
 @dataclass
 class KnnTrainingArguments(TrainingArguments):
     """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
 
+    A value of None, the default of the first five, is replaced when the arguments are made, by what
+    suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value that is given
+    stays, also one that is a default of `TrainingArguments`; so does what was chosen before, when
+    arguments are copied. `hf-knn train` has the same defaults, except that it skips pictures that
+    cannot be decoded and lists them, where Python raises.
+
     Args:
+        num_train_epochs: passes over the training pictures: 60 of a head alone, 10 with the
+            backbone.
+        learning_rate: at the start: 1e-3 of a head alone, 5e-5 with the backbone.
+        per_device_train_batch_size: 256 features, or 32 pictures.
+        save_strategy: `no` of a head alone, which trains in seconds, unless `save_steps`,
+            `push_to_hub` or `load_best_model_at_end` ask for checkpoints; else `steps`.
+        save_steps: see `TrainingArguments`: 500.
+        per_device_eval_batch_size: pictures of a forward pass that computes features: 32.
         freeze_backbone: train the head alone, on features that are computed once.
         trainable_blocks: train the last so many blocks of the backbone only, with what comes after
             them; None trains all.
@@ -70,6 +99,29 @@ class KnnTrainingArguments(TrainingArguments):
         feature_cache: keep computed features for the next run.
     """
 
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Default: {HEAD[0]:g} of a head alone, else {FINE_TUNING[0]:g}."},
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Default: {HEAD[1]:g} of a head alone, else {FINE_TUNING[1]:g}."},
+    )
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": f"Default: {HEAD[2]} features of a head alone, {FINE_TUNING[2]} pictures."
+        },
+    )
+    save_strategy: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 'no' of a head alone, else 'steps'."}
+    )
+    save_steps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 500; see `save_strategy`."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "Pictures of a forward pass that computes features."}
+    )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone, on features computed once."}
     )
@@ -146,6 +198,7 @@ class KnnTrainingArguments(TrainingArguments):
         Raises:
             ValueError: naming the field, its range and what was found.
         """
+        self._resolve()
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
@@ -196,6 +249,18 @@ class KnnTrainingArguments(TrainingArguments):
                 "Expected `dataloader_persistent_workers` to be False, since workers that outlive "
                 "an epoch would repeat its augmentation; leave it out."
             )
+
+    def _resolve(self) -> None:
+        """Puts what suits the training in place of None."""
+        if self.save_strategy is None:
+            asked = self.save_steps is not None or self.push_to_hub or self.load_best_model_at_end
+            self.save_strategy = "no" if self.freeze_backbone and not asked else "steps"
+        if self.save_steps is None:
+            self.save_steps = TrainingArguments.save_steps
+        recipe = HEAD if self.freeze_backbone else FINE_TUNING
+        for name, value in recipe._asdict().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def write_json(self, folder: Path) -> None:
         """Writes the recipe into a folder, which may be pushed: no token, no place on this machine.

@@ -19,8 +19,8 @@ from transformers.utils import PushInProgress
 
 from ..core.manifest import hash_blocks
 from ..core.plain_json import read_json
+from ..model.before import is_checkpoint_file
 from ..model.card import draw_reliability, make_card
-from ..model.checkpoint import is_checkpoint_file
 from ..model.code import legacy_code
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
@@ -36,6 +36,9 @@ STAGING = ".checkpoints.staging"
 """Folder of a run in which a checkpoint is built."""
 
 _DISCARDED = ".checkpoints.discarded"
+
+_REPLACED = ".checkpoints.replaced"
+"""Where a checkpoint waits for the one that takes its name, if they cannot be exchanged."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -88,6 +91,7 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
         The checkpoint, or None, and what was skipped, newest first, with the reason.
     """
     skipped = []
+    _put_back(run_folder)
     if (run_folder / STAGING).is_dir():
         unfinished = [path.name for path in (run_folder / STAGING).iterdir()]
         skipped += [f"{name}: its writer was interrupted" for name in sorted(unfinished)]
@@ -149,6 +153,7 @@ def start_staging(run_folder: Path) -> Path:
     Args:
         run_folder: the output folder of a training run.
     """
+    _put_back(run_folder)
     for name in (STAGING, _DISCARDED):
         shutil.rmtree(run_folder / name, ignore_errors=True)
     staging = run_folder / STAGING
@@ -169,12 +174,24 @@ def publish(run_folder: Path, name: str) -> Path:
     staged, final = run_folder / STAGING / name, run_folder / name
     seal(staged)
     fsync_tree(staged)
-    if not (final.exists() and exchange(staged, final)):
-        discard(run_folder, final)
+    if final.exists() and not exchange(staged, final):
+        (run_folder / _REPLACED).mkdir()
+        os.rename(final, run_folder / _REPLACED / name)
+    if staged.exists() and not final.exists():
         os.rename(staged, final)
     fsync_path(run_folder)
-    shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+    for old in (STAGING, _REPLACED):
+        shutil.rmtree(run_folder / old, ignore_errors=True)
     return final
+
+
+def _put_back(run_folder: Path) -> None:
+    """Ends what a kill between the two renames of `publish` left: the old checkpoint is there."""
+    replaced = run_folder / _REPLACED
+    for path in list(replaced.iterdir()) if replaced.is_dir() else []:
+        if not (run_folder / path.name).exists():
+            os.rename(path, run_folder / path.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def publish_with_state(run_folder: Path, name: str, state: TrainerState, limit: int | None) -> Path:

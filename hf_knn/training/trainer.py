@@ -4,61 +4,65 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import PrinterCallback
+from transformers.trainer_pt_utils import nested_numpify
+from transformers.trainer_utils import (
+    EvalPrediction,
+    TrainOutput,
+    denumpify_detensorize,
+    set_seed,
+    speed_metrics,
+)
 
 from ..core.backbone import split_features
 from ..core.config import Head
-from ..core.manifest import MANIFEST_NAME
-from ..data.augmentation import EpochRows
+from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
-from ..fit.measure import ask_folds, ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.measure import (
+    HeldOut,
+    ask_folds,
+    ask_voices,
+    choose_blend,
+    describe_measurement,
+    measure_voices,
+)
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
-from ..store.hub import PushTarget
 from .arguments import KnnTrainingArguments
 from .callbacks import callbacks_of, taking_part
-from .checkpoints import (
-    STAGING,
-    find_whole,
-    is_due,
-    prepare_checkpoint_push,
-    prepare_push,
-    publish_with_state,
-    push_in_background,
-    start_staging,
-)
 from .heads import check_at_once, fit_at_once, sweep_parts
 from .loss import KnnLoss, check_finite
 from .rows import (
     KnownFeatures,
     augment_of,
+    can_hold_out,
     check_groups,
     check_sources,
     check_tunable,
+    checked_model,
     checked_rows,
     folds_of,
     labels_in,
     store_of,
+    unstored,
 )
+from .saving import SavingTrainer
 
 
-class KnnTrainer(Trainer):
+class KnnTrainer(SavingTrainer):
     """Trains a `KnnForImageClassification`, builds its datastore, tunes and measures it.
 
     With `freeze_backbone` the features are computed once and the head trains on them; otherwise
@@ -74,7 +78,9 @@ class KnnTrainer(Trainer):
         processing_class: the image processor; None takes the model's own.
         train_transform: of training pictures, instead of `augmentation`: a torchvision transform
             that draws from torch's global generator, which is seeded for each picture and epoch.
-        kwargs: see `transformers.Trainer`.
+        model_init: returns a model, instead of `model`; each call of `train` begins with a new one,
+            as a hyperparameter search wants it. It may take the trial.
+        kwargs: see `transformers.Trainer`; `compute_metrics` is asked about the blend.
 
     Attributes:
         train_features: features of the training set, once they are known.
@@ -82,25 +88,33 @@ class KnnTrainer(Trainer):
         probe_choice: which head of `probe_grid` was best, with the table of all.
 
     Raises:
-        ValueError: for a dataset without pictures or labels, or labels the model does not have.
+        ValueError: for a dataset without pictures or labels, labels the model does not have, a
+            stream, a dataset of torch, or a model with adapters (LoRA).
     """
 
     # the loss is a mean over the batch, which Trainer has to divide for gradient accumulation
     loss_is_scaled_for_ga = False
-    model: KnnForImageClassification
-    args: KnnTrainingArguments
-    push_in_progress: Any = None
+    model_init: Any
+    compute_metrics: Any
+    eval_dataset: Any
 
     def __init__(
         self,
-        model: KnnForImageClassification,
-        args: KnnTrainingArguments,
+        model: KnnForImageClassification | None = None,
+        args: KnnTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         train_transform: Callable[[Any], Any] | None = None,
+        model_init: Callable[..., KnnForImageClassification] | None = None,
         **kwargs: Any,
     ) -> None:
+        args = KnnTrainingArguments("trainer_output") if args is None else args
+        if model is None and model_init is not None:
+            self.model_init = model_init
+            set_seed(args.seed)
+            model = self.call_model_init()  # type: ignore[assignment]
+        model = checked_model(model, args, has_init=model_init is not None)
         processor = processing_class or model.image_processor
         model.image_processor = processor
         check_sources(train_dataset, eval_dataset, processor, args)
@@ -112,9 +126,6 @@ class KnnTrainer(Trainer):
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
-        self._datastore_step = -1
-        self._is_staging = False
-        self._background = HfApi()  # it has one thread, so that pushes follow each other
         self._known_features = KnownFeatures(args)
         super().__init__(
             model=model,
@@ -124,6 +135,7 @@ class KnnTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
+        self.model_init = model_init
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -142,6 +154,8 @@ class KnnTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected `train_dataset` to train on, but got None.")
+        if self.model_init is not None:
+            self._begin_anew(*args[:1], **kwargs)
         if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
@@ -158,17 +172,14 @@ class KnnTrainer(Trainer):
                 self.model.datastore = None  # of weights that are about to change
                 if self.args.trainable_blocks is not None:
                     freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
+            init, self.model_init = self.model_init, None  # it was called already
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
-                self.train_dataset = pictures
+                self.train_dataset, self.model_init = pictures, init
         self.build_datastore()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
-
-    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint in `output_dir` to resume from, see `find_whole`."""
-        return find_whole(Path(str(self.args.output_dir)), wanted)
 
     def build_datastore(self) -> Datastore:
         """Builds the datastore from the training set, with the weights as they are.
@@ -186,8 +197,7 @@ class KnnTrainer(Trainer):
         store.digest = made_by(self.model)
         if features.backend:
             store.source["backend"] = features.backend
-        # receipts and pictures are those of the rows before
-        self.model.memory = self.model.memory.started_with(store)
+        self.model.memory = self.model.memory.started_with(store, features.ids, features.contents)
         self._datastore_step = self.state.global_step
         return store
 
@@ -196,38 +206,46 @@ class KnnTrainer(Trainer):
         eval_dataset: Any = None,
         criterion: str | None = None,
         calibrate: bool | None = None,
+        progress: bool | None = None,
     ) -> TuneResult:
         """Chooses k, temperature and λ and sets them in the model's configuration.
 
-        On a validation set if there is one; else, with a frozen backbone, by cross-validation in
-        which both voices of a fold come from its training part only.
+        On a validation set if there is one, without what of it is stored; else, with a frozen
+        backbone, by cross-validation in which both voices of a fold come from its training part.
+        Below 16 labels a class, and where no row can be held out, the fixed cell is taken (k 20,
+        T 0.14, λ 0.5), unless a criterion is named: on so few, chance would choose.
+
+        Half of the rows are chosen on; on the others, which nothing was chosen on, thresholds for
+        `explain(max_error=…)` are found.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
             criterion: see `hf_knn.tune`; None takes `tune_criterion`.
             calibrate: also scale the temperatures of head and blend on these rows: the head's goes
                 into its weights, the blend's into `blend_temperature`. None takes the argument's.
+            progress: show progress bars; None does where `disable_tqdm` allows it.
 
         Raises:
             ValueError: without a validation set if the backbone was trained: it has seen every row.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_tunable(dataset, self.args)
+        criterion = criterion or self.args.tune_criterion
+        progress = not self.args.disable_tqdm if progress is None else progress
         if self.model.datastore is None:
             self.build_datastore()
+        held_out: HeldOut | None = None
         if dataset is not None:
-            features = self._features_of(checked_rows(dataset, self.model))
+            features = unstored(self._features_of(checked_rows(dataset, self.model)), self.model)
             held_out = ask_voices(self.model, features, self.args.device)
         else:
             rows = self.train_features or self._features_of(self.train_dataset)
-            self.train_features, folds = rows, folds_of(rows, self.args)
-            held_out = ask_folds(self.model, rows, folds, self._fit_fold, self.args.device)
-        self.tune_result = choose_blend(
-            self.model,
-            held_out,
-            criterion or self.args.tune_criterion,
-            self.args.calibrate if calibrate is None else calibrate,
-        )
+            self.train_features = rows
+            if criterion or can_hold_out(rows):
+                folds, device = folds_of(rows, self.args), self.args.device
+                held_out = ask_folds(self.model, rows, folds, self._fit_fold, device, progress)
+        calibrate = self.args.calibrate if calibrate is None else calibrate
+        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress)
         self._forget_measurement()
         return self.tune_result
 
@@ -240,19 +258,23 @@ class KnnTrainer(Trainer):
         """Measures head, neighbours and blend.
 
         Args:
-            eval_dataset: pictures with labels, or `ImageFeatures`; None takes the trainer's own.
+            eval_dataset: pictures with labels, `ImageFeatures`, or the name of one of several; None
+                takes the trainer's own.
             ignore_keys: accepted for `Trainer`; every output is small enough to keep.
             metric_key_prefix: of the names.
 
         Returns:
             `eval_{head|knn|blend}_{top1|top5|mean_class|nll|ece|brier}` (`auroc` for two classes),
-            `eval_loss` (cross-entropy of the head), `eval_accuracy` (top-1 of the blend), and
-            `eval_both_wrong`, `eval_oracle`, `eval_blend_gain`.
+            `eval_loss` (cross-entropy of the head), `eval_accuracy` (top-1 of the blend),
+            `eval_both_wrong`, `eval_oracle`, `eval_blend_gain`, and `eval_stored`: how many of the
+            pictures are stored; if some are, all numbers without them: `eval_without_stored_…`.
 
         Raises:
             ValueError: without a dataset, or with labels the model does not have.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Expected `eval_dataset` to evaluate on, but got None.")
         if isinstance(dataset, dict):
@@ -260,61 +282,46 @@ class KnnTrainer(Trainer):
             for name, rows in dataset.items():
                 everything |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
             return everything
-        started = time.time()
+        started, prefix = time.time(), metric_key_prefix
         trains_backbone = self.is_in_train and not self.args.freeze_backbone
         if trains_backbone and self._datastore_step != self.state.global_step:
             self.build_datastore()
         features = self._features_of(checked_rows(dataset, self.model))
-        prefix = metric_key_prefix
-        found, reliability = measure_voices(self.model, features, self.args.device)
-        metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+        found = measure_voices(self.model, features, self.args.device)
+        metrics = {f"{prefix}_{name}": value for name, value in found.numbers.items()}
         metrics |= speed_metrics(prefix, started, num_samples=len(features))
         if not self.is_in_train:
             is_own = eval_dataset is None or eval_dataset is self.eval_dataset
             is_tuned_on = is_own and self.tune_result is not None
             self.model.measured = describe_measurement(
                 metrics, prefix, len(features), eval_dataset, is_tuned_on
-            ) | {"reliability": reliability}
+            ) | {"reliability": found.reliability}
+        metrics |= self._own_metrics(found.logits, features.labels, prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> Any:
-        """Saves into `output_dir` and pushes it in one commit; the card is made anew.
+    def _own_metrics(self, logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
+        """What the caller's `compute_metrics` says of the blend.
 
         Args:
-            commit_message: of the commit.
-            blocking: wait for it; False returns a future.
-            token: a token; None is that of the arguments.
-            revision: a branch; None is that of the arguments.
-            private: whether a repository that is made is private; None is as the arguments say.
-
-        Returns:
-            `CommitInfo`, or a future of it; None on other ranks than the first.
-
-        Raises:
-            PushConflictError: if the branch moved on meanwhile; nothing was overwritten.
+            logits: [N, C] of the blend.
+            labels: [N] int64.
+            prefix: of the names.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        target = PushTarget(str(self.hub_model_id), private, token, revision)
-        folder = Path(str(self.args.output_dir))
-        push = prepare_push(self.model, folder, self.args, target, commit_message or "")
-        return push() if blocking else self._background.run_as_future(push)
+        if self.compute_metrics is None:
+            return {}
+        if self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        asked: Any = (logits, labels)
+        if self.args.batch_eval_metrics:  # all rows are the last batch
+            own = self.compute_metrics(EvalPrediction(*asked), compute_result=True)
+        else:
+            own = self.compute_metrics(EvalPrediction(*nested_numpify(asked)))
+        own = denumpify_detensorize(own)
+        return {n if n.startswith(f"{prefix}_") else f"{prefix}_{n}": own[n] for n in own}
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
@@ -351,6 +358,30 @@ class KnnTrainer(Trainer):
         check_finite(value, self.state.global_step + 1, sample_ids)
         return loss
 
+    def _begin_anew(self, trial: Any = None, **kwargs: Any) -> None:
+        """Another model by `model_init`, with the arguments of a trial: each training has its own.
+
+        Args:
+            trial: of a hyperparameter search.
+            kwargs: of `Trainer.train`.
+        """
+        self._hp_search_setup(trial)
+        set_seed(self.args.seed)
+        names, processor = self.model.config.class_names, self.model.image_processor
+        found = self.call_model_init(trial)
+        model = checked_model(found, self.args, has_init=True)
+        if model.config.class_names != names:
+            raise ValueError(
+                f"Expected `model_init` to return models of the classes {names}, but got "
+                f"{model.config.class_names}."
+            )
+        model.image_processor = processor
+        self._move_model_to_device(model, self.args.device)
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self.loss = KnnLoss(self.args, model.config)
+        self.train_features = self.tune_result = self.probe_choice = None
+
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""
         self.model.measured = self.model.neighbor_picture = None
@@ -358,8 +389,7 @@ class KnnTrainer(Trainer):
     def _refresh(self) -> None:
         """A datastore of the weights as they are, and what it says about each training row."""
         started = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):  # a refresh must not move the training's numbers
-            torch.manual_seed(self.args.seed)
+        with seeded(self.args.seed):  # a refresh must not move the training's numbers
             store = self.build_datastore()
             features = self.train_features
             assert features is not None
@@ -419,82 +449,3 @@ class KnnTrainer(Trainer):
             trainer.probe_choice = self.probe_choice
             trainer.train()
         return model
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints go; while one is built, a hidden folder below it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self._is_staging else folder
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Saves a training checkpoint, which appears whole or not at all, and pushes it."""
-        run_folder = Path(self._get_output_dir(trial))
-        name, best = f"checkpoint-{self.state.global_step}", self.state.best_global_step
-        known = run_folder / f"checkpoint-{best}" if best else None
-        if self.args.should_save:
-            start_staging(run_folder)
-        self.accelerator.wait_for_everyone()
-        self._is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_staging = False
-        if known is not None and (known.name == name or known.exists()):
-            self.state.best_model_checkpoint = str(known)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            final = publish_with_state(run_folder, name, self.state, self.args.save_total_limit)
-            if self.model.datastore is not None and (final / MANIFEST_NAME).is_file():
-                self.model.datastore.home = final  # the next one links what did not change
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_folder / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint in the background, once it is whole and in its place."""
-        last = self.push_in_progress
-        if self._is_staging or not self.is_world_process_zero() or not is_due(self.args, last):
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, repo_id = Path(checkpoint_folder), str(self.hub_model_id)
-        step = self.state.global_step
-        push = prepare_checkpoint_push(self.model, folder, self.args, repo_id, step)
-        self.push_in_progress = push_in_background(self._background, push, last)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Saves a whole checkpoint; the arguments as JSON, since a pickle is nobody's friend."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        store = self.model.datastore
-        if self.is_in_train and not self.args.freeze_backbone:
-            # one of other weights does not belong into this checkpoint
-            is_current = self._datastore_step == self.state.global_step
-            self.model.datastore = store if is_current else None
-        try:
-            self.model.save_pretrained(folder, state_dict=state_dict)
-        finally:
-            self.model.datastore = store
-        self.args.write_json(folder)
-        if self.is_in_train:
-            self.loss.save(folder)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        """Restores weights and datastore; Trainer's own way loses renamed tensors silently."""
-        folder = Path(resume_from_checkpoint)
-        trusts = self.args.names_index
-        loaded = KnnForImageClassification.from_pretrained(folder, trust_faiss_index=trusts)
-        self.model.load_state_dict(loaded.state_dict())
-        self.model.datastore = loaded.datastore
-        if self.args.reweights and not self.args.freeze_backbone:
-            self.loss.load(folder)
-
-    def _load_best_model(self) -> None:
-        """Restores weights and datastore of the best checkpoint."""
-        best = self.state.best_model_checkpoint
-        assert best is not None
-        self._load_from_checkpoint(best)
-        self._datastore_step = self.state.best_global_step or -1

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 993f6663dd26861439410d699461ba7cc47a0483f909142225a76e50adcb834c.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 02b0c336e6a97ac676dc9dfb23009618479ae7804365e7f44759be30e9c23c4a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

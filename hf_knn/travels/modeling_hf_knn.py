@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 993f6663dd26861439410d699461ba7cc47a0483f909142225a76e50adcb834c.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 02b0c336e6a97ac676dc9dfb23009618479ae7804365e7f44759be30e9c23c4a.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1382,6 +1382,10 @@ logger = logging.getLogger(__name__)
 THUMBNAILS_NAME = "thumbnails.safetensors"
 """File of a checkpoint: ids, where each picture ends, and the bytes of all of them."""
 
+CONTENTS_NAME = "contents.safetensors"
+"""File of a checkpoint: ids, marks of the rows, and prints of their pictures."""
+
+_NO_WEIGHTS = (THUMBNAILS_NAME, CONTENTS_NAME)
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 """Of `from_pretrained`, which hold for every file."""
 
@@ -1508,7 +1512,7 @@ def bind(folder: Path, pooling: str, dtype: str, weight_sum: str | None = None) 
     if weight_sum is not None:
         fingerprint = _combine(weight_sum, processor_sum, pooling)
     names = [CONFIG_NAME, *(path.name for path in weights)]
-    others = (SAFE_WEIGHTS_INDEX_NAME, THUMBNAILS_NAME)
+    others = (SAFE_WEIGHTS_INDEX_NAME, *_NO_WEIGHTS)
     names += [name for name in others if (folder / name).is_file()]
     files = [FileRecord.of(folder / name) for name in names]
     return Binding(fingerprint, weight_sum or here, processor_sum, pooling, dtype, files)
@@ -1563,7 +1567,7 @@ def hash_settings(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and name != THUMBNAILS_NAME
+    return name.endswith(".safetensors") and name not in _NO_WEIGHTS
 
 def _stored_pooling(config: Path | None, fallback: str) -> str:
     """The pooling that the configuration beside the datastore asks for."""
@@ -1840,12 +1844,14 @@ class KnnForImageClassification(PreTrainedModel):
             log_probs = functional.pad(log_probs, (0, missing), value=-torch.inf)
         return floor_log_probs(log_probs), head_logits, votes  # [B, C], [B, C_head], [B, C]
 
+    @torch.compiler.disable  # a search is no graph; under `inference_mode` its capture fails
     def _find_neighbors(self, features: Tensor, sample_ids: Tensor | None) -> Neighbors | None:
         store = self.datastore
         if store is None or len(store) == 0:
             return None
         return store.search(features.float(), self.config.k, sample_ids)
 
+    @torch.compiler.disable
     def _count_votes(self, neighbors: Neighbors) -> Tensor:
         assert self.datastore is not None
         return knn_log_probs(

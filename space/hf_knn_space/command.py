@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 
@@ -17,6 +18,9 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that it cannot encode ends nothing
+            stream.reconfigure(errors="backslashreplace")
     given = _parser().parse_args(arguments)  # first: `--help` waits for no library
 
     from .opening import open_page
@@ -27,7 +31,8 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
         page = open_page(beside, given.checkpoint, given.pictures, data, given.backend)
         app = make_app(page, beside)
     except (ValueError, OSError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"Error: {said}", file=sys.stderr)
         return 1
     launch(app, server_port=given.port)
     return 0

@@ -13,9 +13,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_knn import BadImageError, load_splits
-from hf_knn.data import decode_image
 
-from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
+from .uploads import small_picture
 
 MAX_DATASET_BYTES = 4 * 2**30
 """A larger dataset is not downloaded for its thumbnails."""
@@ -80,7 +79,7 @@ class HubPictures:
         if not source:
             return None
         try:
-            return thumbnail(decode_image(source, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS))
+            return small_picture(source)
         except (BadImageError, OSError):  # then a tile is shown, as for one that is not there
             return None
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Taught:
         digest: of label and pictures; a key belongs to one request.
         ids: of the rows it made.
         label: as it was asked for.
+        skipped: places of the pictures that made no row, since they are known already.
     """
 
     key: str
     digest: str
     ids: list[int]
     label: str
+    skipped: list[int] = field(default_factory=list)
 
 
 class JournalError(ValueError):

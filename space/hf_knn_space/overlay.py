@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,9 +75,12 @@ class Overlay:
         return known
 
     def teach(
-        self, features: Tensor, label: str, thumbnails: Sequence[bytes], key: str, digest: str
-    ) -> Taught:
+        self, features: Tensor, label: str, thumbnails: Sequence[bytes], key: str, digest: str,
+        contents: Sequence[bytes] | None = None,
+    ) -> Taught:  # fmt: skip
         """Adds pictures under one label, all or none; kept on disk before this returns.
+
+        Those that are known with this label already, published or taught, are left out.
 
         Args:
             features: [M, D].
@@ -84,25 +88,38 @@ class Overlay:
             thumbnails: M small pictures.
             key: a new one.
             digest: of the request.
+            contents: M prints, see `hf_knn.data.content_of`; None adds all pictures.
 
         Raises:
-            SpaceError: beyond what a visitor may teach, or if it cannot be kept; then nothing was
-                taught.
+            SpaceError: beyond what a visitor may teach, for pictures that are known with another
+                label, or if it cannot be kept; then nothing was taught.
         """
         self._check_room(len(features), label)
-        ids = list(range(self._next_id, self._next_id + len(features)))
-        taught = Taught(key, digest, ids, label)
+        count = len(features)
+        ids = list(range(self._next_id, self._next_id + count))
+        try:
+            receipt = self.model.teach(
+                features=features, labels=[label] * count, ids=ids,
+                contents=None if contents is None else _as_tensor(contents),
+            )  # fmt: skip
+        except ValueError as error:  # the label was checked, and nothing else can be wrong
+            problem = str(error).partition(" Nothing was changed")[0]
+            raise SpaceError(f"{problem} Nothing was taught; leave them out.") from error
+        taught = Taught(key, digest, receipt.ids, label, receipt.skipped)
+        came = [place for place in range(count) if place not in set(receipt.skipped)]
         rows = [
-            Example(row_id, label, row.numpy().astype("<f4").tobytes(), thumbnail)
-            for row_id, row, thumbnail in zip(ids, features, thumbnails, strict=True)
+            Example(row_id, label, _as_bytes(features[place]), thumbnails[place])
+            for row_id, place in zip(receipt.ids, came, strict=True)
         ]
-        self.model.teach(features=features, labels=[label] * len(ids), ids=ids)
+        next_id = max([self._next_id, *(row_id + 1 for row_id in receipt.ids)])
         if self._journal is not None:
             with self._closing_on_failure():
-                self._journal.append(taught, rows, ids[-1] + 1)
+                self._journal.append(taught, rows, next_id)
         self._done[taught.key] = taught
         self.examples |= {row.row_id: row for row in rows}
-        self._next_id, self._forgotten = ids[-1] + 1, []
+        self._next_id = next_id
+        if rows:
+            self._forgotten = []
         return taught
 
     def forget(self, ids: Sequence[int]) -> list[int]:
@@ -226,7 +243,16 @@ def request_digest(label: str, digests: Sequence[str]) -> str:
 
 
 def _with_label(row: Example, label: str) -> Example:
-    return Example(row.row_id, label, row.features, row.thumbnail)
+    return replace(row, label=label)
+
+
+def _as_bytes(features: Tensor) -> bytes:
+    return features.numpy().astype("<f4").tobytes()
+
+
+def _as_tensor(contents: Sequence[bytes]) -> Tensor:
+    prints = np.frombuffer(b"".join(contents), np.uint8).reshape(len(contents), -1)
+    return torch.tensor(prints)
 
 
 def fingerprint(model: KnnForImageClassification) -> str:

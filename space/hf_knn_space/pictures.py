@@ -5,10 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from hf_knn import BadImageError
-from hf_knn.data import decode_image
+from hf_knn.data import StoredPictures
 
-from .uploads import MAX_BYTES, MAX_PIXELS, thumbnail
+from .uploads import small_picture
 
 
 class Pictures(Protocol):
@@ -56,7 +55,7 @@ class FolderPictures:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._root = folder.resolve()
+        self._stored = StoredPictures(folder)
         self._find = lru_cache(maxsize=4096)(self._read)
 
     def find(self, row_id: int, path: str) -> bytes | None:
@@ -64,11 +63,10 @@ class FolderPictures:
         return self._find(path)
 
     def _read(self, path: str) -> bytes | None:
-        place = (self._root / path).resolve()
-        # paths come from a checkpoint, which may be anybody's
-        if not path or not place.is_relative_to(self._root) or not place.is_file():
-            return None
         try:
-            return thumbnail(decode_image(place, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS))
-        except BadImageError:  # then a tile is shown, as for one that is not there
+            place = self._stored.find(path)  # paths come from a checkpoint, which may be anybody's
+            if place is None:
+                return None
+            return small_picture(place)
+        except (ValueError, OSError):  # then a tile is shown, as for one that is not there
             return None

@@ -18,6 +18,7 @@ from hf_knn import (
     KnnForImageClassification,
     PictureEncoder,
 )
+from hf_knn.data import content_of
 
 from .overlay import Overlay, request_digest
 from .settings import Settings, checked
@@ -26,7 +27,7 @@ from .uploads import (
     Upload,
     check_files,
     check_label,
-    read_upload,
+    reading,
     shrink,
     thumbnail,
 )
@@ -46,11 +47,13 @@ class Look:
     Attributes:
         name: of the file.
         digest: of the file.
+        content: the print of the picture, see `content_of`.
         features: [1, D] float32.
     """
 
     def __init__(self, upload: Upload, features: Tensor) -> None:
         self.name, self.digest, self.features = upload.name, upload.digest, features
+        self.content = content_of(upload.image)
         self._image: Image.Image | None = shrink(upload.image)
         self._thumbnail = b""
 
@@ -107,18 +110,25 @@ class Service:
             SpaceError: if nothing was sent.
             BadImageError: if it is not a picture that is accepted.
         """
-        upload = read_upload(path)
+        with reading(path) as upload:
+            features = self._known(upload.digest)
+            if features is None:
+                features = self._encoder([upload.image])
+                self._keep(upload.digest, features)
+            return Look(upload, features)
+
+    def _known(self, digest: str) -> Tensor | None:
         with self._lock:
-            features = self._features.get(upload.digest)
+            features = self._features.get(digest)
             if features is not None:
-                self._features.move_to_end(upload.digest)
-                return Look(upload, features)
-        features = self._encoder([upload.image])
+                self._features.move_to_end(digest)
+            return features
+
+    def _keep(self, digest: str, features: Tensor) -> None:
         with self._lock:
-            self._features[upload.digest] = features
+            self._features[digest] = features
             if len(self._features) > _KEPT_FEATURES:
                 self._features.popitem(last=False)
-        return Look(upload, features)
 
     def look_at_all(self, paths: Sequence[str]) -> list[Look]:
         """Several pictures, all or none.
@@ -169,7 +179,8 @@ class Service:
             key: any text of the client's own; empty makes the request one of its own.
 
         Returns:
-            `visitor`, `ids`, `label`, `examples` (how many the visitor has), `repeated`.
+            `visitor`, `ids`, `label`, `examples` (how many the visitor has), `repeated`, and
+            `skipped`: places of the pictures that are known with this label already.
 
         Raises:
             SpaceError: beyond the limits, for a key of another request, or a picture that cannot be
@@ -189,10 +200,12 @@ class Service:
                 [look.thumbnail for look in looks],
                 key,
                 digest,
+                [look.content for look in looks],
             )
             return {
                 "visitor": token, "ids": taught.ids, "label": taught.label,
                 "examples": len(overlay.examples), "repeated": known is not None,
+                "skipped": taught.skipped,
             }  # fmt: skip
 
     def forget(self, ids: Sequence[int], token: str) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 import base64
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from hf_knn.data import decode_image
+from hf_knn.data import decoding
 
-MAX_BYTES = 10 * 2**20
+MAX_BYTES = 64 * 2**20
 """Of one file; the server refuses more while it is being sent."""
 
-MAX_PIXELS = 24 * 10**6
-"""Of one picture, read from its header."""
+LARGE_PIXELS = 24 * 10**6
+"""Pictures with more are decoded and looked at one at a time; `decode_image` has the limits."""
 
 MAX_FILES = 16
 """Pictures in one request."""
@@ -43,8 +45,9 @@ class Upload(NamedTuple):
     image: Image.Image
 
 
-def read_upload(path: str | Path | None) -> Upload:
-    """Reads one file.
+@contextmanager
+def reading(path: str | Path | None) -> Iterator[Upload]:
+    """Reads one file; while a large picture is in use, no other is read.
 
     Args:
         path: of the file; None if nothing was sent.
@@ -58,8 +61,23 @@ def read_upload(path: str | Path | None) -> Upload:
     place = Path(path)
     with place.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
-    image = decode_image(data, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)
-    return Upload(place.name, hashlib.sha256(data).hexdigest(), image)
+    digest = hashlib.sha256(data).hexdigest()
+    with decoding(data, max_bytes=MAX_BYTES, alone_above=LARGE_PIXELS) as image:
+        yield Upload(place.name, digest, image)
+
+
+def small_picture(source: bytes | str | Path) -> bytes:
+    """A small WEBP of the picture in a file.
+
+    Args:
+        source: the file's bytes, or its path.
+
+    Raises:
+        BadImageError: if it is not a picture that is accepted, with the reason.
+        OSError: if it cannot be read.
+    """
+    with decoding(source, alone_above=LARGE_PIXELS) as image:
+        return thumbnail(image)
 
 
 def check_files(paths: list[str] | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.space_app import PER_CLASS, Running, features_of, running, write_picture
 
-from hf_knn_space.uploads import as_uri, read_upload, thumbnail
+from hf_knn_space.uploads import as_uri, reading, thumbnail
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 _OPTIONS = [
@@ -71,9 +71,10 @@ class Visit:
         """The answer to a picture that is not shown yet, once the page shows it."""
         self.page.get_by_role("tab", name="Classify").click()
         self.upload(path)
+        with reading(path) as upload:
+            uri = as_uri(thumbnail(upload.image))
         self.page.wait_for_function(
-            "uri => document.querySelector('#knn-page .knn-answer > img')?.src === uri",
-            arg=as_uri(thumbnail(read_upload(path).image)),
+            "uri => document.querySelector('#knn-page .knn-answer > img')?.src === uri", arg=uri
         )
         return self.page.locator("#knn-answer").inner_text()
 

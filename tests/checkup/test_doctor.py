@@ -103,6 +103,50 @@ def test_everything_planted_is_found(checked):
     assert "--backbone" in done.stdout
 
 
+def test_what_is_merely_not_read_is_to_be_converted(backbone, tmp_path):
+    folder, out = tmp_path / "mixed", tmp_path / "out"
+    for name in COLOURS:
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            picture(name, i).save(folder / name / f"{i}.png")
+    picture("ant", 7).save(folder / "ant" / "scan.tiff")
+    picture("ant", 8).save(folder / "ant" / "web.avif")
+    Image.new("1", (900, 900)).save(folder / "ant" / "large.png")
+    heights = Image.fromarray(np.full((9, 9), 8e6, np.float32))
+    heights.save(folder / "bee" / "heights.tif")
+    (folder / "bee" / "half.tif").write_bytes(b"II*\0" + bytes(40))
+    done = hf_knn(
+        "doctor", folder, "--backbone", backbone, "-o", out, "--max-pixels", 500_000, "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    lines = lines_of(out)
+    assert found(lines, "not_read") == {"large.png", "heights.tif"}
+    assert found(lines, "broken") == {"half.tif"}
+    for line in lines:
+        is_unread = line["kind"] == "not_read"
+        assert any(word in line["detail"] for word in ("convert it", "smaller")) == is_unread
+    answer = json.loads(done.stdout)
+    assert (answer["counts"]["not_read"], answer["counts"]["broken"]) == (2, 1)
+    (advice,) = [line for line in answer["first"] if "not read" in line]
+    assert "(2): Convert them" in advice
+    assert not any(word in advice.lower() for word in ("repair", "delete"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "--max-pixels or --max-bytes may allow it" in page
+    again = hf_knn("doctor", folder, "--backbone", backbone, "-o", out, "--json")
+    assert json.loads(again.stdout)["counts"]["not_read"] == 1  # the limit is a higher one now
+
+
+def test_nothing_that_is_read_says_what_to_do(backbone, tmp_path):
+    Image.new("1", (900, 900)).save(tmp_path / "large.png")
+    done = hf_knn("doctor", tmp_path, "--backbone", backbone, "--max-pixels", 9)
+    assert done.exit_code == 1
+    said = " ".join(done.stderr.split())
+    assert (
+        "large.png: Is not read: the picture has 900 x 900 pixels, more than 9; make it smaller"
+        in said
+    )
+
+
 def test_the_page_shows_hostile_labels_as_text(checked):
     page = (checked[0] / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page
@@ -172,7 +216,7 @@ def test_without_labels_the_rest_is_looked_for(kind, clean, backbone, tmp_path):
     counts = {name: count for name, count in answer["counts"].items() if count}
     assert counts.pop("outlier", 0) <= 1
     assert counts == {"broken": 1, "exact_duplicate": 1}
-    looked_for = {"broken", "exact_duplicate", "near_duplicate", "outlier"}
+    looked_for = {"broken", "not_read", "exact_duplicate", "near_duplicate", "outlier"}
     assert set(answer["counts"]) == looked_for  # a 0 would be good news
     assert answer["classes"] == 0
     assert "no labels" in answer["not_looked_at"][0]

@@ -84,17 +84,21 @@ def test_with_pictures_they_are_compared_and_shown(checkpoint, root, tmp_path):
 def test_a_folder_without_the_pictures_is_refused(checkpoint, tmp_path):
     done = hf_knn("inspect", checkpoint, "-o", tmp_path / "out", "--pictures", tmp_path)
     assert done.exit_code == 1
+    assert f"0 of {ROWS} found under {tmp_path}" in " ".join(done.stderr.split())
     assert "ant/0.png" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_stored_paths_never_leave_the_folder(tmp_path, root):
-    from hf_knn.checkup.examine import open_picture, place_of
+    from hf_knn.checkup.examine import open_picture
+    from hf_knn.data import StoredPictures
 
     outside = root.parent / "secret.png"
     outside.write_bytes(encoded(picture(0, 0)))
-    for path in ("../secret.png", str(outside), "", "ant"):
-        assert place_of(root, path) is None
-    assert open_picture(root, "ant/0.png") is not None
+    stored = StoredPictures(root)
+    for path in ("../secret.png", str(outside), "", "ant", "train/../../secret.png", "\0"):
+        assert stored.find(path) is None
+    assert open_picture(stored, "ant/0.png") is not None
 
 
 def test_a_damaged_datastore_is_refused(checkpoint, tmp_path):

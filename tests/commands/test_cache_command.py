@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import as_checkpoint
 from support.pictures import dataset_of, small_model
 from typer.testing import CliRunner
 
@@ -112,14 +113,18 @@ def test_the_backend_option_is_for_one_command(
     if before:
         monkeypatch.setenv("HF_KNN_BACKEND", before)
     monkeypatch.setattr(
-        "hf_knn.commands.console.run", lambda *_: seen.append(os.environ.get("HF_KNN_BACKEND"))
+        "hf_knn.commands.console.run",
+        lambda *_, **__: seen.append(os.environ.get("HF_KNN_BACKEND")),
     )
-    calls = [["train", "x"], ["evaluate", "x", "y"], ["tune", "x", "y"]]
-    calls += [["teach", "x", "y"], ["doctor", "x"]]
-    for call in calls:
+    monkeypatch.setattr("hf_knn.features.backends.find_spec", lambda name: name)  # all are here
+    checkpoint, pictures = as_checkpoint(tmp_path / "checkpoint"), tmp_path
+    calls = [["train", pictures, "--backbone", checkpoint], ["evaluate", checkpoint, pictures]]
+    calls += [["tune", checkpoint, pictures], ["teach", checkpoint, pictures]]
+    calls += [["doctor", pictures, "--backbone", checkpoint]]
+    for call in [[*map(str, each)] for each in calls]:
         done = CliRunner().invoke(hf_knn_cli.app, [*call, "--backend", "openvino"])
         assert done.exit_code == 0, done.output
         assert os.environ.get("HF_KNN_BACKEND") == before
     assert seen == ["openvino"] * len(calls)
-    done = CliRunner().invoke(hf_knn_cli.app, ["doctor", "x", "--backend", "tensorrt"])
+    done = CliRunner().invoke(hf_knn_cli.app, ["doctor", ".", "--backend", "tensorrt"])
     assert done.exit_code == 2

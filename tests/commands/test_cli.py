@@ -131,7 +131,7 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
     assert metrics["eval_oracle"] >= metrics["eval_blend_top1"]
     done = hf_knn("tune", output, pictures, "--criterion", "accuracy", "--plot", plot)
     assert done.exit_code == 0, done.stderr
-    assert "named like those in the datastore" in done.stdout
+    assert "are stored in the model, and nothing is chosen on them" in " ".join(done.stdout.split())
     config = json.loads((output / "config.json").read_text())
     assert f"k = {config['k']}," in done.stdout
     assert min(Image.open(plot).size) > 300
@@ -207,6 +207,11 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     done = hf_knn("train", table, "-o", output, "--backbone", backbone, *options)
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "Too few labels to choose by (24 on cross-validation; 16 a class are wanted)" in words
+    assert "the fixed cell is taken: k = 20, temperature = 0.14, λ = 0.5." in words
+    assert "Training on folds: 100%" in done.stderr
+    assert "Choosing k, temperature and λ: 100%" in done.stderr
     assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())
     assert config["blend_temperature"] != 1
@@ -225,7 +230,8 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     (_, box) = taught.changes[-1].ids
     assert taught.thumbnails.get(box) == small_webp(decode_image(pictures / "square/051.jpg"))
     assert len(taught.thumbnails) == 26
-    done = hf_knn("train", table, "-o", output, "--backbone", backbone, "--group-by", "lens")
+    other = ("-o", tmp_path / "other", "--backbone", backbone)
+    done = hf_knn("train", table, *other, "--group-by", "lens")
     assert done.exit_code == 1
     assert "'lens'" in done.stderr
     assert "camera" in done.stderr
@@ -263,7 +269,7 @@ def test_options_that_do_not_go_together(backbone, pictures, tmp_path, options, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "no-such-folder/"), "there is nothing there"),
+        (("train", "no-such-folder/"), "no-such-folder/ to be a folder of pictures"),
         (("predict", "no-such-checkpoint/", "x.jpg"), "no-such-checkpoint"),
         (("train", ".", "--alpha", "-1"), "--alpha"),
         (("train", ".", "--precision", "fp8"), "fp8"),

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -15,12 +15,16 @@ from typer.testing import CliRunner
 
 import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
+from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
+from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
 from hf_knn.milvus.collection import MilvusIndex
+from hf_knn.training.arguments import FINE_TUNING, HEAD
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 
 NOT_OFFERED = "nonsense"
+LIMITS = ("max_pixels", "max_bytes")
 
 Parameters = dict[tuple[str, str], Parameter]
 """By command and name."""
@@ -40,6 +44,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "on_bad_image": training("on_bad_image"),
     "precision": training("feature_precision"),
     "queries": training("knn_queries"),
+    "splits": lambda _: reading_of(NOT_OFFERED),
     "sweep": training("probe_grid"),
 }
 """How the package says what it takes instead, for each option that is a choice."""
@@ -99,17 +104,66 @@ def test_choices_in_the_text_of_a_help_are_those_of_the_package() -> None:
     assert poolings <= set(helps["train", "pooling"])
 
 
+def test_defaults_in_the_text_of_a_help_are_those_of_the_package() -> None:
+    own = {option.name: option.default for option in fields(TrainOptions)}
+    assert (own["epochs"], own["learning_rate"]) == (None, None)
+    assert own["batch_size"] == FINE_TUNING.per_device_train_batch_size
+    for name, values in (
+        ("epochs", (HEAD.num_train_epochs, FINE_TUNING.num_train_epochs)),
+        ("learning_rate", (HEAD.learning_rate, FINE_TUNING.learning_rate)),
+    ):
+        text = get_args(parameters()["train", name].annotation)[1].help
+        assert re.findall(r"[\d.]+(?:e-\d+)?(?=,? )", text) == [f"{value:g}" for value in values]
+
+
 def test_train_offers_its_options_and_what_no_command_takes() -> None:
     names = {name for command, name in parameters() if command == "train"}
-    assert names == {option.name for option in fields(TrainOptions)} | {"config", "backend"}
+    assert names == {option.name for option in fields(TrainOptions)} | {
+        "config",
+        "backend",
+        *LIMITS,
+    }
+
+
+READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo"}
+
+
+def test_every_command_that_reads_pictures_takes_their_limits() -> None:
+    assert {command for command, name in parameters() if name in LIMITS} == READERS
+
+
+@pytest.mark.parametrize("before", [None, "77"])
+@pytest.mark.parametrize("command", sorted(READERS))
+def test_limits_are_heard_of_during_one_command(
+    command: str, before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(*_: Any, **__: Any) -> None:
+        seen.append(limits_of_process())
+
+    monkeypatch.setattr("hf_knn.commands.console.run", run)
+    monkeypatch.delenv("HF_KNN_MAX_BYTES", raising=False)
+    monkeypatch.delenv("HF_KNN_MAX_PIXELS", raising=False)
+    if before:
+        monkeypatch.setenv("HF_KNN_MAX_PIXELS", before)
+    places = {"train": 1, "doctor": 1, "inspect": 1, "demo": 0}.get(command, 2)
+    call = [command, *["x"] * places]
+    for options in (["--max-pixels", "500", "--max-bytes", "900"], []):
+        done = CliRunner().invoke(hf_knn_cli.app, [*call, *options])
+        assert done.exit_code == 0, done.output
+    usual = None if before is None else int(before)
+    assert seen == [Limits(900, 500), Limits(MAX_BYTES, usual)]
+    done = CliRunner().invoke(hf_knn_cli.app, [*call, "--max-pixels", "0"])
+    assert done.exit_code == 2
 
 
 def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
     handed = [c for c in commands().values() if signature(c).return_annotation == Command]
     assert len(handed) == 14
     for command in handed:
-        values = dict.fromkeys(signature(command).parameters)
-        function = command.__wrapped__(**values)
+        values = dict.fromkeys(name for name in signature(command).parameters if name not in LIMITS)
+        function = unwrap(command)(**values)
         values.pop("backend", None)
         signature(function).bind(**values)
 

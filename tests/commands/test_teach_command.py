@@ -1,6 +1,7 @@
 """Commands that change a checkpoint, as a user types them."""
 
 import json
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.forks import Errand
-from support.pictures import write_folder
+from support.pictures import encoded, picture, write_folder
 from support.tiny import LABELS, all_files, tiny_model
 from typer.testing import CliRunner, Result
 
@@ -95,13 +97,17 @@ def test_a_broken_picture_changes_nothing_unless_it_is_skipped(
     assert done.exit_code == 1
     assert "1.png" in done.output
     assert manifest(folder) == before
-    done = run("teach", folder, rows, "--skip-bad-images")
+    done = run("teach", folder, rows, "--on-bad-image", "skip")
     assert done.exit_code == 0, done.output
     assert "Skipped" in done.stdout
+    assert "--skip-bad-images" not in done.stderr
     assert len(opened(folder).datastore) == 42
-    done = run("teach", folder, rows / "ant", "--label", "elk", "--skip-bad-images")
+    assert run("undo", folder).exit_code == 0
+    done = run("teach", folder, rows / "ant", "--label", "elk", "--skip-bad-images", "--json")
     assert done.exit_code == 0, done.output
-    assert "Skipped" in done.stdout
+    assert json.loads(done.stdout)["action"] == "teach"
+    assert "Skipped" in done.stderr  # stdout is the receipt's
+    assert "--skip-bad-images is now --on-bad-image skip" in done.stderr
     store = opened(folder).datastore
     assert [store.path_of(row_id) for row_id in store.ids[-2:].tolist()] == ["0.png", "2.png"]
 
@@ -179,11 +185,12 @@ def test_relabel_and_undo(folder: Path) -> None:
     assert run("undo", folder).exit_code == 1
 
 
-def test_processes_that_teach_and_forget_at_once_lose_nothing(folder: Path, pictures: Path) -> None:
+def test_processes_that_teach_and_forget_at_once_lose_nothing(folder: Path, tmp_path: Path) -> None:
     known = opened(folder).datastore.ids.tolist()
+    pictures = write_folder(tmp_path / "rows", {"a": 3, "b": 3, "c": 3})
 
     def teach(label: str) -> None:
-        teach_pictures(folder, pictures / "elk", label, "fail", json_output=True)
+        teach_pictures(folder, pictures / label, label, "fail", json_output=True)
 
     def forget(row_id: int) -> None:
         forget_rows(folder, [row_id], [], None, False, None, json_output=True)
@@ -197,9 +204,11 @@ def test_processes_that_teach_and_forget_at_once_lose_nothing(folder: Path, pict
     assert len(set(store.ids.tolist())) == len(store)
 
 
-def test_two_teachers_at_once_lose_nothing(folder: Path, pictures: Path) -> None:
+def test_two_teachers_at_once_lose_nothing(folder: Path, tmp_path: Path) -> None:
+    pictures = write_folder(tmp_path / "rows", {"a": 3, "b": 3, "c": 3, "d": 3})
+
     def teach(label: str) -> None:
-        teach_pictures(folder, pictures / "elk", label, "fail", json_output=True)
+        teach_pictures(folder, pictures / label, label, "fail", json_output=True)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(teach, ["a", "b", "c", "d"]))
@@ -207,7 +216,7 @@ def test_two_teachers_at_once_lose_nothing(folder: Path, pictures: Path) -> None
     assert len(model.datastore) == 52
     assert sorted(model.config.class_names[len(LABELS) :]) == ["a", "b", "c", "d"]
     assert len(model.changes) == 4
-    assert not list(folder.parent.glob(".*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_difference_is_named(folder: Path, made: Path, pictures: Path) -> None:
@@ -264,3 +273,78 @@ def test_what_cannot_be_done_says_what_to_do(
 def test_an_unreadable_journal_is_no_reason_to_fail(folder: Path) -> None:
     (folder / "changes.json").write_text('[{"action": 3}]', encoding="utf-8")
     assert opened(folder).changes == []
+
+
+def test_what_is_stored_is_not_taught_twice(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    first = receipt_of("teach", folder, pictures)
+    before = {name: (folder / name).stat() for name in all_files(folder)}
+    done = run("teach", folder, pictures)
+    assert done.exit_code == 0
+    said = " ".join(done.stdout.split())
+    assert "5 of 5 pictures are stored already and were left out: elk/0.png (row" in said
+    assert "--again" in said
+    assert "Nothing was changed." in said
+    assert "hf-knn undo" not in said
+    assert {name: (folder / name).stat() for name in all_files(folder)} == before
+    receipt = receipt_of("teach", folder, pictures)
+    assert (receipt["ids"], receipt["skipped"], receipt["scope"]) == (
+        [],
+        [0, 1, 2, 3, 4],
+        "nothing",
+    )
+    # under other names, with a new one among them
+    moved = Path(shutil.copytree(pictures, tmp_path / "moved"))
+    (moved / "elk" / "0.png").rename(moved / "elk" / "zero.png")
+    with Image.open(moved / "elk" / "1.png") as image:
+        image.save(moved / "elk" / "1.png", compress_level=0)
+    (moved / "fox" / "new.png").write_bytes(encoded(picture(3, 77)))
+    receipt = receipt_of("teach", folder, moved)
+    assert (receipt["labels"], len(receipt["skipped"])) == (["fox"], 5)
+    assert opened(folder).datastore.path_of(receipt["ids"][0]) == "fox/new.png"
+    again = receipt_of("teach", folder, pictures / "fox", "--label", "fox", "--again")
+    assert (len(again["ids"]), again["skipped"]) == (2, [])
+    assert receipt_of("undo", folder)["rows_after"] == len(first["ids"]) + 41
+
+
+def test_what_is_stored_under_another_label_is_refused_with_the_command(
+    folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    ids = receipt_of("teach", folder, pictures)["ids"]
+    other = tmp_path / "other"
+    shutil.copytree(pictures / "fox", other / "it's a fox")
+    (other / "it's a fox" / "new.png").write_bytes(encoded(picture(3, 78)))
+    before = manifest(folder)
+    done = run("teach", folder, other)
+    assert done.exit_code == 1
+    assert manifest(folder) == before
+    said = " ".join(done.output.split())
+    assert "found 2 stored under another one: " in said
+    assert f"0.png as 'fox' in row {ids[3]}, not" in said
+    chosen = ["--ids", str(ids[3]), "--ids", str(ids[4]), "--label", "it's a fox"]
+    words = ["hf-knn", "relabel", str(folder), *chosen]
+    assert "".join(shlex.join(words).split()) in "".join(done.output.split())
+    receipt = receipt_of("teach", folder, other, "--relabel")
+    assert receipt["old_labels"] == ["fox", "fox"]
+    assert receipt["labels"] == ["it's a fox"] * 3
+    assert receipt["ids"][:2] == ids[3:]
+    receipt_of("undo", folder)
+    store = opened(folder)
+    names = [store.config.class_names[n] for n in store.datastore.rows_of(ids).labels.tolist()]
+    assert names == ["elk"] * 3 + ["fox"] * 2
+    assert "it's a fox" not in store.config.class_names
+    assert run(*words[1:]).exit_code == 0
+    assert receipt_of("teach", folder, other)["skipped"] == [0, 1]
+
+
+def test_rows_of_a_backup_and_of_another_checkpoint_are_known_again(
+    folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    receipt_of("teach", folder, pictures)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    run("forget", folder, "--label", "fox", "--backup", tmp_path / "kept")
+    run("merge", folder, tmp_path / "kept")
+    assert len(receipt_of("teach", folder, pictures)["skipped"]) == 5
+    run("forget", folder, "--label", "elk")
+    run("merge", folder, other)
+    assert len(opened(folder).memory.contents) == 2 + 5
+    assert len(receipt_of("teach", folder, pictures)["skipped"]) == 5

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageColumn
 from PIL import Image
+from support.pictures import encoded, picture, small_processor
 from torch import Tensor
 from transformers import (
     BitImageProcessor,
@@ -19,6 +20,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_knn.data import batches, decode_image
 from hf_knn.data.batches import keeping_layout, pixel_batches, read_batch
 from hf_knn.data.decode import BadImageError
 from hf_knn.data.loading import prepare
@@ -85,9 +87,11 @@ def test_pictures_that_are_no_rows_come_to_the_same_pixels(name: str) -> None:
     wanted = read_batch(rows, range(len(files)), processor).pixel_values
     assert wanted is not None
     parts = list(pixel_batches(files, processor, 4))
-    assert [len(part) for part in parts] == [4, 2]
-    assert torch.equal(torch.cat(parts), wanted)
-    assert torch.equal(torch.cat(list(pixel_batches(wanted, None, 5))), wanted)
+    assert [len(part.values) for part in parts] == [4, 2]
+    assert torch.equal(torch.cat([part.values for part in parts]), wanted)
+    plain = list(pixel_batches(wanted, None, 5))
+    assert torch.equal(torch.cat([part.values for part in plain]), wanted)
+    assert [part.contents for part in plain] == [None, None]
     files[5] = b"nothing"
     with pytest.raises(BadImageError, match="picture 5"):
         list(pixel_batches(files, processor, 4))
@@ -115,3 +119,34 @@ def test_a_processor_that_reads_in_its_own_way_is_left_alone() -> None:
     own, in_pillow = Inverted(size=SQUARE), ViTImageProcessorPil(size=SQUARE)
     assert keeping_layout(own) is own
     assert keeping_layout(in_pillow) is in_pillow
+
+
+def test_large_pictures_are_processed_before_the_next_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sides = [8, 30, 8, 8, 40, 8]
+    files = [encoded(picture(0, n, (side, side))) for n, side in enumerate(sides)]
+    items: list[dict[str, Any]] = [
+        {"image": {"bytes": data, "path": None}, "sample_id": n} for n, data in enumerate(files)
+    ]
+    calls: list[int] = []
+    real = batches.pixels_of
+
+    def pixels_of(images: Any, processor: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(images))
+        return real(images, processor, **options)
+
+    monkeypatch.setattr(batches, "pixels_of", pixels_of)
+    wanted = batches.process_rows(items, small_processor())
+    assert calls == [6]
+    monkeypatch.setattr(batches, "HELD_PIXELS", 100)
+    calls.clear()
+    found = batches.process_rows(items, small_processor())
+    assert calls == [2, 3, 1]  # each call ends with a large one, or at the end
+    assert found.pixel_values is not None
+    assert wanted.pixel_values is not None
+    assert torch.equal(found.pixel_values, wanted.pixel_values)
+    ((values, contents),) = batches.pixel_batches(files, small_processor(), 9)
+    assert torch.equal(values, wanted.pixel_values)
+    assert contents is not None
+    assert contents.tolist() == [list(batches.content_of(decode_image(data))) for data in files]

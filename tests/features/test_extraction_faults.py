@@ -21,10 +21,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageColumn
 from PIL import Image
-from support.pictures import dataset_of, small_model
+from support.pictures import WRITTEN_FORMATS, dataset_of, small_model
 
 from hf_knn import extract_features
-from hf_knn.data.decode import ALLOWED_FORMATS, BadImageError, decode_image
+from hf_knn.data.decode import BadImageError, decode_image
 
 pytestmark = pytest.mark.faults
 ROWS, SHARD = 4000, 256
@@ -68,7 +68,7 @@ def originals() -> dict[str, bytes]:
     noise = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((62, 48), Image.Resampling.BICUBIC)
     variants: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
-        kind: (image, kind, {}) for kind in ALLOWED_FORMATS
+        kind: (image, kind, {}) for kind in WRITTEN_FORMATS
     }
     variants |= {
         "progressive": (image, "JPEG", {"progressive": True}),

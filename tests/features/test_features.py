@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from PIL import Image
 from support.pictures import (
     NAMES,
     dataset_of,
+    encoded,
+    picture,
     small_backbone,
     small_model,
     small_processor,
@@ -26,7 +30,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, ViTConfig
 
 from hf_knn import extract_features
+from hf_knn.data.batches import content_of
 from hf_knn.data.loading import load_splits, prepare
+from hf_knn.data.places import fingerprint_of
 from hf_knn.features import cache as cache_module
 from hf_knn.features import extract as features_module
 from hf_knn.features.cache import cache_root
@@ -34,7 +40,7 @@ from hf_knn.features.extract import ImageFeatures
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]
-RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+RAW = "not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"
 
 
 def run(model: Any, rows: Any, processor: Any = None, **options: Any) -> ImageFeatures:
@@ -118,6 +124,21 @@ def test_labels_ids_names_and_paths_are_aligned() -> None:
     assert (found.skipped, found.computed, len(found)) == ([], len(LABELS), len(LABELS))
     assert found.seconds > 0
     assert found.knn_log_probs is None
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_each_picture_has_its_print(use_cache: bool) -> None:
+    labels = [0, 1, 2, 0]
+    rows = concatenate_datasets([dataset_of(labels), dataset_of(labels[:2])])
+    wanted = [content_of(picture(label, row)) for row, label in enumerate(labels)]
+    for computed in (4 if use_cache else 6, 0 if use_cache else 6):
+        found = run(small_model(), rows, use_cache=use_cache)
+        assert found.computed == computed
+        assert found.contents is not None
+        assert [row.numpy().tobytes() for row in found.contents] == wanted + wanted[:2]
+    some = found.select([3, 1])
+    assert some.contents is not None
+    assert [row.numpy().tobytes() for row in some.contents] == [wanted[3], wanted[1]]
 
 
 def test_rows_come_in_the_order_of_the_dataset() -> None:
@@ -310,7 +331,7 @@ def test_a_second_run_reads_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("hf_knn.data.batches.decode_image", refuse)
+    monkeypatch.setattr("hf_knn.data.batches.decoding", refuse)
     assert torch.equal(run(model, files).features, first[1])
     monkeypatch.setattr("hf_knn.data.keys._keys_of", refuse)
     assert torch.equal(run(model, memory).features, first[0])
@@ -331,6 +352,39 @@ def test_a_replaced_file_is_computed_again(tmp_path: Path) -> None:
     (tmp_path / "all" / "ant" / "1.png").write_bytes(bee)
     after = run(model, load_splits(tmp_path / "all")["train"])
     torch.testing.assert_close(after.features[1], before.features[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["written over", "moved into place", "linked"])
+def test_another_file_of_the_same_size_and_time_is_computed_again(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "all" / "ant"
+    folder.mkdir(parents=True)
+    old, new = (encoded(picture(0, seed), "BMP") for seed in (1, 2))
+    place, beside = folder / "0.bmp", tmp_path / "beside.bmp"
+    for path, data in ((place, old), (folder / "1.bmp", encoded(picture(0, 3), "BMP"))):
+        path.write_bytes(data)
+    beside.write_bytes(new)
+    os.utime(beside, ns=(0, 10**18))
+    os.utime(place, ns=(0, 10**18))
+    model = small_model(NAMES[:1])
+    before = run(model, load_splits(tmp_path / "all")["train"])
+    assert run(model, load_splits(tmp_path / "all")["train"]).computed == 0
+    known = fingerprint_of(load_splits(tmp_path / "all")["train"])
+    time.sleep(0.05)  # the clock of a file system ticks slowly
+    if how == "written over":
+        place.write_bytes(new)
+        os.utime(place, ns=(0, 10**18))
+    elif how == "moved into place":
+        beside.replace(place)
+    else:
+        place.unlink()
+        place.hardlink_to(beside)
+    assert (place.stat().st_size, place.stat().st_mtime_ns) == (len(old), 10**18)
+    after = run(model, load_splits(tmp_path / "all")["train"])
+    assert after.computed == 1
+    assert after.contents is not None
+    assert after.contents[0].numpy().tobytes() == content_of(picture(0, 2))
+    assert not torch.allclose(after.features[0], before.features[0], atol=1e-4)
+    assert fingerprint_of(load_splits(tmp_path / "all")["train"]) != known
 
 
 def test_a_replaced_file_of_a_csv_is_computed_again(tmp_path: Path) -> None:
@@ -567,6 +621,9 @@ def test_skip_leaves_out_and_reports(caplog: pytest.LogCaptureFixture) -> None:
         assert found.paths == [whole.paths[row] for row in found.ids.tolist()]
         wanted = whole.features[found.ids]
         torch.testing.assert_close(found.features, wanted, rtol=1e-5, atol=1e-5)
+        assert found.contents is not None
+        assert whole.contents is not None
+        assert torch.equal(found.contents, whole.contents[found.ids])
         reported = [(bad.row, bad.sample_id, bad.path) for bad in found.skipped]
         assert reported == [(1, 9, "cat/9.png"), (3, 7, "bee/7.png"), (10, 0, "cat/0.png")]
         assert all(bad.reason == RAW for bad in found.skipped)
@@ -652,3 +709,23 @@ def test_selecting_rows_and_reading_one() -> None:
     assert part[0].keys() == {"features", "labels"}
     assert len(whole) == 10  # left as it was
     assert len(whole.select(torch.tensor([], dtype=torch.int64))) == 0
+
+
+@pytest.mark.parametrize("variable", ["HF_KNN_MAX_PIXELS", "HF_KNN_MAX_BYTES"])
+def test_a_limit_that_is_raised_is_not_refused_by_the_cache(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = dataset_of(LABELS, sizes=[(8, 8)] * 3 + [(50, 50)], broken=[2])
+    monkeypatch.setenv(variable, "1000")
+    for _ in range(2):  # what does not decode stays known, what is too large is looked at again
+        found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+        assert {bad.row for bad in found.skipped} == {2, 3, 7}
+        assert "more than 1000" in found.skipped[1].reason
+    with pytest.raises(ValueError, match=r"row 2 .*or raise the limit"):
+        extract_features(
+            small_model(), rows.select([0, 1, 3]).add_column("n", [0, 1, 2]), progress=False
+        )
+    monkeypatch.delenv(variable)
+    found = extract_features(small_model(), rows, on_bad_image="skip", progress=False)
+    assert [bad.row for bad in found.skipped] == [2]
+    assert found.computed == 2

@@ -28,6 +28,7 @@ from hf_knn.fit.metrics import (
     mean_class_accuracy,
     measure,
     negative_log_likelihood,
+    score_log_probs,
     top_k_accuracy,
 )
 
@@ -86,6 +87,29 @@ def test_top_5_holds_what_top_1_holds_also_with_ties() -> None:
     log_probs, labels = np.full((1, 7), -math.log(7)), np.array([0])
     assert top_k_accuracy(log_probs, labels, 1) == 1
     assert top_k_accuracy(log_probs, labels, 5) == 1
+
+
+@pytest.mark.parametrize("silence", [-math.inf, math.log(1e-12), float(np.float32(np.log(1e-12)))])
+def test_a_class_without_a_vote_is_none_of_the_best(silence: float) -> None:
+    # one vote each: of class 2, of class 0, of nobody
+    log_probs = np.full((3, 6), silence)
+    log_probs[0, 2] = log_probs[1, 0] = 0
+    found = score_log_probs(log_probs, np.array([2, 1, 0]))
+    assert (found["top1"], found["top5"], found["mean_class"]) == (1 / 3, 1 / 3, 1 / 3)
+    assert found["nll"] == pytest.approx(2 / 3 * 12 * math.log(10))
+    assert found["ece"] == pytest.approx(
+        1 / 3, abs=1e-9
+    )  # sure and wrong once; else as sure as right
+    voices = torch.from_numpy(log_probs)
+    assert complementarity(voices, voices, voices, torch.tensor([2, 1, 0]))["both_wrong"] == 2 / 3
+
+
+def test_what_a_very_sure_head_says_of_the_others_counts() -> None:
+    log_probs = np.log(np.array([[1.0, 1e-13, 1e-20, 1e-30, 1e-40, 1e-50, 1e-60]]))
+    ranks = [top_k_accuracy(log_probs, np.array([label]), 5) for label in range(7)]
+    assert ranks == [1, 1, 1, 1, 1, 0, 0]
+    through_evaluate = measure(torch.from_numpy(log_probs), torch.tensor([4]))
+    assert through_evaluate["top5"] == 1
 
 
 def test_mean_per_class_by_eye() -> None:

@@ -103,7 +103,7 @@ def test_every_cell_equals_the_dense_one(metric: str, weighting: str, head_class
         neighbors.labels[5] = 5  # nothing but neighbours the head does not know
         neighbors.labels[6, :3] = 4
         assert (labels >= head_classes).any()
-    options = {"metric": metric, "weighting": weighting}
+    options: dict[str, Any] = {"metric": metric, "weighting": weighting}
     result = tune(neighbors, head, labels, 6, grid=GRID, **options)
     temperatures = GRID.temperatures if weighting == "softmax" else GRID.temperatures[:1]
     wanted = {(k, t, w) for k in GRID.k for t in temperatures for w in GRID.knn_weights}
@@ -176,7 +176,7 @@ def test_many_rows_are_scored_in_blocks() -> None:
 
 def test_without_neighbours_every_weight_is_the_head() -> None:
     neighbors, head, labels = planted(width=0)
-    result = tune(neighbors, head, labels, 6, grid=GRID)
+    result = tune(neighbors, head, labels, 6, "log_likelihood", grid=GRID)
     assert {cell.k for cell in result.table} == {0}
     assert len({cell[3:] for cell in result.table}) == 1
     assert result.table[0].accuracy == float((head.argmax(1) == labels).double().mean())
@@ -329,12 +329,16 @@ def test_the_weight_falls_back_to_either_pure_voice() -> None:
     assert tune(lost, head, labels, 6, "log_likelihood").knn_weight == 0
 
 
-def test_few_labels_take_the_coarse_grid_and_the_likelihood() -> None:
+def test_few_labels_leave_the_fixed_cell_and_take_the_coarse_grid() -> None:
     assert [has_few_labels(count, 6) for count in (95, 96, 97)] == [True, False, False]
     for rows, few in ((95, True), (96, False)):
         neighbors, head, labels = planted(rows=rows, width=3)
         result = tune(neighbors, head, labels, 6)
-        assert result.criterion == ("log_likelihood" if few else "one_standard_error")
+        assert result.criterion == ("fixed" if few else "one_standard_error")
+        assert (result.has_few_labels, result.rows) == (few, rows)
+        cell = (result.k, result.temperature, result.knn_weight)
+        assert (cell == (20, 0.14, 0.5)) == few  # three neighbours vote, but 20 may
+        assert result.fixed[:3] == (3, 0.14, 0.5)
         temperatures = {cell.temperature for cell in result.table}
         weights = {cell.knn_weight for cell in result.table}
         assert (len(temperatures), len(weights)) == ((4, 5) if few else (22, 21))

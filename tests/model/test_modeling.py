@@ -47,7 +47,8 @@ from transformers import (
 
 from hf_knn import Datastore, KnnConfig, KnnForImageClassification
 from hf_knn.core.manifest import DatastoreError, StaleDatastoreError
-from hf_knn.model.checkpoint import is_checkpoint_file, made_by
+from hf_knn.model.before import is_checkpoint_file
+from hf_knn.model.checkpoint import made_by
 from hf_knn.store import folders as storage
 from hf_knn.store.backend import RowStore
 

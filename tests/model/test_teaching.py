@@ -290,8 +290,8 @@ def test_the_index_moves_along_with_a_change(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(row_index, "build_searcher", counting)
     wanted = answers(model, earlier.features[:4].float()).neighbors
-    for label in ("fox", LABELS[0], "owl"):
-        model.teach(pixels(1), [label])
+    for seed, label in enumerate(("fox", LABELS[0], "owl")):
+        model.teach(pixels(1, seed), [label])
         model.forget(model.datastore.ids[:1])
         with pytest.raises(ValueError, match="does not have"):
             model.forget([123456])
@@ -349,8 +349,8 @@ def test_pictures_of_every_kind_are_read_alike() -> None:
     array = np.asarray(image)
     pixel_values = model.image_processor(images=image, return_tensors="pt")["pixel_values"]
     model.train()
-    model.teach([image, array], ["fox", "fox"])
-    model.teach(pixel_values, ["fox"])
+    model.teach([image, array], ["fox", "fox"], again=True)
+    model.teach(pixel_values, ["fox"], again=True)
     assert model.training
     rows = model.datastore.subset(model.datastore.ids[-3:]).features.float()
     torch.testing.assert_close(rows[1], rows[0], rtol=2e-3, atol=2e-3)
@@ -454,9 +454,9 @@ def test_the_neighbours_speak_for_a_taught_class_until_the_blend_is_tuned(tmp_pa
     wanted = (1 - p[:, -1:]) * found.head_logits.softmax(1)  # what the votes for it leave
     wanted[:, -1] += p[:, -1]
     torch.testing.assert_close(found.logits.exp(), wanted.clamp(min=1e-12))
-    rows = ImageFeatures(
-        torch.cat([queries, new]), torch.tensor([*cloud(30).labels, *[3] * 4]), torch.arange(34)
-    )
+    held_out = torch.cat([queries, new]) + 0.01  # none of them is stored
+    labels = torch.tensor([*cloud(30).labels, *[3] * 4])
+    rows = ImageFeatures(held_out, labels, torch.arange(34))
     KnnTrainer(model, probe(tmp_path / "b")).tune(rows)
     assert model.config.num_tuned_labels is None
     model.config.knn_weight = 0.0

@@ -91,7 +91,10 @@ def test_undo_brings_them_back(model: Any) -> None:
     model.forget([ids[2]])
     model.teach(features=model.datastore.features[:1].float(), labels=[0], ids=[ids[2]])
     assert model.thumbnails.get(ids[2]) is None
-    assert model.memory.gone is None
+    model.undo()
+    model.undo()  # the last change that still stands
+    assert model.thumbnails.get(ids[2]) == before
+    assert model.memory.gone == ()
 
 
 def test_a_taught_picture_is_kept_where_the_others_are(model: Any) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from support.pictures import encoded, picture
 from support.space_app import PER_CLASS, Running, features_of, published, running, write_picture
 
 pytest.importorskip("gradio")
@@ -36,7 +38,14 @@ from hf_knn_space.page.markup import text
 from hf_knn_space.pictures import FolderPictures, NoPictures, ZipPictures
 from hf_knn_space.service import Service
 from hf_knn_space.settings import Settings
-from hf_knn_space.uploads import MAX_FILES, SpaceError, check_label, read_upload
+from hf_knn_space.uploads import (
+    LARGE_PIXELS,
+    MAX_BYTES,
+    MAX_FILES,
+    SpaceError,
+    check_label,
+    reading,
+)
 from hf_knn_space.visitors import (
     MAX_IN_MEMORY,
     Visitors,
@@ -176,21 +185,19 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
 
 
 def test_the_command_passes_the_backend_on(monkeypatch):
-    import subprocess
-
     from typer.testing import CliRunner
 
     import hf_knn_cli
 
     ran: list[list[str]] = []
 
-    def noted(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        ran.append(command)
-        return subprocess.CompletedProcess(command, 0)
+    def started(arguments: list[str]) -> int:
+        ran.append(arguments)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", noted)
+    monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
-    assert ran[0][1:] == ["-P", "-m", "hf_knn_space", "--backend", "torch"]
+    assert ran == [["--backend", "torch"]]
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
     )
@@ -306,6 +313,37 @@ def test_relabel_forget_and_undo(service, lessons, tmp_path):
         assert overlay.examples == {}
         with pytest.raises(SpaceError, match="Nothing to undo"):
             overlay.undo()
+
+
+def test_what_is_known_is_not_taught_twice(service, model, lessons, tmp_path):
+    done = service.teach(lessons[:2], "dog", "", "")
+    token = done["visitor"]
+    assert done["skipped"] == []
+    again = service.teach(lessons[1:4], "dog", token, "key-1")
+    assert (len(again["ids"]), again["skipped"], again["examples"]) == (2, [0], 4)
+    repeated = service.teach(lessons[1:4], "dog", token, "key-1")
+    assert (repeated["repeated"], repeated["skipped"]) == (True, [0])
+    nothing = service.teach(lessons[:2], "dog", token, "")
+    assert (nothing["ids"], nothing["skipped"], nothing["examples"]) == ([], [0, 1], 4)
+    with pytest.raises(SpaceError, match="stored under another one") as caught:
+        service.teach(lessons[3:], "wolf", token, "")
+    assert "Nothing was taught" in str(caught.value)
+    assert "relabel" not in str(caught.value)
+    published_one = tmp_path / "published.png"  # a row of the published model, by its features
+    published_one.write_bytes(encoded(picture(0, 0)))
+    with pytest.raises(SpaceError, match="as 'ant' in row 0"):
+        service.teach([str(published_one)], "wolf", token, "")
+    assert service.teach([str(published_one)], "ant", token, "")["skipped"] == [0]
+    assert len(service.teach(lessons[4:], "dog", token, "")["ids"]) == 1
+
+
+def test_a_restart_knows_again_what_was_taught(model, lessons, tmp_path):
+    service = Service(model, Visitors(model, tmp_path))
+    token = service.teach(lessons[:3], "dog", "", "key-1")["visitor"]
+    again = Service(model, Visitors(model, tmp_path))
+    assert again.teach(lessons, "dog", token, "")["skipped"] == [0, 1, 2]
+    with pytest.raises(SpaceError, match="under another one"):
+        again.teach(lessons[:1], "wolf", token, "")
 
 
 def test_published_rows_cannot_be_forgotten(service, lessons):
@@ -510,17 +548,58 @@ def test_bad_labels_are_refused(label):
         check_label(label)
 
 
+def read(path):
+    with reading(path) as upload:
+        return upload
+
+
+def test_a_photo_of_a_phone_is_answered_as_the_library_answers(tmp_path, service, lessons):
+    from PIL import Image
+
+    path = tmp_path / "phone.jpg"
+    with Image.open(lessons[0]) as image:
+        image.convert("RGB").resize((5712, 4284)).save(path, "JPEG", quality=30)
+    assert LARGE_PIXELS < 5712 * 4284  # so one at a time
+    look = service.look(str(path))
+    assert torch.equal(look.features, features_of(service.model, [path]))
+    assert look._image.width < 1000
+
+
+def test_large_pictures_are_looked_at_one_at_a_time(tmp_path, monkeypatch, service):
+    from PIL import Image
+
+    monkeypatch.setattr("hf_knn_space.uploads.LARGE_PIXELS", 99)
+    inside, most, real = [], [], service._encoder
+
+    def encode(images):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(images)
+
+    monkeypatch.setattr(service, "_encoder", encode)
+    paths = []
+    for number in range(6):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (10, 10), (40 * number, 3, 7)).save(paths[-1])
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(service.look, paths))
+    assert most == [1] * 6
+
+
 def test_uploads_are_bounded(tmp_path, service, lessons):
     from PIL import Image
 
     path = tmp_path / "large.png"
-    Image.new("1", (6000, 6000)).save(path)
+    Image.new("1", (8001, 8000)).save(path)
     assert path.stat().st_size < 20_000
-    with pytest.raises(BadImageError, match="6000 x 6000 pixels"):
-        read_upload(path)
-    path.write_bytes(b"\0" * (11 * 2**20))
+    with pytest.raises(BadImageError, match="8001 x 8000 pixels"):
+        read(path)
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
     with pytest.raises(BadImageError, match="bytes, more than"):
-        read_upload(path)
+        read(path)
     with pytest.raises(SpaceError, match=f"at most {MAX_FILES}"):
         service.teach(lessons[:1] * (MAX_FILES + 1), "dog", "", "")
     path.write_bytes(b"nothing")

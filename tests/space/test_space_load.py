@@ -171,10 +171,15 @@ def check_against_library(
         for kind, asked, answer in player.story.steps:
             if kind == "teach":
                 chosen, label = asked
-                own.teach(
-                    features=torch.cat([features[path] for path in chosen]),
-                    labels=[label] * len(chosen), ids=answer["ids"],
-                )  # fmt: skip
+                new = [p for place, p in enumerate(chosen) if place not in answer["skipped"]]
+                if new:
+                    rows = torch.cat([features[path] for path in new])
+                    own.teach(features=rows, labels=[label] * len(new), ids=answer["ids"])
+                known = [path for path in chosen if path not in new]
+                if known:
+                    assert own.datastore is not None
+                    near = own.datastore.search(torch.cat([features[path] for path in known]), 1)
+                    assert near.similarities.min() > 1 - 1e-4, "one that is not known was left out"
             elif kind == "forget":
                 own.forget([asked])
             else:

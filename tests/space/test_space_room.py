@@ -1,5 +1,6 @@
 """Nobody keeps others out of teaching: who makes room when a Space is full, and what it says."""
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,8 +12,9 @@ from support.space_app import published, write_picture
 pytest.importorskip("gradio")
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS
+from hf_knn_space import guard, uploads, visitors
 from hf_knn_space import overlay as overlays
-from hf_knn_space import uploads, visitors
 from hf_knn_space.service import Service
 from hf_knn_space.uploads import SpaceError
 from hf_knn_space.visitors import Kept, Visitors, first_to_go
@@ -30,9 +32,13 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_picture(tmp_path_factory.mktemp("lesson") / "one.png", 9))
 
 
+_seeds = itertools.count(1000)
+
+
 def teach(service: Service, lesson: str, count: int = 1, token: str = "") -> str:
     for _ in range(count):
-        token = service.teach([lesson], "dog", token, "")["visitor"]
+        path = write_picture(Path(lesson).with_name(f"{next(_seeds)}.png"), 9, next(_seeds))
+        token = service.teach([str(path)], "dog", token, "")["visitor"]
     return token
 
 
@@ -160,6 +166,9 @@ def test_the_limits_are_stated() -> None:
         f"of {uploads.MAX_BYTES // 2**20} MB", f"what {visitors.MAX_ON_DISK:,} visitors taught",
         f"in about {visitors.MAX_BYTES_ON_DISK // 2**30} GB", f"what {visitors.MAX_IN_MEMORY} did",
         f"at most {visitors.FEW_EXAMPLES} pictures",
+        f"{guard.MAX_UPLOAD // 2**20} MB together",
+        f"up to {MAX_JPEG_PIXELS // 10**6} megapixels, other formats up to {MAX_PIXELS // 10**6}",
+        f"more than {uploads.LARGE_PIXELS // 10**6} megapixels is decoded alone",
         f"for {visitors.KEPT_ON_DISK / 86400:.0f} days at most",
     ):  # fmt: skip
         assert stated in text

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -1033,7 +1034,7 @@ def test_without_faiss_a_message_names_the_extra(
     assert "faiss" not in two_processes[False][1]
     errors = two_processes[True][1]
     assert "faiss is not installed" in errors
-    assert "pip install hf-knn[cpu]" in errors
+    assert re.search(r"pip install .*\[cpu\]", errors)
     assert "Traceback" not in errors
 
 

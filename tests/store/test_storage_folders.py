@@ -1,14 +1,27 @@
 """Whole files and folders are exchanged in one step, whatever happens meanwhile."""
 
+import os
 import random
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.forks import Fork
+from support.forks import Errand, Fork, die, outcome
 from support.stored import names_in
 
 from hf_knn.store import folders as storage
-from hf_knn.store.folders import replaced_folder, write_durably, written_whole
+from hf_knn.store.folders import (
+    exclusive_lock,
+    replaced_folder,
+    restore,
+    write_durably,
+    written_whole,
+)
+from store.test_storage_kills import die_at_step
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
@@ -45,7 +58,7 @@ def test_a_file_that_can_be_made_again_is_whole_or_not_there(tmp_path: Path) -> 
 
 @pytest.fixture
 def version(tmp_path: Path) -> Path:
-    folder = tmp_path / "version"
+    folder = tmp_path / "place" / "version"
     (folder / "own").mkdir(parents=True)
     (folder / "runs" / "deep").mkdir(parents=True)
     for name in ("model", "stale", "own/part", "notes", "runs/log", "runs/deep/log"):
@@ -157,6 +170,363 @@ def test_the_old_folder_is_taken_back_after_a_kill_between_two_renames(version: 
     with pytest.raises(ValueError, match="stop"), replaced_folder(version, is_owned):
         raise ValueError("stop")
     assert (version / "model").read_text() == "old"
+
+
+def test_whoever_reads_finds_it_after_a_kill_between_two_renames(version: Path) -> None:
+    """Also by another name, and twice at once; where there never was a folder, nothing is made."""
+    (version.parent / "latest").symlink_to(version)
+    version.rename(version.parent / ".version.old")
+    (version.parent / ".version.staging").mkdir()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(restore, [version.parent / "latest", version] * 4))
+    assert (version / "model").read_text() == "old"
+    assert not (version.parent / ".version.old").exists()
+    restore(version.parent / "nothing")
+    restore(version)
+    assert names_in(version.parent) == {"version", "latest", ".version.staging"}
+    replace_version(version)
+    assert names_in(version.parent) == {"version", "latest"}
+
+
+def kill_steps(version: Path, exchanges: bool, stride: int) -> list[str]:
+    """Kills an exchange at each step; what is found then, by whoever reads, and its notes."""
+    found: list[str] = []
+    end, place = "", version.parent
+    template = shutil.copytree(place, place.with_name("template"), symlinks=True)
+
+    def replace_in_steps(step: int) -> None:
+        if not exchanges:
+            storage.exchange = lambda first, second: False  # in this process, which ends here
+        die_at_step(step, place)
+        replace_version(version)
+        raise InterruptedError("saved")
+
+    while end != "InterruptedError: saved":
+        shutil.rmtree(place)
+        shutil.copytree(template, place, symlinks=True)
+        end = outcome(partial(replace_in_steps, stride * len(found)))
+        restore(version)
+        found.append((version / "model").read_text())
+        assert (version / "runs" / "deep" / "log").read_text() == "old"
+        assert (version / "notes").read_text() == "old"
+        replace_version(version)  # clears what is left, and loses nothing
+        assert names_in(version) == {"model", "notes", "runs", "link", "broken"}
+        assert names_in(place) == {"version"}
+    return found
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_kill_at_any_step_leaves_one_version_and_all_notes(
+    version: Path, exchanges: bool, stride: int
+) -> None:
+    found = kill_steps(version, exchanges, stride)
+    commit = found.index("new")
+    assert found == ["old"] * commit + ["new"] * (len(found) - commit)
+    assert commit > 15 // stride
+    assert len(found) - commit > 5 // stride
+
+
+class Libc:
+    """A C library that has one call, which it makes by another of Linux."""
+
+    def __init__(self, name: str) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        setattr(self, name, self.swap)
+
+    def swap(self, *arguments: object) -> int:
+        self.calls.append(arguments)
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("system", "name", "wanted"),
+    [
+        ("linux", "renameat2", (-100, b"a", -100, b"b", 2)),
+        ("darwin", "renamex_np", (b"a", b"b", 2)),
+    ],
+)
+def test_each_system_is_asked_by_its_own_call(
+    system: str, name: str, wanted: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Libc(name)
+    monkeypatch.setattr(storage.sys, "platform", system)
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: library)
+    assert storage.exchange(Path("a"), Path("b"))
+    assert library.calls == [wanted]
+    monkeypatch.setattr(library, name, lambda *_: -1)  # the file system cannot
+    assert not storage.exchange(Path("a"), Path("b"))
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: object())
+    assert not storage.exchange(Path("a"), Path("b"))
+    monkeypatch.setattr(storage.sys, "platform", "win32")
+    assert not storage.exchange(Path("a"), Path("b"))
+
+
+# ---- what others write meanwhile ----------------------------------------------------------------
+
+
+def write_log(version: Path) -> None:
+    (version / "runs" / "new").mkdir()
+    (version / "runs" / "new" / "log").write_text("theirs")
+
+
+def edit_note(version: Path) -> None:
+    (version / "notes").unlink()
+    (version / "notes").write_text("theirs")
+
+
+def edit_deep_log(version: Path) -> None:
+    write_durably(version / "runs" / "deep" / "log", lambda path: path.write_text("theirs"))
+
+
+def append(version: Path) -> None:
+    with (version / "notes").open("a") as file:
+        file.write("theirs")
+
+
+def remove(version: Path) -> None:
+    shutil.rmtree(version / "runs")
+    (version / "link").unlink()
+
+
+def turn_into_a_file(version: Path) -> None:
+    shutil.rmtree(version / "runs")
+    (version / "runs").write_text("theirs")
+
+
+def turn_into_a_folder(version: Path) -> None:
+    (version / "notes").unlink()
+    (version / "notes" / "empty").mkdir(parents=True)
+
+
+def foreign(version: Path) -> dict[str, str]:
+    """What others have there, by name, and what it holds."""
+    found = {}
+    for path in sorted(version.rglob("*")):
+        name = path.relative_to(version).as_posix()
+        if name.split("/")[0] in ("model", "stale", "own"):
+            continue
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        else:
+            found[name] = "" if path.is_dir() else path.read_text()
+    return found
+
+
+MOMENTS = ["while it is built", "before the exchange", "after the exchange"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_log,
+        edit_note,
+        edit_deep_log,
+        append,
+        remove,
+        turn_into_a_file,
+        turn_into_a_folder,
+    ],
+)
+def test_what_others_do_meanwhile_stays_done(
+    version: Path, change: Callable[[Path], None], moment: str, exchanges: bool, links: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They wrote into the folder that was there when they began; it is on its way out now."""
+    wanted_in = Path(shutil.copytree(version, version.parent.parent / "wanted", symlinks=True))
+    change(wanted_in)
+    done: list[str] = []
+
+    def once(now: str, place: Path) -> None:
+        if now == moment and not done:
+            done.append(now)
+            change(place)
+
+    fsync_tree, swap_in = storage.fsync_tree, storage._swap_in
+
+    def flush(place: Path) -> None:
+        once(MOMENTS[1], version)
+        fsync_tree(place)
+
+    def swap(staging: Path, folder: Path) -> Path | None:
+        old = swap_in(staging, folder)
+        assert old is not None
+        once(MOMENTS[2], old)
+        return old
+
+    monkeypatch.setattr(storage, "fsync_tree", flush)
+    monkeypatch.setattr(storage, "_swap_in", swap)
+    if not exchanges:
+        monkeypatch.setattr(storage, "exchange", lambda first, second: False)
+    if not links:
+        monkeypatch.setattr(storage.os, "link", refuse_to_link)
+    with replaced_folder(version, is_owned) as staging:
+        (staging / "model").write_text("new")
+        once(MOMENTS[0], version)
+    assert done
+    assert foreign(version) == foreign(wanted_in)
+    assert (version / "model").read_text() == "new"
+    assert names_in(version.parent) == {"version"}
+
+
+def test_what_comes_when_all_has_left_is_brought_too(
+    version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmdir, turns = Path.rmdir, iter(range(2))
+
+    def write_first(path: Path) -> None:
+        if path.name == ".version.staging" and (turn := next(turns, None)) is not None:
+            (path / "runs").mkdir()
+            (path / "runs" / f"made-{turn}").write_text("theirs")
+            (path / "notes").write_text(f"theirs {turn}")
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", write_first)
+    replace_version(version)
+    found = foreign(version)
+    assert found["runs/made-0"] == found["runs/made-1"] == "theirs"
+    assert found["notes"] == "theirs 1"
+    assert found["runs/deep/log"] == "old"
+    assert names_in(version.parent) == {"version"}
+
+
+def refuse_to_link(*_: object, **__: object) -> None:
+    raise OSError("this file system has no hard links")
+
+
+def test_a_file_that_goes_while_it_is_carried_over_is_no_error(
+    version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = storage.link_or_copy
+
+    def vanish(source: str, target: str) -> None:
+        if source.endswith("log"):
+            Path(source).unlink()
+        link(source, target)
+
+    monkeypatch.setattr(storage, "link_or_copy", vanish)
+    replace_version(version)
+    assert names_in(version) == {"model", "notes", "runs", "link", "broken"}
+    assert foreign(version)["runs/deep"] == ""
+    assert "runs/deep/log" not in foreign(version)
+
+
+def test_what_is_edited_in_the_new_folder_already_is_not_reverted(
+    version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap_in = storage._swap_in
+
+    def swap(staging: Path, folder: Path) -> Path | None:
+        old = swap_in(staging, folder)
+        assert old is not None
+        write_durably(old / "notes", lambda path: path.write_text("earlier"))
+        os.utime(old / "notes", ns=(0, 0))
+        edit_note(folder)
+        (folder / "runs" / "log").unlink()
+        return old
+
+    monkeypatch.setattr(storage, "_swap_in", swap)
+    replace_version(version)
+    assert (version / "notes").read_text() == "theirs"
+    assert not (version / "runs" / "log").exists()
+
+
+def test_an_edit_while_the_new_version_writes_the_same_file_wins(version: Path) -> None:
+    with replaced_folder(version, is_owned) as staging:
+        (staging / "notes").write_text("made of the old one")
+        edit_note(version)
+    assert (version / "notes").read_text() == "theirs"
+
+
+def test_what_came_before_a_kill_is_found_by_the_next_save(version: Path) -> None:
+    """Killed after the exchange, with a log in the old folder that nobody had moved yet."""
+
+    def killed() -> None:
+        swap_in = storage._swap_in
+
+        def swap(staging: Path, folder: Path) -> Path | None:
+            old = swap_in(staging, folder)
+            assert old is not None
+            write_log(old)
+            edit_note(old)
+            die()
+            return old
+
+        storage._swap_in = swap
+        replace_version(version)
+
+    assert outcome(killed) == "ended by -9"
+    assert names_in(version.parent) == {"version", ".version.staging", ".version.lock"}
+    replace_version(version)
+    assert (version / "runs" / "new" / "log").read_text() == "theirs"
+    assert (version / "notes").read_text() == "theirs"
+    assert names_in(version) == {"model", "notes", "runs", "link", "broken"}
+    assert names_in(version.parent) == {"version"}
+
+
+def test_logs_of_another_process_are_all_there_after_many_saves(version: Path) -> None:
+    """Each line acknowledged is there at the end: files that are made, appended to and replaced."""
+    child = Fork.repeating(partial(write_logs, version))
+    for _ in range(40):
+        replace_version(version)
+    count = child.kill()
+    for number in range(count):
+        assert (version / "runs" / f"made-{number}").read_text() == str(number), number
+    assert int((version / "replaced").read_text()) in (count - 1, count)
+    lines = (version / "runs" / "log").read_text().split()
+    assert lines[1 : count + 1] == [str(number) for number in range(count)]
+
+
+def write_logs(version: Path, number: int) -> None:
+    made = version / "runs" / f"made-{number}"
+    for attempt in range(10_000):
+        try:
+            made.write_text(str(number))
+            break
+        except FileNotFoundError:  # the folder was exchanged between two looks at the path
+            assert attempt < 9_999
+    with (version / "runs" / "log").open("a") as log:
+        log.write(f" {number}")
+    temporary = version.parent / "temporary"
+    temporary.write_text(str(number))
+    temporary.replace(version / "replaced")
+
+
+# ---- one lock, whatever the folder is called ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["link", "alias/version", "alias/version/../version", "./version", "rel"]
+)
+def test_one_folder_has_one_lock_by_all_its_names(
+    version: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (version.parent / "link").symlink_to(version)
+    (version.parent / "alias").symlink_to(version.parent)
+    monkeypatch.chdir(version.parent)
+    place = Path("version") if name == "rel" else version.parent / name
+    with exclusive_lock(version):
+        locks = {path.name for path in version.parent.glob(".*.lock")}
+        child = Errand.start(lambda: replace_version(place))
+        with exclusive_lock(place):  # whoever holds it may ask again, by another name too
+            assert {path.name for path in version.parent.glob(".*.lock")} == locks
+        time.sleep(0.3)
+        assert not child.has_ended()
+        assert (version / "model").read_text() == "old"
+    assert child.outcome() == ""
+    assert (version / "model").read_text() == "new"
+
+
+def test_a_folder_above_a_link_is_the_real_one(tmp_path: Path) -> None:
+    """`link/..` is not where the link lies."""
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    replace_version(tmp_path / "link" / ".." / "version")
+    assert (tmp_path / "real" / "version" / "model").read_text() == "new"
+    assert names_in(tmp_path) == {"real", "link"}
 
 
 @pytest.mark.parametrize("where", [".", "runs/deep"])

@@ -37,3 +37,11 @@ def save_backbone(folder: Path, patch_size: int = 8, layers: int = 1) -> Path:
     ViTModel(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+def as_checkpoint(folder: Path) -> Path:
+    """What looks like a checkpoint to those who do not open it."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "hf_knn"}')
+    (folder / "model.safetensors").touch()
+    return folder

@@ -4,6 +4,7 @@ Everything is seeded and 8 x 8, so that models of one layer tell the classes apa
 """
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, ResNetConfig, ViTConfig, ViTImageProcessor
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data.decode import ALLOWED_FORMATS
 from hf_knn.features.extract import ImageFeatures
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:  # then HEIC is not tried
+    pillow_heif = None
+WRITTEN_FORMATS = tuple(kind for kind in ALLOWED_FORMATS if kind != "HEIF" or pillow_heif)
+"""Pillow can write these here."""
 
 SIDE = 8
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -39,12 +50,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def write_folder(folder: Path, per_class: dict[str, int], seed: int = 0) -> Path:
-    """One sub-folder of PNG files per label."""
+    """One sub-folder of PNG files per label; no two pictures are the same."""
     for name, count in per_class.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
+        label = NAMES.index(name) if name in NAMES else 0
+        first = seed if name in NAMES else seed + zlib.crc32(name.encode())
         for i in range(count):
-            label = NAMES.index(name) if name in NAMES else 0
-            (folder / name / f"{i}.png").write_bytes(encoded(picture(label, seed + i)))
+            (folder / name / f"{i}.png").write_bytes(encoded(picture(label, first + i)))
     return folder
 
 

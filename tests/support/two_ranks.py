@@ -38,6 +38,8 @@ def probe(folder: Path, report: dict[str, Any]) -> None:
     features = extract_features(model, rows, use_cache=False, progress=False, batch_size=5)
     report["ids"] = features.ids.tolist()
     report["labels"] = features.labels.tolist()
+    assert features.contents is not None
+    report["contents"] = features.contents.tolist()
     args = quiet(
         folder / "probe", freeze_backbone=True, save_strategy="no",
         # the head must see the same batches: all rows at once on any number of ranks

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,17 +30,20 @@ from torch.utils.data import default_collate
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
+from transformers.utils import logging as transformers_logging
 
 from hf_knn import (
     Datastore,
     KnnForImageClassification,
     KnnTrainer,
     KnnTrainingArguments,
+    Neighbors,
     extract_features,
     tune,
 )
@@ -49,7 +52,10 @@ from hf_knn.data.batches import KnnCollator
 from hf_knn.data.loading import prepare
 from hf_knn.data.splits import split_rows, stratified_folds
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import measure as measure_module
 from hf_knn.fit.blend import TEMPERATURES, default_grid
+from hf_knn.fit.measure import HeldOut
+from hf_knn.fit.metrics import thresholds
 
 CLASSES = NAMES[:3]
 QUIET: dict[str, Any] = {
@@ -545,7 +551,8 @@ def expected_metrics(model: KnnForImageClassification, rows: ImageFeatures) -> d
         bins = np.array_split(order, min(15, len(order)))
         gaps = [len(b) * abs(probs.max(1)[b].mean() - right[b].mean()) for b in bins]
         found[f"eval_{voice}_top1"] = right.mean()
-        found[f"eval_{voice}_top5"] = 1.0  # fewer than five classes
+        # fewer than five classes, so what counts is whether the label was given any probability
+        found[f"eval_{voice}_top5"] = (probs[np.arange(len(labels)), labels] > 0).mean()
         found[f"eval_{voice}_mean_class"] = np.mean(
             [right[labels == c].mean() for c in set(labels)]
         )
@@ -578,7 +585,7 @@ def test_evaluate_gives_the_documented_numbers(
     assert_same(tensors(model), before)
     wanted = expected_metrics(model, held_out)
     assert len(wanted) == (20 if classes == 2 else 17)
-    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain"}
+    others = {"eval_both_wrong", "eval_oracle", "eval_blend_gain", "eval_stored"}
     others |= {f"eval_{voice}_brier" for voice in ("head", "knn", "blend")}  # see test_metrics.py
     assert found.keys() - STOCK - others == wanted.keys()
     assert others <= found.keys()
@@ -587,11 +594,34 @@ def test_evaluate_gives_the_documented_numbers(
         assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
     assert found["eval_head_top1"] != found["eval_knn_top1"]
     same_as = {0.0: "head", 1.0: "knn"}.get(knn_weight)
-    for name in ("top1", "nll", "ece", "mean_class"):
+    for name in ("top1", "top5", "nll", "ece", "mean_class"):
         if same_as:
             blended, pure = found[f"eval_blend_{name}"], found[f"eval_{same_as}_{name}"]
             assert blended == pytest.approx(pure, abs=1e-6)
     assert trainer.state.log_history[-1]["eval_blend_nll"] == found["eval_blend_nll"]
+
+
+@pytest.mark.parametrize("knn_weight", [0.3, 1.0])
+@pytest.mark.parametrize("blend_temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_class_without_a_vote_is_in_no_top_5(
+    k: int, knn_weight: float, blend_temperature: float, tmp_path: Path
+) -> None:
+    model = small_model(9, knn_weight=knn_weight, k=k, blend_temperature=blend_temperature)
+    trainer = KnnTrainer(model, probe(tmp_path), train_dataset=cloud(60, classes=9))
+    trainer.train()
+    held_out = cloud(60, seed=3, classes=9)
+    found = trainer.evaluate(held_out)
+    store = model.datastore
+    assert store is not None
+    voted = store.search(held_out.features, k).labels == held_out.labels.unsqueeze(1)
+    assert found["eval_knn_top5"] == pytest.approx(float(voted.any(1).double().mean()))
+    if k == 1:
+        assert found["eval_knn_top5"] == found["eval_knn_top1"] < found["eval_head_top5"]
+    if knn_weight == 1:
+        assert found["eval_blend_top5"] == found["eval_knn_top5"]
+    else:
+        assert found["eval_blend_top5"] > found["eval_knn_top5"]
 
 
 def test_evaluate_pictures_names_and_mode(tmp_path: Path) -> None:
@@ -655,9 +685,16 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
     )
     trainer.train()
     found = trainer.tune()
+    # on one half; the other half sets thresholds
+    half = (torch.randperm(60, generator=torch.Generator().manual_seed(0)) < 30).nonzero().flatten()
+    chosen_on = held_out.select(half.numpy())
+    assert found.rows == len(chosen_on) == 30
     with torch.no_grad():
-        head = model.head(held_out.features).log_softmax(1)
-    wanted = tune(store_of(trainer).search(held_out.features, 512), head, held_out.labels, 3)
+        head = model.head(chosen_on.features).log_softmax(1)
+    found_near = store_of(trainer).search(chosen_on.features, 512)
+    grid = default_grid(60, 3)
+    wanted = tune(found_near, head, chosen_on.labels, 3, "one_standard_error", grid=grid)
+    assert found.criterion == "one_standard_error"
     assert found.table == wanted.table
     cell = (found.k, found.temperature, found.knn_weight)
     assert cell == (wanted.k, wanted.temperature, wanted.knn_weight)
@@ -665,7 +702,7 @@ def test_tune_on_a_validation_set(tmp_path: Path) -> None:
     assert (config.k, config.knn_temperature, config.knn_weight) == cell
     assert trainer.tune_result is found
     chosen = next(scored for scored in found.table if scored[:3] == cell)
-    measured = trainer.evaluate()
+    measured = trainer.evaluate(chosen_on)
     assert measured["eval_accuracy"] == pytest.approx(chosen.accuracy, abs=1e-6)
     assert measured["eval_blend_nll"] == pytest.approx(-chosen.log_likelihood, rel=1e-4)
     assert measured["eval_head_top1"] == pytest.approx(found.head.accuracy, abs=1e-6)
@@ -773,13 +810,98 @@ def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -
     assert tables[0] == tables[1]
 
 
-def test_folds_of_nothing_but_lone_rows_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shots", [1, 2, 8])
+def test_few_labels_leave_the_fixed_cell(shots: int, tmp_path: Path) -> None:
+    model = small_model(CLASSES, k=3, knn_temperature=0.5, knn_weight=0.9, blend_temperature=2.0)
+    trainer = KnnTrainer(model, probe(tmp_path), train_dataset=random_features([0, 1, 2] * shots))
+    trainer.train()
+    result = trainer.tune()
+    assert (result.criterion, result.has_few_labels) == ("fixed", True)
+    assert result.rows == (3 * shots if shots > 1 else 0)
+    assert (result.k, result.temperature, result.knn_weight) == (20, 0.14, 0.5)
+    config = model.config
+    cell = (config.k, config.knn_temperature, config.knn_weight, config.blend_temperature)
+    assert cell == (20, 0.14, 0.5, 1.0)  # not clipped: the store may grow
+    assert f"({result.rows} on these; 16 a class are wanted)" in result.say("on these")
+    assert math.isnan(result.score) == (shots == 1)
+    if shots > 1:
+        assert result.score == result.fixed.accuracy
+        assert result.fixed.k <= min(20, 3 * shots - 1)  # who could vote in a fold
+        # whoever names a criterion gets what it says
+        named = trainer.tune(criterion="log_likelihood")
+        assert named.criterion == "log_likelihood"
+        assert named.score == max(cell.log_likelihood for cell in named.table)
+        assert named.has_few_labels
+    else:
+        assert config.answer_thresholds == {}
+        with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
+            trainer.tune(criterion="accuracy")
+
+
+def test_the_fixed_cell_as_a_criterion(tmp_path: Path) -> None:
     trainer = KnnTrainer(
-        small_model(CLASSES), probe(tmp_path), train_dataset=random_features([0, 1, 2])
+        small_model(CLASSES), probe(tmp_path, tune_criterion="fixed"), train_dataset=cloud(60)
     )
     trainer.train()
-    with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
-        trainer.tune()
+    result = trainer.tune()
+    assert (result.criterion, result.has_few_labels, result.rows) == ("fixed", False, 60)
+    assert result.say("") == "The fixed cell, as asked for: k = 20, temperature = 0.14, λ = 0.5."
+
+
+def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=cloud(60))
+    trainer.train()
+    capfd.readouterr()
+    trainer.tune()
+    assert "folds" not in capfd.readouterr().err
+    transformers_logging.enable_progress_bar()
+    trainer.tune(progress=True)
+    said = capfd.readouterr().err
+    assert "Training on folds: 100%" in said
+    assert "Choosing k, temperature and λ: 100%" in said
+
+
+def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Tensor]] = {"chosen": [], "told": []}
+
+    def spied_tune(neighbors: Neighbors, head: Tensor, labels: Tensor, *args: Any, **kwargs: Any):
+        seen["chosen"].append(head)
+        return tune(neighbors, head, labels, *args, **kwargs)
+
+    def spied_thresholds(log_probs: Tensor, labels: Tensor, rates: Any) -> dict[str, float]:
+        seen["told"].append(labels)
+        return thresholds(log_probs, labels, rates)
+
+    monkeypatch.setattr(measure_module, "tune", spied_tune)
+    monkeypatch.setattr(measure_module, "thresholds", spied_thresholds)
+    rows = cloud(120)
+    trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=rows)
+    trainer.train()
+    for options, chosen, told in (
+        ({}, 60, 60),
+        ({"calibrate": True}, 60, 60),
+        ({"criterion": "fixed"}, 120, 120),  # nothing was chosen
+        ({"criterion": "fixed", "calibrate": True}, 60, 60),  # temperatures were
+    ):
+        trainer.tune(**options)
+        assert (len(seen["chosen"][-1]), len(seen["told"][-1])) == (chosen, told), options
+
+
+def test_halves_keep_groups_together() -> None:
+    groups = torch.tensor([5, 5, 9, 9, 9, 2, 7, 7, 1, 3])
+    near = Neighbors(torch.rand(10, 2), torch.zeros(10, 2).long(), torch.arange(20).view(10, 2))
+    rows = HeldOut(near, torch.rand(10, 3), torch.arange(10), groups)
+    first, second = rows.halves()
+    assert sorted([*first.labels.tolist(), *second.labels.tolist()]) == list(range(10))
+    assert first.groups is not None
+    assert second.groups is not None
+    assert not set(first.groups.tolist()) & set(second.groups.tolist())
+    assert torch.equal(first.neighbors.ids, near.ids[first.labels])
+    assert torch.equal(second.head_log_probs, rows.head_log_probs[second.labels])
+    alone, nobody = rows.at(torch.tensor([0])).halves()
+    assert (len(alone.labels), len(nobody.labels)) == (1, 0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 40])
@@ -1182,6 +1304,71 @@ def test_good_arguments(tmp_path: Path) -> None:
     for criterion in ("one_standard_error", "accuracy", "mean_class", "log_likelihood"):
         assert probe(tmp_path, tune_criterion=criterion).tune_criterion == criterion
     assert probe(tmp_path, knn_loss_clamp=math.inf, knn_loss_normalize="mean").knn_loss_clamp > 1e9
+
+
+RECIPE = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "save_strategy")
+
+
+def recipe_of(args: TrainingArguments) -> tuple[Any, ...]:
+    return tuple(getattr(args, name) for name in RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"freeze_backbone": True}, (60, 1e-3, 256, "no")),
+        ({}, (10, 5e-5, 32, "steps")),
+        ({"knn_loss_alpha": 0.1, "trainable_blocks": 1}, (10, 5e-5, 32, "steps")),
+        ({"freeze_backbone": True, "num_train_epochs": 3}, (3, 1e-3, 256, "no")),
+        ({"freeze_backbone": True, "learning_rate": 5e-5}, (60, 5e-5, 256, "no")),
+        ({"freeze_backbone": True, "per_device_train_batch_size": 8}, (60, 1e-3, 8, "no")),
+        ({"freeze_backbone": True, "save_strategy": "steps"}, (60, 1e-3, 256, "steps")),
+        ({"freeze_backbone": True, "save_steps": 500}, (60, 1e-3, 256, "steps")),
+        ({"freeze_backbone": True, "push_to_hub": True}, (60, 1e-3, 256, "steps")),
+        ({"num_train_epochs": 0.5, "save_strategy": "no"}, (0.5, 5e-5, 32, "no")),
+    ],
+)
+def test_what_is_not_given_suits_the_training(
+    given: dict[str, Any], wanted: tuple[Any, ...], tmp_path: Path
+) -> None:
+    args = KnnTrainingArguments(str(tmp_path), report_to=[], **given)
+    assert recipe_of(args) == wanted
+    assert args.save_steps == 500
+    plain = TrainingArguments(str(tmp_path), report_to=[])
+    others = ("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "optim", "eval_strategy")
+    assert [getattr(args, name) for name in others] == [getattr(plain, name) for name in others]
+    # copies are what they were copied from
+    assert recipe_of(dataclasses.replace(args, output_dir="other")) == wanted
+    assert recipe_of(copy.deepcopy(args)) == wanted
+    rebuilt = KnnTrainingArguments(**json.loads(json.dumps(args.to_dict())))
+    assert rebuilt.to_dict() == args.to_dict()
+    changed = dataclasses.replace(args, num_train_epochs=7)
+    assert recipe_of(changed) == (7, *wanted[1:])
+
+
+@pytest.mark.parametrize("way", ["command line", "dict", "json"])
+def test_arguments_are_parsed_with_their_defaults(way: str, tmp_path: Path) -> None:
+    parser = HfArgumentParser(cast(Any, KnnTrainingArguments))
+    folder = str(tmp_path / "out")
+
+    def parse(**given: Any) -> KnnTrainingArguments:
+        given |= {"output_dir": folder, "report_to": "none"}
+        if way == "command line":
+            words = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+            return parser.parse_args_into_dataclasses(words)[0]
+        if way == "dict":
+            return parser.parse_dict(given)[0]
+        path = tmp_path / "args.json"
+        path.write_text(json.dumps(given))
+        return parser.parse_json_file(str(path))[0]
+
+    assert recipe_of(parse(freeze_backbone=True)) == (60, 1e-3, 256, "no")
+    assert recipe_of(parse()) == (10, 5e-5, 32, "steps")
+    typed = parse(
+        num_train_epochs=3, learning_rate=5e-5, per_device_train_batch_size=8, save_strategy="epoch"
+    )
+    assert recipe_of(typed) == (3, 5e-5, 8, "epoch")
+    assert [type(value) for value in recipe_of(typed)[1:3]] == [float, int]
 
 
 def test_the_precision_of_features_is_passed_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import gradio as gr
 from ..exports import as_csv, write_text
 from ..service import Look
 from ..settings import MAX_K, WEIGHTINGS, Settings
-from ..uploads import SpaceError, check_files, read_upload, thumbnail
+from ..uploads import SpaceError, check_files, small_picture
 from .answer_views import EMPTY, answer_page, rows_of, samples_page
 from .contents import Page
 from .events import HEAVY, as_message, clicked
@@ -46,7 +46,7 @@ def add_classify_tab(page: Page, token: gr.BrowserState) -> Callable[[Any], Any]
                 elem_id="knn-upload",
             )  # fmt: skip
             samples = gr.HTML(
-                samples_page(thumbnail(read_upload(path).image) for path in page.samples),
+                samples_page(small_picture(path) for path in page.samples),
                 js_on_load=SELECT_JS, visible=bool(page.samples), elem_id="knn-samples",
             )  # fmt: skip
             with gr.Accordion("Advanced: how the neighbours vote", open=False):

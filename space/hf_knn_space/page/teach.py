@@ -138,6 +138,8 @@ class _Handlers:
         """Adds pictures; a visitor without a token gets one."""
         done = self._page.service.teach(check_files(paths), label, token, "")
         message = f"Taught {len(done['ids'])}; you have {done['examples']} now."
+        if done["skipped"]:
+            message += f" {len(done['skipped'])} were known with this label already."
         return [*self._after(done["visitor"], message), None]
 
     @_says_why_not
