@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from .manifest import FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError, FileRecord, Manifest
@@ -23,7 +23,7 @@ Resolve = Callable[[str], Path | None]
 class FrozenDatastore:
     """Rows of (features, label, id) as a checkpoint holds them.
 
-    Every byte is hashed when it is opened. `hf_knn.Datastore` is the one that can be changed.
+    Each byte that is kept in memory was hashed. `hf_knn.Datastore` is the one that can be changed.
 
     Args:
         manifest: the checked manifest.
@@ -43,15 +43,18 @@ class FrozenDatastore:
     def __init__(self, manifest: Manifest, resolve: Resolve) -> None:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
-        self.places = [record.verify(resolve(record.name)) for record in manifest.blobs]
-        files = [open_blob(record, resolve) for record in manifest.blobs]
+        self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
+        pairs = zip(self.places, manifest.blobs, strict=True)
+        files = [parse_blob(record, record.read(path)) for path, record in pairs]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        self._searcher: Searcher | None = None
+        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        first_pass = TorchFirstPass(space.first_pass_rows(self.features))
+        self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -98,11 +101,6 @@ class FrozenDatastore:
         shape = (len(wanted.queries), wanted.width(len(self)))
         similarities, positions = np.zeros(shape), np.zeros(shape, np.int64)
         if 0 not in shape:
-            if self._searcher is None:
-                mean = self.mean.double().numpy()
-                space = RowSpace(mean, self.metric, self.normalization, self.features)
-                rows = TorchFirstPass(space.first_pass_rows(self.features))
-                self._searcher = Searcher(self.features, self.ids.numpy(), space, rows)
             similarities, positions = self._searcher.search(
                 wanted.queries, shape[1], wanted.excluded
             )
@@ -122,11 +120,10 @@ class FrozenDatastore:
         folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
-            record.verify(path)
             if not target.exists() or not target.samefile(path):
                 target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-                record.verify(target)
+            record.verify(target)  # afterwards: what was copied is what was opened
 
     def write_manifest(self, folder: Path, binding: Binding) -> None:
         """Binds the row files to the checkpoint that lies beside them.
@@ -165,12 +162,11 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
 
-def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
-    """Maps a row file of the right size into memory."""
-    path = record.verify_size(resolve(record.name))
+def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory of their own."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
+        return load(data)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise DatastoreError(
             f"Expected {record.name} to be a safetensors file, but: {error}"
         ) from error

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,7 @@ HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
 _READ_BYTES = 2**20
+_SEEKING = threading.Lock()
 
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
@@ -42,22 +45,30 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
     return whole.hexdigest(), blocks
 
 
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors.
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors.
 
     Args:
-        file: open for reading; its position does not matter and stays.
+        read: its bytes from a position on, at most so many.
         count: how many blocks; what lies beyond belongs to the last one.
 
     Returns:
         The hex sha256 of each block.
     """
-    descriptor = file.fileno()
 
     def hash_block(number: int) -> str:
         found, position = hashlib.sha256(), number * HASH_BLOCK
         end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+        while piece := read(position, min(_READ_BYTES, end - position)):
             found.update(piece)
             position += len(piece)
         return found.hexdigest()
@@ -74,6 +85,7 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MEASURED_ON = ("rows", "queries unlike the rows")
 MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
@@ -141,19 +153,33 @@ class FileRecord:
         """
         path = self.verify_size(path)
         with path.open("rb") as file:
-            self.verify_stream(file)
+            self.compare(partial(read_at, file))
         return path
 
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once.
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record.
 
         Args:
-            file: open for reading.
+            path: where the file should be; None if it could not be found.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        found = hash_open_blocks(file, len(self.blocks))
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once.
+
+        Args:
+            read: its bytes from a position on, at most so many.
+
+        Raises:
+            DatastoreError: naming the file, what was promised and what was found.
+        """
+        found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
                 raise DatastoreError(
@@ -171,18 +197,21 @@ class IndexInfo:
         requested: what was asked for: `auto`, `flat` or a faiss factory string.
         spec: what was built: `flat` or a faiss factory string.
         parameters: search parameters, such as `nprobe`.
-        recall: share of the 20 nearest rows that was found on a sample; None for an exact index, or
-            one that was not built yet.
+        recall: share of the 20 nearest rows that was found for a sample of rows, or of queries
+            unlike them, whichever is worse; None for an exact index, or one not built yet.
+        measured_on: which of them that was, see `MEASURED_ON`; None if nobody said.
     """
 
     requested: str
     spec: str
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        where = f" on {self.measured_on}" if self.measured_on else ""
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
 
@@ -281,6 +310,8 @@ class Manifest:
         except ValueError as error:
             raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
         faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        if faiss_index is not None:
+            faiss_index = _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME)))
         manifest = cls(
             num_rows=fields.count("num_rows"),
             dim=fields.count("dim"),
@@ -289,7 +320,7 @@ class Manifest:
             normalization=normalization,
             index=_parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
-            faiss_index=None if faiss_index is None else _parse_faiss(faiss_index),
+            faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
@@ -438,22 +469,16 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
 
-def _parse_faiss(values: Any) -> FileRecord:
-    return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
-
-
 def _parse_index(values: Any) -> IndexInfo:
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         raise fields.wrong("recall", "a number in [0, 1] or null")
-    named = Fields(parameters, "index.parameters.")
-    return IndexInfo(
-        fields.text("requested"),
-        fields.text("spec"),
-        {name: named.count(name) for name in named.values},
-        recall,
-    )
+    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
+        raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
+    counts = {name: named.count(name) for name in named.values}
+    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
 
 
 def parse_binding(values: Any) -> Binding:

@@ -142,6 +142,9 @@ class KnnForImageClassification(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):  # mapped: they change with the file
+            if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+                tensor.data = tensor.data.clone()
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
             model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options

@@ -8,7 +8,7 @@ until none of those could belong to the answer.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-"""What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
+_SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
+"""What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
@@ -188,8 +188,13 @@ def float32_rounding(width: int) -> float:
 
 
 def shortcut() -> float:
-    """How much further off torch's settings let it be."""
-    return _SHORTCUTS[torch.get_float32_matmul_precision()]
+    """How much further off torch's settings let it be, on a GPU or a CPU."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
+    # new settings, which say what the old ones were set to, too
+    found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+    return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:

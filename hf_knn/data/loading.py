@@ -287,7 +287,9 @@ def datastore_as_dataset(
                 f"{missing[:3] or 'the datastore knows no paths'} are missing."
             )
         kinds[IMAGE] = Image()
-    return Dataset.from_dict(columns, features=Features(kinds))
+    dataset = Dataset.from_dict(columns, features=Features(kinds))
+    store.verify()  # afterwards: what was copied is what was stored
+    return dataset
 
 
 def _load_saved(path: Path) -> dict[str, Dataset]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..core.backbone import extract
 from ..core.config import KnnConfig
+from ..core.lazy import Lock
 from ..data.batches import IMAGE, SAMPLE_ID, BadRow, Batch, read_batch
 from ..model.pictures import encode
 
@@ -156,15 +157,29 @@ class TorchEncoder:
         return wait
 
 
+_COUNTING = Lock()
+_before: list[int] = []
+"""Torch's threads before, once for each block that is under way; the first is what was set."""
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For threads that are started inside: each is to keep to its own core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """For threads that are started inside: each is to keep to its own core.
+
+    The number holds for the process, so the last of several at once puts it back.
+    """
+    with _COUNTING:
+        _before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _COUNTING:
+            if len(_before) == 1:
+                torch.set_num_threads(_before[0])
+                _before.clear()
+            else:
+                _before.pop()
 
 
 class Encoded(NamedTuple):

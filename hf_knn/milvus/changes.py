@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..core.manifest import DatastoreError
 from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers, shown
-from ..store.table import StoredRows, check_paths, sum_of, to_storage
+from ..store.casting import TOO_COARSE, Centers, fits_float16
+from ..store.table import StoredRows, check_paths, sum_of
 from .collection import (
     CHANGING,
     ROW_FIELDS,
@@ -266,11 +267,11 @@ def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> Non
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:
-    stored = to_storage(added, getattr(torch, about.dtype)).numpy()
-    space, problem = space_of(about), ""
-    if str(stored.dtype) != about.dtype:
-        problem = f"that {about.dtype} can hold"
-    elif not space.holds(np.asarray(stored)):
+    centers, problem = Centers.of_added(added, about.mean), ""
+    if about.dtype == "float16" and not fits_float16(added, *centers):
+        problem = f"that float16 can hold (one is {TOO_COARSE})"
+    stored = added.to(getattr(torch, about.dtype)).numpy()
+    if not problem and not (space := space_of(about)).holds(np.asarray(stored)):
         problem = f"no longer than {space.largest:g} once normalised"
     if problem:
         raise ValueError(

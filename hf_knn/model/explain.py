@@ -126,6 +126,15 @@ class Calibration:
         return len(now) == len(self._seen) and all(map(is_, now, self._seen))
 
 
+def _calibrated(model: "KnnForImageClassification", store: RowStore) -> Calibration:
+    """The calibration of the rows, counted once for all who ask."""
+    with model.once:
+        known = model.calibration
+        if known is None or not known.is_of(store):
+            known = model.calibration = Calibration(store)
+        return known
+
+
 def explain(
     model: "KnnForImageClassification",
     features: Tensor,
@@ -161,9 +170,7 @@ def explain(
     )  # fmt: skip
     calibration = None
     if store is not None and len(store) > 1:
-        if model.calibration is None or not model.calibration.is_of(store):
-            model.calibration = Calibration(store)
-        calibration = model.calibration.nearest
+        calibration = _calibrated(model, store).nearest
     return [
         _explain_one(config, answers, row, calibration, level, threshold)
         for row in range(len(features))

@@ -81,6 +81,7 @@ class GraphModel(nn.Module):
         mean = store.mean.double().numpy()
         rows = normalize_rows(store.features[order].numpy(), mean, store.normalization)
         self.register_buffer("rows", torch.from_numpy(rows.astype(np.float32)))
+        store.verify()  # afterwards: what was copied is what was stored
         self.register_buffer("labels", store.labels[order])
         self.register_buffer("ids", store.ids[order])
         self.register_buffer("mean", store.mean.float())

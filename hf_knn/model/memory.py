@@ -30,6 +30,7 @@ class Tally:
         fingerprint: of all rows and the mean, whatever the order of the rows.
         ridge: sums behind a ridge head; None if the head does not follow the rows.
         marks: of the datastore when it was counted.
+        dtype: that the rows were stored in, which their hashes are of.
     """
 
     total: int
@@ -37,6 +38,7 @@ class Tally:
     fingerprint: str
     ridge: RidgeState | None
     marks: tuple[Any, ...]
+    dtype: str
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tally":
         return self  # the copy of a datastore shares its rows until they change
@@ -81,8 +83,11 @@ class Tally:
             is_recentered: whether the mean moved, which changes all that was summed up.
         """
         total, ridge = self.total, self.ridge
-        total += sum_of(come) if come is not None else 0
-        total -= sum_of(gone) if gone is not None else 0
+        if store.dtype != self.dtype:  # rows came that only float32 could hold
+            total = store.hash_sum()
+        else:
+            total += sum_of(come) if come is not None else 0
+            total -= sum_of(gone) if gone is not None else 0
         if ridge is not None:
             if is_recentered:
                 ridge = sum_rows(store, head, config)
@@ -99,7 +104,7 @@ def fingerprint_of(store: RowStore) -> str:
 def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
     count = len(store)
     fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
-    return Tally(total, count, fingerprint, ridge, store.marks)
+    return Tally(total, count, fingerprint, ridge, store.marks, store.dtype)
 
 
 def _updated(

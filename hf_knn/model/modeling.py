@@ -11,19 +11,13 @@ from transformers import PreTrainedModel
 
 from ..core import model as core
 from ..core.config import KnnConfig
+from ..core.lazy import Lock
 from ..core.reading import PUSH_OPTIONS
 from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
-from . import teaching
-from .backbones import (
-    config_for,
-    copy_weights,
-    freeze_statistics,
-    open_backbone,
-    portable,
-)
+from . import backbones, teaching
 from .card import publish
 from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
@@ -57,7 +51,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
     __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
-        super().__init__(config)
+        super().__init__(backbones.complete(config))
+        self.once = Lock()
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
 
@@ -100,10 +95,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """What was measured on pictures held out, which the model card is made from, or None.
-
-        It has `metrics` (`eval_…`), `rows`, and `dataset`, `split`, `note` where known.
-        """
+        """What was measured on pictures held out: `metrics`, `rows`, `dataset`, …; or None."""
         return self._memory.measured
 
     @measured.setter
@@ -121,8 +113,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     def _counted(self) -> Memory:
         """What is remembered, with sums over the rows, with which later changes go on."""
-        self._memory = self.memory.counted(self.config)
-        return self._memory
+        with self.once:
+            before, counted = self._memory, self.memory.counted(self.config)
+            self._memory = counted if self._memory is before else self._memory  # a change stays
+            return counted
 
     @classmethod
     def from_backbone(
@@ -154,14 +148,16 @@ class KnnForImageClassification(core.KnnForImageClassification):
             source = backbone
         else:
             options = hub_options or {}
-            source, image_processor, name = open_backbone(str(backbone), image_processor, **options)
+            source, image_processor, name = backbones.open_backbone(
+                str(backbone), image_processor, **options
+            )
             config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        model = cls(config_for(source, pooling, **label_maps(labels), **config_values))
+        model = cls(backbones.config_for(source, pooling, **label_maps(labels), **config_values))
         nn.Module.to(model, dtype=source.dtype)
-        copy_weights(source, model.backbone)
-        model.image_processor = portable(image_processor)
+        backbones.copy_weights(source, model.backbone)
+        model.image_processor = backbones.portable(image_processor)
         return model.eval()
 
     @classmethod
@@ -185,8 +181,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             load_datastore: False gives the plain classifier.
             allow_stale: True accepts, with a warning, a datastore whose features were made by other
                 weights, processor settings or pooling, and files beside it that were changed.
-            trust_faiss_index: True lets faiss parse `datastore.faiss`, see `Datastore.load`; for
-                files of your own only.
+            trust_faiss_index: True says that the files are your own, see `Datastore.load`.
             trust_remote_datastore: True asks the Milvus server that the checkpoint names, if its
                 rows lie on one; without consent nobody is asked, and such a checkpoint is refused.
             datastore_uri: consent to this address instead of the one in the checkpoint; None takes
@@ -337,8 +332,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     def fingerprint_rows(self) -> str:
         """A hash of all stored rows and their mean, whatever their order.
 
-        Rows are counted once; copies made afterwards (`copy.deepcopy`) share the count, so that the
-        first change of each is as fast as later ones.
+        Rows are counted once; copies made afterwards share the count.
 
         Returns:
             64 hexadecimal digits, as in a receipt.
@@ -496,5 +490,5 @@ class KnnForImageClassification(core.KnnForImageClassification):
             mode: True for training.
         """
         super().train(mode)
-        freeze_statistics(self.backbone)
+        backbones.freeze_statistics(self.backbone)
         return self

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.manifest import STORAGE_DTYPES
 from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers, shown
-from .table import RowTable, StoredRows, check_paths, to_storage
+from .casting import Centers, to_storage, warn_if_coarse
+from .table import RowTable, StoredRows, check_paths
 
 _SUMMED_AT_ONCE = 65_536
 
@@ -50,7 +51,7 @@ def new_table(
 def checked_rows(
     features: Tensor | NDArray, labels: Values, ids: Values | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, labels and ids as they are stored.
+    """Features, labels and ids, of which all is right but the dtype that they are stored in.
 
     Args:
         features: [N, D] raw features of any float dtype and device.
@@ -58,16 +59,24 @@ def checked_rows(
         ids: [N] unique whole numbers >= 0; None numbers the rows.
 
     Returns:
-        [N, D] float16 (float32 where that would lose too much), [N] int64 and [N] int64.
+        [N, D] float32 or float64, [N] int64 and [N] int64.
 
     Raises:
         ValueError: for NaN or infinite features (with the row numbers), shapes that disagree,
             negative, float or doubled ids or labels.
     """
-    stored = to_storage(as_features(features, "features"), torch.float16)
-    numbers = torch.arange(len(stored)) if ids is None else as_whole_numbers(ids, "ids")
+    rows = as_features(features, "features")
+    numbers = torch.arange(len(rows)) if ids is None else as_whole_numbers(ids, "ids")
     wanted = as_whole_numbers(labels, "labels")
-    return stored, *check_row_numbers(wanted, numbers, len(stored))
+    return rows, *check_row_numbers(wanted, numbers, len(rows))
+
+
+def stored_rows(
+    features: Tensor | NDArray, labels: Values, ids: Values | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `checked_rows`, with features [N, D] as they are stored, float16 or float32."""
+    rows, numbers, row_ids = checked_rows(features, labels, ids)
+    return to_storage(rows, torch.float16, Centers.of(rows)), numbers, row_ids
 
 
 def find_rows(table: RowTable, ids: Values) -> Tensor:
@@ -126,8 +135,11 @@ def add_rows(
     labels: Values,
     ids: Values | None,
     paths: Sequence[str] | None,
+    mean: Tensor,
 ) -> RowTable:
     """With more rows at the end, cast to the storage dtype; lists of an index are forgotten.
+
+    All rows become float32 where float16 would lose too much of the new ones.
 
     Args:
         table: N rows of width D.
@@ -135,6 +147,7 @@ def add_rows(
         labels: [M] whole numbers >= 0.
         ids: [M] unique ids that the table does not have; None continues after the largest.
         paths: [M] where each row's picture lies.
+        mean: [D] that centres the rows.
 
     Raises:
         ValueError: for bad features, labels or ids, or an id that exists.
@@ -155,7 +168,8 @@ def add_rows(
         )
     wanted, numbers = check_row_numbers(as_whole_numbers(labels, "labels"), numbers, len(added))
     new_paths = check_paths(paths, len(added))
-    return table.append(to_storage(added, table.features.dtype), wanted, numbers, new_paths, None)
+    stored = to_storage(added, table.features.dtype, *Centers.of_added(added, mean))
+    return table.append(stored, wanted, numbers, new_paths, None)
 
 
 def relabel_rows(table: RowTable, ids: Values, labels: Values) -> RowTable:
@@ -190,13 +204,22 @@ def mean_for(table: RowTable, mean: Tensor | None) -> Tensor:
     """
     width = table.features.shape[1]
     if mean is None:
-        return _mean_of(table, width)
+        found = _mean_of(table, width)
+        table.verify()  # afterwards: it is the mean of the rows that were stored
+        return found
     if mean.shape != (width,) or not bool(mean.isfinite().all()):
         raise ValueError(
             f"Expected `mean` to be {width} finite numbers, but got shape {tuple(mean.shape)}; "
             "leave it out for the mean of the present rows."
         )
     return mean.detach().cpu().float().clone()
+
+
+def moved_mean(table: RowTable, mean: Tensor | None) -> Tensor:
+    """See `mean_for`; it says so if the rows were stored too coarsely for it."""
+    found = mean_for(table, mean)
+    warn_if_coarse(table.features, found)
+    return found
 
 
 def _mean_of(table: RowTable, width: int) -> Tensor:

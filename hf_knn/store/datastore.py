@@ -15,7 +15,8 @@ from transformers.utils.logging import tqdm
 
 from ..core.config import Normalization, check_metric
 from ..core.frozen import Resolve
-from ..core.manifest import Binding, DatastoreError, IndexInfo, Manifest
+from ..core.lazy import Lock
+from ..core.manifest import Binding, IndexInfo, Manifest
 from ..core.rows import Values, as_whole_numbers
 from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
@@ -37,8 +38,10 @@ class Datastore:
     with `from_features` or `load`.
 
     Where a method takes `ids`, they are [M] unique ids that it has, of any integer dtype; else a
-    ValueError names them. A change is made whole or, with an error, not at all. Rows of files are
-    hashed before they are first read; then a DatastoreError names the file that is damaged.
+    ValueError names them. A change is made whole or, with an error, not at all. Threads may search
+    at once; a change needs the datastore for itself. Rows of files are hashed before they are first
+    read; then a DatastoreError names the file that is damaged. Files of 256 MB and more are mapped,
+    not read: they are hashed again before their rows go into other files.
 
     Args:
         features: [N, D] float16 or float32, CPU.
@@ -80,8 +83,8 @@ class Datastore:
         self.journal: Path | None = None
         self._table: RowTable = changes.new_table(features, labels, ids, mean, paths)
         self._index = RowIndex.chosen(index, self._table, max_memory, min_recall)
+        self._lock = Lock()  # of what is done once: verifying, building, filtering
         self._unverified: OpenedFiles | None = None
-        # rows of the classes asked for last, kept ready as long as key and marks are these
         self._filtered: tuple[tuple[object, ...], tuple[object, ...], Datastore] | None = None
 
     @classmethod
@@ -97,12 +100,12 @@ class Datastore:
         that would lose too much (a message says so). Labels, and ids if there are any, are [N]
         whole numbers >= 0. A ValueError says where they are not, with the row numbers.
         """
-        rows = changes.checked_rows(features, labels, ids)
+        parts = changes.stored_rows(features, labels, ids)
         store = cls(
-            *rows, torch.zeros(rows[0].shape[1]), metric=metric, normalization=normalization,
+            *parts, torch.zeros(parts[0].shape[1]), metric=metric, normalization=normalization,
             index=index, paths=paths, max_memory=max_memory, min_recall=min_recall,
         )  # fmt: skip
-        store.recenter()
+        store.mean = changes.mean_for(store._table, None)
         return store
 
     def __len__(self) -> int:
@@ -116,7 +119,8 @@ class Datastore:
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))  # with a searcher of its own: it is changed in place
-        other.__dict__.update(self.__dict__ | {"_index": self._index.unbuilt()})
+        other.__dict__.update(self.__dict__)
+        other._index, other._lock = other._index.unbuilt(), Lock()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -177,22 +181,27 @@ class Datastore:
         return changes.rows_at(self._rows(), part, self.source.get("split", ""))
 
     def blocks(self) -> Iterator[StoredRows]:
-        """All rows with all that is stored about them, block by block."""
+        """All rows with all that is stored about them, block by block; then a check of files."""
         for start in range(0, len(self), 8192):
             yield self.rows(slice(start, start + 8192))
+        self._table.verify()  # afterwards: whoever read all rows has read those that were stored
 
     def rows_of(self, ids: Values) -> StoredRows:
         """Some of the rows, in the order of `ids`, with all that is stored about them."""
-        table = self._rows()
-        return changes.rows_at(table, changes.find_rows(table, ids), self.source.get("split", ""))
+        table, split = self._rows(), self.source.get("split", "")
+        return changes.rows_at(table, changes.find_rows(table, ids), split)
 
     def subset(self, ids: Values) -> Self:
         """A datastore of some of the rows, in the order of `ids`, with the same mean."""
+        part = self._part(ids)
+        self._table.verify()  # afterwards: what was copied is what was stored
+        return part
+
+    def _part(self, ids: Values) -> Self:
         rows = self.rows_of(ids)
         part = type(self)(
-            torch.from_numpy(rows.features), torch.from_numpy(rows.labels),
-            torch.from_numpy(rows.ids), self.mean, metric=self.metric,
-            normalization=self.normalization, paths=None if self.paths is None else rows.paths,
+            *rows.tensors, self.mean, metric=self.metric, normalization=self.normalization,
+            paths=None if self.paths is None else rows.paths,
         )  # fmt: skip
         part._index = self._index.on(Placement()).chosen_again(part._table)
         part.digest, part.source = self.digest, dict(self.source)
@@ -217,18 +226,19 @@ class Datastore:
 
     def paths_of(self, ids: Values) -> list[str]:
         """Where pictures lie, relative to their dataset; empty where nobody said."""
-        table = self._rows()
-        return changes.paths_at(table, changes.find_rows(table, ids))
+        return changes.paths_at(table := self._rows(), changes.find_rows(table, ids))
 
     def verify(self) -> None:
-        """Hashes the files behind the rows and checks their content, unless that was done."""
-        if self._unverified is not None:
-            self._table = self._unverified.read_whole()
-            self._unverified = None
+        """Hashes the files behind the rows and checks their content; mapped ones each time."""
+        if self._unverified is None:
+            self._table.verify()
+        self._rows()
 
     def _rows(self) -> RowTable:
-        self.verify()
-        return self._table
+        with self._lock:
+            if self._unverified is not None:
+                self._table, self._unverified = self._unverified.read_whole(), None
+            return self._table.not_cut_off()
 
     def search(
         self, queries: Tensor | NDArray, k: int = 20, exclude_ids: Values | None = None, *,
@@ -253,8 +263,7 @@ class Datastore:
             ValueError: for NaN or infinite queries (with the row numbers), another width, k < 1,
                 exclude_ids of another length, or a split that the rows are not of.
         """
-        if split is not None:
-            check_split(split, self.source)
+        check_split(split, self.source)
         store = self if labels is None else self._of_labels(labels)
         return store.nearest(queries, k, exclude_ids).rounded(queries)
 
@@ -268,7 +277,7 @@ class Datastore:
         if 0 not in shape:
             searcher = self.build_index()
             similarities, positions = searcher.search(wanted.queries, shape[1], wanted.excluded)
-        rows, table = torch.from_numpy(positions), self._table
+        rows, table = torch.from_numpy(positions), self._rows()
         return Neighbors(torch.from_numpy(similarities), table.labels[rows], table.ids[rows])
 
     def leave_one_out(
@@ -287,34 +296,34 @@ class Datastore:
     ) -> Self:
         """Chooses where searches run: `cpu`, `cuda`, `cuda:1`, `mps`, …, or several of one kind.
 
-        Answers stay the same: candidates are compared on the CPU in float64 in any case. An exact
-        search is a blocked matrix product of torch, and several devices share the rows; an inverted
-        file goes to faiss-gpu where that is installed. `float16` keeps half of the memory there, by
-        more candidates. A device that is not here is a ValueError.
+        Answers stay the same: candidates are compared on the CPU in float64. Several devices share
+        the rows; an inverted file goes to faiss-gpu where that is installed. `float16` keeps half
+        of the memory there. A device that is not here is a ValueError.
         """
         self._index = self._index.on(Placement.of(device, float16))
         return self
 
     def build_index(self) -> GrowingSearcher:
         """Builds the index now, not at the first search; a ValueError if these rows allow none."""
-        self.verify()
-        if self._index.searcher is None:
-            mean = self.mean.double().numpy()
-            space = IndexSpace(mean, self.metric, self.normalization, self._table.features)
-            self._index, self._table = self._index.built(self._table, space)
-        assert self._index.searcher is not None
-        return self._index.searcher
+        with self._lock:
+            table, mean = self._rows(), self.mean.double().numpy()
+            if self._index.searcher is None:
+                space = IndexSpace(mean, self.metric, self.normalization, table.features)
+                self._index, self._table = self._index.built(table, space)
+            assert self._index.searcher is not None
+            return self._index.searcher
 
     def _of_labels(self, labels: Values) -> "Datastore":
         """The rows of some classes, searched exactly."""
-        classes, table = as_whole_numbers(labels, "labels").unique(), self._rows()
-        marks = self.marks
-        key = (*map(id, marks), self._index.placement, *classes.tolist())
-        if self._filtered is None or self._filtered[0] != key:
-            part = self.subset(table.ids[torch.isin(table.labels, classes)])
-            part._index = self._index.exact()
-            self._filtered = (key, marks, part)  # as long as a mark is kept, nobody has its id
-        return self._filtered[2]
+        classes = as_whole_numbers(labels, "labels").unique()
+        with self._lock:
+            table, marks = self._rows(), self.marks
+            key = (*map(id, marks), self._index.placement, *classes.tolist())
+            if self._filtered is None or self._filtered[0] != key:
+                part = self._part(table.ids[torch.isin(table.labels, classes)])
+                part._index = self._index.exact()
+                self._filtered = (key, marks, part)  # as long as a mark is kept, nobody has its id
+            return self._filtered[2]
 
     def add(
         self, features: Tensor | NDArray, labels: Values, ids: Values | None = None,
@@ -323,13 +332,14 @@ class Datastore:
         """Adds rows; returns their ids [M]. The mean does not move; `recenter` moves it.
 
         Args:
-            features: [M, D] raw features.
+            features: [M, D] raw features; all rows become float32, with a message, where float16
+                would lose too much of these.
             labels: [M] whole numbers >= 0.
             ids: [M] unused whole numbers; None continues after the largest.
             paths: [M] where each row's picture lies.
         """
-        before = self._rows()
-        table = changes.add_rows(before, features, labels, ids, paths)
+        before, new = self._rows(), (features, labels, ids, paths)
+        table = changes.add_rows(before, *new, self.mean)
         self._index, self._table = self._index.after_adding(before, table)
         return table.ids[len(before) :]
 
@@ -341,7 +351,9 @@ class Datastore:
     def merge(self, other: "Datastore", *, renumber: bool = False) -> Tensor:
         """Adds all rows of another one; a ValueError names what is not alike, or ids of both."""
         check_alike(self, other)
-        return self.add(other.features, other.labels, None if renumber else other.ids, other.paths)
+        rows = other._rows().in_memory()
+        ids = None if renumber else rows.ids
+        return self.add(rows.features.joined(), rows.labels, ids, rows.paths)
 
     def remove(self, ids: Values) -> None:
         """Removes rows; the next save holds no byte of them."""
@@ -356,7 +368,7 @@ class Datastore:
 
     def recenter(self, mean: Tensor | None = None) -> None:
         """Sets the mean [D] that `l2_centered` subtracts; None takes that of the present rows."""
-        self.mean = changes.mean_for(self._rows(), mean)
+        self.mean = changes.moved_mean(self._rows(), mean)
         self._index, self._table = self._index.forgotten(self._table.with_new_mean())
 
     @contextmanager
@@ -374,7 +386,7 @@ class Datastore:
     def save(
         self, folder: str | Path, *, binding: Binding | None = None, reuse: Path | None = None
     ) -> Manifest:
-        """Writes the datastore into a folder; `datastore.json`, renamed last, is the commit point.
+        """Writes the datastore into a folder; returns the manifest, which is renamed last.
 
         Only files whose rows changed are written; the others stay or are hard-linked.
 
@@ -383,20 +395,15 @@ class Datastore:
             binding: the checkpoint that the datastore belongs to.
             reuse: a further folder in which unchanged files may lie.
 
-        Returns:
-            The manifest that was written.
-
         Raises:
             OSError: if something could not be written; the version that was there is intact.
+            DatastoreError: for rows of a mapped file that changed on disk; likewise.
         """
-        self.verify()
-        if self.index.spec != FLAT and len(self):
+        if len(self._rows()) and self.index.spec != FLAT:
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
-        contents = Contents(
-            self._table, self.mean, self.metric, self.normalization, self._index, binding,
-            self.source,
-        )  # fmt: skip
+        compared = (self.mean, self.metric, self.normalization)
+        contents = Contents(self._table, *compared, self._index, binding, self.source)
         places = [place for place in (reuse, self.home) if place]
         manifest = disk.write_datastore(Path(folder), contents, places)
         self._table = disk.with_records(self._table, manifest)
@@ -432,14 +439,11 @@ class Datastore:
         """Opens the files that a checked manifest names, found by `resolve`; see `load`."""
         at_once = disk.is_hashed_at_once(manifest, verify)
         opened = disk.open_files(manifest, resolve, trust_faiss_index=trust_faiss_index)
-        try:
-            store = cls(
-                *opened.no_rows, opened.mean, metric=manifest.metric,
-                normalization=manifest.normalization,
-            )  # fmt: skip
-        except ValueError as error:
-            raise DatastoreError(f"The datastore is not usable: {error}") from error
-        store.manifest, store.source = manifest, dict(manifest.source)
+        store = cls(
+            *opened.no_rows, torch.zeros(manifest.dim), metric=manifest.metric,
+            normalization=manifest.normalization,
+        )  # fmt: skip
+        store.manifest, store.source, store.mean = manifest, dict(manifest.source), opened.mean
         store._table, store._unverified = opened.table, opened
         store._index = store._index.read(opened.info, opened.centroids, opened.trusted)
         if at_once:
@@ -449,18 +453,16 @@ class Datastore:
     def __getstate__(self) -> dict[str, Any]:
         """Rows that lie on disk as they are go to another process by their place, not by value."""
         state = {"_index": self._index.unopened(), "_unverified": None, "_filtered": None}
-        records = [shard.record for shard in self._table.shards]
-        if disk.lies_in(self.home, records):
+        if disk.lies_in(self.home, records := [shard.record for shard in self._table.shards]):
             return self.__dict__ | state | {"_table": None, "_records": records}
-        return self.__dict__ | state | {"_table": self._rows()}
+        return self.__dict__ | state | {"_table": self._rows().in_memory()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         records = state.pop("_records", None)
         self.__dict__.update(state)
-        if records is None:
-            return
-        found = type(self).load(disk.place_of(self.home, records))
-        self._table, self._unverified = found._table, found._unverified
+        if records is not None:
+            found = type(self).load(disk.place_of(self.home, records))
+            self._table, self._unverified = found._table, found._unverified
 
     def push_to_hub(
         self, repo_id: str, *, commit_message: str = "Upload datastore",
@@ -485,11 +487,8 @@ class Datastore:
         """Opens the datastore of a folder or of a repository on the Hub, all of one revision.
 
         The name is a folder, or the Hub id of a datastore or of a model that has one; the options
-        are those of `from_pretrained` of transformers, and `trust_faiss_index` that of `load`.
-
-        Raises:
-            OSError: if there is no such repository or revision, or the download failed; and what
-                `load` raises.
+        are those of `from_pretrained` of transformers, and `trust_faiss_index` that of `load`. An
+        OSError says that there is no such repository or revision, or that the download failed.
         """
         if Path(name).is_dir():
             return cls.load(Path(name) / subfolder, trust_faiss_index=trust_faiss_index)

@@ -6,11 +6,12 @@ inverted-file index, its centroids.
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from ..core.frozen import (
     decode_paths,
     join_features,
     join_vectors,
-    open_blob,
     take,
     take_vector,
 )
+from ..core.lazy import Once
 from ..core.manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -37,10 +38,11 @@ from ..core.manifest import (
     FileRecord,
     IndexInfo,
     Manifest,
+    read_at,
 )
-from ..core.search import Ints, RowSpace, Singles
+from ..core.search import RowSpace, Singles
 from ..core.votes import Metric
-from .faiss import has_faiss, write_flat
+from .faiss import TrustedIndex, has_faiss, write_flat
 from .folders import (
     exclusive_lock,
     fsync_path,
@@ -52,7 +54,8 @@ from .folders import (
 )
 from .index import RowIndex
 from .kinds import FLAT, allowed, is_rebuildable
-from .table import RowTable, Shard
+from .row_files import map_blob, read_blob, read_lists, tensors_of
+from .table import RowFile, RowTable, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ SCRATCH = ".datastore.staging"
 """Folder inside a datastore's folder for files that are not whole yet."""
 
 LARGEST_VERIFIED_AT_ONCE = 256 * 2**20
-"""Bytes of row files that are hashed when they are opened, whoever asks."""
+"""Row files of fewer bytes are read into memory, hashed, when they are opened; others mapped."""
 
 _LOAD_ATTEMPTS = 10
 
@@ -127,6 +130,8 @@ def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> 
     try:
         blobs = _write_rows(folder, scratch, contents, places)
         index = _stage_faiss(folder, scratch, contents)
+        if index is not None:  # it was made from rows too
+            table.verify()
         count, dim = table.features.shape
         manifest = Manifest(
             num_rows=count,
@@ -166,26 +171,17 @@ def _write_rows(
     records, start = [], 0
     for shard in contents.table.shards:
         part = slice(start, start + shard.rows)
-        record = shard.record
-        if record is None or not _reuse(record, folder, places):
-            tensors = _tensors(contents.table, part) | (shared if part.start == 0 else {})
+        record, behind = shard.record, contents.table.files_behind(part)
+        if record is None or not _reuse(record, folder, scratch, places, behind):
+            for file in behind:
+                file.check_size()
+            tensors = tensors_of(contents.table, part) | (shared if part.start == 0 else {})
             record = _write_file(folder, scratch, tensors, places)
+            for file in behind:
+                file.verify()  # afterwards: what was written is what was opened
         records.append(record)
         start += shard.rows
     return records
-
-
-def _tensors(table: RowTable, part: slice) -> dict[str, Tensor]:
-    tensors = {
-        "features": torch.from_numpy(table.features[part]),
-        "labels": table.labels[part],
-        "ids": table.ids[part],
-    }
-    if table.paths is not None:
-        tensors |= _encode_paths(table.paths[part])
-    if table.lists is not None:
-        tensors["lists"] = torch.from_numpy(table.lists[part]).int()
-    return tensors
 
 
 def _write_file(
@@ -195,36 +191,63 @@ def _write_file(
     save_file(tensors, temporary)
     found = FileRecord.of(temporary)
     record = replace(found, name=f"datastore-{found.sha256[:12]}.safetensors")
-    if _reuse(record, folder, places):
+    if _reuse(record, folder, scratch, places, []):
         temporary.unlink()
     else:
         give_default_mode(temporary)
-        fsync_path(temporary)
-        temporary.replace(folder / record.name)
+        _put(temporary, folder / record.name)
     return record
 
 
-def _reuse(record: FileRecord, folder: Path, places: Sequence[Path]) -> bool:
-    """Keeps or hard-links a file that is there already, after checking its bytes."""
-    for place in (folder, *places):
-        path = place / record.name
-        if not path.is_file():
+def _put(temporary: Path, target: Path) -> None:
+    fsync_path(temporary)
+    temporary.replace(target)
+
+
+def _reuse(
+    record: FileRecord,
+    folder: Path,
+    scratch: Path,
+    places: Sequence[Path],
+    opened: Sequence[RowFile],
+) -> bool:
+    """Keeps, hard-links or copies a file that is there already; what comes is what was promised.
+
+    Args:
+        record: of the file.
+        folder: where it shall be.
+        scratch: for a file that is not known to be whole yet.
+        places: folders in which it may lie too.
+        opened: files that are open, whatever became of their names.
+
+    Raises:
+        DatastoreError: for one that is open, and changed since.
+    """
+    target, temporary = folder / record.name, scratch / record.name
+    if target.is_file() and _is_whole(record, target):
+        return True  # a damaged one is replaced
+    for place in places:
+        if not (place / record.name).is_file():
             continue
-        try:
-            record.verify(path)
-        except DatastoreError:
-            continue  # damaged on disk: a fresh copy takes its place
-        if place != folder:
-            link_or_copy(str(path), str(folder / record.name))
-        return True
+        link_or_copy(str(place / record.name), str(temporary))
+        if _is_whole(record, temporary):
+            _put(temporary, target)
+            return True
+        temporary.unlink()
+    for file in opened:
+        if file.record == record:
+            file.copy_to(temporary)
+            _put(temporary, target)
+            return True
     return False
 
 
-def _encode_paths(paths: list[str]) -> dict[str, Tensor]:
-    encoded = [path.encode(errors="surrogateescape") for path in paths]
-    ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-    text = np.array(bytearray(b"".join(encoded)), dtype=np.uint8)
-    return {"path_bytes": torch.from_numpy(text), "path_ends": torch.from_numpy(ends)}
+def _is_whole(record: FileRecord, path: Path) -> bool:
+    try:
+        record.verify(path)
+    except (DatastoreError, OSError):  # damaged, or on a bad sector
+        return False
+    return True
 
 
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
@@ -273,7 +296,7 @@ def _clear_litter(folder: Path) -> None:
 
 
 class OpenedFiles(NamedTuple):
-    """The mapped files of a datastore.
+    """The row files of a datastore.
 
     Attributes:
         table: the rows, without paths.
@@ -281,22 +304,27 @@ class OpenedFiles(NamedTuple):
         info: which index the files describe, as far as it is built.
         centroids: [L, D] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these rows, or None.
-        read_whole: hashes the files, those that were opened even if others took their names since,
-            checks what they hold, and returns the rows with their paths; raises DatastoreError
-            naming the file that is not what the manifest says.
+        read_whole: hashes files that are mapped, those that were opened even if others took their
+            names since, checks what they hold, and returns the rows with their paths; done once.
+            It raises DatastoreError naming the file that is not what the manifest says.
     """
 
     table: RowTable
     mean: Tensor
     info: IndexInfo
     centroids: Singles | None
-    trusted: BinaryIO | None
-    read_whole: Callable[[], RowTable]
+    trusted: TrustedIndex | None
+    read_whole: Once[RowTable]
 
     @property
     def no_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features, labels and ids as wide as these, without a row."""
         return self.table.features.parts[0][:0], self.table.labels[:0], self.table.ids[:0]
+
+
+def is_read_at_once(manifest: Manifest) -> bool:
+    """Whether the row files of a manifest are read into memory; larger ones are mapped."""
+    return sum(record.size for record in manifest.blobs) < LARGEST_VERIFIED_AT_ONCE
 
 
 def is_hashed_at_once(manifest: Manifest, verify: str) -> bool:
@@ -311,12 +339,11 @@ def is_hashed_at_once(manifest: Manifest, verify: str) -> bool:
     """
     if verify not in ("auto", "full"):
         raise ValueError(f"Expected `verify` to be 'auto' or 'full', but got {verify!r}.")
-    size = sum(record.size for record in manifest.blobs)
-    return verify == "full" or size < LARGEST_VERIFIED_AT_ONCE
+    return verify == "full" or is_read_at_once(manifest)
 
 
 def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool) -> OpenedFiles:
-    """Maps the files of a manifest into memory; checks sizes, headers and shapes, not content.
+    """Reads small files of a manifest, hashed, into memory; maps large ones, not hashed yet.
 
     Args:
         manifest: the checked manifest.
@@ -328,9 +355,9 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         DatastoreError: if a file is missing, has another size, or disagrees with the manifest.
     """
     info = allowed(manifest.index, manifest.num_rows, trust_faiss_index)
-    # opened before they are mapped, so that what is hashed is what is mapped
-    handles = [record.verify_size(resolve(record.name)).open("rb") for record in manifest.blobs]
-    files = [open_blob(record, resolve) for record in manifest.blobs]
+    open_blob = read_blob if is_read_at_once(manifest) else map_blob
+    opened = [open_blob(record, resolve(record.name)) for record in manifest.blobs]
+    files = [tensors for tensors, _ in opened]
     features = join_features(files, manifest)
     mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
     table = RowTable(
@@ -343,66 +370,37 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
             Shard(len(take(tensors, "ids", record)), record)
             for tensors, record in zip(files, manifest.blobs, strict=True)
         ],
+        tuple(file for _, file in opened if file is not None),
     )
-
-    def verify() -> None:
-        # copies of a datastore share this: what was found whole once is not read again
-        for record, handle in zip(manifest.blobs, handles, strict=True):
-            if not handle.closed:
-                record.verify_stream(handle)
-                handle.close()
-
     centroids = None
     if is_rebuildable(info.spec):
-        try:
-            centroids, lists = _read_lists(files, manifest)
-        except DatastoreError:
-            verify()  # a damaged file is named before what it seems to say
-            raise
+        with _damage_named_first(table):
+            centroids, lists = read_lists(files, manifest)
         table = replace(table, lists=lists)
 
     def read_whole() -> RowTable:
-        verify()
-        check_content(table.features, table.labels, table.ids, mean)
-        return replace(table, paths=decode_paths(files, manifest))
+        table.not_cut_off()
+        with _damage_named_first(table):
+            check_content(table.features, table.labels, table.ids, mean)
+            paths = decode_paths(files, manifest)
+        table.verify()  # afterwards, so that what was copied of the files is hashed
+        return replace(table, paths=paths)
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
-    return OpenedFiles(table, mean, info, centroids, trusted, read_whole)
+    return OpenedFiles(table, mean, info, centroids, trusted, Once(read_whole))
 
 
-def _read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Singles, Ints]:
-    """The centroids of an inverted file, and the list of each row, which must fit each other."""
-    spec, count, name = manifest.index.spec, manifest.num_rows, manifest.blobs[0].name
-    if "centroids" not in files[0]:
-        raise DatastoreError(
-            f"Expected the blobs to hold centroids and {count} lists for the index {spec}, but "
-            "they do not; save the datastore again."
-        )
-    centroids = files[0]["centroids"]
-    lists = join_vectors(files, "lists", manifest, torch.int32).long().numpy()
-    if len(lists) != count:
-        raise DatastoreError(
-            f"Expected the blobs to hold centroids and {count} lists for the index {spec}, but "
-            f"they hold {len(lists)} lists; save the datastore again."
-        )
-    most = len(centroids)
-    if centroids.dtype != torch.float32 or centroids.shape[1:] != (manifest.dim,):
-        raise DatastoreError(
-            f"Expected centroids [{most}, {manifest.dim}] float32 in {name}, "
-            f"but got {tuple(centroids.shape)} {centroids.dtype}; save the datastore again."
-        )
-    if not spec.startswith(f"IVF{most},"):
-        raise DatastoreError(
-            f"Expected {most} lists in the index of the manifest, one per centroid, but got {spec}."
-        )
-    if not torch.isfinite(centroids).all():
-        raise DatastoreError(f"Expected finite centroids in {name}; save the datastore again.")
-    if len(lists) and (int(lists.min()) < 0 or int(lists.max()) >= most):
-        raise DatastoreError(f"Expected lists in [0, {most}) in {name}.")
-    return centroids.numpy(), lists
+@contextmanager
+def _damage_named_first(table: RowTable) -> Iterator[None]:
+    """Hashes the files of a table before an error says what is wrong in them."""
+    try:
+        yield
+    except DatastoreError:
+        table.verify()
+        raise
 
 
-def _open_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
+def _open_faiss_file(manifest: Manifest, resolve: Resolve) -> TrustedIndex | None:
     """The serialized index, open and hashed; None, with a warning, if none can be searched."""
     record, problem = manifest.faiss_index, None
     # a flat index of distances is written for others; ours is built from the rows in no time
@@ -413,11 +411,11 @@ def _open_faiss_file(manifest: Manifest, resolve: Resolve) -> BinaryIO | None:
                 continue
             try:
                 file = record.verify_size(path).open("rb")
-                record.verify_stream(file)
+                record.compare(partial(read_at, file))
             except DatastoreError as error:
                 problem = problem or error
             else:
-                return file
+                return TrustedIndex(file, record)
     if problem is not None:
         raise problem
     logger.warning(

@@ -1,16 +1,17 @@
 """Search with faiss. The only file that imports it."""
 
 import functools
-import os
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..core.manifest import DatastoreError
+from ..core.lazy import Lock
+from ..core.manifest import DatastoreError, FileRecord, read_at
 from ..core.search import Floats, Ints, Singles, float32_rounding
 from .advice import install
 
@@ -36,6 +37,9 @@ _CANDIDATES_IN_REACH = 4
 
 _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
+
+_REST_BYTES = 2**20
+_LIMITING = Lock()  # of the limits of faiss, which hold for the whole process
 
 _LARGEST_NUMBER = 4096
 """Numbers in a factory string other than the lists of an IVF: links, sub-vectors, widths."""
@@ -67,6 +71,18 @@ def require_faiss(why: str) -> None:
     """
     if not has_faiss():
         raise ImportError(f"faiss is not installed, and {why} needs it; {how_to_get_faiss()}.")
+
+
+class TrustedIndex(NamedTuple):
+    """A serialized index that native code may parse.
+
+    Attributes:
+        file: open for reading.
+        record: what it held when it was opened.
+    """
+
+    file: BinaryIO
+    record: FileRecord
 
 
 class FaissFlat:
@@ -112,6 +128,7 @@ class FaissApproximate:
     def __init__(self, index: Any, parameters: Mapping[str, int]) -> None:
         self.index = index
         self.on_gpus: Any = None
+        self._lock = Lock()
         self.parameters: dict[str, int] = {}
         self.set_parameters(parameters)
 
@@ -181,12 +198,12 @@ class FaissApproximate:
 
     @classmethod
     def from_file(
-        cls, file: BinaryIO, spec: str, width: int, count: int, is_l2: bool
+        cls, trusted: TrustedIndex, spec: str, width: int, count: int, is_l2: bool
     ) -> "FaissApproximate":
         """Reads a serialized index, which is native code's work: for trusted files only.
 
         Args:
-            file: what `write` wrote, open for reading.
+            trusted: what `write` wrote.
             spec: the factory string it must have been built from.
             width: D it must have.
             count: rows it must hold.
@@ -196,9 +213,9 @@ class FaissApproximate:
             DatastoreError: for a file that faiss cannot read within the limits, or another kind,
                 width, metric or number of rows.
         """
-        index = _read(file, count)
+        index = _read(trusted, count)
         wanted = empty_index(spec, width, count, is_l2)
-        _check_same_kind(_name_of(file), index, wanted, count)
+        _check_same_kind(trusted.record.name, index, wanted, count)
         return cls(index, {})
 
     def write(self, path: Path) -> None:
@@ -229,7 +246,13 @@ class FaissApproximate:
                 f"GPU, but {count} candidates are needed; do store.to('cpu') or index='flat'."
             )
         index = self.index if self.on_gpus is None else self.on_gpus
-        _, positions = index.search(queries, count, params=self._wide_enough(count))
+        parameters, nprobe = self._wide_enough(count)
+        if nprobe is None:
+            _, positions = index.search(queries, count, params=parameters)
+        else:  # a wrapper that takes no parameters of what is inside: they are those of this search
+            with self._lock:
+                _faiss().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
+                _, positions = index.search(queries, count)
         return positions, np.full(len(queries), -np.inf)
 
     def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
@@ -267,23 +290,25 @@ class FaissApproximate:
                 _faiss().GpuParameterSpace().set_index_parameter(self.on_gpus, name, value)
             self.parameters[name] = value
 
-    def _wide_enough(self, count: int) -> Any:
-        """Parameters of one search: enough lists to hold that many candidates a few times over."""
+    def _wide_enough(self, count: int) -> tuple[Any, int | None]:
+        """Enough lists to hold that many candidates a few times over.
+
+        Returns:
+            Parameters of one search, and the number of lists if it must be set before instead.
+        """
         lists = _inverted_lists(self.index)
         if lists is None:
-            return None
+            return None, None
         needed = -(-_CANDIDATES_IN_REACH * count * lists.nlist // max(1, self.index.ntotal))
         nprobe = min(lists.nlist, max(self.parameters.get("nprobe", 1), needed))
         library = _faiss()
         parameters = library.SearchParametersIVF(nprobe=nprobe)
         kind = _faiss().downcast_index(self.index)
         if isinstance(kind, _faiss().IndexIVF):
-            return parameters
+            return parameters, None
         if isinstance(kind, _faiss().IndexPreTransform):
-            return library.SearchParametersPreTransform(index_params=parameters)
-        # wrappers that take no parameters of what is inside
-        _faiss().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
-        return None
+            return library.SearchParametersPreTransform(index_params=parameters), None
+        return None, nprobe
 
     def tunable(self) -> tuple[str, int] | None:
         """The parameter that trades time for recall, and its largest sensible value."""
@@ -366,23 +391,23 @@ def write_flat(path: Path, rows: Singles, ids: Ints, is_l2: bool) -> None:
     _write(path, index)
 
 
-def read_flat(file: BinaryIO, ids: Ints, width: int) -> FaissFlat:
+def read_flat(trusted: TrustedIndex, ids: Ints, width: int) -> FaissFlat:
     """Reads what `write_flat` wrote for inner products: for trusted files only.
 
     Args:
-        file: open for reading.
+        trusted: what `write_flat` wrote.
         ids: [N] int64, which it must hold in this order.
         width: D it must have.
 
     Raises:
         DatastoreError: for a file that faiss cannot read within the limits, or other rows.
     """
-    index = _read(file, len(ids))
+    index = _read(trusted, len(ids))
     wanted = _faiss().IndexIDMap2(_faiss().IndexFlatIP(width))
-    _check_same_kind(_name_of(file), index, wanted, len(ids))
+    _check_same_kind(trusted.record.name, index, wanted, len(ids))
     if not np.array_equal(_faiss().vector_to_array(index.id_map), ids):
         raise DatastoreError(
-            f"Expected {_name_of(file)} to hold the ids of the rows; save it again."
+            f"Expected {trusted.record.name} to hold the ids of the rows; save it again."
         )
     return FaissFlat(np.empty((0, width), np.float32), index)
 
@@ -396,34 +421,47 @@ def _write(path: Path, index: Any) -> None:
         del writer  # what it still holds goes to the file now
 
 
-def _read(file: BinaryIO, count: int) -> Any:
+def _read(trusted: TrustedIndex, count: int) -> Any:
     """Reads from the open file that was hashed, whatever has its name by now."""
-    with _deserialization_limits(os.fstat(file.fileno()).st_size, count):
-        file.seek(0)
-        library = _faiss()
+    file, record = trusted
+    found, position, library = hashlib.sha256(), 0, _faiss()
+
+    def read(size: int) -> bytes:
+        nonlocal position
+        piece = read_at(file, position, size)
+        position += len(piece)
+        found.update(piece)
+        return piece
+
+    with _deserialization_limits(record.size, count):
         try:
-            return _faiss().read_index(library.PyCallbackIOReader(file.read))
+            index = library.read_index(library.PyCallbackIOReader(read))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
-            raise DatastoreError(f"Expected {_name_of(file)} to be an index: {reason}") from error
-
-
-def _name_of(file: BinaryIO) -> str:
-    return Path(file.name).name
+            raise DatastoreError(f"Expected {record.name} to be an index: {reason}") from error
+    while read(_REST_BYTES):
+        pass  # what faiss had no use for was promised too
+    if found.hexdigest() != record.sha256:
+        raise DatastoreError(
+            f"Expected {record.name} to be as it was opened, but it changed on disk since; open "
+            "the datastore again, without trust_faiss_index, and save it."
+        )
+    return index
 
 
 @contextmanager
 def _deserialization_limits(size: int, count: int) -> Iterator[None]:
     """Lets faiss allocate what a file of that size, and that many rows, can need."""
-    byte_limit = _faiss().get_deserialization_vector_byte_limit()
-    loop_limit = _faiss().get_deserialization_loop_limit()
-    _faiss().set_deserialization_vector_byte_limit(size)
-    _faiss().set_deserialization_loop_limit(max(count, 2**16))
-    try:
-        yield
-    finally:
-        _faiss().set_deserialization_vector_byte_limit(byte_limit)
-        _faiss().set_deserialization_loop_limit(loop_limit)
+    with _LIMITING:
+        byte_limit = _faiss().get_deserialization_vector_byte_limit()
+        loop_limit = _faiss().get_deserialization_loop_limit()
+        _faiss().set_deserialization_vector_byte_limit(size)
+        _faiss().set_deserialization_loop_limit(max(count, 2**16))
+        try:
+            yield
+        finally:
+            _faiss().set_deserialization_vector_byte_limit(byte_limit)
+            _faiss().set_deserialization_loop_limit(loop_limit)
 
 
 def _check_same_kind(name: str, index: Any, wanted: Any, count: int) -> None:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.manifest import DatastoreError
-from ..core.rows import Values, as_features
+from ..core.rows import Values
 from ..core.search import Neighbors, Request, check_request
 from .backend import Hits
+from .casting import Centers, fits_float16, sums_of, widened
 from .changes import checked_rows
 from .datastore import Datastore
 
@@ -90,22 +91,23 @@ class ShardedDatastore:
             ValueError: for bad rows of any rank; on all ranks.
         """
         problem, nothing = "", torch.empty(0, dtype=torch.int64)
-        stored, row_labels, numbers = torch.empty(0, 1), nothing, nothing
+        rows, row_labels, numbers = torch.empty(0, 1), nothing, nothing
         try:
-            stored, row_labels, numbers = checked_rows(features, labels, ids)
+            rows, row_labels, numbers = checked_rows(features, labels, ids)
         except ValueError as error:
             problem = str(error)
-        facts = _exchange((problem, len(stored), stored.shape[1], stored.dtype, ids is None), group)
+        facts = _exchange((problem, len(rows), rows.shape[1], ids is None), group)
         _raise_any([fact[0] for fact in facts])
-        if len({fact[2] for fact in facts}) > 1 or len({fact[4] for fact in facts}) > 1:
+        if len({fact[2] for fact in facts}) > 1 or len({fact[3] for fact in facts}) > 1:
             raise ValueError(
                 "Expected all ranks to bring rows of one width, and ids all or none, but they "
-                f"bring widths {[fact[2] for fact in facts]}, ids {[not f[4] for f in facts]}."
+                f"bring widths {[fact[2] for fact in facts]}, ids {[not f[3] for f in facts]}."
             )
-        if any(fact[3] == torch.float32 for fact in facts):  # one datastore has one dtype
-            stored = as_features(features, "features").float()
         if ids is None:
             numbers = numbers + sum(fact[1] for fact in facts[: dist.get_rank(group)])
+        fits = fits_float16(rows, _common_centers(rows, group))
+        all_fit = all(_exchange(fits, group))  # one datastore has one dtype
+        stored = rows.to(torch.float16 if all_fit else widened(), copy=True)
         mean = _common_mean(stored, group)
         shard = Datastore(
             stored, row_labels, numbers, mean, metric=metric, normalization=normalization
@@ -205,6 +207,13 @@ class ShardedDatastore:
         found = sorted({row_id for part in by_rank for row_id in part})
         if found:
             raise ValueError(f"Expected ids that one rank has, but several have {found[:10]}.")
+
+
+def _common_centers(rows: Tensor, group: Group) -> Centers:
+    """The means of all ranks' rows and of their casts; the same on all."""
+    count = max(1, sum(_exchange(len(rows), group)))
+    exact, cast = (np.sum(_exchange(sums, group), axis=0) / count for sums in sums_of(rows))
+    return Centers(exact, cast)
 
 
 def _common_mean(stored: Tensor, group: Group) -> Tensor:

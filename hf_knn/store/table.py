@@ -6,25 +6,22 @@ nothing and a change that fails leaves everything as it was.
 
 import hashlib
 import json
-import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.manifest import FileRecord
+from ..core.manifest import DatastoreError, FileRecord, read_at
 from ..core.rows import RowParts
 from ..core.search import Ints
 
-logger = logging.getLogger(__name__)
-
-_FLOAT16_LIMIT = 6e4
-_FLOAT16_COSINE = 0.9999
-_BLOCK_ROWS = 65_536
 _MODULUS = 2**256
 
 
@@ -37,40 +34,6 @@ def check_paths(paths: Sequence[str] | None, count: int) -> list[str] | None:
     if paths is not None and len(paths) != count:
         raise ValueError(f"Expected one path per row ({count}), but got {len(paths)}.")
     return None if paths is None else list(paths)
-
-
-def to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts features once to the storage dtype; to float32 where float16 would lose too much.
-
-    Args:
-        features: [N, D] float32 or float64.
-        dtype: the storage dtype so far.
-    """
-    if dtype == torch.float16 and not _fits_float16(features):
-        logger.warning(
-            "Some features do not fit float16 (a value above %g, or a row turned by the cast); "
-            "the datastore stores float32, twice the size.", _FLOAT16_LIMIT,
-        )  # fmt: skip
-        dtype = torch.float32
-    return features.to(dtype, copy=True)
-
-
-def _fits_float16(features: Tensor) -> bool:
-    for block in features.split(_BLOCK_ROWS):
-        if not len(block):
-            continue
-        if block.abs().max() > _FLOAT16_LIMIT:
-            return False
-        exact, cast = block.double(), block.half().double()
-        products = (exact * cast).sum(1)
-        lengths = exact.norm(dim=1) * cast.norm(dim=1)
-        if not bool(((products >= _FLOAT16_COSINE * lengths) & _same_zero(exact, cast)).all()):
-            return False
-    return True
-
-
-def _same_zero(exact: Tensor, cast: Tensor) -> Tensor:
-    return (exact != 0).any(1) == (cast != 0).any(1)
 
 
 class StoredRows(NamedTuple):
@@ -89,6 +52,12 @@ class StoredRows(NamedTuple):
     features: NDArray
     paths: list[str]
     splits: list[str]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, labels and ids."""
+        features, labels = torch.from_numpy(self.features), torch.from_numpy(self.labels)
+        return features, labels, torch.from_numpy(self.ids)
 
     def part(self, rows: slice) -> "StoredRows":
         """Some of them, by position."""
@@ -142,6 +111,7 @@ SMALL_SHARD_BYTES = 16 * 10**6
 """Added rows go into the last row file while it is smaller than this, else into a new one."""
 
 _FEW = 8
+_PIECE_BYTES = 2**20
 
 
 class Shard(NamedTuple):
@@ -149,6 +119,73 @@ class Shard(NamedTuple):
 
     rows: int
     record: FileRecord | None = None
+
+
+class RowFile:
+    """A row file that stays open, since the features in it are mapped into memory.
+
+    They are what the file holds now: whoever writes into it changes them. So whoever copied some of
+    them compares the file with its record afterwards, which finds a change of any time before.
+
+    Args:
+        record: what the file held when it was opened.
+        file: open for reading; closed when nobody has its rows any more.
+        features: [n, D] mapped.
+    """
+
+    def __init__(self, record: FileRecord, file: BinaryIO, features: Tensor) -> None:
+        self.record, self.file, self.features = record, file, features
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def is_among(self, parts: Sequence[Tensor]) -> bool:
+        """Whether some of these tensors [n, D] is mapped from the file."""
+        return any(part is self.features for part in parts)
+
+    def check_size(self) -> None:
+        """Refuses a file that was cut off: whoever reads behind its end is killed.
+
+        Raises:
+            DatastoreError: with both sizes.
+        """
+        size = os.fstat(self.file.fileno()).st_size
+        if size != self.record.size:
+            raise DatastoreError(
+                f"Expected {self.record.name} to keep the {self.record.size} bytes that it had "
+                f"when it was opened, but got {size}; put a whole copy back, and open it again."
+            )
+
+    def verify(self) -> None:
+        """Hashes the file as it is now.
+
+        Raises:
+            DatastoreError: if it is not what was opened.
+        """
+        self.check_size()
+        try:
+            self.record.compare(partial(read_at, self.file))
+        except DatastoreError as error:
+            raise DatastoreError(
+                f"{error} It changed on disk after it was opened, so that nothing that was read of "
+                "it is kept or saved; put a whole copy back, and open it again."
+            ) from error
+
+    def copy_to(self, path: Path) -> None:
+        """Copies the file, which may have lost its name.
+
+        Raises:
+            DatastoreError: if it is not what was opened.
+        """
+        self.check_size()
+        with path.open("wb") as copy:
+            while piece := read_at(self.file, copy.tell(), _PIECE_BYTES):
+                copy.write(piece)
+        try:
+            self.record.verify(path)
+        except DatastoreError:
+            self.verify()  # which says more, unless it was the copy that failed
+            raise
 
 
 @dataclass(frozen=True)
@@ -162,6 +199,7 @@ class RowTable:
         paths: N strings, or None.
         lists: [N] int64, each row's list in an inverted-file index, or None.
         shards: how the rows are divided over files, at least one.
+        files: those that features are mapped from.
     """
 
     features: RowParts
@@ -170,6 +208,7 @@ class RowTable:
     paths: list[str] | None
     lists: NDArray[np.int64] | None
     shards: list[Shard]
+    files: tuple[RowFile, ...] = ()
 
     @classmethod
     def of(
@@ -181,6 +220,49 @@ class RowTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def verify(self) -> None:
+        """Hashes the files that features are mapped from, as they are now.
+
+        Raises:
+            DatastoreError: naming one that is not what was opened.
+        """
+        for file in self.files:
+            file.verify()
+
+    def not_cut_off(self) -> "RowTable":
+        """Itself; a DatastoreError for a mapped file that was cut off, instead of a kill."""
+        for file in self.files:
+            file.check_size()
+        return self
+
+    def in_memory(self) -> "RowTable":
+        """The same rows, none of them mapped.
+
+        Raises:
+            DatastoreError: for a file that is not what was opened.
+        """
+        parts = [part.clone() if self.files else part for part in self.features.parts]
+        return replace(self, features=RowParts(parts))._copied_from(self)
+
+    def files_behind(self, rows: slice) -> list[RowFile]:
+        """The files that some rows, by position, are mapped from."""
+        parts, start = [], 0
+        for part in self.features.parts:
+            if start < rows.stop and start + len(part) > rows.start:
+                parts.append(part)
+            start += len(part)
+        return [file for file in self.files if file.is_among(parts)]
+
+    def _copied_from(self, before: "RowTable") -> "RowTable":
+        """With the files of the table that it was made of, if what was copied of them is whole."""
+        mapped = []
+        for file in before.files:
+            if file.is_among(self.features.parts):
+                mapped.append(file)
+            else:
+                file.verify()
+        return replace(self, files=tuple(mapped))
 
     def append(
         self,
@@ -214,13 +296,13 @@ class RowTable:
         if self.lists is not None and lists is not None:
             known = np.concatenate([self.lists, lists])
         return RowTable(
-            _append(mine, features),
+            _append(mine, features, self.files),
             torch.cat([self.labels, labels]),
             torch.cat([self.ids, ids]),
             all_paths,
             known,
             shards,
-        )
+        )._copied_from(self)
 
     def keep(self, kept: Tensor) -> "RowTable":
         """Without the rows whose `kept` [N] is False; their files will be written anew."""
@@ -234,7 +316,7 @@ class RowTable:
             paths,
             None if self.lists is None else self.lists[kept.numpy()],
             change_shards(self.shards, ~kept, kept),
-        )
+        )._copied_from(self)
 
     def relabel(self, rows: Tensor, labels: Tensor) -> "RowTable":
         """With other labels [M] for the rows at some positions [M]."""
@@ -272,10 +354,11 @@ def _row_bytes(features: RowParts) -> int:
     return features.shape[1] * features.dtype.itemsize
 
 
-def _append(features: RowParts, rows: Tensor) -> RowParts:
-    """With more rows [M, D] at the end; only a small last part is copied."""
+def _append(features: RowParts, rows: Tensor, files: Sequence[RowFile]) -> RowParts:
+    """With more rows [M, D] at the end; only a small last part is copied, unless it is mapped."""
     last = features.parts[-1]
-    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES:
+    is_mapped = any(file.is_among([last]) for file in files)
+    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES and not is_mapped:
         return RowParts([*features.parts[:-1], torch.cat([last, rows])])
     return RowParts([*features.parts, rows])
 

@@ -53,13 +53,13 @@ def check_sources(
 
 
 def checked_model(
-    model: Any, args: KnnTrainingArguments, *, has_init: bool
+    given: object, args: KnnTrainingArguments, *, has_init: bool
 ) -> KnnForImageClassification:
     """A model that a trainer can train, and save whole.
 
     Args:
-        model: as given, or from `model_init`.
-        args: as given.
+        given: the model, maybe from `model_init`.
+        args: of the run.
         has_init: whether there is a `model_init`.
 
     Raises:
@@ -74,7 +74,7 @@ def checked_model(
             f"Expected `include_for_metrics` to be empty, but got {args.include_for_metrics}: "
             "`compute_metrics` gets the blend's logits and the labels."
         )
-    adapters = [type(part) for part in _parts_of(model) if _is_adapter(part)]
+    adapters = [type(part) for part in _parts_of(given) if _is_adapter(part)]
     if adapters:
         raise ValueError(
             f"Expected a model without adapters, but got one with {adapters[0].__name__}, and a "
@@ -82,18 +82,18 @@ def checked_model(
             "train the adapters elsewhere, call `merge_and_unload()` and pass the merged backbone "
             "to `KnnForImageClassification.from_backbone`."
         )
-    if not isinstance(model, KnnForImageClassification):
+    if not isinstance(given, KnnForImageClassification):
         name = "`model_init` to return" if has_init else "`model` to be"
-        got = "None" if model is None else type(model).__name__
+        got = "None" if given is None else type(given).__name__
         raise ValueError(
             f"Expected {name} a KnnForImageClassification, but got {got}; make one with "
             "`KnnForImageClassification.from_backbone`, and leave wrapping it to the trainer."
         )
-    return model
+    return given
 
 
-def _parts_of(model: Any) -> list[nn.Module]:
-    return list(model.modules()) if isinstance(model, nn.Module) else []
+def _parts_of(given: object) -> list[nn.Module]:
+    return list(given.modules()) if isinstance(given, nn.Module) else []
 
 
 def _is_adapter(part: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 97623bb3db04c2a698f8e1fbb7feccc49b9d36bddcb675a5f4e33e83aa646d53.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 9852e7195d828ccd24fa8b219159fde625cc5164b594125ce55416e4ad305ca2.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

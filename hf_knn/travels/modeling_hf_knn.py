@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 97623bb3db04c2a698f8e1fbb7feccc49b9d36bddcb675a5f4e33e83aa646d53.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 9852e7195d828ccd24fa8b219159fde625cc5164b594125ce55416e4ad305ca2.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -13,9 +13,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
@@ -25,7 +27,7 @@ import transformers
 import transformers.initialization as init
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -335,7 +337,12 @@ def parse_json(text: bytes | str, name: str) -> Any:
     """What a JSON text holds that anybody may have written; see `read_json`."""
     try:
         values = json.loads(text, object_pairs_hook=_said_once)
-        _refuse_depth(values)
+        level: list[Any] = [[values]]
+        for _ in range(_DEEPEST):
+            parts = (part.values() if isinstance(part, dict) else part for part in level)
+            level = [value for part in parts for value in part if isinstance(value, dict | list)]
+        if level:
+            raise ValueError(f"more than {_DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise DatastoreError(
             f"Expected {name} to be JSON that is not nested deeply, but got: {error}; the file is "
@@ -349,15 +356,6 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a name that is there twice")
     return values
 
-def _refuse_depth(values: Any) -> None:
-    level: list[Any] = [[values]]
-    for _ in range(_DEEPEST):
-        parts = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [value for part in parts for value in part if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"more than {_DEEPEST} levels")
-
 
 # ---- backbone.py: Any vision model of transformers, or of timm through transformers, as a source of features.
 
@@ -368,6 +366,9 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
     | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
     | {"window_size"}
 )
+_CHANNELS_LAST = ("dinat", "edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
+_ONE_FIRST = ("dinov3_convnext", "pvt")
+"""Model types without one patch size whose first token is no patch."""
 
 def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
     """Builds the architecture with random weights, without network and without foreign code."""
@@ -421,7 +422,9 @@ def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: 
     if hidden.ndim == 4:
         tokens, prefix = _spatial_tokens(backbone, hidden), 0  # [B, H*W, D]
     else:
-        tokens, prefix = hidden, count_prefix_tokens(backbone, pixel_values, hidden.shape[1])
+        own = getattr(backbone.config, "num_detection_tokens", 0)  # YOLOS has them at the end
+        tokens = hidden[:, : hidden.shape[1] - own]
+        prefix = count_prefix_tokens(backbone, pixel_values, tokens.shape[1])
     if pooling in (Pooling.CLS, Pooling.CLS_MEAN) and prefix == 0:
         raise ValueError(
             f"Expected a backbone with a CLS token for pooling={pooling!r}, but "
@@ -453,7 +456,8 @@ def model_class(config: PreTrainedConfig) -> Any:
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
     width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
-    if hidden.shape[1] != width and hidden.shape[-1] == width:
+    is_last = backbone.config.model_type in _CHANNELS_LAST
+    if is_last or (hidden.shape[1] != width and hidden.shape[-1] == width):
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
 
@@ -464,7 +468,7 @@ def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens:
         return timm_count
     patch = getattr(backbone.config, "patch_size", None)
     if patch is None:
-        return 0
+        return int(backbone.config.model_type in _ONE_FIRST)
     down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
     patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
     return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches
@@ -556,6 +560,7 @@ HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
 _READ_BYTES = 2**20
+_SEEKING = threading.Lock()
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
     """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
@@ -566,14 +571,21 @@ def hash_blocks(path: Path) -> tuple[str, list[str]]:
             blocks.append(hashlib.sha256(block).hexdigest())
     return whole.hexdigest(), blocks
 
-def hash_open_blocks(file: BinaryIO, count: int) -> list[str]:
-    """Hashes the blocks of an open file, as many at once as there are processors."""
-    descriptor = file.fileno()
+def read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    """Reads an open file at a place, whatever other threads and forked processes read of it."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, position)
+    with _SEEKING:  # Windows, where nothing forks
+        file.seek(position)
+        return file.read(count)
+
+def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+    """Hashes the blocks of a file, as many at once as there are processors."""
 
     def hash_block(number: int) -> str:
         found, position = hashlib.sha256(), number * HASH_BLOCK
         end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := os.pread(descriptor, min(_READ_BYTES, end - position), position):
+        while piece := read(position, min(_READ_BYTES, end - position)):
             found.update(piece)
             position += len(piece)
         return found.hexdigest()
@@ -589,6 +601,7 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MEASURED_ON = ("rows", "queries unlike the rows")
 MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
@@ -633,12 +646,19 @@ class FileRecord:
         """Compares a file with its record, byte for byte."""
         path = self.verify_size(path)
         with path.open("rb") as file:
-            self.verify_stream(file)
+            self.compare(partial(read_at, file))
         return path
 
-    def verify_stream(self, file: BinaryIO) -> None:
-        """Compares an open file with its record, byte for byte, several blocks at once."""
-        found = hash_open_blocks(file, len(self.blocks))
+    def read(self, path: Path | None) -> bytes:
+        """Reads a file whole; what is returned is what was compared with the record."""
+        data = self.verify_size(path).read_bytes()
+        view = memoryview(data)
+        self.compare(lambda position, count: view[position : position + count])
+        return data
+
+    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
+        """Compares the bytes of a file with its record, several blocks at once."""
+        found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
                 raise DatastoreError(
@@ -655,10 +675,12 @@ class IndexInfo:
     spec: str
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        where = f" on {self.measured_on}" if self.measured_on else ""
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
 @dataclass(frozen=True)
@@ -718,6 +740,8 @@ class Manifest:
         except ValueError as error:
             raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
         faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        if faiss_index is not None:
+            faiss_index = _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME)))
         manifest = cls(
             num_rows=fields.count("num_rows"),
             dim=fields.count("dim"),
@@ -726,7 +750,7 @@ class Manifest:
             normalization=normalization,
             index=_parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
-            faiss_index=None if faiss_index is None else _parse_faiss(faiss_index),
+            faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
@@ -852,21 +876,16 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-def _parse_faiss(values: Any) -> FileRecord:
-    return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
-
 def _parse_index(values: Any) -> IndexInfo:
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         raise fields.wrong("recall", "a number in [0, 1] or null")
-    named = Fields(parameters, "index.parameters.")
-    return IndexInfo(
-        fields.text("requested"),
-        fields.text("spec"),
-        {name: named.count(name) for name in named.values},
-        recall,
-    )
+    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
+        raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
+    counts = {name: named.count(name) for name in named.values}
+    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
 
 def parse_binding(values: Any) -> Binding:
     """Checks the part of a `datastore.json` that ties it to a checkpoint."""
@@ -891,8 +910,8 @@ ROW_BLOCK = 65_536
 """So many rows are multiplied, or normalised, at once."""
 
 _FLOAT32_ROUNDING = 2.0**-24
-_SHORTCUTS = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-"""What `torch.set_float32_matmul_precision` lets a float32 product of unit vectors be off."""
+_SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
+"""What torch's settings of float32 products let one of unit vectors be off."""
 
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
@@ -995,8 +1014,13 @@ def float32_rounding(width: int) -> float:
     return 4 * (width + 4) * _FLOAT32_ROUNDING
 
 def shortcut() -> float:
-    """How much further off torch's settings let it be."""
-    return _SHORTCUTS[torch.get_float32_matmul_precision()]
+    """How much further off torch's settings let it be, on a GPU or a CPU."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
+    # new settings, which say what the old ones were set to, too
+    found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+    return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
     """Applies the datastore's normalisation in float64."""
@@ -1210,15 +1234,18 @@ class FrozenDatastore:
     def __init__(self, manifest: Manifest, resolve: Resolve) -> None:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
-        self.places = [record.verify(resolve(record.name)) for record in manifest.blobs]
-        files = [open_blob(record, resolve) for record in manifest.blobs]
+        self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
+        pairs = zip(self.places, manifest.blobs, strict=True)
+        files = [parse_blob(record, record.read(path)) for path, record in pairs]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        self._searcher: Searcher | None = None
+        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        first_pass = TorchFirstPass(space.first_pass_rows(self.features))
+        self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -1249,11 +1276,6 @@ class FrozenDatastore:
         shape = (len(wanted.queries), wanted.width(len(self)))
         similarities, positions = np.zeros(shape), np.zeros(shape, np.int64)
         if 0 not in shape:
-            if self._searcher is None:
-                mean = self.mean.double().numpy()
-                space = RowSpace(mean, self.metric, self.normalization, self.features)
-                rows = TorchFirstPass(space.first_pass_rows(self.features))
-                self._searcher = Searcher(self.features, self.ids.numpy(), space, rows)
             similarities, positions = self._searcher.search(
                 wanted.queries, shape[1], wanted.excluded
             )
@@ -1266,11 +1288,10 @@ class FrozenDatastore:
         folder.mkdir(parents=True, exist_ok=True)
         for path, record in zip(self.places, self.manifest.blobs, strict=True):
             target = folder / record.name
-            record.verify(path)
             if not target.exists() or not target.samefile(path):
                 target.unlink(missing_ok=True)
                 shutil.copyfile(path, target)
-                record.verify(target)
+            record.verify(target)  # afterwards: what was copied is what was opened
 
     def write_manifest(self, folder: Path, binding: Binding) -> None:
         """Binds the row files to the checkpoint that lies beside them."""
@@ -1292,12 +1313,11 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-def open_blob(record: FileRecord, resolve: Resolve) -> dict[str, Tensor]:
-    """Maps a row file of the right size into memory."""
-    path = record.verify_size(resolve(record.name))
+def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory of their own."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
+        return load(data)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise DatastoreError(
             f"Expected {record.name} to be a safetensors file, but: {error}"
         ) from error
@@ -1709,6 +1729,9 @@ class KnnForImageClassification(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle is never opened
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):  # mapped: they change with the file
+            if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+                tensor.data = tensor.data.clone()
         if files.resolve(IMAGE_PROCESSOR_NAME) is not None:
             model.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 files.name, revision=files.revision, **files.options

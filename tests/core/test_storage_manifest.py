@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from support.stored import MANIFEST, NAMES_A_FILE, make_store, read_manifest, write_manifest
 
-from hf_knn.core import frozen as blobs
 from hf_knn.core.manifest import Binding, DatastoreError, FileRecord, Manifest
 from hf_knn.store import table as row_table
 from hf_knn.store.datastore import Datastore
@@ -127,8 +126,8 @@ def test_huge_sizes_are_refused_before_a_file_is_opened(
     def refuse(*_: Any) -> None:
         raise AssertionError("a file was read")
 
-    monkeypatch.setattr(blobs, "load_file", refuse)
-    monkeypatch.setattr("hf_knn.core.manifest.hash_blocks", refuse)
+    monkeypatch.setattr("hf_knn.core.manifest.hash_read_blocks", refuse)
+    monkeypatch.setattr("hf_knn.store.row_files.load_file", refuse)
     with pytest.raises(DatastoreError, match=str(value)):
         Datastore.load(saved)
 

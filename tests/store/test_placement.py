@@ -1,6 +1,9 @@
 """Where a search runs changes nothing in its answer."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,43 @@ def test_a_short_cut_for_matrix_products_does_not_change_the_answer(precision: s
         assert_nearest(store.search(queries, 10), store, queries, 10)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+SETTINGS = {
+    "fp32_precision = 'tf32'": 2.0**-9,
+    "cuda.matmul.fp32_precision = 'tf32'": 2.0**-9,
+    "mkldnn.matmul.fp32_precision = 'bf16'": 2.0**-6,
+    "mkldnn.fp32_precision = 'bf16'": 2.0**-6,  # which products inherit
+    "fp32_precision = 'ieee'": 0.0,
+    "cuda.matmul.allow_tf32 = True; torch.backends.mkldnn.matmul.fp32_precision = 'bf16'": 2.0**-6,
+}
+"""Settings of `torch.backends`, and what each lets a product be off."""
+
+_SEARCH = """
+import sys, torch
+from support.oracles import assert_nearest
+from hf_knn.core import search
+from hf_knn.store.datastore import Datastore
+data = torch.randn(2050, 64, generator=torch.Generator().manual_seed(0))
+for place in ("cpu", ["cpu", "cpu"]):
+    store = Datastore.from_features(data[:2000], [0] * 2000).to(place)
+    exec("torch.backends." + sys.argv[1])
+    assert search.shortcut() == float(sys.argv[2]), search.shortcut()
+    assert_nearest(store.search(data[2000:], 10), store, data[2000:], 10)
+"""
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_new_settings_of_precision_do_not_change_the_answer(setting: str) -> None:
+    """`torch.get_float32_matmul_precision` raises once they are mixed with the old ones."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the old settings only")
+    root = Path(__file__).parents[2]  # in a process of its own: what is set is never quite unset
+    done = subprocess.run(
+        [sys.executable, "-c", _SEARCH, setting, str(SETTINGS[setting])], cwd=root, text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_float16_first_pass_sees_what_float16_cannot_tell_apart(

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -196,13 +196,13 @@ def test_what_needs_no_hash_is_found_at_once(hashed_later: Path) -> None:
 def test_files_hashed_later_are_hashed_once(
     hashed_later: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify, seen = FileRecord.verify_stream, []
+    compare, seen = FileRecord.compare, []
 
-    def count(record: FileRecord, file: BinaryIO) -> None:
+    def count(record: FileRecord, read: Callable[[int, int], bytes | memoryview]) -> None:
         seen.append(record.name)
-        verify(record, file)
+        compare(record, read)
 
-    monkeypatch.setattr(FileRecord, "verify_stream", count)
+    monkeypatch.setattr(FileRecord, "compare", count)
     store = Datastore.load(hashed_later)
     assert not seen
     for _ in range(2):

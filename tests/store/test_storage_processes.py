@@ -4,12 +4,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.forks import Fork, in_child, outcome
 from support.stored import (
     FAISS,
@@ -22,7 +22,6 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn.core import frozen as blobs
 from hf_knn.core.manifest import DatastoreError, FileRecord
 from hf_knn.store import disk as persistence
 from hf_knn.store.datastore import Datastore
@@ -133,34 +132,47 @@ def test_a_version_replaced_and_put_back_is_read_anew(
     assert version_of(Datastore.load(saved)) == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        (("hf_knn.store.disk", "read_blob"), FileNotFoundError),
+        (("hf_knn.store.row_files", "load_file"), FileNotFoundError),  # as safetensors says it
+        (("hf_knn.store.row_files", "load_file"), RuntimeError),  # and torch
+    ],
+)
 def test_a_blob_that_vanishes_while_it_is_opened_is_read_anew(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[str, str],
+    error: type[Exception],
 ) -> None:
-    for error in (FileNotFoundError, RuntimeError):  # as safetensors says it, and torch
-        calls: list[Path] = []
+    module, name = import_module(place[0]), place[1]
+    read, calls = getattr(module, name), []
 
-        def load(path: Path, error: type[Exception] = error, calls: list = calls) -> Any:
-            calls.append(path)
-            if len(calls) == 1:
-                assert not outcome(lambda: make_store(1).save(saved))
-                raise error(f"unable to open file <{path}>")
-            return load_file(path)
+    def vanishing(*found: Any) -> Any:
+        calls.append(found)
+        if len(calls) == 1:
+            assert not outcome(lambda: make_store(1).save(saved))
+            raise error("unable to open file")
+        return read(*found)
 
-        make_store(0).save(saved)
-        monkeypatch.setattr(blobs, "load_file", load)
-        assert version_of(Datastore.load(saved)) == 1
+    if name == "load_file":
+        monkeypatch.setattr(persistence, "LARGEST_VERIFIED_AT_ONCE", 0)
+    monkeypatch.setattr(module, name, vanishing)
+    assert version_of(Datastore.load(saved)) == 1
+    assert len(calls) == 2
 
 
 def test_a_damaged_version_is_read_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = blob_of(saved).read_bytes()
     blob_of(saved).write_bytes(flipped(data, len(data) - 1, 3))
-    verify, calls = FileRecord.verify_stream, []
+    compare, calls = FileRecord.compare, []
 
-    def count(record: FileRecord, file: BinaryIO) -> None:
+    def count(record: FileRecord, read: Callable[[int, int], bytes | memoryview]) -> None:
         calls.append(record.name)
-        verify(record, file)
+        compare(record, read)
 
-    monkeypatch.setattr(FileRecord, "verify_stream", count)
+    monkeypatch.setattr(FileRecord, "compare", count)
     with pytest.raises(DatastoreError):
         Datastore.load(saved)
     assert len(calls) == 1

@@ -26,7 +26,6 @@ from support.stored import (
     version_of,
 )
 
-from hf_knn.core import manifest as core_files
 from hf_knn.core.manifest import Binding, FileRecord, hash_blocks
 from hf_knn.store import disk as blobs
 from hf_knn.store import disk as persistence
@@ -207,7 +206,7 @@ def test_the_manifest_says_what_is_there(saved: Path) -> None:
 
 
 def test_hash_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_files, "HASH_BLOCK", 4)
+    monkeypatch.setattr("hf_knn.core.manifest.HASH_BLOCK", 4)
     for data in (b"", b"abc", b"abcd", b"abcdefghi"):
         (tmp_path / "file").write_bytes(data)
         parts = [data[i : i + 4] for i in range(0, len(data), 4)]
