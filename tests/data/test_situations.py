@@ -670,7 +670,7 @@ def test_what_was_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     ("files", "source", "reason"),
     [
         (["0.png", "1.png"], "", "2 pictures lie in no folders of classes; make one sub-folder"),
-        (some("train", "test"), "", "4 pictures of train, test lie in no fold.*--splits none reads"),
+        (some("train", "test"), "", "4 pictures of train, test lie in no .*--splits none reads"),
         (
             with_texts(some("p"), l__csv="path,camera\np/0.png,1\np/1.png,2\n"), "l.csv",
             r"2 pictures have no column `label`, but \['camera'\]",
