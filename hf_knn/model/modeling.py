@@ -235,10 +235,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         keep_replaced: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves weights, configuration, processor, datastore and code as one version.
-
-        The folder is built beside and put in place in one step: a kill at any moment leaves the old
-        version or the new one.
+        """Saves all as one version; a kill at any moment leaves the old version or the new one.
 
         Args:
             save_directory: the folder; other files in it are kept.
