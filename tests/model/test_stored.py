@@ -61,6 +61,7 @@ SAME = {
     "PNG of another level": lambda image, folder: encoded(image, compress_level=0),
     "lossless WEBP": lambda image, folder: encoded(image, "WEBP", lossless=True, exact=True),
     "BMP": lambda image, folder: encoded(image, "BMP"),
+    "TIFF": lambda image, folder: encoded(image, "TIFF"),
     "with metadata": lambda image, folder: with_exif(image),
     "opaque RGBA": lambda image, folder: image.convert("RGBA"),
     "renamed": lambda image, folder: _written(image, folder / "another name.png"),
