@@ -144,7 +144,7 @@ def undo(
 
 @app.command()
 @hand_over
-def refit(checkpoint: Checkpoint) -> Command:
+def refit(checkpoint: ChangedCheckpoint) -> Command:
     """Make a ridge head anew: regulariser, temperature and mean of all rows that are stored."""
     from hf_knn.commands.memory import refit_head
 
