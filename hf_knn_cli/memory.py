@@ -144,6 +144,15 @@ def undo(
 
 @app.command()
 @hand_over
+def refit(checkpoint: ChangedCheckpoint) -> Command:
+    """Make a ridge head anew: regulariser, temperature and mean of all rows that are stored."""
+    from hf_knn.commands.memory import refit_head
+
+    return refit_head
+
+
+@app.command()
+@hand_over
 def merge(
     checkpoint: ChangedCheckpoint,
     other: Annotated[

@@ -129,7 +129,7 @@ def check_up(options: DoctorOptions, source: Source, watch: Watch = unwatched) -
         elif isinstance(one, Broken):
             kind, detail = Kind.BROKEN, f"Cannot be used: {one.reason}."
             if one.is_unread:
-                kind, detail = Kind.UNREAD, f"Is not read: {one.reason}; convert it to JPEG or PNG."
+                kind, detail = Kind.UNREAD, f"Is not read: {one.reason}."
             checkup.findings.append(Finding(kind, number, 1.0, detail))
         else:
             reason = "Has no label: give it one."

@@ -1,4 +1,4 @@
-"""`hf-knn teach | forget | relabel | undo | merge | diff | milvus`: each whole or not at all."""
+"""`hf-knn teach | forget | relabel | undo | refit | merge | diff | milvus`: each whole or not."""
 
 import json
 import shlex
@@ -17,6 +17,7 @@ from ..data.batches import RowPictures
 from ..data.loading import from_files
 from ..data.walk import nfc
 from ..features.extract import extract_features, progress_bars
+from ..fit.heads import refit
 from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
@@ -141,12 +142,12 @@ def forget_rows(
             raise ValueError("Expected what to forget: --ids or --path, or else --label.")
         names = model.config.class_names
         if label is not None:
-            known = {nfc(name): number for number, name in enumerate(names)}
-            if nfc(label) not in known:
+            numbers = {nfc(name): number for number, name in enumerate(names)}
+            if nfc(label) not in numbers:
                 raise ValueError(
                     f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
                 )
-            wanted = store.ids_labelled(known[nfc(label)])
+            wanted = store.ids_labelled(numbers[nfc(label)])
         if backup is not None:
             if backup.exists():
                 raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
@@ -203,6 +204,31 @@ def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
         else:
             receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
     _say(receipt, json_output)
+
+
+def refit_head(checkpoint: Path) -> None:
+    """Makes a ridge head anew from the rows of a checkpoint.
+
+    Args:
+        checkpoint: a folder.
+
+    Raises:
+        ValueError: for another head, or rows that are not in the folder; nothing is changed.
+    """
+    with changing(checkpoint) as folder:
+        model = KnnForImageClassification.from_pretrained(folder)
+        before = model.config.head_regularizer, model.config.head_temperature
+        with console.status("Fitting the head on all rows …"):
+            fit = refit(model)
+        model.save_pretrained(folder)
+    console.print(
+        f"Fitted on {len(fit.state):,} rows: regulariser {before[0]:.3g} → {fit.regularizer:.3g}, "
+        f"temperature {before[1]:.3g} → {fit.temperature:.3g}, about their own mean."
+    )
+    console.print(
+        f"Next: [bold]hf-knn tune {escape(str(checkpoint))} PICTURES[/], since k, temperature and "
+        "λ are as before and there are no thresholds for --max-error.", soft_wrap=True,
+    )  # fmt: skip
 
 
 def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:

@@ -28,6 +28,10 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
 )
 
 
+_ONE_FIRST = ("dinov3_convnext", "pvt")
+"""Model types without one patch size whose first token is no patch."""
+
+
 def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
     """Builds the architecture with random weights, without network and without foreign code.
 
@@ -127,7 +131,9 @@ def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: 
     if hidden.ndim == 4:
         tokens, prefix = _spatial_tokens(backbone, hidden), 0  # [B, H*W, D]
     else:
-        tokens, prefix = hidden, count_prefix_tokens(backbone, pixel_values, hidden.shape[1])
+        own = getattr(backbone.config, "num_detection_tokens", 0)  # YOLOS has them at the end
+        tokens = hidden[:, : hidden.shape[1] - own]
+        prefix = count_prefix_tokens(backbone, pixel_values, tokens.shape[1])
     if pooling in (Pooling.CLS, Pooling.CLS_MEAN) and prefix == 0:
         raise ValueError(
             f"Expected a backbone with a CLS token for pooling={pooling!r}, but "
@@ -161,7 +167,8 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
-    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    width = getattr(backbone.config, "hidden_size", hidden.shape[1])
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", width)
     if hidden.shape[1] != width and hidden.shape[-1] == width:
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
@@ -174,7 +181,7 @@ def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens:
         return timm_count
     patch = getattr(backbone.config, "patch_size", None)
     if patch is None:
-        return 0
+        return int(backbone.config.model_type in _ONE_FIRST)
     down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
     patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
     return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches

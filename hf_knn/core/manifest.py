@@ -73,8 +73,6 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
             position += len(piece)
         return found.hexdigest()
 
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_block, range(count)))
 
@@ -85,6 +83,7 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MEASURED_ON = ("rows", "queries unlike the rows")
 MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
@@ -138,22 +137,17 @@ class FileRecord:
             )
         return path
 
-    def verify(self, path: Path | None) -> Path:
+    def verify(self, path: Path | None) -> None:
         """Compares a file with its record, byte for byte.
 
         Args:
             path: where the file should be; None if it could not be found.
 
-        Returns:
-            The path.
-
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        path = self.verify_size(path)
-        with path.open("rb") as file:
+        with self.verify_size(path).open("rb") as file:
             self.compare(partial(read_at, file))
-        return path
 
     def read(self, path: Path | None) -> bytes:
         """Reads a file whole; what is returned is what was compared with the record.
@@ -165,8 +159,7 @@ class FileRecord:
             DatastoreError: naming the file, what was promised and what was found.
         """
         data = self.verify_size(path).read_bytes()
-        view = memoryview(data)
-        self.compare(lambda position, count: view[position : position + count])
+        self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
     def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
@@ -196,18 +189,21 @@ class IndexInfo:
         requested: what was asked for: `auto`, `flat` or a faiss factory string.
         spec: what was built: `flat` or a faiss factory string.
         parameters: search parameters, such as `nprobe`.
-        recall: share of the 20 nearest rows that was found on a sample; None for an exact index, or
-            one that was not built yet.
+        recall: share of the 20 nearest rows that was found for a sample of rows, or of queries
+            unlike them, whichever is worse; None for an exact index, or one not built yet.
+        measured_on: which of them that was, see `MEASURED_ON`; None if nobody said.
     """
 
     requested: str
     spec: str
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        where = f" on {self.measured_on}" if self.measured_on else ""
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
 
@@ -472,12 +468,15 @@ def _parse_index(values: Any) -> IndexInfo:
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         raise fields.wrong("recall", "a number in [0, 1] or null")
-    named = Fields(parameters, "index.parameters.")
+    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
+        raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
     return IndexInfo(
         fields.text("requested"),
         fields.text("spec"),
         {name: named.count(name) for name in named.values},
         recall,
+        measured_on,
     )
 
 

@@ -37,7 +37,12 @@ def parse_json(text: bytes | str, name: str) -> Any:
     """
     try:
         values = json.loads(text, object_pairs_hook=_said_once)
-        _refuse_depth(values)
+        level: list[Any] = [[values]]
+        for _ in range(_DEEPEST):
+            parts = (part.values() if isinstance(part, dict) else part for part in level)
+            level = [value for part in parts for value in part if isinstance(value, dict | list)]
+        if level:
+            raise ValueError(f"more than {_DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise DatastoreError(
             f"Expected {name} to be JSON that is not nested deeply, but got: {error}; the file is "
@@ -51,13 +56,3 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("a name that is there twice")
     return values
-
-
-def _refuse_depth(values: Any) -> None:
-    level: list[Any] = [[values]]
-    for _ in range(_DEEPEST):
-        parts = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [value for part in parts for value in part if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"more than {_DEEPEST} levels")

@@ -5,7 +5,8 @@ after a kill sees what it would have seen.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -90,9 +91,22 @@ class Augment:
         """
         text = f"{self.seed}|{epoch}|{sample_id}".encode()
         own_seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(own_seed)
+        with seeded(own_seed):
             return self.transform(image)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block that draws numbers of its own; afterwards torch's go on as if it had not been.
+
+    Of the CPU only: `torch.manual_seed` would seed every GPU too, and so repeat dropout there.
+
+    Args:
+        seed: of the block.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class EpochRows:

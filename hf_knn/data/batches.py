@@ -41,11 +41,9 @@ class BadRow(NamedTuple):
     reason: str
     is_unread: bool = False
 
-    def remedy(self) -> str:
-        """What can be done about it."""
-        if self.is_unread:
-            return "convert it to JPEG or PNG, or raise a limit (--max-pixels, --max-bytes)"
-        return "repair or remove it"
+    def advice(self) -> str:
+        """The reason, and what can be done about it."""
+        return self.reason if self.is_unread else f"{self.reason}; repair or remove it"
 
 
 class Batch(NamedTuple):
@@ -350,7 +348,7 @@ class KnnCollator:
         if bad and (self.on_bad_image == "fail" or not good):
             raise ValueError(
                 f"Expected pictures that can be decoded, but {bad[0].path or 'a picture'} "
-                f"(sample id {bad[0].sample_id}) cannot: {bad[0].reason}; {bad[0].remedy()}, or "
+                f"(sample id {bad[0].sample_id}) cannot: {bad[0].advice()}, or "
                 "pass on_bad_image='skip'."
             )
         labels = torch.tensor([rows[i][LABEL] for i in good])

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from .formats import BadImageError, as_bad_image, identified, what_else
+from .formats import CONVERT, BadImageError, as_bad_image, identified, what_else
 from .pixels import FULL_PIXELS, kind_of, reduce_jpeg, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,8 @@ def reading(picture: Any, number: int) -> Iterator[Image.Image]:
             image = stack.enter_context(decoding(source))
         except (BadImageError, OSError, TypeError) as error:
             name = picture if isinstance(picture, str | Path) else f"picture {number}"
-            is_unread = getattr(error, "is_unread", False)
-            remedy = "; convert it to JPEG or PNG" if is_unread else ""
-            reason = f"Expected {name} to be readable, but {error}{remedy}."
-            raise BadImageError(reason, is_unread) from error
+            reason = f"Expected {name} to be readable, but {error}."
+            raise BadImageError(reason, getattr(error, "is_unread", False)) from error
         yield image
 
 
@@ -207,8 +205,8 @@ def _opened(
         if not size:
             raise BadImageError("the file is empty")
         if size > limits.bytes:
-            reason = f"the file has {size} bytes, more than {limits.bytes}"
-            raise BadImageError(reason, is_unread=True)
+            reason = f"the file has {size} bytes, more than {limits.bytes}; {CONVERT}"
+            raise BadImageError(f"{reason}, or raise the limit (--max-bytes)", is_unread=True)
         with _pillows_limit.lifted(), as_bad_image():
             image = identified(file, formats)
             other = what_else(file, size)
@@ -235,17 +233,17 @@ def _check(image: Image.Image, formats: tuple[str, ...], limits: Limits) -> None
     """Refuses by the header."""
     kind = kind_of(image)
     if kind is not None and kind not in formats:
-        reason = f"not a picture in one of the formats {', '.join(formats)}"
+        reason = f"not a picture in one of the formats {', '.join(formats)}; {CONVERT}"
         raise BadImageError(reason, is_unread=True)
     width, height = image.size
     most = limits.pixels_of(kind)
     if width * height > most:
-        reason = f"the picture has {width} x {height} pixels, more than {most}"
-        raise BadImageError(reason, is_unread=True)
+        reason = f"the picture has {width} x {height} pixels, more than {most}; make it smaller"
+        raise BadImageError(f"{reason}, or raise the limit (--max-pixels)", is_unread=True)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
         if tags.get(_SUBFILE, 0) & 1 or _DNG in tags:
-            reason = "it is a raw photo, of which only the preview could be read"
+            reason = f"it is a raw photo, of which only the preview could be read; {CONVERT}"
             raise BadImageError(reason, is_unread=True)
         if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_HEIGHT, 0) > max(most, MAX_PIXELS):
             raise BadImageError(f"its tiles have more than {max(most, MAX_PIXELS)} pixels")

@@ -13,6 +13,7 @@ from PIL import Image, TiffImagePlugin
 from .pixels import DECODE_ERRORS, ForeignValuesError
 
 _EDGE = 16 * 2**10
+CONVERT = "convert it to JPEG or PNG"
 _LONGEST = 160
 """Characters of what a decoder says."""
 
@@ -46,7 +47,7 @@ class BadImageError(ValueError):
     """A file that is not a picture we accept, with the reason.
 
     Args:
-        reason: in one sentence, without its full stop.
+        reason: in one sentence, without its full stop; of what is not read it says what to do.
         is_unread: whether it may be a whole picture, of a format or size that is not read.
     """
 
@@ -63,7 +64,7 @@ def as_bad_image() -> Iterator[None]:
     except BadImageError:
         raise
     except ForeignValuesError as error:
-        raise BadImageError(str(error), is_unread=True) from error
+        raise BadImageError(f"{error}; {CONVERT}", is_unread=True) from error
     except DECODE_ERRORS as error:
         said = " ".join(str(error).split())[:_LONGEST]
         raise BadImageError(f"the picture cannot be decoded ({said})") from error
@@ -77,7 +78,7 @@ def identified(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
     is_heic = not brands.isdisjoint(_HEIC)
     if is_heic and "HEIF" in formats and not _reads_heic():
         raise BadImageError(
-            "it is a HEIC picture, which needs `pip install 'hf-knn[heic]'`", is_unread=True
+            f"it is a HEIC picture; run `pip install 'hf-knn[heic]'`, or {CONVERT}", is_unread=True
         )
     known = tuple(name for name in formats if name != "HEIF" or is_heic)
     file.seek(0)
@@ -87,7 +88,7 @@ def identified(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
         what = _unread(start, known) or _unread_tiff(file, start)
         allowed = ", ".join(formats)
         if what:
-            reason = f"it is {what}, not a picture in one of the formats {allowed}"
+            reason = f"it is {what}, not a picture in one of the formats {allowed}; {CONVERT}"
             raise BadImageError(reason, is_unread=True) from None
         raise BadImageError(f"not a picture in one of the formats {allowed}") from None
 

@@ -252,7 +252,7 @@ def _collect(
 def _refusal(bad: BadRow) -> ValueError:
     return ValueError(
         f"Expected pictures that can be decoded, but row {bad.row} ({bad.path or 'no path'}) "
-        f"cannot: {bad.reason}; {bad.remedy()}, or pass on_bad_image='skip'."
+        f"cannot: {bad.advice()}, or pass on_bad_image='skip'."
     )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .grids import ProbeConfig as ProbeConfig
     from .grids import ProbeGrid as ProbeGrid
     from .grids import ProbeSettings as ProbeSettings
+    from .heads import refit as refit
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
     from .ridge import fit_ridge as fit_ridge
@@ -35,6 +36,7 @@ _HOMES = {
     "fit_ridge": "ridge",
     "knn_loss_weights": "weights",
     "out_of_fold": "voices",
+    "refit": "heads",
     "score_log_probs": "metrics",
     "score_probes": "sweep",
     "train_probes": "sweep",

@@ -3,17 +3,21 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.backbone import KnnHead, split_features
+from ..core.config import Head
 from ..core.votes import ClassWeighting
+from ..data.augmentation import seeded
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..model.ridge import center_head, prepare_rows, solve_head
 from ..store.backend import SearchBackend
+from ..store.datastore import Datastore
 from .grids import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -82,6 +86,56 @@ def fit_closed_form(
     return fit
 
 
+def refit(model: KnnForImageClassification) -> RidgeFit:
+    """Makes a ridge head anew from the rows that are stored, as training on them would.
+
+    What was taught and forgotten since the training left regulariser, temperature and mean as they
+    were: both voices are what a fit of all rows *with those* would be. This chooses them anew.
+    k, temperature and λ of the blend stay; thresholds for `explain(max_error=…)` and numbers that
+    were measured are gone, since they are of another head.
+
+    Args:
+        model: with a `ridge` head; it is changed whole or not at all.
+
+    Returns:
+        The fit, with its leave-one-out table.
+
+    Raises:
+        ValueError: for another head, one that sees other features than the datastore holds, no
+            rows, or rows on a server.
+    """
+    config, store = model.config, model.datastore
+    if config.head != Head.RIDGE:
+        raise ValueError(
+            f"Expected a ridge head to fit again, but got {config.head!r}; train it on pictures."
+        )
+    if config.extra_dim:
+        raise ValueError(
+            "Expected a head on the features that the datastore holds, but it pools differently "
+            f"({config.pooling}, the datastore {config.store_pooling}); train it on pictures."
+        )
+    if not isinstance(store, Datastore) or not len(store):
+        raise ValueError(
+            "Expected a datastore with rows in the checkpoint itself, but got "
+            f"{'none' if store is None else store}; bring them home with `to_datastore()`."
+        )
+    with store.changed() as fresh:
+        fresh.recenter()
+    head = copy.deepcopy(model.head)
+    center_head(head, fresh.mean, config)
+    fit = fit_ridge(
+        prepare_rows(head, fresh.features), fresh.labels, config.head_classes,
+        class_weighting=config.head_class_weighting,
+    )  # fmt: skip
+    config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
+    config.answer_thresholds = {}
+    head.classifier = solve_head(fit.state, config, head)
+    model.memory = replace(
+        model.memory, head=head, rows=fresh, tally=None, measured=None, picture=None
+    )
+    return fit
+
+
 def sweep(
     parts: Iterator[Part],
     model: KnnForImageClassification,
@@ -143,8 +197,7 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
         seed: of the new head's weights, whatever was drawn before.
     """
     fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh.head = KnnHead.from_config(fresh.config)
         fresh.head.apply(fresh._init_weights)
     return fresh

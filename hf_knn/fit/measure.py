@@ -194,9 +194,23 @@ def _blend_of(config: KnnConfig, rows: HeldOut) -> Tensor:
     return blend_log_probs(rows.head_log_probs, votes, config.knn_weight)
 
 
+class Measured(NamedTuple):
+    """What head, neighbours and blend of a model said of some rows.
+
+    Attributes:
+        numbers: by name.
+        reliability: of the blend, see `metrics.reliability`.
+        logits: [N, C] of the blend, on the CPU.
+    """
+
+    numbers: dict[str, float]
+    reliability: list[list[float]]
+    logits: Tensor
+
+
 def measure_voices(
     model: KnnForImageClassification, features: ImageFeatures, device: torch.device
-) -> tuple[dict[str, float], list[list[float]]]:
+) -> Measured:
     """Measures head, neighbours and blend.
 
     Args:
@@ -205,7 +219,7 @@ def measure_voices(
         device: of the head.
 
     Returns:
-        The numbers by name, and the reliability of the blend, see `metrics.reliability`. `stored`
+        The numbers by name, the reliability of the blend, and its `logits`. The number `stored`
         is how many of the rows are in the datastore, so that they are judged by their own copies;
         if some are, there are all numbers `without_stored_…` too, and the reliability is that of
         the others.
@@ -226,7 +240,7 @@ def measure_voices(
                 voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
     joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
     labels, count = features.labels, len(features)
-    results = _numbers(joint, labels)
+    results, logits = _numbers(joint, labels), floor_log_probs(joint["blend"]).cpu()
     stored = stored_places(model, features, torch.cat(nearest) if nearest else None)
     results["stored"] = len(stored)
     if 0 < len(stored) < count:
@@ -234,7 +248,7 @@ def measure_voices(
         joint, labels = {voice: said[rest] for voice, said in joint.items()}, labels[rest]
         others = _numbers(joint, labels)
         results |= {f"{_WITHOUT_STORED}{name}": value for name, value in others.items()}
-    return results, reliability(joint["blend"], labels)
+    return Measured(results, reliability(joint["blend"], labels), logits)
 
 
 def _numbers(joint: dict[str, Tensor], labels: Tensor) -> dict[str, float]:

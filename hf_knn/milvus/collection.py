@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.manifest import SHA256_PATTERN, STORAGE_DTYPES, DatastoreError, Fields
+from ..core.manifest import (
+    MEASURED_ON,
+    SHA256_PATTERN,
+    STORAGE_DTYPES,
+    DatastoreError,
+    Fields,
+)
 from ..core.plain_json import parse_json
 from ..core.search import Singles
 from ..store.remote import check_name
@@ -84,6 +90,7 @@ class About:
         index: of a `MilvusIndex`; all but `FLAT` are approximate.
         effort: how hard it is searched, see `search.set_effort`.
         recall: at 20, measured when the rows were loaded; None for an exact one.
+        measured_on: rows, or queries unlike them, whichever was worse; None if nobody said.
         source: where the rows came from.
         mean: [dim] float32.
     """
@@ -101,6 +108,7 @@ class About:
     index: str = MilvusIndex.FLAT
     effort: int = 0
     recall: float | None = None
+    measured_on: str | None = None
     source: dict[str, str] = field(default_factory=dict)
     mean: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
@@ -140,11 +148,9 @@ class About:
             raise fields.wrong("format", f"{_FORMAT}; upgrade hf_knn")
         dim, largest = fields.count("dim"), fields.get("largest")
         # records of before there was a choice say nothing about it
-        kind, effort, recall = (
-            values.get(name, usual)
-            for name, usual in (("index", MilvusIndex.FLAT), ("effort", 0), ("recall", None))
-        )
-        problem = _wrong_index(kind, effort, recall)
+        known = {"index": MilvusIndex.FLAT, "effort": 0, "recall": None, "measured_on": None}
+        kind, effort, recall, measured_on = (values.get(n, usual) for n, usual in known.items())
+        problem = _wrong_index(kind, effort, recall, measured_on)
         if problem:
             raise DatastoreError(f"Expected the record of a datastore to have an {problem}.")
         if len(mean) != dim or not np.isfinite(mean).all():
@@ -165,12 +171,13 @@ class About:
             index=kind,
             effort=effort,
             recall=recall,
+            measured_on=measured_on,
             source=fields.texts("source"),
             mean=torch.from_numpy(mean.astype(np.float32)),
         )
 
 
-def _wrong_index(kind: object, effort: object, recall: object) -> str:
+def _wrong_index(kind: object, effort: object, recall: object, measured_on: object) -> str:
     """What is wrong with a record's facts about its index; empty if nothing."""
     if kind not in list(MilvusIndex):
         return f"index among {[str(one) for one in MilvusIndex]}"
@@ -178,6 +185,8 @@ def _wrong_index(kind: object, effort: object, recall: object) -> str:
         return "effort a whole number >= 0"
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         return "recall between 0 and 1"
+    if measured_on not in (None, *MEASURED_ON):
+        return f"recall measured on one of {MEASURED_ON}"
     return ""
 
 

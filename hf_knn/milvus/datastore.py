@@ -223,7 +223,8 @@ class MilvusDatastore:
         """How it is searched, with the recall that was measured when the rows were loaded."""
         about, name = self._about, self._about.index.lower()
         effort = effort_name(about.index)
-        return IndexInfo(name, name, {effort: about.effort} if effort else {}, about.recall)
+        parameters = {effort: about.effort} if effort else {}
+        return IndexInfo(name, name, parameters, about.recall, about.measured_on)
 
     @property
     def location(self) -> str | None:

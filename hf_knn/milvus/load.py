@@ -8,14 +8,15 @@ import logging
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.utils.logging import tqdm
 
 from ..core.manifest import DatastoreError
 from ..core.rows import RowParts
+from ..core.search import Ints
 from ..store.datastore import Datastore
 from ..store.index import MIN_RECALL
 from ..store.kinds import FLAT
+from ..store.recall import Queries, RecallTest
 from ..store.remote import DatastoreReference
 from ..store.searcher import IndexSpace
 from ..store.table import StoredRows, sum_of
@@ -33,7 +34,7 @@ from .collection import (
     index_of,
     rows_per_call,
 )
-from .search import RECALL_K, build_parameters, sample_rows, search_collection, set_effort
+from .search import build_parameters, search_collection, set_effort
 
 logger = logging.getLogger(__name__)
 
@@ -285,20 +286,25 @@ def _with_recall(
     store: Datastore, collection: MilvusCollection, about: About, min_recall: float
 ) -> About:
     """The record with an effort that reaches a recall, and that recall."""
-    chosen = sample_rows(len(store))
-    rows, ids = store.features[chosen], store.ids[chosen]
-    k = min(RECALL_K, len(store) - 1)
-    # by its labels a datastore is searched exactly, whatever its index
-    exact = store.search(rows, k, ids, labels=store.labels.unique()).ids.numpy()
-    space = space_of(about)
-    queries = space.normalize(rows.numpy())
+    space, labels = space_of(about), store.labels.unique()
 
-    def ask(effort: int) -> NDArray[np.int64]:
+    def exact(queries: Queries, k: int) -> Ints:
+        # by its labels a datastore is searched exactly, whatever its index
+        return store.search(queries.features, k, queries.own, labels=labels).ids.numpy()
+
+    test = RecallTest(store.features.numpy(), store.ids.numpy(), exact)
+
+    def measure(effort: int) -> tuple[float, str]:
         tried = dataclasses.replace(about, effort=effort)
-        return search_collection(collection, tried, space, queries, k, ids.numpy()).ids
 
-    effort, recall = set_effort(about.index, len(store), ask, exact, min_recall)
-    return dataclasses.replace(about, effort=effort, recall=recall)
+        def find(queries: Queries, k: int) -> Ints:
+            wanted = space.normalize(queries.features)
+            return search_collection(collection, tried, space, wanted, k, queries.own).ids
+
+        return test.worst(find)
+
+    effort, recall, measured_on = set_effort(about.index, len(store), measure, min_recall)
+    return dataclasses.replace(about, effort=effort, recall=recall, measured_on=measured_on)
 
 
 def _ids_in(collection: MilvusCollection) -> np.ndarray:

@@ -18,8 +18,7 @@ from ..core.rows import Values, as_whole_numbers
 from ..core.search import Floats, Ints, RowSpace, float32_rounding, nearest_first
 from ..store.backend import NOBODY, Hits
 from ..store.faiss import limits
-from ..store.index import MIN_RECALL, RECALL_SAMPLE
-from ..store.searcher import recall_of
+from ..store.index import MIN_RECALL
 from ..store.table import StoredRows
 from .collection import (
     LARGEST_ANSWER,
@@ -32,8 +31,6 @@ from .collection import (
 )
 
 logger = logging.getLogger(__name__)
-
-RECALL_K = 20
 
 _EFFORT = {MilvusIndex.IVF_FLAT: "nprobe", MilvusIndex.HNSW: "ef"}
 _LEAST_EFFORT = {MilvusIndex.IVF_FLAT: 4, MilvusIndex.HNSW: 64}
@@ -72,25 +69,22 @@ def effort_name(kind: str) -> str:
     return _EFFORT.get(MilvusIndex(kind), "")
 
 
-def sample_rows(count: int) -> Ints:
-    """[S] row numbers that recall is measured on."""
-    return np.sort(np.random.default_rng(0).permutation(count)[:RECALL_SAMPLE])
-
-
 def set_effort(
-    kind: str, count: int, ask: Callable[[int], Ints], wanted: Ints, min_recall: float = MIN_RECALL
-) -> tuple[int, float]:
+    kind: str,
+    count: int,
+    measure: Callable[[int], tuple[float, str]],
+    min_recall: float = MIN_RECALL,
+) -> tuple[int, float, str]:
     """The smallest effort tried whose recall is enough; it is doubled until then.
 
     Args:
         kind: of a `MilvusIndex`, not `FLAT`.
         count: rows in the index.
-        ask: from an effort to the ids that are found, [S, k].
-        wanted: [S, k] the ids of the nearest rows.
+        measure: from an effort to the recall, and what it was measured on.
         min_recall: in (0, 1].
 
     Returns:
-        The effort (0 for an index without), and its recall.
+        The effort (0 for an index without), its recall, and what that was measured on.
 
     Raises:
         ValueError: if no effort is enough, with what was reached.
@@ -99,15 +93,15 @@ def set_effort(
     most = largest.get(MilvusIndex(kind), 0)
     effort = min(_LEAST_EFFORT.get(MilvusIndex(kind), 0), most)
     while True:
-        recall = recall_of(ask(effort), wanted)
-        logger.info("%s, effort %d: recall %.4f of %d rows", kind, effort, recall, len(wanted))
+        recall, measured_on = measure(effort)
+        logger.info("%s, effort %d: recall %.4f on %s", kind, effort, recall, measured_on)
         if recall >= min_recall:
-            return effort, recall
+            return effort, recall, measured_on
         if effort >= most:
             raise ValueError(
                 f"Expected recall {min_recall:g} of the index {kind} in Milvus, but it reached "
-                f"{recall:.4f}; load again with a smaller `min_recall`, or under another name with "
-                "index='flat'."
+                f"{recall:.4f} on {measured_on}; load again with a smaller `min_recall`, or under "
+                "another name with index='flat'."
             )
         effort = min(2 * effort, most)
 

@@ -20,10 +20,17 @@ from transformers import (
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
-from ..core.backbone import count_prefix_tokens, hash_tensors, model_class, pool
-from ..core.config import KnnConfig, Pooling
+from ..core.backbone import (
+    build_backbone,
+    count_prefix_tokens,
+    hash_tensors,
+    model_class,
+    pool,
+)
+from ..core.config import Head, KnnConfig, Pooling
 
 # the classes of processors are taken from `transformers` when one is made: they import slowly
+_PROBES = 2  # a model that packs all pictures into one row is found by the second one
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -182,6 +189,26 @@ def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
     return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
 
 
+def complete(config: KnnConfig) -> None:
+    """Fills in the widths that a configuration leaves open, from a backbone without weights.
+
+    Args:
+        config: of a model, which is changed.
+
+    Raises:
+        ValueError: for a backbone that cannot be one, or that tells no width without weights.
+    """
+    if config.feature_dim:
+        return
+    with torch.device("meta"):
+        backbone = build_backbone(config.backbone, (config.pooling, config.store_pooling))
+    if config.store_pooling != config.pooling and config.knn_feature_dim is None:
+        config.knn_feature_dim = measure_width(backbone, config.store_pooling)
+    config.feature_dim = measure_width(backbone, config.pooling)
+    if config.head == Head.MLP and not config.head_hidden_sizes:
+        config.head_hidden_sizes = [config.feature_dim]
+
+
 def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:
     """The configuration of a new model on a backbone.
 
@@ -302,12 +329,35 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _probe(backbone: PreTrainedModel) -> tuple[Any, Tensor]:
+    """What a backbone makes of empty pictures; a ValueError says why it is none."""
     height, width = _image_size(backbone.config)
     channels = getattr(backbone.config, "num_channels", 3)
     parameter = next(backbone.parameters())
-    pixels = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
-    with evaluating(backbone):
-        return backbone(pixel_values=pixels, return_dict=True), pixels
+    shape = (_PROBES, channels, height, width)
+    pixels = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    if backbone.main_input_name != "pixel_values":
+        raise _no_backbone(backbone, f"takes `{backbone.main_input_name}`")
+    try:
+        with evaluating(backbone):
+            output = backbone(pixel_values=pixels, return_dict=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any model that anybody wrote
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise _no_backbone(backbone, f"cannot do with `pixel_values` alone ({reason})") from error
+    hidden = getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or hidden.ndim not in (3, 4) or len(hidden) != _PROBES:
+        found = type(hidden).__name__ if not isinstance(hidden, Tensor) else tuple(hidden.shape)
+        raise _no_backbone(backbone, f"made `last_hidden_state` {found} of {_PROBES} pictures")
+    return output, pixels
+
+
+def _no_backbone(backbone: PreTrainedModel, what: str) -> ValueError:
+    name = type(getattr(backbone, "timm_model", backbone)).__name__
+    return ValueError(
+        "Expected a backbone that makes tokens or a feature map of each picture in `pixel_values`, "
+        f"but {name} {what}; choose another vision model."
+    )
 
 
 def _image_size(config: PreTrainedConfig) -> tuple[int, int]:

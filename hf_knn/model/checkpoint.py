@@ -230,15 +230,16 @@ def _refuse_pending(store: RowStore | None, folder: Path) -> None:
 
 def _write_pictures(model: "KnnForImageClassification", folder: Path) -> None:
     """Small pictures and prints of the rows that there are: no byte of one that is gone."""
-    memory = model.memory
-    parts = {THUMBNAILS_NAME: memory.thumbnails, CONTENTS_NAME: memory.contents}
-    if memory.rows is None or not any(parts.values()):
+    memory, rows = model.memory, model.datastore
+    small, contents = memory.thumbnails, memory.contents
+    if rows is None or not (small or contents):
         return
-    ids = memory.rows.ids.tolist()
-    for name, part in parts.items():
-        kept = None if part is None else part.only(ids)
-        if kept:
-            kept.save(folder)
+    if small or rows.location is None:  # else asking a server for all ids would take long
+        ids = rows.ids.tolist()
+        small, contents = small and small.only(ids), contents and contents.only(ids)
+    for name, part in ((THUMBNAILS_NAME, small), (CONTENTS_NAME, contents)):
+        if part:
+            part.save(folder)
             give_default_mode(folder / name)
 
 

@@ -19,6 +19,7 @@ from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
 from . import teaching
 from .backbones import (
+    complete,
     config_for,
     copy_weights,
     freeze_statistics,
@@ -58,6 +59,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
+        complete(config)
         super().__init__(config)
         self.once = Lock()
         self.calibration: Calibration | None = None
@@ -346,9 +348,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Raises:
             ValueError: without a datastore.
         """
-        tally = self._counted().tally
-        assert tally is not None
-        return tally.fingerprint
+        return self._counted().fingerprint
 
     def teach(
         self, images: Any = None, labels: Sequence[Label] = (), *,

@@ -1,5 +1,6 @@
 """A ridge head that follows the rows of the datastore, to what a fit of them would be.
 
+That is a fit with the same regulariser, temperature and mean; `hf_knn.fit.refit` chooses them anew.
 The head is solved on the rows as the datastore holds them (cast once to the storage dtype), about
 the datastore's mean. Rows, mean, regulariser and temperature are all in a checkpoint, so the sums
 of `RidgeState` can be made again at any time and are never stored.

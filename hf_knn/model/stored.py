@@ -183,8 +183,7 @@ def _confirmed(
     nearest: list[list[int]],
 ) -> list[dict[int, int]]:
     """What of the candidates is true of the rows as they are stored now."""
-    printed = {row_id for rows in same for row_id, _ in rows}
-    there = printed.intersection(as_row_store(store).ids.tolist()) if printed else printed
+    there = _present(store, {row_id for rows in same for row_id, _ in rows})
     wanted = sorted(there.union(*nearest))
     rows = store.rows_of(torch.tensor(wanted, dtype=torch.int64))
     place_of = {row_id: place for place, row_id in enumerate(wanted)}
@@ -198,6 +197,17 @@ def _confirmed(
         ids |= {i for i in near if rows.features[place_of[i]].tobytes() == bits}
         found.append({i: int(rows.labels[place_of[i]]) for i in sorted(ids)})
     return found
+
+
+def _present(store: SearchBackend, ids: set[int]) -> set[int]:
+    """Those that there are; all ids are listed only if some are gone."""
+    if not ids:
+        return ids
+    try:
+        store.rows_of(torch.tensor(sorted(ids), dtype=torch.int64))
+    except ValueError:
+        return ids.intersection(as_row_store(store).ids.tolist())
+    return ids
 
 
 def sort_out(
@@ -254,8 +264,8 @@ def sort_out(
         if is_stored or (twin is not None and not rows):
             (taken if again else skipped).append(place)
             if not again:
-                where = f"row {next(iter(rows))}" if rows else f"the same as {names[twin or 0]}"
-                said.append(f"{names[place]} ({where})")
+                own = [f"row {row_id}" for row_id, other in rows.items() if other == label]
+                said.append(f"{names[place]} ({own[0] if own else f'as {names[twin or 0]}'})")
         elif rows:
             skipped.append(place)
         else:
@@ -273,7 +283,7 @@ def _notes(said: list[str], moved: int, count: int, memory: Memory) -> list[str]
             f"{shown(said)}; again=True (--again) adds them"
         )
     if moved:
-        notes.append(f"{moved} rows that hold these pictures got their labels")
+        notes.append(f"stored rows that got the label of their picture: {moved}")
     assert memory.rows is not None
     unknown = len(memory.rows) - (0 if memory.contents is None else len(memory.contents))
     if unknown > 0:
@@ -314,14 +324,14 @@ def _refusal(
     by_label: dict[str, list[int]] = {}
     for row_id, label in sorted(moves.items()):
         by_label.setdefault(label, []).append(row_id)
-    said = [
-        f"{name} as {labels[rows[row_id]]!r} in row {row_id}, not {moves[row_id]!r}"
-        for name, rows in zip(names, copies, strict=True)
-        for row_id in rows
-        if row_id in moves
-    ]
+    said = []
+    for name, rows in zip(names, copies, strict=True):
+        wrong = [row_id for row_id in rows if row_id in moves]
+        if wrong:
+            where = " and ".join(f"{labels[rows[row_id]]!r} in row {row_id}" for row_id in wrong)
+            said.append(f"{name} as {where}, not {moves[wrong[0]]!r}")
     return StoredOtherwiseError(
         f"Expected pictures that are new or stored under the label that they come with, but "
-        f"{len(said)} are stored under another one: {shown(said)}.",
+        f"found {len(said)} stored under another one: {shown(said)}.",
         by_label,
     )

@@ -1,6 +1,5 @@
 """Which index a datastore gets, how it is built, and how often it misses."""
 
-import dataclasses
 import functools
 import logging
 import re
@@ -26,6 +25,7 @@ from .faiss import (
     require_faiss,
 )
 from .kinds import AUTO, FLAT, is_rebuildable
+from .recall import RECALL_K, Queries, RecallTest
 from .searcher import (
     ApproximateSearcher,
     BFloat16FirstPass,
@@ -35,7 +35,6 @@ from .searcher import (
     PlacedFirstPass,
     has_fast_bfloat16,
     nearest_in_blocks,
-    recall_of,
 )
 from .table import RowTable, Shard
 
@@ -45,10 +44,6 @@ LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
 MIN_RECALL = 0.99
-
-RECALL_K = 20
-
-RECALL_SAMPLE = 256
 
 _SMALLEST_BFLOAT16 = 20_000
 
@@ -213,7 +208,7 @@ def build_searcher(
     index.set_parameters(info.parameters)
     searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
-    if info.recall is None or is_new:
+    if info.recall is None or info.measured_on is None or is_new:
         info = _tune(searcher, index, info, min_recall)
     gpus = [device.index for device in placement.devices if device.type == "cuda"]
     if gpus and not index.to_gpus(gpus, placement.float16):
@@ -256,41 +251,37 @@ def _say_once_that_faiss_is_missing() -> None:
 def _tune(
     searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
-    """Raises nprobe or efSearch until the recall on a sample of rows is reached."""
+    """Raises nprobe or efSearch until the recall on all samples is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space
-    k = min(RECALL_K, len(ids) - 1)
-    if k < 1:
-        return dataclasses.replace(info, recall=1.0)  # there is nothing to miss
-    sample = np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE]
-    queries, own = features[sample], ids[sample]
     first_pass = _exact_first_pass(len(ids))
-    wanted = nearest_in_blocks(features, ids, space, first_pass, queries, k, own)
 
-    def measure() -> float:
-        return recall_of(searcher.search(queries, k, own)[1], wanted)
+    def exact(queries: Queries, k: int) -> Ints:
+        return nearest_in_blocks(features, ids, space, first_pass, queries.features, k, queries.own)
 
+    def find(queries: Queries, k: int) -> Ints:
+        return searcher.search(queries.features, k, queries.own)[1]
+
+    test = RecallTest(features, ids, exact)
     tunable = index.tunable()
-    recall = measure()
+    value, largest = 0, 0
     if tunable is not None:
         name, largest = tunable
         value = max(1, index.parameters.get(name, 1))
         index.set_parameters({name: value})
-        recall = measure()
-        while recall < min_recall and value < largest:
-            value = min(largest, 2 * value)
-            index.set_parameters({name: value})
-            recall = measure()
-    settings = ", ".join(f"{name} {value}" for name, value in index.parameters.items())
-    logger.info(
-        "index %s: %s (%s), recall@%d %.4f measured on %d rows",
-        info.requested, info.spec, settings or "no parameters", k, recall, len(sample),
-    )  # fmt: skip
+    while True:
+        recall, measured_on = test.worst(find)
+        if recall >= min_recall or value >= largest:
+            break
+        value = min(largest, 2 * value)
+        index.set_parameters({name: value})
+    found = replace(info, parameters=dict(index.parameters), recall=recall, measured_on=measured_on)
+    logger.info("index %s: %s", info.requested, found)
     if recall < min_recall:
         logger.warning(
-            "index %s reaches recall@%d %.4f, below %.4f; use index='flat' for exact answers.",
-            info.spec, k, recall, min_recall,
+            "index %s reaches recall@%d %.4f, below %.4f, on %s; index='flat' is exact.",
+            info.spec, RECALL_K, recall, min_recall, measured_on,
         )  # fmt: skip
-    return dataclasses.replace(info, parameters=dict(index.parameters), recall=recall)
+    return found
 
 
 @dataclass(frozen=True)

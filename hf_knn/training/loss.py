@@ -47,8 +47,12 @@ class KnnLoss:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the loss of the model itself."""
-        return not self.args.reweights and self.weights is None
+        """Whether it is the loss of the model itself.
+
+        With label smoothing `Trainer` would smooth `logits`, which end at log(1e-12).
+        """
+        smooths = self.args.label_smoothing_factor != 0
+        return not (self.args.reweights or smooths) and self.weights is None
 
     def weigh_classes(self, labels: Tensor) -> None:
         """Fixes the weights of the classes.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
@@ -31,8 +31,16 @@ def check_sources(
     Raises:
         ValueError: saying what is missing.
     """
-    for dataset in (train_dataset, eval_dataset):
-        if processor is None and not isinstance(dataset, ImageFeatures | None):
+    if isinstance(train_dataset, dict):
+        raise ValueError(
+            f"Expected one training set, but got {list(train_dataset)}; pass one of them."
+        )
+    several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for rows in [train_dataset, *several]:
+        if rows is None:
+            continue
+        _check_kind(rows)
+        if processor is None and not isinstance(rows, ImageFeatures):
             raise ValueError(
                 "Expected `processing_class` to turn pictures into tensors, but got None and "
                 "the model has no image processor."
@@ -41,6 +49,74 @@ def check_sources(
         raise ValueError(
             "Expected pictures to train a backbone on, but got features; pass the pictures, or "
             "set freeze_backbone=True."
+        )
+
+
+def checked_model(
+    given: object, args: KnnTrainingArguments, *, has_init: bool
+) -> KnnForImageClassification:
+    """A model that a trainer can train, and save whole.
+
+    Args:
+        given: the model, maybe from `model_init`.
+        args: of the run.
+        has_init: whether there is a `model_init`.
+
+    Raises:
+        ValueError: saying what is wrong and what to do.
+    """
+    if not isinstance(args, KnnTrainingArguments):
+        raise ValueError(
+            f"Expected `args` to be KnnTrainingArguments, but got {type(args).__name__}."
+        )
+    if args.include_for_metrics:
+        raise ValueError(
+            f"Expected `include_for_metrics` to be empty, but got {args.include_for_metrics}: "
+            "`compute_metrics` gets the blend's logits and the labels."
+        )
+    adapters = [type(part) for part in _parts_of(given) if _is_adapter(part)]
+    if adapters:
+        raise ValueError(
+            f"Expected a model without adapters, but got one with {adapters[0].__name__}, and a "
+            "checkpoint holds whole weights. Train the last blocks with `trainable_blocks`, or "
+            "train the adapters elsewhere, call `merge_and_unload()` and pass the merged backbone "
+            "to `KnnForImageClassification.from_backbone`."
+        )
+    if not isinstance(given, KnnForImageClassification):
+        name = "`model_init` to return" if has_init else "`model` to be"
+        got = "None" if given is None else type(given).__name__
+        raise ValueError(
+            f"Expected {name} a KnnForImageClassification, but got {got}; make one with "
+            "`KnnForImageClassification.from_backbone`, and leave wrapping it to the trainer."
+        )
+    return given
+
+
+def _parts_of(given: object) -> list[nn.Module]:
+    return list(given.modules()) if isinstance(given, nn.Module) else []
+
+
+def _is_adapter(part: nn.Module) -> bool:
+    """Whether a module is one of the package `peft`, which need not be installed."""
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(part).__mro__)
+
+
+def _check_kind(dataset: Any) -> None:
+    """Refuses what is no table of rows that can be asked again, in any order."""
+    if isinstance(dataset, ImageFeatures | EpochRows):
+        return
+    name = type(dataset).__name__
+    if hasattr(dataset, "column_names") and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"Expected pictures that can be asked again, but got a stream ({name}); load them "
+            "without streaming=True, or take some: `Dataset.from_list(list(stream.take(5000)), "
+            "features=stream.features)`."
+        )
+    if not hasattr(dataset, "column_names"):
+        raise ValueError(
+            f"Expected a `datasets.Dataset` with the columns image and label, or ImageFeatures, "
+            f"but got {name}; for a folder or a csv take `hf_knn.load_splits`, for a dataset of "
+            "torch `Dataset.from_list([{'image': image, 'label': label} for image, label in it])`."
         )
 
 
@@ -96,6 +172,7 @@ def checked_rows(dataset: Any, model: KnnForImageClassification) -> Any:
         return None
     if isinstance(dataset, dict):
         return {name: checked_rows(rows, model) for name, rows in dataset.items()}
+    _check_kind(dataset)
     if len(dataset) and not isinstance(dataset, ImageFeatures):
         dataset = prepare(dataset, model.config.class_names)
     if len(dataset) == 0:

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_pt_utils import nested_numpify
+from transformers.trainer_utils import (
+    EvalPrediction,
+    TrainOutput,
+    denumpify_detensorize,
+    set_seed,
+    speed_metrics,
+)
 
 from ..core.backbone import split_features
 from ..core.config import Head
-from ..data.augmentation import EpochRows
+from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
@@ -45,6 +52,7 @@ from .rows import (
     check_groups,
     check_sources,
     check_tunable,
+    checked_model,
     checked_rows,
     folds_of,
     labels_in,
@@ -70,7 +78,9 @@ class KnnTrainer(SavingTrainer):
         processing_class: the image processor; None takes the model's own.
         train_transform: of training pictures, instead of `augmentation`: a torchvision transform
             that draws from torch's global generator, which is seeded for each picture and epoch.
-        kwargs: see `transformers.Trainer`.
+        model_init: returns a model, instead of `model`; each call of `train` begins with a new one,
+            as a hyperparameter search wants it. It may take the trial.
+        kwargs: see `transformers.Trainer`; `compute_metrics` is asked about the blend.
 
     Attributes:
         train_features: features of the training set, once they are known.
@@ -78,22 +88,33 @@ class KnnTrainer(SavingTrainer):
         probe_choice: which head of `probe_grid` was best, with the table of all.
 
     Raises:
-        ValueError: for a dataset without pictures or labels, or labels the model does not have.
+        ValueError: for a dataset without pictures or labels, labels the model does not have, a
+            stream, a dataset of torch, or a model with adapters (LoRA).
     """
 
     # the loss is a mean over the batch, which Trainer has to divide for gradient accumulation
     loss_is_scaled_for_ga = False
+    model_init: Any
+    compute_metrics: Any
+    eval_dataset: Any
 
     def __init__(
         self,
-        model: KnnForImageClassification,
-        args: KnnTrainingArguments,
+        model: KnnForImageClassification | None = None,
+        args: KnnTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         train_transform: Callable[[Any], Any] | None = None,
+        model_init: Callable[..., KnnForImageClassification] | None = None,
         **kwargs: Any,
     ) -> None:
+        args = KnnTrainingArguments("trainer_output") if args is None else args
+        if model is None and model_init is not None:
+            self.model_init = model_init
+            set_seed(args.seed)
+            model = self.call_model_init()  # type: ignore[assignment]
+        model = checked_model(model, args, has_init=model_init is not None)
         processor = processing_class or model.image_processor
         model.image_processor = processor
         check_sources(train_dataset, eval_dataset, processor, args)
@@ -114,6 +135,7 @@ class KnnTrainer(SavingTrainer):
             processing_class=processor,
             **kwargs,
         )
+        self.model_init = model_init
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -132,6 +154,8 @@ class KnnTrainer(SavingTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected `train_dataset` to train on, but got None.")
+        if self.model_init is not None:
+            self._begin_anew(*args[:1], **kwargs)
         if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
@@ -148,10 +172,11 @@ class KnnTrainer(SavingTrainer):
                 self.model.datastore = None  # of weights that are about to change
                 if self.args.trainable_blocks is not None:
                     freeze_all_but_last(self.model.backbone, self.args.trainable_blocks)
+            init, self.model_init = self.model_init, None  # it was called already
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
-                self.train_dataset = pictures
+                self.train_dataset, self.model_init = pictures, init
         self.build_datastore()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
@@ -233,7 +258,8 @@ class KnnTrainer(SavingTrainer):
         """Measures head, neighbours and blend.
 
         Args:
-            eval_dataset: pictures with labels, or `ImageFeatures`; None takes the trainer's own.
+            eval_dataset: pictures with labels, `ImageFeatures`, or the name of one of several; None
+                takes the trainer's own.
             ignore_keys: accepted for `Trainer`; every output is small enough to keep.
             metric_key_prefix: of the names.
 
@@ -247,6 +273,8 @@ class KnnTrainer(SavingTrainer):
             ValueError: without a dataset, or with labels the model does not have.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Expected `eval_dataset` to evaluate on, but got None.")
         if isinstance(dataset, dict):
@@ -259,20 +287,41 @@ class KnnTrainer(SavingTrainer):
         if trains_backbone and self._datastore_step != self.state.global_step:
             self.build_datastore()
         features = self._features_of(checked_rows(dataset, self.model))
-        found, reliability = measure_voices(self.model, features, self.args.device)
-        metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+        found = measure_voices(self.model, features, self.args.device)
+        metrics = {f"{prefix}_{name}": value for name, value in found.numbers.items()}
         metrics |= speed_metrics(prefix, started, num_samples=len(features))
         if not self.is_in_train:
             is_own = eval_dataset is None or eval_dataset is self.eval_dataset
             is_tuned_on = is_own and self.tune_result is not None
             self.model.measured = describe_measurement(
                 metrics, prefix, len(features), eval_dataset, is_tuned_on
-            ) | {"reliability": reliability}
+            ) | {"reliability": found.reliability}
+        metrics |= self._own_metrics(found.logits, features.labels, prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _own_metrics(self, logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
+        """What the caller's `compute_metrics` says of the blend.
+
+        Args:
+            logits: [N, C] of the blend.
+            labels: [N] int64.
+            prefix: of the names.
+        """
+        if self.compute_metrics is None:
+            return {}
+        if self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        asked: Any = (logits, labels)
+        if self.args.batch_eval_metrics:  # all rows are the last batch
+            own = self.compute_metrics(EvalPrediction(*asked), compute_result=True)
+        else:
+            own = self.compute_metrics(EvalPrediction(*nested_numpify(asked)))
+        own = denumpify_detensorize(own)
+        return {n if n.startswith(f"{prefix}_") else f"{prefix}_{n}": own[n] for n in own}
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
@@ -309,6 +358,30 @@ class KnnTrainer(SavingTrainer):
         check_finite(value, self.state.global_step + 1, sample_ids)
         return loss
 
+    def _begin_anew(self, trial: Any = None, **kwargs: Any) -> None:
+        """Another model by `model_init`, with the arguments of a trial: each training has its own.
+
+        Args:
+            trial: of a hyperparameter search.
+            kwargs: of `Trainer.train`.
+        """
+        self._hp_search_setup(trial)
+        set_seed(self.args.seed)
+        names, processor = self.model.config.class_names, self.model.image_processor
+        found = self.call_model_init(trial)
+        model = checked_model(found, self.args, has_init=True)
+        if model.config.class_names != names:
+            raise ValueError(
+                f"Expected `model_init` to return models of the classes {names}, but got "
+                f"{model.config.class_names}."
+            )
+        model.image_processor = processor
+        self._move_model_to_device(model, self.args.device)
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self.loss = KnnLoss(self.args, model.config)
+        self.train_features = self.tune_result = self.probe_choice = None
+
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""
         self.model.measured = self.model.neighbor_picture = None
@@ -316,8 +389,7 @@ class KnnTrainer(SavingTrainer):
     def _refresh(self) -> None:
         """A datastore of the weights as they are, and what it says about each training row."""
         started = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):  # a refresh must not move the training's numbers
-            torch.manual_seed(self.args.seed)
+        with seeded(self.args.seed):  # a refresh must not move the training's numbers
             store = self.build_datastore()
             features = self.train_features
             assert features is not None

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 14e02a39a00d36b965286e464bf6b6888cc470f17da6a559ff3d2d68f6590242.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 52998ae286fe8f1a9571e981d740c154dcc0d115223472ea157695e751df2efa.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

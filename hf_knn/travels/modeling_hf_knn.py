@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 14e02a39a00d36b965286e464bf6b6888cc470f17da6a559ff3d2d68f6590242.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 52998ae286fe8f1a9571e981d740c154dcc0d115223472ea157695e751df2efa.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -337,7 +337,12 @@ def parse_json(text: bytes | str, name: str) -> Any:
     """What a JSON text holds that anybody may have written; see `read_json`."""
     try:
         values = json.loads(text, object_pairs_hook=_said_once)
-        _refuse_depth(values)
+        level: list[Any] = [[values]]
+        for _ in range(_DEEPEST):
+            parts = (part.values() if isinstance(part, dict) else part for part in level)
+            level = [value for part in parts for value in part if isinstance(value, dict | list)]
+        if level:
+            raise ValueError(f"more than {_DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise DatastoreError(
             f"Expected {name} to be JSON that is not nested deeply, but got: {error}; the file is "
@@ -351,15 +356,6 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a name that is there twice")
     return values
 
-def _refuse_depth(values: Any) -> None:
-    level: list[Any] = [[values]]
-    for _ in range(_DEEPEST):
-        parts = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [value for part in parts for value in part if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"more than {_DEEPEST} levels")
-
 
 # ---- backbone.py: Any vision model of transformers, or of timm through transformers, as a source of features.
 
@@ -370,6 +366,8 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
     | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
     | {"window_size"}
 )
+_ONE_FIRST = ("dinov3_convnext", "pvt")
+"""Model types without one patch size whose first token is no patch."""
 
 def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
     """Builds the architecture with random weights, without network and without foreign code."""
@@ -423,7 +421,9 @@ def pool(backbone: PreTrainedModel, output: Any, pixel_values: Tensor, pooling: 
     if hidden.ndim == 4:
         tokens, prefix = _spatial_tokens(backbone, hidden), 0  # [B, H*W, D]
     else:
-        tokens, prefix = hidden, count_prefix_tokens(backbone, pixel_values, hidden.shape[1])
+        own = getattr(backbone.config, "num_detection_tokens", 0)  # YOLOS has them at the end
+        tokens = hidden[:, : hidden.shape[1] - own]
+        prefix = count_prefix_tokens(backbone, pixel_values, tokens.shape[1])
     if pooling in (Pooling.CLS, Pooling.CLS_MEAN) and prefix == 0:
         raise ValueError(
             f"Expected a backbone with a CLS token for pooling={pooling!r}, but "
@@ -454,7 +454,8 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
-    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    width = getattr(backbone.config, "hidden_size", hidden.shape[1])
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", width)
     if hidden.shape[1] != width and hidden.shape[-1] == width:
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
@@ -466,7 +467,7 @@ def count_prefix_tokens(backbone: PreTrainedModel, pixel_values: Tensor, tokens:
         return timm_count
     patch = getattr(backbone.config, "patch_size", None)
     if patch is None:
-        return 0
+        return int(backbone.config.model_type in _ONE_FIRST)
     down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
     patches = (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
     return max(0, tokens - patches)  # hierarchical models end with fewer tokens than patches
@@ -588,8 +589,6 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
             position += len(piece)
         return found.hexdigest()
 
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_block, range(count)))
 
@@ -599,6 +598,7 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
+MEASURED_ON = ("rows", "queries unlike the rows")
 MANIFEST_NAME = "datastore.json"
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
@@ -639,18 +639,15 @@ class FileRecord:
             )
         return path
 
-    def verify(self, path: Path | None) -> Path:
+    def verify(self, path: Path | None) -> None:
         """Compares a file with its record, byte for byte."""
-        path = self.verify_size(path)
-        with path.open("rb") as file:
+        with self.verify_size(path).open("rb") as file:
             self.compare(partial(read_at, file))
-        return path
 
     def read(self, path: Path | None) -> bytes:
         """Reads a file whole; what is returned is what was compared with the record."""
         data = self.verify_size(path).read_bytes()
-        view = memoryview(data)
-        self.compare(lambda position, count: view[position : position + count])
+        self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
     def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
@@ -672,10 +669,12 @@ class IndexInfo:
     spec: str
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}"]
+        where = f" on {self.measured_on}" if self.measured_on else ""
+        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
 
 @dataclass(frozen=True)
@@ -877,12 +876,15 @@ def _parse_index(values: Any) -> IndexInfo:
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
         raise fields.wrong("recall", "a number in [0, 1] or null")
-    named = Fields(parameters, "index.parameters.")
+    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
+        raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
     return IndexInfo(
         fields.text("requested"),
         fields.text("spec"),
         {name: named.count(name) for name in named.values},
         recall,
+        measured_on,
     )
 
 def parse_binding(values: Any) -> Binding:
@@ -1016,7 +1018,6 @@ def shortcut() -> float:
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
-    # new settings, which say what the old ones were set to, too
     found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
     return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
@@ -1233,8 +1234,7 @@ class FrozenDatastore:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
         self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
-        pairs = zip(self.places, manifest.blobs, strict=True)
-        files = [parse_blob(record, record.read(path)) for path, record in pairs]
+        files = [parse_blob(*pair) for pair in zip(manifest.blobs, self.places, strict=True)]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
@@ -1311,8 +1311,9 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a row file, in memory of their own."""
+def parse_blob(record: FileRecord, path: Path | None) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory: what is kept is what was hashed."""
+    data = record.read(path)
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

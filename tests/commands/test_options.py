@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import typer
+from support.commands import as_checkpoint
 from typer.testing import CliRunner
 
 import hf_knn_cli
@@ -135,7 +136,7 @@ def test_every_command_that_reads_pictures_takes_their_limits() -> None:
 @pytest.mark.parametrize("before", [None, "77"])
 @pytest.mark.parametrize("command", sorted(READERS))
 def test_limits_are_heard_of_during_one_command(
-    command: str, before: str | None, monkeypatch: pytest.MonkeyPatch
+    command: str, before: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
 
@@ -147,8 +148,14 @@ def test_limits_are_heard_of_during_one_command(
     monkeypatch.delenv("HF_KNN_MAX_PIXELS", raising=False)
     if before:
         monkeypatch.setenv("HF_KNN_MAX_PIXELS", before)
-    places = {"train": 1, "doctor": 1, "inspect": 1, "demo": 0}.get(command, 2)
-    call = [command, *["x"] * places]
+    model, picture = str(as_checkpoint(tmp_path / "model")), tmp_path / "all" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"is not looked at")
+    pictures = str(picture if command == "predict" else picture.parent)
+    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": []}
+    call = [command, *places.get(command, [model, pictures])]
+    if command in ("train", "doctor"):
+        call += ["--backbone", model]
     for options in (["--max-pixels", "500", "--max-bytes", "900"], []):
         done = CliRunner().invoke(hf_knn_cli.app, [*call, *options])
         assert done.exit_code == 0, done.output
@@ -160,7 +167,7 @@ def test_limits_are_heard_of_during_one_command(
 
 def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
     handed = [c for c in commands().values() if signature(c).return_annotation == Command]
-    assert len(handed) == 14
+    assert len(handed) == 15
     for command in handed:
         values = dict.fromkeys(name for name in signature(command).parameters if name not in LIMITS)
         function = unwrap(command)(**values)

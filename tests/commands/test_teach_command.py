@@ -318,7 +318,7 @@ def test_what_is_stored_under_another_label_is_refused_with_the_command(
     assert done.exit_code == 1
     assert manifest(folder) == before
     said = " ".join(done.output.split())
-    assert "2 are stored under another one: " in said
+    assert "found 2 stored under another one: " in said
     assert f"0.png as 'fox' in row {ids[3]}, not" in said
     chosen = ["--ids", str(ids[3]), "--ids", str(ids[4]), "--label", "it's a fox"]
     words = ["hf-knn", "relabel", str(folder), *chosen]

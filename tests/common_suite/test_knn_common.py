@@ -24,7 +24,6 @@ BACKBONES: dict[str, PreTrainedConfig] = {
     ),
     "resnet": ResNetConfig(embedding_size=10, hidden_sizes=[10, 20], depths=[1, 1]),
 }  # fmt: skip
-DIMS = {"vit": 16, "resnet": 20}
 
 
 class KnnModelTester:
@@ -38,7 +37,7 @@ class KnnModelTester:
     def get_config(self) -> KnnConfig:
         backbone = BACKBONES[self.family].to_dict()
         return KnnConfig(
-            backbone_config=backbone, feature_dim=DIMS[self.family], num_labels=3,
+            backbone_config=backbone, num_labels=3,
             pooling="cls" if self.family == "vit" else "mean",
         )  # fmt: skip
 

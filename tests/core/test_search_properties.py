@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_knn.core.search import Neighbors
 from hf_knn.core.votes import knn_log_probs
-from hf_knn.store import index as indexing
+from hf_knn.store import recall
 from hf_knn.store.datastore import Datastore
 
 Features = Tensor | NDArray
@@ -430,7 +430,7 @@ def test_one_reversed_row(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=LONG)])
 def test_any_search_equals_brute_force(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "RECALL_SAMPLE", 16)  # what is stated is not the matter here
+    monkeypatch.setattr(recall, "RECALL_SAMPLE", 16)  # what is stated is not the matter here
     drawn: Counter[str] = Counter()
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)

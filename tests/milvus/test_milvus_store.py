@@ -148,7 +148,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
 
 
 def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
-    monkeypatch.setattr(milvus_search, "recall_of", lambda found, wanted: 0.5)
+    monkeypatch.setattr("hf_knn.store.recall.recall_of", lambda found, wanted: 0.5)
     with pytest.raises(ValueError, match=r"it reached 0\.5000"):
         load(embedded(), uri, name, index="ivf_flat")
     with pytest.raises(DatastoreError, match="load was interrupted"):
@@ -219,7 +219,7 @@ def test_changes_that_cannot_be_are_refused_whole(pair):
         inside.relabel([taken], [1, 2])
     with pytest.raises(ValueError, match="that float16 can hold"):
         inside.add(features * 1e6, labels, ids)
-    with pytest.raises(ValueError, match="that float16 can hold.*a row that the cast turns"):
+    with pytest.raises(ValueError, match=r"that float16 can hold.*a row that the cast turns"):
         inside.add(inside.mean + 1e-5 * features, labels, ids)
     with pytest.raises(ValueError, match="finite"):
         inside.add(features * torch.inf, labels, ids)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from model.test_teaching import CLASSES, assert_is_refit, cloud, trained
 from support.commands import hf_knn as run
-from support.pictures import write_folder
+from support.pictures import picture, write_folder
 from support.stored import content
 from support.tiny import LABELS, tiny_model
 
@@ -19,6 +19,7 @@ from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
 from hf_knn.core.manifest import DatastoreError
 from hf_knn.milvus.pending import read_pending, write_pending
 from hf_knn.milvus.server import DatastoreConnectionError, MilvusServer
+from hf_knn.model.stored import StoredOtherwiseError
 from hf_knn.store.remote import PENDING_NAME
 
 pytest.importorskip("pymilvus")
@@ -395,3 +396,30 @@ def test_the_file_goes_with_the_change(changes, pair):
     done(*typed(there, changes["forget"]))
     assert not any(raw[:32] in data for data in content(there).values())
     assert not litter.exists()
+
+
+def test_a_stored_picture_is_known_again(uri, name, tmp_path, monkeypatch):
+    model = elsewhere(tiny_model("vit", k=3), uri, name)
+    pictures = [picture(label, 5, (40, 30)) for label in range(4)]
+    monkeypatch.setattr(MilvusDatastore, "ids", property(lambda _: pytest.fail("all ids")))
+    first = model.teach(pictures[:2], ["ant", "bee"])
+    before = model.fingerprint_rows()
+    assert model.teach(pictures[:2], ["ant", "bee"]).skipped == [0, 1]
+    with pytest.raises(StoredOtherwiseError, match="found 1 stored under another one"):
+        model.teach(pictures[1:3], ["cat", "cat"])
+    with pytest.raises(ValueError, match="relabel first"):  # a journal holds one kind of change
+        model.teach(pictures[1:3], ["cat", "cat"], relabel=True)
+    assert model.fingerprint_rows() == before
+    moved = model.teach(pictures[1:2], ["cat"], relabel=True)
+    assert (moved.ids, moved.old_labels) == (first.ids[1:], ["bee"])
+    assert model.undo().hash_after == before
+    model.save_pretrained(tmp_path / "model")
+    again = KnnForImageClassification.from_pretrained(
+        tmp_path / "model", trust_remote_datastore=True
+    )
+    assert again.memory.contents.ids.tolist() == first.ids
+    assert again.teach(pictures, ["ant", "bee", "cat", "dog"]).skipped == [0, 1]
+    monkeypatch.undo()
+    again.datastore.remove(first.ids[:1])  # behind its back
+    assert again.teach(pictures[:1], ["dog"]).skipped == []
+    again.datastore.verify()

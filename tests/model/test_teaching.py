@@ -18,6 +18,7 @@ from training.test_trainer import CLASSES, cloud, probe
 from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
 from hf_knn.data.decode import BadImageError
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import refit
 from hf_knn.model import teaching as following
 from hf_knn.model.classes import check_class_name
 from hf_knn.model.receipts import Change, Scope
@@ -87,6 +88,67 @@ def assert_is_refit(model: Any, tolerance: float = 2e-5) -> None:
         found.weight.double()[present], weight, rtol=tolerance, atol=tolerance
     )
     torch.testing.assert_close(found.bias.double()[present], bias, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("class_weights", ["none", "inverse"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["normalization"])
+def test_refit_is_a_training_on_the_rows_that_are_stored(
+    config: dict[str, Any], class_weights: str, tmp_path: Path
+) -> None:
+    model = trained("ridge", tmp_path, 30, class_weights=class_weights, **config)
+    more = cloud(90, seed=8)
+    model.teach(features=more.features + 1.5, labels=[CLASSES[n] for n in more.labels.tolist()])
+    model.forget(model.datastore.ids[:12])
+    model.config.answer_thresholds = {"0.05": 0.9}
+    store, before = model.datastore, (model.config.head_regularizer, model.datastore.mean.clone())
+    receipts = model.changes
+    fit = refit(model)
+    assert fit.regularizer == model.config.head_regularizer != before[0]
+    assert not torch.equal(model.datastore.mean, before[1])
+    torch.testing.assert_close(
+        model.datastore.mean,
+        store.features.double().mean(0).to(before[1].dtype),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert model.config.answer_thresholds == {}
+    assert model.changes == receipts  # no row came or went
+    assert model.datastore.ids.tolist() == store.ids.tolist()
+    assert_is_refit(model)
+    # a training on the rows as they are stored ends with the same
+    fresh = small_model(CLASSES, head="ridge", **config)
+    kept = model.datastore
+    features = ImageFeatures(kept.features.float(), kept.labels, kept.ids, ["" for _ in kept.ids])
+    trainer = KnnTrainer(
+        fresh, probe(tmp_path, class_weights=class_weights), train_dataset=features
+    )
+    trainer.train()
+    for name in ("head_regularizer", "head_temperature"):
+        assert getattr(fresh.config, name) == pytest.approx(getattr(model.config, name), rel=1e-6)
+    weights = [one.head.classifier.weight for one in (fresh, model)]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    # what is stored and what follows go on from there
+    model.save_pretrained(tmp_path / "saved")
+    found = KnnForImageClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(found.head.classifier.weight, model.head.classifier.weight)
+    found.teach(features=more.features[:3] - 1.0, labels=CLASSES[:3])
+    assert_is_refit(found)
+    found.undo()
+    assert_is_refit(found)
+
+
+def test_only_a_ridge_head_with_rows_of_its_own_is_fitted_again(tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"head": "linear"}, "a ridge head to fit again, but got 'linear'"),
+        ({"head": "ridge"}, "a datastore with rows in the checkpoint itself, but got none"),
+        ({"head": "ridge", "knn_pooling": "mean"}, "pools differently"),
+    ]
+    for options, message in refused:
+        model: Any = small_model(CLASSES, **options)
+        weight = model.head.classifier.weight.clone()
+        with pytest.raises(ValueError, match=message):
+            refit(model)
+        assert torch.equal(model.head.classifier.weight, weight)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["normalization"])

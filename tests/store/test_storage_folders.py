@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from support.forks import Errand, Fork, die, outcome
-from support.stored import names_in
+from support.stored import make_store, names_in, version_of
 
 from hf_knn.store import folders as storage
+from hf_knn.store.datastore import Datastore
 from hf_knn.store.folders import (
     exclusive_lock,
     replaced_folder,
@@ -470,8 +471,9 @@ def test_what_came_before_a_kill_is_found_by_the_next_save(version: Path) -> Non
 def test_logs_of_another_process_are_all_there_after_many_saves(version: Path) -> None:
     """Each line acknowledged is there at the end: files that are made, appended to and replaced."""
     child = Fork.repeating(partial(write_logs, version))
-    for _ in range(40):
+    for _ in range(15):
         replace_version(version)
+        child.wait_for(2)
     count = child.kill()
     for number in range(count):
         assert (version / "runs" / f"made-{number}").read_text() == str(number), number
@@ -481,6 +483,7 @@ def test_logs_of_another_process_are_all_there_after_many_saves(version: Path) -
 
 
 def write_logs(version: Path, number: int) -> None:
+    time.sleep(0.01)
     made = version / "runs" / f"made-{number}"
     for attempt in range(10_000):
         try:
@@ -614,3 +617,27 @@ def test_a_kill_during_an_exchange_leaves_one_version(folder: Path) -> None:
 @pytest.mark.slow
 def test_many_kills_during_an_exchange_leave_one_version(folder: Path) -> None:
     assert kill_exchanges(folder, 300, 1) == {"0", "1"}
+
+
+def test_saves_and_loads_by_two_names_never_meet(folder: Path) -> None:
+    """A dozen saves by each, in processes of their own, and loads by both meanwhile."""
+    stores = [make_store(version) for version in range(2)]
+    stores[0].save(folder)
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+
+    def save(store: Datastore, place: Path) -> None:
+        for _ in range(12):
+            store.save(place)
+
+    writers = [
+        Errand.start(partial(save, store, place))
+        for store, place in zip(stores, (link, folder), strict=True)
+    ]
+    loads = 0
+    while not all(writer.has_ended() for writer in writers):
+        assert version_of(Datastore.load((folder, link)[loads % 2])) in (0, 1)
+        loads += 1
+    assert [writer.outcome() for writer in writers] == ["", ""]
+    assert loads > 3
+    assert names_in(folder.parent) == {folder.name, "link"}

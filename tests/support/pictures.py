@@ -6,6 +6,8 @@ Everything is seeded and 8 x 8, so that models of one layer tell the classes apa
 import io
 import zlib
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,10 @@ from hf_knn import KnnForImageClassification
 from hf_knn.data.decode import ALLOWED_FORMATS
 from hf_knn.features.extract import ImageFeatures
 
-try:
-    import pillow_heif
-
+pillow_heif: Any = None  # then HEIC is not tried
+if find_spec("pillow_heif") is not None:
+    pillow_heif = import_module("pillow_heif")
     pillow_heif.register_heif_opener()
-except ImportError:  # then HEIC is not tried
-    pillow_heif = None
 WRITTEN_FORMATS = tuple(kind for kind in ALLOWED_FORMATS if kind != "HEIF" or pillow_heif)
 """Pillow can write these here."""
 
