@@ -44,8 +44,7 @@ class FrozenDatastore:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
         self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
-        pairs = zip(self.places, manifest.blobs, strict=True)
-        files = [parse_blob(record, record.read(path)) for path, record in pairs]
+        files = [parse_blob(*pair) for pair in zip(manifest.blobs, self.places, strict=True)]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
@@ -162,8 +161,9 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
 
-def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a row file, in memory of their own."""
+def parse_blob(record: FileRecord, path: Path | None) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory: what is kept is what was hashed."""
+    data = record.read(path)
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

@@ -73,8 +73,6 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
             position += len(piece)
         return found.hexdigest()
 
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_block, range(count)))
 
@@ -139,22 +137,17 @@ class FileRecord:
             )
         return path
 
-    def verify(self, path: Path | None) -> Path:
+    def verify(self, path: Path | None) -> None:
         """Compares a file with its record, byte for byte.
 
         Args:
             path: where the file should be; None if it could not be found.
 
-        Returns:
-            The path.
-
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        path = self.verify_size(path)
-        with path.open("rb") as file:
+        with self.verify_size(path).open("rb") as file:
             self.compare(partial(read_at, file))
-        return path
 
     def read(self, path: Path | None) -> bytes:
         """Reads a file whole; what is returned is what was compared with the record.
@@ -166,8 +159,7 @@ class FileRecord:
             DatastoreError: naming the file, what was promised and what was found.
         """
         data = self.verify_size(path).read_bytes()
-        view = memoryview(data)
-        self.compare(lambda position, count: view[position : position + count])
+        self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
     def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:

@@ -192,7 +192,6 @@ def shortcut() -> float:
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
-    # new settings, which say what the old ones were set to, too
     found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
     return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 

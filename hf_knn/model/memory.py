@@ -198,6 +198,12 @@ class Memory:
             return self
         return replace(self, tally=Tally.of(store, self.head, config))
 
+    @property
+    def fingerprint(self) -> str:
+        """Of rows that were counted."""
+        assert self.tally is not None
+        return self.tally.fingerprint
+
     def remarked(self, note: str) -> "Memory":
         """With one more note in the last receipt; with the same ones if it says nothing."""
         if not note:

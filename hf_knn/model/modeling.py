@@ -337,9 +337,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Raises:
             ValueError: without a datastore.
         """
-        tally = self._counted().tally
-        assert tally is not None
-        return tally.fingerprint
+        return self._counted().fingerprint
 
     def teach(
         self, images: Any = None, labels: Sequence[Label] = (), *,

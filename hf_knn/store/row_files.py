@@ -27,7 +27,7 @@ def read_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor],
     Raises:
         DatastoreError: for another file.
     """
-    return parse_blob(record, record.read(path)), None
+    return parse_blob(record, path), None
 
 
 def map_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], RowFile]:

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 9852e7195d828ccd24fa8b219159fde625cc5164b594125ce55416e4ad305ca2.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6b109ca7255a0342be3ec31f829f321d58229f4258c79eecff5c6b9b4ae8e428.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -590,8 +590,6 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
             position += len(piece)
         return found.hexdigest()
 
-    if count <= 1:
-        return [hash_block(number) for number in range(count)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_block, range(count)))
 
@@ -642,18 +640,15 @@ class FileRecord:
             )
         return path
 
-    def verify(self, path: Path | None) -> Path:
+    def verify(self, path: Path | None) -> None:
         """Compares a file with its record, byte for byte."""
-        path = self.verify_size(path)
-        with path.open("rb") as file:
+        with self.verify_size(path).open("rb") as file:
             self.compare(partial(read_at, file))
-        return path
 
     def read(self, path: Path | None) -> bytes:
         """Reads a file whole; what is returned is what was compared with the record."""
         data = self.verify_size(path).read_bytes()
-        view = memoryview(data)
-        self.compare(lambda position, count: view[position : position + count])
+        self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
     def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
@@ -1018,7 +1013,6 @@ def shortcut() -> float:
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return _SHORTCUTS.get(torch.get_float32_matmul_precision(), 0.0)
-    # new settings, which say what the old ones were set to, too
     found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
     return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
@@ -1235,8 +1229,7 @@ class FrozenDatastore:
         self.manifest = manifest
         self.metric, self.normalization = manifest.metric, manifest.normalization
         self.places = [record.verify_size(resolve(record.name)) for record in manifest.blobs]
-        pairs = zip(self.places, manifest.blobs, strict=True)
-        files = [parse_blob(record, record.read(path)) for path, record in pairs]
+        files = [parse_blob(*pair) for pair in zip(manifest.blobs, self.places, strict=True)]
         self.features = join_features(files, manifest)
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
@@ -1313,8 +1306,9 @@ def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor)
     except ValueError as error:
         raise DatastoreError(f"The datastore is not usable: {error}") from error
 
-def parse_blob(record: FileRecord, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a row file, in memory of their own."""
+def parse_blob(record: FileRecord, path: Path | None) -> dict[str, Tensor]:
+    """The tensors of a row file, in memory: what is kept is what was hashed."""
+    data = record.read(path)
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

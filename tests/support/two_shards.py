@@ -45,6 +45,8 @@ def rows_named(name: str) -> Rows:
         features = torch.randn(count, DIM, generator=generator)
     if name == "float32":  # only the second rank's rows need it
         features[-1] = 1e6
+    if name == "offset":  # float16 would tell only some of them apart
+        features = 100 + features / 64
     if name == "equal":
         features = torch.ones(count, DIM)
     ids = torch.randperm(5 * count, generator=generator)[:count]
@@ -53,7 +55,7 @@ def rows_named(name: str) -> Rows:
     return Rows(features, labels, ids, cut, options)
 
 
-NAMES = ["even", "uneven", "empty shard", "few", "fine", "float32", "equal", "l2"]
+NAMES = ["even", "uneven", "empty shard", "few", "fine", "float32", "offset", "equal", "l2"]
 
 
 def cases_of(rows: Rows) -> list[Case]:
