@@ -28,6 +28,7 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
 )
 
 
+_CHANNELS_LAST = ("dinat", "edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
 _ONE_FIRST = ("dinov3_convnext", "pvt")
 """Model types without one patch size whose first token is no patch."""
 
@@ -167,9 +168,9 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
-    width = getattr(backbone.config, "hidden_size", hidden.shape[1])
-    width = getattr(getattr(backbone, "timm_model", None), "num_features", width)
-    if hidden.shape[1] != width and hidden.shape[-1] == width:
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    is_last = backbone.config.model_type in _CHANNELS_LAST
+    if is_last or (hidden.shape[1] != width and hidden.shape[-1] == width):
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
 

@@ -302,6 +302,8 @@ class Manifest:
         except ValueError as error:
             raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
         faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        if faiss_index is not None:
+            faiss_index = _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME)))
         manifest = cls(
             num_rows=fields.count("num_rows"),
             dim=fields.count("dim"),
@@ -310,7 +312,7 @@ class Manifest:
             normalization=normalization,
             index=_parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
-            faiss_index=None if faiss_index is None else _parse_faiss(faiss_index),
+            faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
@@ -459,10 +461,6 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
 
-def _parse_faiss(values: Any) -> FileRecord:
-    return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
-
-
 def _parse_index(values: Any) -> IndexInfo:
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
@@ -471,13 +469,8 @@ def _parse_index(values: Any) -> IndexInfo:
     named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
     if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
         raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
-    return IndexInfo(
-        fields.text("requested"),
-        fields.text("spec"),
-        {name: named.count(name) for name in named.values},
-        recall,
-        measured_on,
-    )
+    counts = {name: named.count(name) for name in named.values}
+    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
 
 
 def parse_binding(values: Any) -> Binding:

@@ -189,17 +189,17 @@ def measure_width(backbone: PreTrainedModel, pooling: str | None = None) -> int:
     return pool(backbone, output, pixel_values, pooling or default_pooling(backbone)).shape[1]
 
 
-def complete(config: KnnConfig) -> None:
-    """Fills in the widths that a configuration leaves open, from a backbone without weights.
+def complete(config: KnnConfig) -> KnnConfig:
+    """The configuration, with the widths that it leaves open filled in.
 
     Args:
-        config: of a model, which is changed.
+        config: of a model, which is changed: a backbone without weights tells the widths.
 
     Raises:
         ValueError: for a backbone that cannot be one, or that tells no width without weights.
     """
     if config.feature_dim:
-        return
+        return config
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, (config.pooling, config.store_pooling))
     if config.store_pooling != config.pooling and config.knn_feature_dim is None:
@@ -207,6 +207,7 @@ def complete(config: KnnConfig) -> None:
     config.feature_dim = measure_width(backbone, config.pooling)
     if config.head == Head.MLP and not config.head_hidden_sizes:
         config.head_hidden_sizes = [config.feature_dim]
+    return config
 
 
 def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:
@@ -221,6 +222,9 @@ def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) ->
         ValueError: for a backbone that cannot be one, or a bad value.
     """
     config = detached_config(backbone.config)  # refuses some, before they are tried
+    if config.model_type != backbone.config.model_type:  # what it is without its mask
+        with torch.device("meta"):
+            backbone = build_backbone(config, list(Pooling))
     pooling = pooling or default_pooling(backbone)
     other = values.get("knn_pooling")
     return KnnConfig(

@@ -17,15 +17,7 @@ from ..core.rows import Values
 from ..store.backend import RowStore, SearchBackend
 from ..store.hub import PushTarget
 from ..store.remote import RemoteConsent
-from . import teaching
-from .backbones import (
-    complete,
-    config_for,
-    copy_weights,
-    freeze_statistics,
-    open_backbone,
-    portable,
-)
+from . import backbones, teaching
 from .card import publish
 from .checkpoint import CheckpointReader, is_damage, write_checkpoint
 from .classes import Classes, Label, label_maps
@@ -59,8 +51,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     __getattr__ = PreTrainedModel.__getattr__  # there is nothing here that needs the package
 
     def __init__(self, config: KnnConfig) -> None:
-        complete(config)
-        super().__init__(config)
+        super().__init__(backbones.complete(config))
         self.once = Lock()
         self.calibration: Calibration | None = None
         self.origin: tuple[str, str] | None = None
@@ -157,14 +148,16 @@ class KnnForImageClassification(core.KnnForImageClassification):
             source = backbone
         else:
             options = hub_options or {}
-            source, image_processor, name = open_backbone(str(backbone), image_processor, **options)
+            source, image_processor, name = backbones.open_backbone(
+                str(backbone), image_processor, **options
+            )
             config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
-        model = cls(config_for(source, pooling, **label_maps(labels), **config_values))
+        model = cls(backbones.config_for(source, pooling, **label_maps(labels), **config_values))
         nn.Module.to(model, dtype=source.dtype)
-        copy_weights(source, model.backbone)
-        model.image_processor = portable(image_processor)
+        backbones.copy_weights(source, model.backbone)
+        model.image_processor = backbones.portable(image_processor)
         return model.eval()
 
     @classmethod
@@ -188,8 +181,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             load_datastore: False gives the plain classifier.
             allow_stale: True accepts, with a warning, a datastore whose features were made by other
                 weights, processor settings or pooling, and files beside it that were changed.
-            trust_faiss_index: True lets faiss parse `datastore.faiss`, see `Datastore.load`; for
-                files of your own only.
+            trust_faiss_index: True says that the files are your own, see `Datastore.load`.
             trust_remote_datastore: True asks the Milvus server that the checkpoint names, if its
                 rows lie on one; without consent nobody is asked, and such a checkpoint is refused.
             datastore_uri: consent to this address instead of the one in the checkpoint; None takes
@@ -496,5 +488,5 @@ class KnnForImageClassification(core.KnnForImageClassification):
             mode: True for training.
         """
         super().train(mode)
-        freeze_statistics(self.backbone)
+        backbones.freeze_statistics(self.backbone)
         return self

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 52998ae286fe8f1a9571e981d740c154dcc0d115223472ea157695e751df2efa.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6b109ca7255a0342be3ec31f829f321d58229f4258c79eecff5c6b9b4ae8e428.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

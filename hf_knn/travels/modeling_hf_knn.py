@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 52998ae286fe8f1a9571e981d740c154dcc0d115223472ea157695e751df2efa.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6b109ca7255a0342be3ec31f829f321d58229f4258c79eecff5c6b9b4ae8e428.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -366,6 +366,7 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
     | {"norm_layer", "num_heads", "output_stride", "patch_size", "pos_embed", "reg_tokens"}
     | {"window_size"}
 )
+_CHANNELS_LAST = ("dinat", "edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
 _ONE_FIRST = ("dinov3_convnext", "pvt")
 """Model types without one patch size whose first token is no patch."""
 
@@ -454,9 +455,9 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 def _spatial_tokens(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[B, D, H, W], or [B, H, W, D] as timm's Swin has it, to [B, H*W, D]."""
-    width = getattr(backbone.config, "hidden_size", hidden.shape[1])
-    width = getattr(getattr(backbone, "timm_model", None), "num_features", width)
-    if hidden.shape[1] != width and hidden.shape[-1] == width:
+    width = getattr(getattr(backbone, "timm_model", None), "num_features", hidden.shape[1])
+    is_last = backbone.config.model_type in _CHANNELS_LAST
+    if is_last or (hidden.shape[1] != width and hidden.shape[-1] == width):
         return hidden.flatten(1, 2)
     return hidden.flatten(2).transpose(1, 2)
 
@@ -734,6 +735,8 @@ class Manifest:
         except ValueError as error:
             raise DatastoreError(f"{MANIFEST_NAME}: {error}") from None
         faiss_index, binding = fields.get("faiss_index"), fields.get("binding")
+        if faiss_index is not None:
+            faiss_index = _parse_file(faiss_index, "faiss_index", re.compile(re.escape(FAISS_NAME)))
         manifest = cls(
             num_rows=fields.count("num_rows"),
             dim=fields.count("dim"),
@@ -742,7 +745,7 @@ class Manifest:
             normalization=normalization,
             index=_parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
-            faiss_index=None if faiss_index is None else _parse_faiss(faiss_index),
+            faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
         )
@@ -868,9 +871,6 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-def _parse_faiss(values: Any) -> FileRecord:
-    return _parse_file(values, "faiss_index", re.compile(re.escape(FAISS_NAME)))
-
 def _parse_index(values: Any) -> IndexInfo:
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
@@ -879,13 +879,8 @@ def _parse_index(values: Any) -> IndexInfo:
     named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
     if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
         raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
-    return IndexInfo(
-        fields.text("requested"),
-        fields.text("spec"),
-        {name: named.count(name) for name in named.values},
-        recall,
-        measured_on,
-    )
+    counts = {name: named.count(name) for name in named.values}
+    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
 
 def parse_binding(values: Any) -> Binding:
     """Checks the part of a `datastore.json` that ties it to a checkpoint."""
