@@ -411,6 +411,9 @@ def _frozen(options: TrainOptions) -> dict[str, Any]:
 
 def _fine_tuning(options: TrainOptions) -> dict[str, Any]:
     return {
+        "weight_decay": 0.1,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "feature_precision": options.precision,

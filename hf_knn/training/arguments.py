@@ -20,6 +20,8 @@ from ..store.index import parse_memory
 from ..store.kinds import AUTO, FLAT
 
 ARGUMENTS_NAME = "training_args.json"
+"""File of a saved model with the arguments; a pickle is nobody's friend."""
+
 _PLACES = frozenset(
     {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token"}
     | {"push_to_hub_token", "deepspeed", "fsdp_config"}
@@ -27,7 +29,6 @@ _PLACES = frozenset(
 """Arguments that say where something lies here, or who runs it, whatever they look like."""
 
 _LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\])")
-"""File of a saved model with the arguments; a pickle is nobody's friend."""
 
 
 class Recipe(NamedTuple):
@@ -36,12 +37,13 @@ class Recipe(NamedTuple):
     num_train_epochs: float
     learning_rate: float
     per_device_train_batch_size: int
+    weight_decay: float
 
 
-HEAD = Recipe(60, 1e-3, 256)
+HEAD = Recipe(60, 1e-3, 256, 0.1)
 """On features that were computed once: seconds."""
 
-FINE_TUNING = Recipe(10, 5e-5, 32)
+FINE_TUNING = Recipe(10, 5e-5, 32, 0.0)
 """Of the backbone too."""
 
 
@@ -49,7 +51,7 @@ FINE_TUNING = Recipe(10, 5e-5, 32)
 class KnnTrainingArguments(TrainingArguments):
     """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
 
-    A value of None, the default of the first five, is replaced when the arguments are made, by what
+    A value of None, the default of the first six, is replaced when the arguments are made, by what
     suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value that is given
     stays, also one that is a default of `TrainingArguments`; so does what was chosen before, when
     arguments are copied. `hf-knn train` has the same defaults, except that it skips pictures that
@@ -60,6 +62,8 @@ class KnnTrainingArguments(TrainingArguments):
             backbone.
         learning_rate: at the start: 1e-3 of a head alone, 5e-5 with the backbone.
         per_device_train_batch_size: 256 features, or 32 pictures.
+        weight_decay: 0.1 of a head alone, 0 with the backbone.
+        seed: of the head's start, of batches and folds: 0, as for `hf-knn train`.
         save_strategy: `no` of a head alone, which trains in seconds, unless `save_steps`,
             `push_to_hub` or `load_best_model_at_end` ask for checkpoints; else `steps`.
         save_steps: see `TrainingArguments`: 500.
@@ -113,6 +117,11 @@ class KnnTrainingArguments(TrainingArguments):
             "help": f"Default: {HEAD[2]} features of a head alone, {FINE_TUNING[2]} pictures."
         },
     )
+    weight_decay: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Default: {HEAD[3]:g} of a head alone, else {FINE_TUNING[3]:g}."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the head's start, batches and folds."})
     save_strategy: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 'no' of a head alone, else 'steps'."}
     )

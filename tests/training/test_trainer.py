@@ -67,6 +67,8 @@ QUIET: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 2,
     "learning_rate": 0.02,
+    "weight_decay": 0.0,
+    "seed": 42,
 }
 
 
