@@ -1337,7 +1337,8 @@ def test_what_is_not_given_suits_the_training(
     assert recipe_of(args) == wanted
     assert args.save_steps == 500
     plain = TrainingArguments(str(tmp_path), report_to=[])
-    others = ("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "optim", "eval_strategy")
+    assert (args.seed, args.weight_decay) == (0, 0.1 if args.freeze_backbone else 0.0)
+    others = ("lr_scheduler_type", "warmup_steps", "optim", "eval_strategy")
     assert [getattr(args, name) for name in others] == [getattr(plain, name) for name in others]
     # copies are what they were copied from
     assert recipe_of(dataclasses.replace(args, output_dir="other")) == wanted
