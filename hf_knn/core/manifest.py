@@ -260,7 +260,10 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `datastore.json`."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
-        return signed_json(values | asdict(self))
+        found = asdict(self)
+        if self.index.measured_on is None:
+            del found["index"]["measured_on"]  # as every version wrote it
+        return signed_json(values | found)
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

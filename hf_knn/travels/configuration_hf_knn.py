@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6b109ca7255a0342be3ec31f829f321d58229f4258c79eecff5c6b9b4ae8e428.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 155ba6b5ee06f823138b7d4c51cc213ecfcc3a70b653f2f68b3e7fc39fd7409b.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

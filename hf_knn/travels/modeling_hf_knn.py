@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 6b109ca7255a0342be3ec31f829f321d58229f4258c79eecff5c6b9b4ae8e428.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 155ba6b5ee06f823138b7d4c51cc213ecfcc3a70b653f2f68b3e7fc39fd7409b.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -707,7 +707,10 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `datastore.json`."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
-        return signed_json(values | asdict(self))
+        found = asdict(self)
+        if self.index.measured_on is None:
+            del found["index"]["measured_on"]  # as every version wrote it
+        return signed_json(values | found)
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

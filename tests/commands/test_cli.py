@@ -162,7 +162,7 @@ def test_fine_tuning_from_a_config_file(backbone, pictures, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "Epoch 2 of 2: loss" in done.stdout  # what is typed wins
     assert "Epoch 3" not in done.stdout
-    assert "Chosen by log_likelihood on a validation set" in done.stdout
+    assert "Too few labels to choose by (6 on a validation set" in done.stdout
     # a quarter of the 25 is what is chosen on: 8 of each class, and a lone cross
     assert rows_of(output) == {"train": 19, "validation": 6, "test": 60}
     assert not output.with_name("tuned.training").exists()
@@ -208,7 +208,8 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     assert done.exit_code == 0, done.stderr
     assert "24 of them are labelled pictures" in done.stdout
     words = " ".join(done.stdout.split())
-    assert "Too few labels to choose by (24 on cross-validation; 16 a class are wanted)" in words
+    # one half is chosen by, in the other the error at each confidence is counted
+    assert "Too few labels to choose by (14 on cross-validation; 16 a class are wanted)" in words
     assert "the fixed cell is taken: k = 20, temperature = 0.14, λ = 0.5." in words
     assert "Training on folds: 100%" in done.stderr
     assert "Choosing k, temperature and λ: 100%" in done.stderr
@@ -223,12 +224,12 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     assert len(found.thumbnails) == len(found.datastore) == 24
     assert "(reliability.png)" in card
     more = tmp_path / "more.csv"
-    more.write_text(f"path,label\n{pictures}/disc/050.jpg,disc\n{pictures}/square/051.jpg,box\n")
+    more.write_text(f"path,label\n{pictures}/disc/080.jpg,disc\n{pictures}/square/081.jpg,box\n")
     done = hf_knn("teach", output, more)
     assert done.exit_code == 0, done.stderr
     taught = KnnForImageClassification.from_pretrained(output)
     (_, box) = taught.changes[-1].ids
-    assert taught.thumbnails.get(box) == small_webp(decode_image(pictures / "square/051.jpg"))
+    assert taught.thumbnails.get(box) == small_webp(decode_image(pictures / "square/081.jpg"))
     assert len(taught.thumbnails) == 26
     other = ("-o", tmp_path / "other", "--backbone", backbone)
     done = hf_knn("train", table, *other, "--group-by", "lens")

@@ -184,7 +184,7 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
     assert "'other'" in capsys.readouterr().err
 
 
-def test_the_command_passes_the_backend_on(monkeypatch):
+def test_the_command_passes_the_backend_on(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     import hf_knn_cli
@@ -198,8 +198,9 @@ def test_the_command_passes_the_backend_on(monkeypatch):
     monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
     assert ran == [["--backend", "torch"]]
+    (tmp_path / "config.json").write_text("{}")
     refused = CliRunner().invoke(
-        hf_knn_cli.app, ["demo", "x", "--backend", "torch", "--push", "org/x"]
+        hf_knn_cli.app, ["demo", str(tmp_path), "--backend", "torch", "--push", "org/x"]
     )
     assert refused.exit_code == 2
 

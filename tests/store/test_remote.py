@@ -84,7 +84,7 @@ def test_another_back_end_has_addresses_of_its_own(tmp_path: Path, installed: No
 
 def test_a_back_end_that_nobody_brought(tmp_path: Path) -> None:
     path = written(tmp_path, "elsewhere")
-    with pytest.raises(DatastoreError, match=r"`backend` .*'milvus' .* hf-knn\[milvus\]"):
+    with pytest.raises(DatastoreError, match=r"`backend` .*'milvus' .*\[milvus\]'"):
         read_manifest(path)
     with pytest.raises(DatastoreError, match=r"'milvus', but .* 'elsewhere'; install the extra"):
         open_remote(reference("elsewhere"), RemoteConsent(trusted=True))
