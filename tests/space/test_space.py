@@ -184,7 +184,7 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
     assert "'other'" in capsys.readouterr().err
 
 
-def test_the_command_passes_the_backend_on(monkeypatch, tmp_path):
+def test_the_command_passes_the_backend_on(monkeypatch, tmp_path, model):
     from typer.testing import CliRunner
 
     import hf_knn_cli
@@ -198,7 +198,7 @@ def test_the_command_passes_the_backend_on(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_knn_space.main", started)
     assert CliRunner().invoke(hf_knn_cli.app, ["demo", "--backend", "torch"]).exit_code == 0
     assert ran == [["--backend", "torch"]]
-    (tmp_path / "config.json").write_text('{"model_type": "hf_knn"}')
+    model.save_pretrained(tmp_path)
     refused = CliRunner().invoke(
         hf_knn_cli.app, ["demo", str(tmp_path), "--backend", "torch", "--push", "org/x"]
     )
