@@ -44,10 +44,10 @@ def write_folders(folder: Path, seed: int) -> None:
             row["image"].convert("RGB").save(place / f"{number:04}.png")
 
 
-def by_command(backbone: Path, folder: Path, seed: int, scratch: Path) -> dict[str, float]:
+def by_command(backbone: Path, folder: Path, scratch: Path) -> dict[str, float]:
     """Accuracies and seconds of `hf-knn train`."""
     output = scratch / "command"
-    words = ["train", folder, "-o", output, "--backbone", backbone, "--seed", seed]
+    words = ["train", folder, "-o", output, "--backbone", backbone]
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "hf_knn_cli", *map(str, words)],
@@ -94,7 +94,7 @@ def main() -> None:
             model = KnnForImageClassification.from_backbone(backbone, names)
             for rows in splits.values():
                 extract_features(model, rows, progress=False)  # kept for both
-            command = by_command(backbone, folder, seed, Path(scratch))
+            command = by_command(backbone, folder, Path(scratch))
             trainer = by_trainer(backbone, folder, Path(scratch))
         runs.append({"seed": seed, "command": command, "trainer": trainer})
         print(runs[-1], flush=True)
