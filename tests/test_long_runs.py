@@ -24,7 +24,9 @@ def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("words", [(), ("-n", "2", "--dist", "loadfile")], ids=["alone", "workers"])
+@pytest.mark.parametrize(
+    "words", [(), pytest.param(("-n", "2", "--dist", "loadfile"), marks=pytest.mark.slow)]
+)
 def test_what_passed_is_left_out_and_what_failed_is_not(
     tmp_path: Path, words: tuple[str, ...]
 ) -> None:

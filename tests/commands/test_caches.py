@@ -126,6 +126,7 @@ def test_with_no_place_at_all_one_variable_is_named(
 
 
 @linux_only
+@pytest.mark.slow
 def test_a_container_of_another_user_trains(tmp_path: Path) -> None:
     """With a home, a cache and a configuration that cannot be made, in a process of its own."""
     backbone = save_backbone(tmp_path / "backbone")

@@ -432,6 +432,7 @@ print(decode_image(sys.argv[1]).size, resource.getrusage(resource.RUSAGE_SELF).r
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes")
+@pytest.mark.slow
 def test_a_jpeg_of_200_megapixels_takes_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(grey_jpeg(16320, 12240, quality=30))

@@ -147,6 +147,7 @@ def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
         load(store, uri, name, index="flat")
 
 
+@pytest.mark.slow
 def test_a_recall_that_is_not_reached_leaves_no_whole_collection(uri, name, monkeypatch):
     monkeypatch.setattr("hf_knn.store.recall.recall_of", lambda found, wanted: 0.5)
     with pytest.raises(ValueError, match=r"it reached 0\.5000"):
