@@ -111,7 +111,7 @@ class KnnForImageClassification(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
         load_datastore: bool = True,
         allow_stale: bool = False,

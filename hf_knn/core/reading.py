@@ -59,14 +59,14 @@ class HubFiles:
     """Finds files by name, all of one version.
 
     Args:
-        name: a folder or a Hub id.
+        name: a folder or a Hub id; None finds nothing, where the weights are handed over.
         options: the options of `from_pretrained` (`revision`, `token`, `cache_dir`, …).
 
     Attributes:
         revision: the commit all files come from (Hub only).
     """
 
-    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+    def __init__(self, name: str | Path | None, options: dict[str, Any]) -> None:
         self.name = str(name)
         self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
         places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}

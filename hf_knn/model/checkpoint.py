@@ -273,8 +273,9 @@ class CheckpointReader(HubFiles):
         options: see `HubFiles`.
     """
 
-    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
-        restore(Path(name))
+    def __init__(self, name: str | Path | None, options: dict[str, Any]) -> None:
+        if name is not None:
+            restore(Path(name))
         super().__init__(name, options)
 
     @property

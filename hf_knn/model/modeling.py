@@ -163,7 +163,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
         load_datastore: bool = True,
         allow_stale: bool = False,

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 155ba6b5ee06f823138b7d4c51cc213ecfcc3a70b653f2f68b3e7fc39fd7409b.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e8dc3fbd6e627582bf4a58c5a7be483d8ce8543ae9e78e60fc5b6c26bd40de18.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

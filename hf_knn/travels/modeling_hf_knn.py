@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 155ba6b5ee06f823138b7d4c51cc213ecfcc3a70b653f2f68b3e7fc39fd7409b.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e8dc3fbd6e627582bf4a58c5a7be483d8ce8543ae9e78e60fc5b6c26bd40de18.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1410,7 +1410,7 @@ _BACKEND_SUFFIX = re.compile(r"(Fast|Pil)$")
 class HubFiles:
     """Finds files by name, all of one version."""
 
-    def __init__(self, name: str | Path, options: dict[str, Any]) -> None:
+    def __init__(self, name: str | Path | None, options: dict[str, Any]) -> None:
         self.name = str(name)
         self.options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
         places = {key: self.options[key] for key in HUB_OPTIONS[:3] if key in self.options}
@@ -1695,7 +1695,7 @@ class KnnForImageClassification(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
         load_datastore: bool = True,
         allow_stale: bool = False,

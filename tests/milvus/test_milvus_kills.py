@@ -83,7 +83,8 @@ class Campaign:
         if len(self.receipts) % 3 == 2:
             forget_rows(self.folder, taught[:1], [], None, False, None, True)
         else:
-            teach_pictures(self.folder, self.picture, "elk", "fail", True)
+            # the same picture each time, which would be left out
+            teach_pictures(self.folder, self.picture, "elk", "fail", True, again=True)
 
     def check(self) -> None:
         """Every row is there once, and each is what the receipts say."""
@@ -121,7 +122,9 @@ class Campaign:
         for receipt in self.receipts:
             if receipt.action == Change.TEACH:
                 paths = [self.picture.name]
-                model.teach([self.picture], receipt.labels, ids=receipt.ids, paths=paths)
+                model.teach(
+                    [self.picture], receipt.labels, ids=receipt.ids, paths=paths, again=True
+                )
             else:
                 model.forget(receipt.ids)
             assert model.changes[-1].hash_after == receipt.hash_after

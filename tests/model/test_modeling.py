@@ -1491,3 +1491,11 @@ def test_settings_that_are_no_json_object_are_refused_by_name(content, name, fol
 def test_a_configuration_of_other_types_is_refused_by_name(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         KnnConfig(**values)
+
+
+def test_weights_that_are_handed_over_need_no_place():
+    model = tiny_model("vit")
+    found = KnnForImageClassification.from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=model.state_dict()
+    )
+    assert all(torch.equal(found.state_dict()[n], v) for n, v in model.state_dict().items())

@@ -289,11 +289,11 @@ def kill_while_training(folder: Path, generator: random.Random) -> bool:
 
     pid = in_child(work)
     os.close(writer)
-    for _ in range(generator.randrange(1, 5)):
+    for _ in range(generator.randrange(1, 3)):
         if os.read(reader, 1) in (b"!", b""):
             break
     if generator.random() < 0.8:  # else it may come to its end
-        select_timeout = generator.uniform(0, 0.2)
+        select_timeout = generator.uniform(0, 0.1)
         signal.sigtimedwait([], select_timeout)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
