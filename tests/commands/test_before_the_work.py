@@ -147,6 +147,7 @@ def answers(port: int) -> bool:
         return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_demo_leaves_no_server(tmp_path: Path, port: int) -> None:
     """The server is in the process that is killed: there is no child to be forgotten."""
     pictures = write_folder(tmp_path / "pics", {"ant": 3, "bee": 3})

@@ -239,7 +239,7 @@ def test_overwrite_replaces_a_taught_model_and_undo_goes_step_by_step(
     assert opened(folder).fingerprint_rows() == trained.fingerprint_rows()
 
 
-@pytest.mark.parametrize("is_same_backbone", [True, False])
+@pytest.mark.parametrize("is_same_backbone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_forgotten_is_erased_in_the_version_before_by_its_picture(
     folder: Path, pictures: Path, backbone: Path, tmp_path: Path, is_same_backbone: bool
 ) -> None:

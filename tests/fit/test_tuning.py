@@ -415,7 +415,7 @@ def held_out_likelihood(
     return bounds.log_likelihood, bounds.accuracy[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_head_that_has_seen_the_rows_is_a_trap(seed: int, tmp_path: Path) -> None:
     train, test = islands(160, seed), islands(1500, 77 + seed)
     model = small_model(4, backbone=None)

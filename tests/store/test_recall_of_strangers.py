@@ -49,7 +49,7 @@ def true_recall(store: Datastore, queries: Tensor) -> float:
     ("space", "offset"),
     [(("cosine", "l2_centered"), 5.0), (("cosine", "l2"), 0.0), (("l2", "none"), 0.0)],
 )
-@pytest.mark.parametrize("min_recall", [0.5, 0.99])
+@pytest.mark.parametrize("min_recall", [pytest.param(0.5, marks=pytest.mark.slow), 0.99])
 def test_strangers_get_the_recall_that_is_stated(
     index: str, space: tuple[str, str], offset: float, min_recall: float
 ) -> None:

@@ -812,7 +812,7 @@ def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -
     assert tables[0] == tables[1]
 
 
-@pytest.mark.parametrize("shots", [1, 2, 8])
+@pytest.mark.parametrize("shots", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_few_labels_leave_the_fixed_cell(shots: int, tmp_path: Path) -> None:
     model = small_model(CLASSES, k=3, knn_temperature=0.5, knn_weight=0.9, blend_temperature=2.0)
     trainer = KnnTrainer(model, probe(tmp_path), train_dataset=random_features([0, 1, 2] * shots))
@@ -863,6 +863,7 @@ def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "Choosing k, temperature and λ: 100%" in said
 
 
+@pytest.mark.slow
 def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
