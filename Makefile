@@ -25,10 +25,10 @@ test: lint ## Lint and all fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## Tests that take minutes; a run that was stopped goes on
-	$(BIN)/python -m pytest -m slow --timeout 3600 -n auto --dist loadfile --record outputs/long-tests/slow
+	$(BIN)/python -m pytest -m slow --timeout 3600 -n auto --dist loadfile --record=outputs/long-tests/slow
 
 faults: setup ## Kills, mutated files, long property runs; likewise
-	$(BIN)/python -m pytest -m faults --timeout 7200 -n auto --dist loadfile --record outputs/long-tests/faults
+	$(BIN)/python -m pytest -m faults --timeout 7200 -n auto --dist loadfile --record=outputs/long-tests/faults
 
 lint: setup ## ruff (lint and format), mypy and the import contracts
 	$(BIN)/python -m ruff check .

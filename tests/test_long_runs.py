@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,32 @@ def test_what_passed_is_left_out_and_what_failed_is_not(
     (known,) = (tmp_path / "known").glob("*.json")
     assert known.stem == state_of(ROOT)
     assert all(one["outcome"] == "passed" for one in json.loads(known.read_text()).values())
+
+
+@pytest.mark.parametrize("target", ["test-slow", "faults"])
+def test_the_commands_of_the_makefile_work_a_second_time(tmp_path: Path, target: str) -> None:
+    """A folder behind `--record` that is there must not be taken for the tests to be run."""
+    recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python (.*)$", makefile(), re.MULTILINE)
+    assert recipe is not None
+    words = [*shlex.split(recipe[1]), "-n", "0", "-p", "no:cacheprovider"]
+    (tmp_path / "tests").mkdir()
+    hooks = "from support.long_runs import pytest_addoption, pytest_configure\n"
+    (tmp_path / "tests" / "conftest.py").write_text(hooks)
+    marked = "import pytest\n@pytest.mark.slow\n@pytest.mark.faults\ndef test_it(): pass\n"
+    (tmp_path / "tests" / "test_one.py").write_text(marked)
+    settings = "[pytest]\ntestpaths = tests\nmarkers =\n    slow: s\n    faults: f\n"
+    (tmp_path / "pytest.ini").write_text(settings)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    for before in range(2):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"1 passed, 0 failed, 0 skipped ({before} of" in done.stdout
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_another_state_of_the_code_has_another_name(tmp_path: Path) -> None:
