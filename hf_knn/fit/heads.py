@@ -197,10 +197,39 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
         seed: of the new head's weights, whatever was drawn before.
     """
     fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
-    with seeded(seed):
-        fresh.head = KnnHead.from_config(fresh.config)
-        fresh.head.apply(fresh._init_weights)
+    fresh.head = _new_head(fresh, seed)
     return fresh
+
+
+def put_fresh_head(model: KnnForImageClassification, kind: str, seed: int) -> None:
+    """Gives a model a head of some kind that has learned nothing, for all classes that it has.
+
+    Where its head is of that kind and knows all of them, nothing is changed.
+
+    Args:
+        model: that is changed.
+        kind: see `KnnConfig.head`.
+        seed: of the head's weights, whatever was drawn before.
+    """
+    config = model.config
+    if config.head == kind and config.head_classes == config.classes:
+        return
+    config.head, config.head_hidden_sizes = str(kind), []
+    config.head_features = config.head_components = 0
+    config.head_regularizer, config.head_temperature = 0.0, 1.0
+    config.head_class_weighting = str(ClassWeighting.NONE)
+    config.num_head_labels, config.num_tuned_labels = config.classes, None
+    config.fill_head()
+    config.check()
+    model.head = _new_head(model, seed)
+
+
+def _new_head(model: KnnForImageClassification, seed: int) -> KnnHead:
+    """As the configuration of a model says, where the model's head lies."""
+    with seeded(seed):
+        head = KnnHead.from_config(model.config)
+        head.apply(model._init_weights)
+    return head.to(model.head.mean)
 
 
 def copy_head(heads: ProbeHeads, target: KnnHead) -> None:
