@@ -350,10 +350,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Pictures that are stored already (the same pixels, or the same features bit for bit) are
         left out where their label is the same, and refused where it is another one.
 
-        The next answer knows them. A head in closed form is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
-        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
-        that keeps thumbnails keeps those of taught pictures too.
+        The next answer knows them. A head in closed form is updated exactly, to what a fit of all
+        rows with the same regulariser gives; other heads stay. Until the blend is tuned again, new
+        classes keep the whole probability that the neighbours give them, see `blend_log_probs`. A
+        model that keeps thumbnails keeps those of taught pictures too.
 
         Args:
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
