@@ -98,7 +98,8 @@ def _store(rows: LabelledRows, config: KnnConfig, args: KnnTrainingArguments) ->
 def _fit(
     config: KnnConfig, args: KnnTrainingArguments, train: Train, fixed: ClosedCell | None
 ) -> Fit:
-    is_plain = config.head == Head.LINEAR and not args.of_descent
+    knows_all = config.head_classes == config.classes
+    is_plain = config.head == Head.LINEAR and knows_all and not args.of_descent
     if config.head in CLOSED_FORM or is_plain:
         return fit_of(
             config.head, config.head_classes, config.normalization, args.class_weights,
