@@ -3,8 +3,8 @@
 All heads are asked about the same rows, held out in folds or a validation set, and the neighbours
 once for all. Each head takes the cell (k, temperature, λ) that `tune` gives it, where λ = 0 is the
 head alone; of the heads within one standard error of the best accuracy the one with the best
-log-likelihood is taken. Heads and cells are chosen on one half of the rows: on the other half, which
-nothing was chosen on, `choose_blend` finds thresholds for answers.
+log-likelihood is taken. Heads and cells are chosen on one half of the rows: on the other half,
+which nothing was chosen on, `choose_blend` finds thresholds for answers.
 """
 
 import math
@@ -28,7 +28,7 @@ HEADS = (Head.LINEAR, Head.RIDGE, Head.KERNEL, Head.LDA)
 """Those that are compared."""
 
 FEWEST_LABELS = 3
-"""Below this many labels per class, on average over the classes that have rows, none is compared."""
+"""Below this many labels per class (on average over those that have rows) none is compared."""
 
 FIXED_HEAD, FIXED_CELL = Head.RIDGE, ClosedCell("", 0.0, 1.0, 0.1)
 """What is taken then, with a regulariser and a temperature that nothing was chosen by."""

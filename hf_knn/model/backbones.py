@@ -27,7 +27,7 @@ from ..core.backbone import (
     model_class,
     pool,
 )
-from ..core.config import KnnConfig, Pooling
+from ..core.config import Head, KnnConfig, Pooling
 
 AUTO_HEAD = "auto"
 """As `head`: the training chooses the best of several, unless one is named."""

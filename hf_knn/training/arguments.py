@@ -53,11 +53,11 @@ _OF_DESCENT = (
 class KnnTrainingArguments(TrainingArguments):
     """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
 
-    A value of None, the default of the first six, is replaced when the arguments are made, by what
-    suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value that is given
-    stays, also one that is a default of `TrainingArguments`; so does what was chosen before, when
-    arguments are copied. `hf-knn train` has the same defaults, except that it skips pictures that
-    cannot be decoded and lists them, where Python raises.
+    A value of None, the default of the first six and of `head`, is replaced when the arguments are
+    made, by what suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value
+    that is given stays, also one that is a default of `TrainingArguments`; so does what was chosen
+    before, when arguments are copied. `hf-knn train` has the same defaults, except that it skips
+    pictures that cannot be decoded and lists them, where Python raises.
 
     Args:
         num_train_epochs: passes over the training pictures: 60 of a head alone, 10 with the
@@ -71,13 +71,13 @@ class KnnTrainingArguments(TrainingArguments):
         save_steps: see `TrainingArguments`: 500.
         per_device_eval_batch_size: pictures of a forward pass that computes features: 32.
         freeze_backbone: train the head alone, on features that are computed once.
-        head: `linear`, `mlp`, `ridge`, `kernel` or `lda`. None and `auto`: the model's own if it was
-            named, when the model was made or loaded; else, with `freeze_backbone`, the best of
-            linear, ridge, kernel and lda, alone or beside the neighbours (`trainer.head_choice`),
-            and linear where the backbone is trained or where a field is given that only a head uses
-            which is trained by gradients: a rate, epochs, a batch size, `knn_loss_alpha`,
-            `probe_grid`, `label_smoothing_factor`, … When the arguments are made, None becomes
-            `auto` unless one of the first four was given.
+        head: `linear`, `mlp`, `ridge`, `kernel` or `lda`. None and `auto`: the model's own, if it
+            was named when the model was made or loaded; else with `freeze_backbone` the best of
+            linear, ridge, kernel and lda, alone or beside the neighbours: see `head_choice` of the
+            trainer. It is linear where the backbone is trained, and where something is given that
+            only descending a gradient uses: a rate, epochs, a batch size, `knn_loss_alpha`,
+            `probe_grid`, `label_smoothing_factor`, … None becomes `auto` when the arguments are
+            made, unless one of the first four is given.
         trainable_blocks: train the last so many blocks of the backbone only, with what comes after
             them; None trains all.
         augmentation: `paper` (resize, random crop, flip), `flip` or `none`, when the backbone is

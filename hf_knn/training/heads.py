@@ -1,5 +1,4 @@
-"""Which head a trainer trains, and those that it fits at once: a closed form, or the best of a grid.
-"""
+"""Which head a trainer trains, and those it fits at once: a closed form, or the best of a grid."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,8 +9,8 @@ from torch.nn import functional
 from ..core.backbone import split_features
 from ..core.config import CLOSED_FORM, Head
 from ..features.extract import ImageFeatures
-from ..fit.grids import ProbeGrid, ProbeSettings
 from ..fit.choice import HeadChoice
+from ..fit.grids import ProbeGrid, ProbeSettings
 from ..fit.heads import (
     PROBE_GRIDS,
     Part,

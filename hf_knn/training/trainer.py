@@ -36,8 +36,8 @@ from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments
-from .callbacks import callbacks_of, taking_part
 from .asking import ask_on_folds, choose_head
+from .callbacks import callbacks_of, taking_part
 from .heads import OF_DESCENT, check_at_once, chooses_head, fit_at_once, settle_head, sweep_parts
 from .loss import KnnLoss, check_finite
 from .metrics import own_metrics
@@ -244,9 +244,7 @@ class KnnTrainer(SavingTrainer):
             self.build_datastore()
         calibrate = self.args.calibrate if calibrate is None else calibrate
         held_out, known = self._hold_out(dataset, criterion, progress)
-        self.tune_result = choose_blend(
-            self.model, held_out, criterion, calibrate, progress, known
-        )
+        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress, known)
         self._forget_measurement()
         return self.tune_result
 
