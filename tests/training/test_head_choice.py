@@ -227,10 +227,14 @@ def test_a_search_for_rates_is_for_a_linear_head(tmp_path: Path) -> None:
     trainer = KnnTrainer(
         args=arguments(tmp_path), train_dataset=cloud(60), model_init=lambda: small_model(CLASSES)
     )
-    trainer.hp_search_backend = "wandb"  # type: ignore[assignment]  # which hands over a dict
-    trainer.train(trial={"learning_rate": HEAD.learning_rate})
-    assert trainer.head_choice is None
-    assert trainer.model.config.head == "linear"
+    assert chooses_head(trainer.model, trainer.args)
+
+    def set_up(trial: dict[str, float]) -> None:  # as optuna's backend does
+        trainer.args.learning_rate = trial["learning_rate"]
+
+    trainer._hp_search_setup = set_up  # type: ignore[method-assign]
+    trainer._begin_anew({"learning_rate": HEAD.learning_rate})  # what `train` does first
+    assert not chooses_head(trainer.model, trainer.args)  # though the rate is the usual one
 
 
 # ---- what it is chosen by -----------------------------------------------------------------------
