@@ -88,7 +88,7 @@ def settle_head(model: KnnForImageClassification, args: KnnTrainingArguments) ->
     named, config = args.named_head, model.config
     if not model.has_named_head:
         wanted = named or Head.LINEAR
-        if config.head != wanted or config.head_classes != config.classes:
+        if config.head != wanted:
             put_fresh_head(model, wanted, args.seed)
     elif named not in (None, model.config.head):
         raise ValueError(
