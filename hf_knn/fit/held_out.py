@@ -39,7 +39,8 @@ class LabelledRows(NamedTuple):
 
     def at(self, rows: Tensor) -> "LabelledRows":
         """Some of the rows, by number."""
-        return LabelledRows(*(None if part is None else part[rows] for part in self))
+        groups, ids = (None if part is None else part[rows] for part in (self.groups, self.ids))
+        return LabelledRows(self.head[rows], self.store[rows], self.labels[rows], groups, ids)
 
 
 class Part(NamedTuple):
