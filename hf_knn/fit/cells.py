@@ -204,20 +204,25 @@ class _Sums:
             grid: as given to `of`.
             counts: [C] rows of each class, all > 0.
         """
-        hits = self.hits.cumsum(dim=-1)[..., :-1].double()  # [k, T, C, W]
-        accuracy = hits.sum(dim=-2) / counts.sum()
-        mean_class = hits.div_(counts.unsqueeze(1)).mean(dim=-2)
-        likelihood = self.likelihood / counts.sum()
-        order = self.knn_weights.tolist()
+        accuracy, mean_class = (
+            torch.stack(parts)  # [k, T, W]
+            for parts in zip(*(_scores(part, counts) for part in self.hits), strict=True)
+        )
+        likelihood = self.likelihood.movedim(0, -1) / counts.sum()
+        scores = torch.stack([accuracy, mean_class, likelihood], dim=-1).tolist()
+        places = [self.knn_weights.tolist().index(weight) for weight in grid.knn_weights]
         return [
-            Cell(k, temperature, weight, *(float(part) for part in (
-                accuracy[i, t, w], mean_class[i, t, w], likelihood[w, i, t]
-            )))
-            for weight in grid.knn_weights
-            for w in [order.index(weight)]
+            Cell(k, temperature, weight, *scores[i][t][place])
+            for weight, place in zip(grid.knn_weights, places, strict=True)
             for t, temperature in enumerate(grid.temperatures)
             for i, k in enumerate(grid.k)
-        ]  # fmt: skip
+        ]
+
+
+def _scores(hits: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy and mean-per-class accuracy [T, W], from differences [T, C, W + 1] along λ."""
+    hits = hits.cumsum(dim=-1)[..., :-1].double()
+    return hits.sum(dim=-2) / counts.sum(), (hits / counts.unsqueeze(1)).mean(dim=-2)
 
 
 class _Head(NamedTuple):
