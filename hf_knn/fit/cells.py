@@ -1,6 +1,6 @@
 """Accuracy and likelihood of every cell of a grid, from one search at the largest k."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -10,8 +10,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.search import Neighbors
 from ..core.votes import PROBABILITY_FLOOR, Weighting, neighbor_log_weights
+from ..features.encoders import in_order, one_torch_thread
 
 _NUMBERS = 2048  # rows times temperatures in a block: its votes stay in the cache
+_MOST_THREADS = 4
 _NEIGHBORS = 64  # whose votes are counted at once
 _FACTORS = 16  # probabilities that are multiplied before a logarithm is taken: 1e-12 ** 16 > 0
 _TIE = 1e-7  # the head comes as float32 log-probabilities, which tell no smaller difference
@@ -79,7 +81,7 @@ class CellScorer:
     ) -> None:
         self.similarities = neighbors.similarities
         self.neighbor_labels = neighbors.labels
-        self.head = head_log_probs
+        self.head = head_log_probs.detach()
         self.labels, self.num_labels = labels, num_labels
         self.metric, self.weighting = metric, weighting
         # blocks of rows that the head gets right have one side of the interval only
@@ -103,10 +105,13 @@ class CellScorer:
             total=len(targets) * len(grid.temperatures), unit=" rows", unit_scale=True,
             desc="Choosing k, temperature and λ", disable=not progress,
         ) as bar:  # fmt: skip
-            for rows in self.order.split(-(-_NUMBERS // len(grid.temperatures))):
-                said = self._ask(rows, grid)
-                sums.add(said, targets[rows])
-                bar.update(len(rows) * len(grid.temperatures))
+            blocks = self.order.split(-(-_NUMBERS // len(grid.temperatures)))
+            threads = min(_MOST_THREADS, torch.get_num_threads())
+            with one_torch_thread():
+                answers = in_order(partial(self._ask, grid), blocks, threads)
+                for rows, said in zip(blocks, answers, strict=True):
+                    sums.add(said, targets[rows])
+                    bar.update(len(rows) * len(grid.temperatures))
         return sums.cells(grid, torch.bincount(targets))
 
     def _log_weights(self, rows: Tensor, temperature: float) -> Tensor:
@@ -114,11 +119,12 @@ class CellScorer:
             self.similarities[rows], temperature, metric=self.metric, weighting=self.weighting
         )
 
-    def _ask(self, rows: Tensor, grid: Grid) -> "_Said":
+    def _ask(self, grid: Grid, rows: Tensor) -> "_Said":
         """What the voices say about some rows, at every k and temperature of a grid."""
         has_temperature = Weighting(self.weighting) is Weighting.SOFTMAX
-        temperatures = torch.tensor(
-            grid.temperatures if has_temperature else [1.0], dtype=torch.float64
+        rates = torch.tensor(
+            [1 / temperature for temperature in grid.temperatures] if has_temperature else [1.0],
+            dtype=torch.float64,
         )
         log_weights = self._log_weights(rows, 1.0)[:, : grid.k[-1]].T.contiguous()  # [K, B]
         if len(log_weights):
@@ -126,14 +132,14 @@ class CellScorer:
         neighbor_labels = self.neighbor_labels[rows, : grid.k[-1]].T.contiguous()
         slots, slot_labels = _assign_slots(neighbor_labels, self.num_labels)
         head = _Head.of(self.head[rows], self.labels[rows], slot_labels, self.num_labels)
-        shape = (len(temperatures), len(rows))
+        shape = (len(rates), len(rows))
         votes = torch.zeros(1 + len(slot_labels), *shape, dtype=torch.float64)
         total = torch.zeros(shape, dtype=torch.float64)
         found, done = [], 0
         for k in grid.k:
             for start in range(done, k, _NEIGHBORS):
                 near = slice(start, min(start + _NEIGHBORS, k))
-                weights = (log_weights[near, None] / temperatures[:, None]).exp_()  # [n, T, B]
+                weights = (log_weights[near, None] * rates[:, None]).exp_()  # [n, T, B]
                 index = (slots[near, None] + 1).expand_as(weights)
                 votes.scatter_add_(0, index, weights)
                 total += weights.sum(dim=0)
@@ -357,8 +363,8 @@ class _Lines(NamedTuple):
             smallest = torch.addcmul(
                 self.offset_behind[:used], lead[..., :behind], self.rate_behind[:used]
             ).amin(dim=0)
-            lowest[:, :behind] = smallest.clamp_min_(0).reciprocal_()
-        return lowest, largest.clamp_min_(0).reciprocal_()
+            lowest[:, :behind] = smallest.clamp_min_(_SMALLEST).reciprocal_()
+        return lowest, largest.clamp_min_(_SMALLEST).reciprocal_()
 
 
 def _assign_slots(neighbor_labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:

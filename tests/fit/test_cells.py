@@ -1,5 +1,6 @@
 """Every cell, ties included, against a dense table of all classes that knows the same rule."""
 
+import math
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_cells_with_ties(head_classes: int, weighting: str, metric: str) -> None
     for one, other in zip(found, wanted, strict=True):
         assert one[3:5] == pytest.approx(other[3:5], abs=1e-12), (one, other)
         assert one[5] == pytest.approx(other[5], rel=1e-10), (one, other)
-    assert len({cell.accuracy for cell in found}) > len(found) / 3
+    assert len({cell.accuracy for cell in found}) > 3
 
 
 def test_cells_do_not_depend_on_the_order_of_the_rows() -> None:
@@ -93,12 +94,12 @@ def test_cells_do_not_depend_on_the_order_of_the_rows() -> None:
         assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-12)
 
 
-def test_a_label_that_only_one_voice_holds_possible() -> None:
+def test_a_label_that_no_voice_holds_possible() -> None:
     """Products of sixteen probabilities at the floor are no zero."""
     neighbors = Neighbors(torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64), torch.ones(64))
     head = torch.tensor([0.0, -800.0]).expand(64, 2)
     grid = Grid((1,), (0.14,), (0.0, 1.0))
     table = tune(neighbors, head, torch.ones(64, dtype=torch.int64), 2, grid=grid).table
     for cell in table:
-        assert cell.log_likelihood == pytest.approx(torch.tensor(FLOOR).double().log(), rel=1e-6)
+        assert cell.log_likelihood == pytest.approx(math.log(FLOOR), rel=1e-12)
         assert cell.accuracy == 0
