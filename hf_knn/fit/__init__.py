@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from .blend import TuneResult as TuneResult
     from .blend import default_grid as default_grid
     from .blend import tune as tune
+    from .closed import ClosedCell as ClosedCell
+    from .closed import ClosedFit as ClosedFit
+    from .closed import fit_closed as fit_closed
     from .grids import FactorControl as FactorControl
     from .grids import ProbeConfig as ProbeConfig
     from .grids import ProbeGrid as ProbeGrid
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from .weights import knn_loss_weights as knn_loss_weights
 
 _HOMES = {
+    "ClosedCell": "closed",
+    "ClosedFit": "closed",
     "FactorControl": "grids",
     "ProbeConfig": "grids",
     "ProbeGrid": "grids",
@@ -33,6 +38,7 @@ _HOMES = {
     "choose_probe": "sweep",
     "default_grid": "blend",
     "draw_neighbors": "plots",
+    "fit_closed": "closed",
     "fit_ridge": "ridge",
     "knn_loss_weights": "weights",
     "out_of_fold": "voices",

@@ -27,7 +27,7 @@ from ..core.backbone import (
     model_class,
     pool,
 )
-from ..core.config import Head, KnnConfig, Pooling
+from ..core.config import KnnConfig, Pooling
 
 # the classes of processors are taken from `transformers` when one is made: they import slowly
 _PROBES = 2  # a model that packs all pictures into one row is found by the second one
@@ -205,8 +205,7 @@ def complete(config: KnnConfig) -> KnnConfig:
     if config.store_pooling != config.pooling and config.knn_feature_dim is None:
         config.knn_feature_dim = measure_width(backbone, config.store_pooling)
     config.feature_dim = measure_width(backbone, config.pooling)
-    if config.head == Head.MLP and not config.head_hidden_sizes:
-        config.head_hidden_sizes = [config.feature_dim]
+    config.fill_head()
     return config
 
 

@@ -350,10 +350,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Pictures that are stored already (the same pixels, or the same features bit for bit) are
         left out where their label is the same, and refused where it is another one.
 
-        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
-        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
-        that keeps thumbnails keeps those of taught pictures too.
+        The next answer knows them. A head in closed form is updated exactly, to what a fit of all
+        rows with the same regulariser gives; other heads stay. Until the blend is tuned again, new
+        classes keep the whole probability that the neighbours give them, see `blend_log_probs`. A
+        model that keeps thumbnails keeps those of taught pictures too.
 
         Args:
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
@@ -387,7 +387,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
     ) -> Receipt:
         """Removes rows from the datastore, all or none; the next save holds no byte of them.
 
-        A ridge head is what it would be had it never seen them; other heads keep what they learned.
+        A head in closed form is what it would be had it never seen them, but for their part in mean
+        and principal axes; other heads keep what they learned.
 
         Args:
             ids: of the rows.
@@ -406,7 +407,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         return self._memory.receipts[-1]
 
     def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
-        """Gives rows other labels, all or none; a ridge head follows.
+        """Gives rows other labels, all or none; a head in closed form follows.
 
         Args:
             ids: [M] of the rows.

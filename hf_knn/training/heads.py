@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from ..core.backbone import split_features
-from ..core.config import Head
+from ..core.config import CLOSED_FORM
 from ..features.extract import ImageFeatures
 from ..fit.grids import ProbeGrid, ProbeSettings
 from ..fit.heads import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
@@ -62,10 +62,10 @@ def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | No
             "Expected `freeze_backbone` to be True and no checkpoint to resume from for a head "
             f"that is fitted at once (head={head!r}, probe_grid={args.probe_grid!r})."
         )
-    if head == Head.RIDGE and (args.reweights or args.probe_grid is not None):
+    if head in CLOSED_FORM and (args.reweights or args.probe_grid is not None):
         raise ValueError(
-            "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a ridge head, "
-            "which has no loss to weight and no rate to choose."
+            "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a head in "
+            "closed form, which has no loss to weight and no rate to choose."
         )
 
 
@@ -89,8 +89,8 @@ def fit_at_once(
         Numbers to log, with the cross-entropy on the rows as `loss`; and the choice, if there was
         one to make.
     """
-    if model.config.head == Head.RIDGE:
-        fit = fit_closed_form(model, features, args.class_weights)
+    if model.config.head in CLOSED_FORM:
+        fit = fit_closed_form(model, features, args.class_weights, args.seed)
         facts = {"regularizer": fit.regularizer, "temperature": fit.temperature}
     else:
         choice, facts = _fit_best_probe(model, features, args, parts_of, choice)

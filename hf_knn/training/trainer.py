@@ -20,7 +20,7 @@ from transformers.trainer_utils import (
 )
 
 from ..core.backbone import split_features
-from ..core.config import Head
+from ..core.config import CLOSED_FORM
 from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
@@ -156,7 +156,7 @@ class KnnTrainer(SavingTrainer):
             raise ValueError("Expected `train_dataset` to train on, but got None.")
         if self.model_init is not None:
             self._begin_anew(*args[:1], **kwargs)
-        if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
+        if self.model.config.head in CLOSED_FORM or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
         self._forget_measurement()
