@@ -19,6 +19,7 @@ from hf_knn.fit import fit_closed, fit_linear
 from hf_knn.fit import measure as measure_module
 from hf_knn.fit.choice import FIXED_CELL
 from hf_knn.fit.heads import with_fresh_head
+from hf_knn.fit.held_out import HeldOut
 from hf_knn.training import asking
 from hf_knn.training.arguments import HEAD
 from hf_knn.training.heads import chooses_head
@@ -138,7 +139,8 @@ def test_a_kernel_is_chosen_where_no_plane_parts_the_classes(tmp_path: Path) -> 
 @pytest.mark.parametrize("named", ["linear", "mlp", "ridge", "lda"])
 @pytest.mark.parametrize("by", ["model", "arguments"])
 def test_a_named_head_is_trained_and_no_other(named: str, by: str, tmp_path: Path) -> None:
-    model = small_model(CLASSES, **({"head": named} if by == "model" else {}))
+    made: dict[str, Any] = {"head": named} if by == "model" else {}
+    model = small_model(CLASSES, **made)
     assert model.has_named_head == (by == "model")
     options = {} if by == "model" else {"head": named}
     trainer = trainer_of(tmp_path, model=model, **options)
@@ -229,7 +231,7 @@ def test_a_search_for_rates_is_for_a_linear_head(tmp_path: Path) -> None:
     )
     assert chooses_head(trainer.model, trainer.args)
 
-    def set_up(trial: dict[str, float]) -> None:  # as optuna's backend does
+    def set_up(trial: Any) -> None:  # as optuna's backend does
         trainer.args.learning_rate = trial["learning_rate"]
 
     trainer._hp_search_setup = set_up  # type: ignore[method-assign]
@@ -288,7 +290,7 @@ def test_thresholds_are_found_where_nothing_was_chosen(
     without_kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Tensor] = []
-    chosen: list[Tensor] = []
+    chosen: list[HeldOut] = []
     thresholds, choose_cell = measure_module.thresholds, choice_module.choose_cell
 
     def spied(log_probs: Tensor, labels: Tensor, rates: Any) -> Any:
