@@ -74,8 +74,8 @@ class HeadChoice:
         """What was chosen and why, as a sentence."""
         if not self.table:
             return (
-                f"Too few labels to compare heads by ({FEWEST_LABELS} a class are wanted), so a "
-                f"{self.head} head with a fixed regulariser is taken."
+                f"Too few labels to compare heads by ({FEWEST_LABELS} a class are wanted, and some "
+                f"that can be held out), so a {self.head} head with a fixed regulariser is taken."
             )
         best = next(score for score in self.table if score.head == self.head).best
         how = "alone" if best.knn_weight == 0 else f"with neighbours (λ = {best.knn_weight:g})"
