@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,17 @@ from ..core.votes import ClassWeighting
 from ..data.splits import few_rows
 from ..model.closed_form import check_weighting, prepare_rows
 from ..model.ridge import RidgeState
+from .dual import DualRidge
 from .lda import fit_lda, within_scale
-from .ridge import RELATIVE_REGULARIZERS, RidgeFit, RidgeScore, fit_ridge, scale_of, score_sample
+from .ridge import (
+    RELATIVE_REGULARIZERS,
+    RidgeFit,
+    RidgeScore,
+    fit_ridge,
+    rank,
+    scale_of,
+    score_sample,
+)
 
 KERNELS = ((Kernel.RBF, 0.5), (Kernel.RELU, 1.0))
 """Random features that are compared, with their sharpness."""
@@ -132,10 +142,7 @@ def fit_on_rows(
     """
     check_weighting(kind, class_weighting)
     if kind == Head.KERNEL:
-        head.axes = principal_axes(head, features, seed)
-        if cell is None:
-            return _choose_kernel(head, features, labels, num_labels, seed)
-        set_directions(head, cell.kernel, cell.sharpness, seed)
+        return _fit_kernel(head, features, labels, num_labels, cell, seed)
     if cell is None:
         fit_kind = fit_lda if kind == Head.LDA else fit_ridge
         rows = prepare_rows(head, features)
@@ -151,7 +158,7 @@ def fit_on_rows(
     else:
         regularizer *= scale_of(state)
         solution = state.solve(regularizer)
-    return cell, RidgeFit(*solution, cell.temperature, regularizer, [], state)
+    return cell, RidgeFit(*solution, cell.temperature, regularizer, [], lambda: state)
 
 
 def principal_axes(head: KnnHead, features: Tensor, seed: int) -> Tensor:
@@ -204,58 +211,107 @@ def set_directions(head: KnnHead, kernel: str, sharpness: float, seed: int) -> N
     head.directions = directions.to(head.directions.device, head.axes.dtype)
 
 
-def _choose_kernel(
-    head: KnnHead, features: Tensor, labels: Tensor, num_labels: int, seed: int
-) -> tuple[ClosedCell, RidgeFit]:
-    """Compares `KERNELS` on all rows or a sample, and leaves the best in the head."""
-    is_sample = len(labels) > _MOST_LEFT_OUT
-    rows, own = features, labels
-    if is_sample:
-        some = few_rows(labels, min(1.0, max(_MOST_LEFT_OUT, 4 * num_labels) / len(labels)), seed)
-        rows, own = features[some], labels[some]
-    found: list[tuple[float, Kernel, float, RidgeFit]] = []
-    for kernel, sharpness in KERNELS:
-        set_directions(head, kernel, sharpness, seed)
-        fit = fit_ridge(prepare_rows(head, rows), own, num_labels)
-        best = max((score.log_likelihood for score in fit.table), default=-math.inf)
-        found.append((best, kernel, sharpness, fit))
-    _, kernel, sharpness, fit = max(found, key=lambda one: one[0])
-    set_directions(head, kernel, sharpness, seed)
-    if is_sample:
-        start = fit.regularizer / scale_of(fit.state)
-        fit = _choose_regularizer(head, features, labels, num_labels, rows, own, start)
-    relative = fit.regularizer / scale_of(fit.state)
-    return ClosedCell(str(kernel), sharpness, relative, fit.temperature), fit
+class _Summed:
+    """Ridge regression from the sums over many rows, scored on a sample of them.
+
+    Args:
+        state: of all rows.
+        rows: [M, F] of the sample.
+        labels: [M] int64.
+    """
+
+    def __init__(self, state: RidgeState, rows: Tensor, labels: Tensor) -> None:
+        self.state, self.rows, self.labels = state, rows, labels
+        self.scale = scale_of(state)
+
+    def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
+        """Weight [C, F] and bias [C]."""
+        return self.state.solve(regularizer)
+
+    def score(self, regularizer: float) -> RidgeScore:
+        """What a regulariser scores on the sample."""
+        return score_sample(self.state, self.rows, self.labels, regularizer)
 
 
-def _choose_regularizer(
+def _fit_kernel(
     head: KnnHead,
     features: Tensor,
     labels: Tensor,
     num_labels: int,
-    sample: Tensor,
-    own: Tensor,
-    start: float,
-) -> RidgeFit:
-    """Uphill from a relative regulariser, scored on a sample of the rows that are left out."""
-    state = _summed(head, features, labels, num_labels)
-    rows, scale = prepare_rows(head, sample), scale_of(state)
+    cell: ClosedCell | None,
+    seed: int,
+) -> tuple[ClosedCell, RidgeFit]:
+    """See `fit_on_rows`: kernel and regulariser are chosen on a sample of many rows.
+
+    The regulariser is then chosen anew, with all rows in the fit.
+    """
+    head.axes = principal_axes(head, features, seed)
+    table: list[RidgeScore] = []
+    some, is_new = torch.arange(len(labels)), cell is None
+    if len(labels) > _MOST_LEFT_OUT:
+        share = max(_MOST_LEFT_OUT, 4 * num_labels) / len(labels)
+        some = torch.as_tensor(few_rows(labels, min(1.0, share), seed))
+    if cell is None:
+        cell, table = _choose_kernel(head, features[some], labels[some], num_labels, seed)
+    set_directions(head, cell.kernel, cell.sharpness, seed)
+    make_state = partial(_summed, head, features, labels, num_labels)
+    system: DualRidge | _Summed
+    if len(labels) < head.classifier.in_features:
+        system = DualRidge(prepare_rows(head, features), labels, num_labels)
+    else:
+        state = make_state()
+        system = _Summed(state, prepare_rows(head, features[some]), labels[some])
+        make_state = partial(_same, state)
+    if is_new and table and len(some) < len(labels):
+        cell, table = _climb(system, cell)
+    regularizer = cell.regularizer * system.scale
+    weight, bias = system.solve(regularizer)
+    return cell, RidgeFit(weight, bias, cell.temperature, regularizer, table, make_state)
+
+
+def _choose_kernel(
+    head: KnnHead, features: Tensor, labels: Tensor, num_labels: int, seed: int
+) -> tuple[ClosedCell, list[RidgeScore]]:
+    """Compares `KERNELS` by leave-one-out likelihood; with the table of the best one."""
+    found: list[tuple[ClosedCell, list[RidgeScore]]] = []
+    for kernel, sharpness in KERNELS:
+        set_directions(head, kernel, sharpness, seed)
+        rows = prepare_rows(head, features)
+        if len(rows) < rows.shape[1]:
+            dual = DualRidge(rows, labels, num_labels)
+            table = dual.score_all([value * dual.scale for value in RELATIVE_REGULARIZERS])
+        else:
+            table = fit_ridge(rows, labels, num_labels).table
+        place, temperature = len(RELATIVE_REGULARIZERS) // 2, 1.0
+        if table:
+            best = max(table, key=rank)
+            place, temperature = table.index(best), best.temperature
+        relative = RELATIVE_REGULARIZERS[place]
+        found.append((ClosedCell(str(kernel), sharpness, relative, temperature), table))
+    return max(found, key=lambda one: max((s.log_likelihood for s in one[1]), default=-math.inf))
+
+
+def _climb(system: "DualRidge | _Summed", start: ClosedCell) -> tuple[ClosedCell, list[RidgeScore]]:
+    """Uphill in likelihood from a regulariser: the best, and all that were tried."""
     grid = list(RELATIVE_REGULARIZERS)
     table: dict[int, RidgeScore] = {}
 
     def score(place: int) -> float:
         if place not in table:
-            table[place] = score_sample(state, rows, own, grid[place] * scale)
+            table[place] = system.score(grid[place] * system.scale)
         return table[place].log_likelihood
 
-    best = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start)))
+    best = grid.index(start.regularizer)
     for step in (1, -1):
         while 0 <= best + step < len(grid) and score(best + step) > score(best):
             best += step
-    chosen = table.get(best) or score_sample(state, rows, own, grid[best] * scale)
-    weight, bias = state.solve(chosen.regularizer)
-    tried = [table[place] for place in sorted(table)]
-    return RidgeFit(weight, bias, chosen.temperature, chosen.regularizer, tried, state)
+    score(best)
+    cell = start._replace(regularizer=grid[best], temperature=table[best].temperature)
+    return cell, [table[place] for place in sorted(table)]
+
+
+def _same(state: RidgeState) -> RidgeState:
+    return state
 
 
 def _summed(

@@ -7,9 +7,10 @@ Everything is float64 on the CPU.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class RidgeFit:
         temperature: > 0.
         regularizer: the one chosen; `state.solve` takes it after an update.
         table: every regulariser tried; empty if no row could be left out.
-        state: the sums over the rows, to be updated.
+        make_state: the sums over the rows, where they are needed.
     """
 
     weight: Tensor
@@ -78,7 +79,12 @@ class RidgeFit:
     temperature: float
     regularizer: float
     table: list[RidgeScore]
-    state: RidgeState
+    make_state: Callable[[], RidgeState]
+
+    @cached_property
+    def state(self) -> RidgeState:
+        """The sums over the rows, to be updated."""
+        return self.make_state()
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C] float64 log-probabilities; -inf for a class without rows."""
@@ -144,12 +150,12 @@ def fit_ridge(
         for i in range(len(grid)):
             guess = table[-1].temperature if table else math.nan
             table.append(left_out.score(i, with_likelihood=needs_likelihood, guess=guess))
-        best = max(range(len(grid)), key=lambda i: _rank(table[i], chosen_by))
+        best = max(range(len(grid)), key=lambda i: rank(table[i], chosen_by))
         if not needs_likelihood:
             table[best] = left_out.score(best, with_likelihood=True)
         regularizer, temperature = grid[best], table[best].temperature
     weight, bias = state.solve(regularizer)
-    return RidgeFit(weight, bias, temperature, regularizer, table, state)
+    return RidgeFit(weight, bias, temperature, regularizer, table, lambda: state)
 
 
 def leave_one_out_logits(
@@ -339,7 +345,10 @@ class _MarginBlocks:
             yield self.rows.margins(start, logits)
 
 
-def _rank(score: RidgeScore, criterion: RidgeCriterion) -> tuple[float, float, float]:
+def rank(
+    score: RidgeScore, criterion: RidgeCriterion = RidgeCriterion.LOG_LIKELIHOOD
+) -> tuple[float, float, float]:
+    """Orders the scores of a table, the best last."""
     value = float(getattr(score, str(criterion)))
     sign = -1 if criterion is RidgeCriterion.SQUARED_ERROR else 1
     return sign * value, -score.squared_error, score.regularizer
