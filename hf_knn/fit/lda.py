@@ -67,7 +67,7 @@ def fit_lda(
         best = max(table, key=lambda score: (score.log_likelihood, score.regularizer))
         regularizer, temperature = best.regularizer, best.temperature
     weight, bias = state.solve_discriminants(regularizer, weighting)
-    return RidgeFit(weight, bias, temperature, regularizer, table, lambda: state)
+    return RidgeFit(weight, bias, temperature, regularizer, table, state)
 
 
 def within_scale(state: RidgeState) -> float:

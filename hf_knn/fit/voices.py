@@ -124,7 +124,7 @@ def ask(
     mean = features.mean(0)
     state = RidgeState.from_rows(_unit(features, mean), labels, num_labels)
     regularizer = cell.regularizer * scale_of(state)
-    fit = RidgeFit(*state.solve(regularizer), cell.temperature, regularizer, [], lambda: state)
+    fit = RidgeFit(*state.solve(regularizer), cell.temperature, regularizer, [], state)
     head = fit.log_probs(_unit(queries, mean))
     near = Datastore.from_features(features, labels).search(queries, K)
     knn = knn_log_probs(near.similarities, near.labels, num_labels, TEMPERATURE)

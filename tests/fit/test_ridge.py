@@ -138,7 +138,7 @@ def test_a_taught_class_gets_its_row_and_loses_it() -> None:
     weight, bias = state.solve(1.0)
     assert bias[3:].tolist() == [-INF, -INF]
     assert_same((weight[:3], bias[:3]), before)
-    log_probs = RidgeFit(weight, bias, 0.5, 1.0, [], lambda: state).log_probs(new)
+    log_probs = RidgeFit(weight, bias, 0.5, 1.0, [], state).log_probs(new)
     assert log_probs[:, 3:].max() == -INF
     assert log_probs.exp().sum(1).tolist() == pytest.approx([1] * 5)
 
