@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .heads import refit as refit
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
+    from .report import Report as Report
     from .ridge import fit_ridge as fit_ridge
     from .sweep import ProbeScore as ProbeScore
     from .sweep import choose_probe as choose_probe
@@ -29,6 +30,7 @@ _HOMES = {
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
     "ProbeSettings": "grids",
+    "Report": "report",
     "TuneResult": "blend",
     "choose_probe": "sweep",
     "default_grid": "blend",

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from ..core.config import Head
 from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
+from ..fit.assess import assess
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
 from ..fit.measure import (
+    OWN_NOTE,
     HeldOut,
     ask_folds,
     ask_voices,
@@ -35,6 +37,7 @@ from ..fit.measure import (
     describe_measurement,
     measure_voices,
 )
+from ..fit.report import Report
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -56,6 +59,8 @@ from .rows import (
     checked_rows,
     folds_of,
     labels_in,
+    one_of,
+    pictures_in,
     store_of,
     unstored,
 )
@@ -302,6 +307,39 @@ class KnnTrainer(SavingTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def report(
+        self,
+        dataset: Any = None,
+        *,
+        pictures: Mapping[int, Any] | None = None,
+        stored_pictures: Mapping[int, Any] | None = None,
+    ) -> Report:
+        """What the model is worth on labelled pictures: intervals, classes, confusions, errors.
+
+        Args:
+            dataset: pictures with labels, `ImageFeatures`, or the name of one of several; None
+                takes the trainer's own.
+            pictures: of `ImageFeatures` by sample id, to be shown on the page.
+            stored_pictures: by row id, likewise; None takes those of the training set, and small
+                ones that the model keeps.
+
+        Returns:
+            A value; `report.save(folder)` writes `report.html` and `report.json`.
+
+        Raises:
+            ValueError: without one dataset, or with labels the model does not have.
+        """
+        rows = one_of(dataset, self.eval_dataset)
+        is_tuned_on = rows is self.eval_dataset and self.tune_result is not None
+        rows = checked_rows(rows, self.model)
+        if stored_pictures is None and self.model.memory.contents is not None:
+            stored_pictures = pictures_in(self.train_dataset)
+        return assess(
+            self.model, self._features_of(rows), self.args.device,
+            pictures=pictures_in(rows) if pictures is None else pictures,
+            stored_pictures=stored_pictures, notes=[OWN_NOTE] if is_tuned_on else [],
+        )  # fmt: skip
 
     def _own_metrics(self, logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
         """What the caller's `compute_metrics` says of the blend.
