@@ -115,7 +115,7 @@ def _classes(
     cells: Iterable[Confusion], classes: int, rows: NDArray[np.int64] | None
 ) -> list[ClassRow]:
     count, right, answered = (np.zeros(classes, np.int64) for _ in range(3))
-    taken_for: dict[int, tuple[int, int]] = {}
+    taken_for: dict[int, tuple[int | None, int]] = {}
     for cell in cells:
         count[cell.label] += cell.count
         if cell.answer != NOBODY:
@@ -124,16 +124,15 @@ def _classes(
             right[cell.label] = cell.count
         else:  # they come by their counts
             taken_for.setdefault(cell.label, (cell.answer, cell.count))
-    found = [
-        ClassRow(
+    found = []
+    for label in range(classes):
+        confused_with, confused = taken_for.get(label, (None, 0))
+        found.append(ClassRow(
             label, int(count[label]), int(right[label]),
             share_of(int(right[label]), int(count[label])), int(answered[label]),
             share_of(int(right[label]), int(answered[label])),
-            *taken_for.get(label, (None, 0)),
-            None if rows is None else int(rows[label]),
-        )
-        for label in range(classes)
-    ]  # fmt: skip
+            confused_with, confused, None if rows is None else int(rows[label]),
+        ))  # fmt: skip
     return sorted(found, key=_how_bad)
 
 

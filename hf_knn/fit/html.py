@@ -61,11 +61,13 @@ figcaption span:not(.mark) { display: block; color: var(--soft); }
 .group .tiles li { width: 132px; }
 .table { overflow: auto; max-width: 100%; margin: .75rem 0; position: relative; }
 .table:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0;
   border-bottom: 1px solid var(--line); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { min-width: 6.5rem; }
+.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 tbody th { font-weight: 400; }
 td, th, h3, figcaption b, figcaption span { unicode-bidi: plaintext; }
 .heat { max-height: 90vh; }
@@ -81,6 +83,7 @@ td, th, h3, figcaption b, figcaption span { unicode-bidi: plaintext; }
 .drawing { max-width: none; }
 .drawing img { max-width: 100%; height: auto; background: #ffffff; border-radius: .5rem; }
 @media (max-width: 26rem) { body { padding: 1rem .75rem 3rem; }
+  .facts { grid-template-columns: 1fr 1fr; } .facts b { font-size: 1.2rem; }
   .group { padding: .5rem; width: 100%; } .group .tiles { gap: .5rem; }
   .group .tiles li { width: calc(50% - .25rem); } figure img, .empty { max-width: 100%; } }
 @media print { nav { display: none; } .tiles li, .group { break-inside: avoid; } }

@@ -63,7 +63,10 @@ class Number:
         """A number that is no share in words."""
         if self.low is None or self.high is None:
             return f"{self.value:.3f}"
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        if self.low <= 0:
+            return f"{self.value:.3f} (at most {self.high:.3f})"
+        half = (self.high - self.low) / 2
+        return f"{self.value:.3f} ± {half:.2g}" if half < 1 else f"{self.value:.1f} ± {half:.1f}"
 
 
 def percent(
@@ -193,21 +196,29 @@ class Comparison:
         low, high = self.difference.low, self.difference.high
         return low is not None and high is not None and (low > 0 or high < 0)
 
+    @property
+    def verdict(self) -> str:
+        """What the second voice is, in words."""
+        if not self.is_shown:
+            return "not shown to differ"
+        return "better" if self.difference.value > 0 else "worse"
+
+    def say_points(self) -> str:
+        """The difference in percentage points, with its interval."""
+        ends = (self.difference.value, self.difference.low or 0.0, self.difference.high or 0.0)
+        value, low, high = map(_points, ends)
+        return f"{value} ({low} to {high})"
+
     def say(self, names: dict[str, str]) -> str:
         """What follows of it, in a sentence.
 
         Args:
             names: of the voices, in words.
         """
-        difference = self.difference
-        ends = [end or 0.0 for end in (difference.low, difference.high)]
-        found = f"{_points(difference.value)} points, {_points(ends[0])} to {_points(ends[1])}"
-        second, first = names[self.second], names[self.first]
-        if self.is_shown:
-            order = "better" if difference.value > 0 else "worse"
-            return f"{second} against {first}: {order} ({found})."
         pictures = "1 picture" if self.count == 1 else f"{self.count:,} pictures"
-        return f"{second} against {first}: no difference that {pictures} can show ({found})."
+        verdict = self.verdict if self.is_shown else f"no difference that {pictures} can show"
+        voices = f"{names[self.second]} against {names[self.first]}"
+        return f"{voices}: {verdict}, {self.say_points()} points."
 
 
 def compare(first: str, second: str, first_right: Bools, second_right: Bools) -> Comparison:

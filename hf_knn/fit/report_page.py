@@ -17,8 +17,10 @@ MOST_PICTURES = 40
 LARGEST_MATRIX = 50
 """Classes up to which all confusions are one table; of more the most frequent are listed."""
 
-MOST_PAIRS, MOST_CLASSES = 50, 500
-_SURE = 0.9
+MOST_PAIRS, MOST_PAIRS_BESIDE, MOST_CLASSES = 50, 10, 500
+"""Pairs that are listed by themselves and beside a matrix; classes that are listed."""
+
+_SURE, _LEAST_P = 0.9, 0.001
 _COLUMNS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean per class"}
 _REST = {"nll": "NLL", "brier": "Brier score", "ece": "ECE"}
 
@@ -100,16 +102,16 @@ def _voices(report: "Report") -> Section:
     tables = [Table(columns, rows, "With 95 % intervals", range(1, len(columns)))]
     pairs = [
         (
-            VOICE_NAMES[each.second], VOICE_NAMES[each.first], f"{each.only_second:,}",
-            f"{each.only_first:,}", each.say(VOICE_NAMES).split(": ", 1)[1].rstrip("."),
-            f"{each.p:.3f}",
+            f"{VOICE_NAMES[each.second]} against {VOICE_NAMES[each.first]}", each.verdict,
+            each.say_points(), f"{each.only_second:,} : {each.only_first:,}",
+            f"{each.p:.3f}" if each.p >= _LEAST_P else f"< {_LEAST_P}",
         )
         for each in report.comparisons
     ]  # fmt: skip
     if pairs:
-        header = ("voice", "against", "right alone", "other right alone", "difference", "p")
+        header = ("voices", "the first is", "points", "right alone", "p")
         caption = "On the same pictures; p of McNemar's exact test"
-        tables.append(Table(header, pairs, caption, (2, 3, 5)))
+        tables.append(Table(header, pairs, caption, (2, 3, 4)))
     text = [
         "The head is trained, the neighbours are stored pictures that vote, and the blend of both "
         "is the answer. Where so many pictures show no difference, more pictures may."
@@ -147,15 +149,16 @@ def _class_cells(report: "Report", row: "ClassRow", knows_rows: bool) -> list[st
 def _confusions(report: "Report") -> Section:
     wrong = [cell for cell in report.confusion if cell.label != cell.answer]
     heats, tables, text = [], [], []
+    most = MOST_PAIRS
     if len(report.class_names) <= LARGEST_MATRIX:
         text = ["A row for what pictures are, a column for what they are answered as."]
-        heats = [_matrix(report)]
+        heats, most = [_matrix(report)], MOST_PAIRS_BESIDE
     if wrong:
-        pairs = [_pair_cells(report, cell) for cell in wrong[:MOST_PAIRS]]
+        pairs = [_pair_cells(report, cell) for cell in wrong[:most]]
         header = ("pictures of", "answered as", "times", "of")
         tables = [Table(header, pairs, "The most frequent mistakes", (2, 3))]
-    if len(wrong) > MOST_PAIRS:
-        text.append(f"{len(wrong) - MOST_PAIRS:,} more pairs are in report.json.")
+    if len(wrong) > most:
+        text.append(f"{len(wrong) - most:,} more pairs of classes are in report.json.")
     return Section("What is taken for what", text, heats=heats, tables=tables)
 
 

@@ -133,6 +133,10 @@ def test_the_mean_of_values_is_students() -> None:
     assert ends(mean_of(values)) == pytest.approx((wanted.low, wanted.high))
     assert mean_of(values[:1]) == Number(values[0])
     assert mean_of(np.array([0.0, 5.0])).low == 0  # none is below
+    assert Number(0.5123, 0.4, 0.62).say() == "0.512 ± 0.11"
+    assert Number(0.01, 0, 0.03).say() == "0.010 (at most 0.030)"
+    assert Number(13.017, 11.04, 14.99).say() == "13.0 ± 2.0"
+    assert Number(0.25).say() == "0.250"
 
 
 # ---- two voices ---------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def test_voices_that_never_differ_may_still_be_different() -> None:
     assert (found.p, found.difference.value) == (1, 0)
     assert low < 0 < high
     assert not found.is_shown
-    assert "no difference that 12 pictures can show (0.0 points" in found.say(NAMES)
+    assert "no difference that 12 pictures can show, 0.0 (" in found.say(NAMES)
 
 
 @given(*[st.integers(0, 60)] * 4)
@@ -184,9 +188,9 @@ def test_test_and_interval_do_not_disagree(
 
 def test_a_difference_is_said_with_its_direction() -> None:
     assert two(100, 2, 30, 10).say(NAMES) == (
-        "neighbours alone against head alone: better (+19.7 points, +12.2 to +26.7)."
+        "neighbours alone against head alone: better, +19.7 (+12.2 to +26.7) points."
     )
-    assert ": worse (-19.7 points," in two(100, 30, 2, 10).say(NAMES)
+    assert ": worse, -19.7 (" in two(100, 30, 2, 10).say(NAMES)
     assert "that 1 picture can show" in two(1, 0, 0, 0).say(NAMES)
 
 

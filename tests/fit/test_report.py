@@ -216,7 +216,7 @@ def test_200_classes_are_listed_and_not_drawn(tmp_path: Path) -> None:
     assert len(found["classes"]) == 200
     assert len(found["wrong"]) == 90
     assert 'class="table heat"' not in page
-    assert "40 more pairs are in report.json." in page
+    assert "40 more pairs of classes are in report.json." in page
     assert f"{90 - MOST_PICTURES} more wrong answers are in report.json." in page
     assert page.count('class="group"') == MOST_PICTURES
     small = report_of(known_model(NAMES, [0, 1, 2, 3]), rows_of(NAMES, [0, 1, 2, 3]))
