@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..data.augmentation import Augment, EpochRows
-from ..data.batches import SAMPLE_ID, RowPictures
 from ..data.loading import groups_of, labels_of, prepare
 from ..data.places import fingerprint_of
 from ..data.splits import Fold, stratified_folds
@@ -119,37 +118,6 @@ def _check_kind(dataset: Any) -> None:
             f"but got {name}; for a folder or a csv take `hf_knn.load_splits`, for a dataset of "
             "torch `Dataset.from_list([{'image': image, 'label': label} for image, label in it])`."
         )
-
-
-def one_of(dataset: Any, own: Any) -> Any:
-    """The one set of pictures that is asked about.
-
-    Args:
-        dataset: pictures, the name of one of several, or None.
-        own: those of the trainer: one set, several by name, or None.
-
-    Raises:
-        ValueError: for none or several.
-    """
-    chosen = own if dataset is None else dataset
-    if isinstance(chosen, str) and isinstance(own, dict) and chosen in own:
-        chosen = own[chosen]
-    if chosen is None or isinstance(chosen, dict | str):
-        got = list(chosen) if isinstance(chosen, dict) else repr(chosen)
-        raise ValueError(f"Expected one set of labelled pictures, but got {got}; pass one.")
-    return chosen
-
-
-def pictures_in(rows: Any) -> RowPictures | None:
-    """The pictures of a dataset by their sample ids; None of features, which have none.
-
-    Args:
-        rows: prepared, or None.
-    """
-    rows = rows.rows if isinstance(rows, EpochRows) else rows
-    if rows is None or isinstance(rows, ImageFeatures):
-        return None
-    return RowPictures(rows, rows[SAMPLE_ID][:])
 
 
 def check_groups(rows: Any, column: str | None) -> None:

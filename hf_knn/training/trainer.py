@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,12 +24,10 @@ from ..core.config import Head
 from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
-from ..fit.assess import assess
 from ..fit.blend import TuneResult
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, with_fresh_head
 from ..fit.measure import (
-    OWN_NOTE,
     HeldOut,
     ask_folds,
     ask_voices,
@@ -48,6 +46,7 @@ from .arguments import KnnTrainingArguments
 from .callbacks import callbacks_of, taking_part
 from .heads import check_at_once, fit_at_once, sweep_parts
 from .loss import KnnLoss, check_finite
+from .reports import Shown, report_of
 from .rows import (
     KnownFeatures,
     augment_of,
@@ -59,8 +58,6 @@ from .rows import (
     checked_rows,
     folds_of,
     labels_in,
-    one_of,
-    pictures_in,
     store_of,
     unstored,
 )
@@ -309,20 +306,14 @@ class KnnTrainer(SavingTrainer):
         return metrics
 
     def report(
-        self,
-        dataset: Any = None,
-        *,
-        pictures: Mapping[int, Any] | None = None,
-        stored_pictures: Mapping[int, Any] | None = None,
+        self, dataset: Any = None, *, pictures: Shown = None, stored_pictures: Shown = None
     ) -> Report:
-        """What the model is worth on labelled pictures: intervals, classes, confusions, errors.
+        """Measures with intervals, class by class and picture by picture.
 
         Args:
-            dataset: pictures with labels, `ImageFeatures`, or the name of one of several; None
-                takes the trainer's own.
+            dataset: one, as for `evaluate`.
             pictures: of `ImageFeatures` by sample id, to be shown on the page.
-            stored_pictures: by row id, likewise; None takes those of the training set, and small
-                ones that the model keeps.
+            stored_pictures: by row id, likewise; None takes those of the training set.
 
         Returns:
             A value; `report.save(folder)` writes `report.html` and `report.json`.
@@ -330,16 +321,7 @@ class KnnTrainer(SavingTrainer):
         Raises:
             ValueError: without one dataset, or with labels the model does not have.
         """
-        rows = one_of(dataset, self.eval_dataset)
-        is_tuned_on = rows is self.eval_dataset and self.tune_result is not None
-        rows = checked_rows(rows, self.model)
-        if stored_pictures is None and self.model.memory.contents is not None:
-            stored_pictures = pictures_in(self.train_dataset)
-        return assess(
-            self.model, self._features_of(rows), self.args.device,
-            pictures=pictures_in(rows) if pictures is None else pictures,
-            stored_pictures=stored_pictures, notes=[OWN_NOTE] if is_tuned_on else [],
-        )  # fmt: skip
+        return report_of(self, dataset, self._features_of, pictures, stored_pictures)
 
     def _own_metrics(self, logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
         """What the caller's `compute_metrics` says of the blend.
