@@ -20,7 +20,7 @@ LARGEST_MATRIX = 50
 MOST_PAIRS, MOST_PAIRS_BESIDE, MOST_CLASSES = 50, 10, 500
 """Pairs that are listed by themselves and beside a matrix; classes that are listed."""
 
-_SURE, _LEAST_P = 0.9, 0.001
+_SURE, _LEAST_P, _LONGEST_NAME = 0.9, 0.001, 60
 _COLUMNS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean per class"}
 _REST = {"nll": "NLL", "brier": "Brier score", "ece": "ECE"}
 
@@ -53,13 +53,13 @@ def findings(report: "Report") -> list[str]:
     said += [sentence[0].upper() + sentence[1:] for sentence in compared]
     worst = next((row for row in report.classes if row.count), None)
     if worst is not None and worst.right < worst.count:
-        line = f"Found worst: {report.name_of(worst.label)}, {worst.right} of {worst.count}"
+        line = f"Found worst: {_name(report, worst.label)}, {worst.right} of {worst.count}"
         if worst.confused_with is not None:
-            line += f", most often taken for {report.name_of(worst.confused_with)}"
+            line += f", most often taken for {_name(report, worst.confused_with)}"
         said.append(f"{line}.")
     pair = next((cell for cell in report.confusion if cell.label != cell.answer), None)
     if pair is not None:
-        names = f"{report.name_of(pair.label)} answered as {report.name_of(pair.answer)}"
+        names = f"{_name(report, pair.label)} answered as {_name(report, pair.answer)}"
         said.append(f"Most frequent mistake: {names}, {pair.count} of {len(report.wrong)}.")
     sure = sum(each.confidence >= _SURE for each in report.wrong)
     if sure:
@@ -138,7 +138,7 @@ def _classes(report: "Report") -> Section:
 def _class_cells(report: "Report", row: "ClassRow", knows_rows: bool) -> list[str]:
     confused = ""
     if row.confused_with is not None:
-        confused = f"{report.name_of(row.confused_with)} ({row.confused})"
+        confused = f"{_name(report, row.confused_with)} ({row.confused})"
     cells = [
         report.name_of(row.label), f"{row.count:,}", row.recall.say_share(row.count),
         f"{row.answered:,}", row.precision.say_share(row.answered), confused,
@@ -174,7 +174,7 @@ def _matrix(report: "Report") -> Heat:
 
 def _pair_cells(report: "Report", cell: "Confusion") -> tuple[str, ...]:
     total = next(row.count for row in report.classes if row.label == cell.label)
-    names = report.name_of(cell.label), report.name_of(cell.answer)
+    names = _name(report, cell.label), _name(report, cell.answer)
     return (*names, f"{cell.count:,}", f"{total:,}")
 
 
@@ -205,12 +205,12 @@ def _errors(report: "Report", asked: dict[int, str], stored: dict[int, str]) -> 
 def _group(
     report: "Report", wrong: "Wrong", asked: dict[int, str], stored: dict[int, str]
 ) -> Group:
-    label, answer = report.name_of(wrong.label), report.name_of(wrong.answer)
+    label, answer = _name(report, wrong.label), _name(report, wrong.answer)
     lines = [f"answered {answer}, {percent(wrong.confidence)} sure"]
     lines.append(f"{label}: {percent(wrong.label_confidence)}")
     if wrong.knn is not None:
-        lines.append(f"head: {report.name_of(wrong.head)}")
-        lines.append(f"neighbours: {report.name_of(wrong.knn)}")
+        lines.append(f"head: {_name(report, wrong.head)}")
+        lines.append(f"neighbours: {_name(report, wrong.knn)}")
     lines.append(wrong.path or f"sample {wrong.id}")
     own = Tile(label, asked.get(wrong.id), lines, alt=f"A picture of {label}")
     tiles = [_neighbor(report, wrong, near, stored) for near in wrong.neighbors]
@@ -221,7 +221,7 @@ def _neighbor(report: "Report", wrong: "Wrong", near: "Near", stored: dict[int, 
     tone = {wrong.label: Tone.GOOD, wrong.answer: Tone.BAD}.get(near.label, Tone.NEUTRAL)
     lines = [f"similarity {near.similarity:.3f}", f"id {near.id}"]
     lines += [near.path] if near.path else []
-    name = report.name_of(near.label)
+    name = _name(report, near.label)
     return Tile(name, stored.get(near.id), lines, tone, alt=f"A stored picture of {name}")
 
 
@@ -248,6 +248,12 @@ def _limits(report: "Report") -> Section:
         "Numbers of several classes looked at together stray further: of 20 intervals one misses.",
     ]
     return Section("What to know", text, tables=[Table(("", ""), facts, "The model")])
+
+
+def _name(report: "Report", label: int | None) -> str:
+    """The name of a class for a sentence or a tile; the table of classes has the whole one."""
+    name = report.name_of(label)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _said(value: object) -> str:

@@ -263,6 +263,8 @@ def test_hostile_names_are_texts(tmp_path: Path) -> None:
     assert HOSTILE[1] in page.texts
     assert '"><img src=x onerror=alert(2)>.png' in page.texts
     assert not any(each in page.texts for each in "\u202e\x1b")
+    assert page.attributes.count(("title", "x" * 300)) == 2  # a row and a column of the matrix
+    assert page.texts.count("x" * 59 + "…") > 4
 
 
 def test_a_page_needs_nothing_from_elsewhere_and_its_boxes_are_reached_by_keyboard(
