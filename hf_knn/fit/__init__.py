@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .linear import fit_linear as fit_linear
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
+    from .report import Report as Report
     from .ridge import fit_ridge as fit_ridge
     from .sweep import ProbeScore as ProbeScore
     from .sweep import choose_probe as choose_probe
@@ -40,6 +41,7 @@ _HOMES = {
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
     "ProbeSettings": "grids",
+    "Report": "report",
     "TuneResult": "blend",
     "choose_probe": "sweep",
     "compare_heads": "choice",
