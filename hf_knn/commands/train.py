@@ -239,6 +239,8 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
         return
     with console.status("Training the head …"):
         metrics = trainer.train().metrics
+    if trainer.metric_choice is not None:
+        console.print(trainer.metric_choice.say())
     choice = trainer.probe_choice
     if choice is not None:
         config = choice.score.config
@@ -341,6 +343,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
         "knn_max_memory": options.max_memory,
         "tune_criterion": options.criterion,
         "calibrate": options.calibrate,
+        "learn_metric": options.learn_metric,
         "group_by": options.group_by,
         "on_bad_image": options.on_bad_image,
         "seed": options.seed,
@@ -370,6 +373,11 @@ def _check(options: TrainOptions) -> None:
         return
     if options.sweep is not None or options.head == "ridge":
         raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+    if options.learn_metric:
+        raise ValueError(
+            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
+            "every picture, so that folds cannot tell whether a metric helps."
+        )
     if not options.alpha:
         _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .grids import ProbeGrid as ProbeGrid
     from .grids import ProbeSettings as ProbeSettings
     from .heads import refit as refit
+    from .metric import MetricChoice as MetricChoice
+    from .metric import choose_metric as choose_metric
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
     from .ridge import fit_ridge as fit_ridge
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FactorControl": "grids",
+    "MetricChoice": "metric",
     "ProbeConfig": "grids",
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
     "ProbeSettings": "grids",
     "TuneResult": "blend",
+    "choose_metric": "metric",
     "choose_probe": "sweep",
     "default_grid": "blend",
     "draw_neighbors": "plots",

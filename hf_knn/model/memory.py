@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.backbone import KnnHead
 from ..core.config import KnnConfig
-from ..store.backend import RowStore, as_row_store
+from ..store.backend import RowStore, as_row_store, learned_map_of
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
 from .contents import Contents
@@ -27,7 +27,7 @@ class Tally:
     Attributes:
         total: sum of the rows' hashes, see `sum_of`.
         count: how many rows.
-        fingerprint: of all rows and the mean, whatever the order of the rows.
+        fingerprint: of all rows, mean and learned map, whatever the order of the rows.
         ridge: sums behind a ridge head; None if the head does not follow the rows.
         marks: of the datastore when it was counted.
         dtype: that the rows were stored in, which their hashes are of.
@@ -103,7 +103,9 @@ def fingerprint_of(store: RowStore) -> str:
 
 def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
     count = len(store)
-    fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
+    facts, learned = [store.metric, store.normalization], learned_map_of(store)
+    facts += [] if learned is None else [learned.sha256]
+    fingerprint = combine(total, count, store.mean, *facts)
     return Tally(total, count, fingerprint, ridge, store.marks, store.dtype)
 
 

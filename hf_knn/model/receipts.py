@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.backbone import split_features
 from ..core.plain_json import read_json
 from ..core.votes import Metric, Weighting
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -73,7 +73,7 @@ class Receipt:
         new_classes: classes that did not exist before.
         rows_before: rows of the datastore before.
         rows_after: and after.
-        hash_before: fingerprint of rows and mean before, whatever their order.
+        hash_before: fingerprint of rows, mean and map before, whatever their order.
         hash_after: and after.
         scope: what was changed: the store, or store and head.
         at: when, ISO 8601 in UTC.
@@ -256,13 +256,15 @@ _PICTURE = "the picture of neighbours for the model card was removed: it may hav
 
 _MEAN = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
 
+_MAP = "the learned map stays as it was, and holds a trace of the rows; train it anew without them"
+
 _COMPACTION = "their bytes stay in the files of the server until it compacts them"
 
 
 def notes_of_forgotten(
     store: RowStore, labels: Tensor, names: Sequence[str], recenter: bool, had_picture: bool
 ) -> list[str]:
-    """What is said of the mean, the names, a picture, and where else forgotten rows may be.
+    """What is said of mean and map, the names, a picture, and where else forgotten rows may be.
 
     Args:
         store: without the rows.
@@ -274,6 +276,7 @@ def notes_of_forgotten(
     empty = [n for n in labels.unique().tolist() if not len(store.ids_labelled(n))]
     shown = ", ".join(names[number] for number in empty[:_NAMED])
     notes = [] if recenter else [_MEAN]
+    notes += [] if learned_map_of(store) is None else [_MAP]
     if empty:
         notes.append(_NAMES.format(shown + (", …" if len(empty) > _NAMED else "")))
     if had_picture:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.learned import LearnedMap
 from ..core.manifest import STORAGE_DTYPES
 from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers, shown
 from .casting import Centers, to_storage, warn_if_coarse
@@ -220,6 +221,16 @@ def moved_mean(table: RowTable, mean: Tensor | None) -> Tensor:
     found = mean_for(table, mean)
     warn_if_coarse(table.features, found)
     return found
+
+
+def fitting_map(table: RowTable, learned: LearnedMap | None) -> LearnedMap | None:
+    """A learned map, if it takes rows as wide as those of a table; else a ValueError."""
+    if learned is not None and learned.dim != table.features.shape[1]:
+        raise ValueError(
+            f"Expected a learned map of rows of width {table.features.shape[1]}, as the datastore "
+            f"has, but got one of {learned.dim}."
+        )
+    return learned
 
 
 def _mean_of(table: RowTable, width: int) -> Tensor:

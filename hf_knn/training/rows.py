@@ -15,9 +15,11 @@ from ..data.places import fingerprint_of
 from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures, extract_features
 from ..fit.measure import rows_but, stored_places
+from ..fit.metric import MetricChoice, choose_metric
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
+from ..store.kinds import FLAT
 from .arguments import KnnTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -266,6 +268,23 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
+
+
+def metric_of(
+    features: ImageFeatures, config: KnnConfig, args: KnnTrainingArguments, progress: bool
+) -> MetricChoice:
+    """Whether a learned metric helps the neighbours, by the folds of the arguments."""
+    _, rows = split_features(features.features, config)
+
+    def make(some: Tensor, labels: Tensor) -> Datastore:
+        compared = {"metric": config.metric, "normalization": config.normalization}
+        return Datastore.from_features(some, labels, index=FLAT, **compared)
+
+    return choose_metric(
+        rows, features.labels, config.classes,
+        folds_of(features, args) if can_hold_out(features) else [], make,
+        groups=features.groups, weighting=config.knn_weighting, seed=args.seed, progress=progress,
+    )  # fmt: skip
 
 
 def can_hold_out(features: ImageFeatures) -> bool:

@@ -35,6 +35,7 @@ from ..fit.measure import (
     describe_measurement,
     measure_voices,
 )
+from ..fit.metric import MetricChoice
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -56,6 +57,7 @@ from .rows import (
     checked_rows,
     folds_of,
     labels_in,
+    metric_of,
     store_of,
     unstored,
 )
@@ -86,6 +88,7 @@ class KnnTrainer(SavingTrainer):
         train_features: features of the training set, once they are known.
         tune_result: what `tune` found last.
         probe_choice: which head of `probe_grid` was best, with the table of all.
+        metric_choice: whether a learned metric was kept, and why.
 
     Raises:
         ValueError: for a dataset without pictures or labels, labels the model does not have, a
@@ -126,6 +129,7 @@ class KnnTrainer(SavingTrainer):
         self.train_features: ImageFeatures | None = None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
+        self.metric_choice: MetricChoice | None = None
         self._known_features = KnownFeatures(args)
         super().__init__(
             model=model,
@@ -178,11 +182,14 @@ class KnnTrainer(SavingTrainer):
             finally:
                 self.train_dataset, self.model_init = pictures, init
         self.build_datastore()
+        self._learn_metric()
         self.model.eval()  # in train mode nobody asks the neighbours
         return output
 
     def build_datastore(self) -> Datastore:
         """Builds the datastore from the training set, with the weights as they are.
+
+        It has no learned metric: `train` learns one at its end, if it was asked to.
 
         Returns:
             The datastore, which is now `model.datastore`.
@@ -194,6 +201,7 @@ class KnnTrainer(SavingTrainer):
             features = self._features_of(self.train_dataset)
             self.train_features = features
         store = store_of(features, self.model.config, self.args)
+        self.model.config.learned_metric = False
         store.digest = made_by(self.model)
         if features.backend:
             store.source["backend"] = features.backend
@@ -380,7 +388,7 @@ class KnnTrainer(SavingTrainer):
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self.loss = KnnLoss(self.args, model.config)
-        self.train_features = self.tune_result = self.probe_choice = None
+        self.train_features = self.tune_result = self.probe_choice = self.metric_choice = None
 
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""
@@ -408,6 +416,7 @@ class KnnTrainer(SavingTrainer):
         facts, self.probe_choice = fit_at_once(
             self.model, features, self.args, self._parts, self.probe_choice
         )
+        self._learn_metric()
         metrics = speed_metrics("train", started, num_samples=len(features))
         metrics |= {f"train_{name}": value for name, value in facts.items() if name != "loss"}
         self.log(metrics | {"train_loss": facts["loss"]})
@@ -435,6 +444,20 @@ class KnnTrainer(SavingTrainer):
         self.train_features = features
         self.train_dataset = dataclasses.replace(features, gives_ids=True)
 
+    def _learn_metric(self) -> None:
+        """Gives the datastore a learned map, if one was asked for and is kept."""
+        store, features = self.model.datastore, self.train_features
+        if not self.args.learn_metric:
+            return
+        assert isinstance(store, Datastore)
+        assert features is not None
+        if self.metric_choice is None:  # a fold follows the whole
+            self.metric_choice = metric_of(
+                features, self.model.config, self.args, not self.args.disable_tqdm
+            )
+        learned = self.metric_choice.give_to(store).learned_map
+        self.model.config.learned_metric = learned is not None
+
     def _features_of(self, dataset: Any) -> ImageFeatures:
         if isinstance(dataset, ImageFeatures):
             return dataset
@@ -446,6 +469,6 @@ class KnnTrainer(SavingTrainer):
         with tempfile.TemporaryDirectory() as folder:
             trainer = KnnTrainer(model, self.args.quiet(folder), train_dataset=features)
             trainer.remove_callback(PrinterCallback)
-            trainer.probe_choice = self.probe_choice
+            trainer.probe_choice, trainer.metric_choice = self.probe_choice, self.metric_choice
             trainer.train()
         return model

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e8dc3fbd6e627582bf4a58c5a7be483d8ce8543ae9e78e60fc5b6c26bd40de18.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7f6554a664bbd858e4778c6ee3797803563f9a130002dba42fe5ae0ab9682b12.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -114,6 +114,7 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        learned_metric: whether the datastore has a learned map, which rows and queries go through.
         head: `linear`, `mlp` or `ridge`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
@@ -147,6 +148,7 @@ class KnnConfig(PreTrainedConfig):
     knn_pooling: str | None = None
     metric: str = "cosine"
     normalization: str = "l2_centered"
+    learned_metric: bool = False
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
     head_regularizer: float = 0.0
