@@ -1,18 +1,21 @@
 """A learned metric: a linear map under which rows of one class are each other's neighbours.
 
-It is trained by leave-one-out neighbour loss (neighbourhood components analysis: Goldberger et al.,
-NIPS 2004): the probability that a row's stochastic neighbour has its label. The map starts where
-spread within classes counts the same in all directions, and is drawn back there. It is kept only
-where folds say that neighbours find more labels with it than without.
+It starts at the principal axes, turned so that the spread within classes is the same in all
+directions, and goes a few steps down the leave-one-out neighbour loss: -log of the probability that
+a row's stochastic neighbour has its label (neighbourhood components analysis: Goldberger et al.,
+NIPS 2004), among sampled rows. Rows held out say how many steps are best. It is kept only where
+folds say that neighbours find more labels with it than without.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
 from ..core.search import Neighbors, normalize_rows
@@ -21,16 +24,34 @@ from ..data.splits import Fold, split_rows
 from ..store.datastore import Datastore
 from .blend import COARSE_K, FIXED_TEMPERATURE, Criterion, default_grid, tune
 
-WIDTH = 128
+WIDTH = 256
 """Values of a row behind the map, at most."""
+
+LEAST_GAIN = 0.01
+"""For less than a point a map is not kept: it has to be trained, stored, and forgotten in."""
 
 MOST_ROWS = 20_000
 """A map is trained on at most so many rows, drawn at random."""
 
-_SHRINKAGE = 1.0
-_STEPS, _BATCH, _RATE, _PULL = 100, 1024, 0.003, 1e-3
-_HELD_OUT, _LOOK_EVERY, _PATIENCE = 0.2, 10, 3
-_FLOOR = -20.0
+_SHRINKAGES = (0.3, 1.0, 3.0)
+_TEMPERATURES = (0.07, FIXED_TEMPERATURE, 0.3)  # a map changes how far apart rows are
+_HELD_OUT = 0.2
+_RATE, _BATCH = 3e-3, 1024
+_MOST_STEPS, _LOOK_EVERY, _PATIENCE = 60, 5, 2
+_FLOOR = -20.0  # of a log-probability
+_SMALLEST = 1e-10  # of a principal value, as a part of the largest
+
+
+class Recipe(NamedTuple):
+    """How a map is trained.
+
+    Attributes:
+        shrinkage: of the spread within classes towards its mean, >= 0.
+        steps: down from the start, >= 0.
+    """
+
+    shrinkage: float
+    steps: int
 
 
 @dataclass
@@ -38,12 +59,14 @@ class MetricChoice:
     """Whether a learned metric is kept, and the maps themselves.
 
     Attributes:
-        is_kept: whether it gained more than one standard error.
+        is_kept: whether it gained more than one standard error, and more than a point.
         plain: accuracy of the neighbours without a map, on rows held out, with their best cell.
         learned: with one, likewise.
         error: standard error of the difference, row by row.
         rows: on how many rows.
         seed: of the trainings.
+        recipe: of every map, chosen by rows held out when the first one was trained: two numbers
+            that no single row can move. None before.
     """
 
     is_kept: bool
@@ -52,6 +75,7 @@ class MetricChoice:
     error: float
     rows: int
     seed: int
+    recipe: Recipe | None = None
     _maps: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def say(self) -> str:
@@ -81,7 +105,8 @@ class MetricChoice:
         found.update(store.features.numpy().tobytes())
         key = found.hexdigest()
         if key not in self._maps:
-            self._maps[key] = train_map(store, self.seed)
+            self.recipe = self.recipe or choose_recipe(store, self.seed)
+            self._maps[key] = train_map(store, self.recipe, self.seed)
         return self._maps[key]
 
 
@@ -131,7 +156,7 @@ def choose_metric(
     plain, learned = (float(one.mean()) for one in right)
     gains = _by_owner(right[1] - right[0], None if groups is None else groups[rows])
     error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    choice.is_kept = learned - plain > error
+    choice.is_kept = learned - plain > max(error, LEAST_GAIN)
     choice.plain, choice.learned, choice.error, choice.rows = plain, learned, error, len(rows)
     return choice
 
@@ -163,45 +188,71 @@ def _by_owner(gains: Tensor, groups: Tensor | None) -> Tensor:
     return torch.zeros(len(counts), dtype=gains.dtype).index_add_(0, owner, gains) / counts
 
 
-def train_map(store: Datastore, seed: int) -> Tensor:
-    """Trains a map on the rows of a datastore, whatever map it has.
+def choose_recipe(store: Datastore, seed: int) -> Recipe:
+    """The shrinkage and number of steps after which rows held out find their labels best.
 
     Args:
-        store: N rows, at least one.
+        store: at least one row; the map that it has is not looked at.
+        seed: of what is drawn.
+    """
+    rows, labels = _drawn(store, seed)
+    fold = split_rows(labels, _HELD_OUT, seed)
+    if not len(fold.held_out):
+        return Recipe(_SHRINKAGES[-1], 0)
+    fitted, held_out = torch.from_numpy(fold.fitted), torch.from_numpy(fold.held_out)
+    axes = principal_axes(rows[fitted])
+    near, far = rows[fitted] @ axes.T, rows[held_out] @ axes.T
+    best = (math.inf, Recipe(_SHRINKAGES[-1], 0))
+    for shrinkage in reversed(_SHRINKAGES):  # of equal ones the one that changes less
+        turn = even_spread(near, labels[fitted], shrinkage)
+        path = _descent(near @ turn.T, labels[fitted], _MOST_STEPS, seed)
+        waited = 0
+        for step, weight in enumerate(path):
+            if step % _LOOK_EVERY:
+                continue
+            whole = (weight @ turn).T
+            loss = _loss_of_others(near @ whole, labels[fitted], far @ whole, labels[held_out])
+            waited = 0 if loss < best[0] else waited + 1
+            best = min(best, (loss, Recipe(shrinkage, step)))
+            if waited > _PATIENCE:
+                break
+    return best[1]
+
+
+def train_map(store: Datastore, recipe: Recipe, seed: int) -> Tensor:
+    """Trains a map on the rows of a datastore.
+
+    Args:
+        store: at least one row; the map that it has is not looked at.
+        recipe: see `choose_recipe`.
         seed: of what is drawn.
 
     Returns:
         [E, D] float32, the largest value 1 in size.
     """
+    rows, labels = _drawn(store, seed)
+    axes = principal_axes(rows)
+    found = rows @ axes.T
+    turn = even_spread(found, labels, recipe.shrinkage)
+    weight = turn
+    for last in _descent(found @ turn.T, labels, recipe.steps, seed):
+        weight = last @ turn
+    learned = weight @ axes
+    return learned / learned.abs().max()
+
+
+def _drawn(store: Datastore, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows [n, D] as they are compared without a map, and labels [n] numbered anew."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(store), generator=generator)[:MOST_ROWS].sort().values
-    mean, labels = store.mean.double().numpy(), store.labels[chosen].unique(return_inverse=True)[1]
-    exact = normalize_rows(store.features[chosen].numpy(), mean, store.normalization)
-    rows = torch.from_numpy(exact).float()
-    start = _start(rows, labels)
-    weight = _descend(rows @ start.T, labels, generator) @ start
-    return weight / weight.abs().max()
+    exact = normalize_rows(
+        store.features[chosen].numpy(), store.mean.double().numpy(), store.normalization
+    )
+    return torch.from_numpy(exact).float(), store.labels[chosen].unique(return_inverse=True)[1]
 
 
-def _start(rows: Tensor, labels: Tensor) -> Tensor:
-    """[E, D] principal axes, turned and scaled so that classes spread alike in all directions.
-
-    The spread within classes is shrunk towards its mean, as shrinkage LDA does.
-    """
-    axes = _principal_axes(rows)
-    found = rows @ axes.T  # [N, E]
-    counts = labels.bincount()
-    means = torch.zeros(len(counts), len(axes)).index_add_(0, labels, found) / counts[:, None]
-    apart = (found - means[labels]).double()
-    spread = apart.T @ apart
-    shrunk = _SHRINKAGE * float(spread.diagonal().mean()) or 1.0  # no class has two rows
-    values, vectors = torch.linalg.eigh(spread + shrunk * torch.eye(len(axes)))
-    turned = (vectors / values.sqrt()) @ vectors.T
-    return turned.float() @ axes
-
-
-def _principal_axes(rows: Tensor) -> Tensor:
-    """[E, D] the directions in which rows differ most; of rows that are 0 the first axis."""
+def principal_axes(rows: Tensor) -> Tensor:
+    """[E, D] the directions in which rows [N, D] are largest; the first axis where all are 0."""
     exact = rows.double()
     if len(rows) >= rows.shape[1]:
         values, vectors = torch.linalg.eigh(exact.T @ exact)
@@ -213,11 +264,74 @@ def _principal_axes(rows: Tensor) -> Tensor:
     return axes.float() if len(axes) else torch.eye(1, rows.shape[1])
 
 
-def _descend(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """[E, E] the map that rows held out like best, on the way down from the identity.
+def even_spread(rows: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
+    """[E, E] what makes the spread within classes the same in all directions.
+
+    The spread is shrunk towards its mean, as shrinkage LDA does.
 
     Args:
-        rows: [N, E] about as long in all directions.
-        labels: [N] int64.
-        generator: of batches and of what is held out.
+        rows: [N, E].
+        labels: [N] int64, numbered from 0.
+        shrinkage: > 0.
     """
+    counts = labels.bincount()
+    means = torch.zeros(len(counts), rows.shape[1]).index_add_(0, labels, rows) / counts[:, None]
+    apart = (rows - means[labels]).double()
+    spread = apart.T @ apart
+    level = float(spread.diagonal().mean())
+    if not level > 0:  # every row is the mean of its class
+        return torch.eye(rows.shape[1])
+    values, vectors = torch.linalg.eigh(spread / level)
+    turn = (vectors / (values.clamp_min(0) + shrinkage).sqrt()) @ vectors.T
+    return turn.float()
+
+
+def _descent(rows: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+    """[E, E] maps on the way down the leave-one-out loss: the identity, and one after each step.
+
+    Args:
+        rows: [N, E].
+        labels: [N] int64.
+        steps: of Adam, on rows that are drawn without repetition.
+        seed: of the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.eye(rows.shape[1], requires_grad=True)
+    optimizer = torch.optim.Adam([weight], _RATE)
+    order = rows.new_empty(0, dtype=torch.int64)
+    yield weight.detach().clone()
+    for _ in range(steps):
+        if len(order) < min(_BATCH, len(rows)):
+            order = torch.randperm(len(rows), generator=generator)
+        batch, order = order[:_BATCH], order[_BATCH:]
+        with torch.enable_grad():
+            loss = _loss_of_own(rows[batch] @ weight.T, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        yield weight.detach().clone()
+
+
+def _loss_of_own(rows: Tensor, labels: Tensor) -> Tensor:
+    """Mean -log p of the own label among the others of a batch, at the vote's usual temperature."""
+    own = torch.eye(len(rows), dtype=torch.bool)
+    logits = _logits(rows, rows, FIXED_TEMPERATURE).masked_fill(own, -math.inf)
+    same = (labels[:, None] == labels) & ~own
+    return _loss(logits[same.any(1)], same[same.any(1)])
+
+
+def _loss_of_others(near: Tensor, labels: Tensor, far: Tensor, wanted: Tensor) -> float:
+    """The same of rows `far` among rows `near`, at the temperature that is best for them."""
+    same = wanted[:, None] == labels
+    return min(float(_loss(_logits(far, near, t), same)) for t in _TEMPERATURES)
+
+
+def _logits(rows: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """[B, N] negative squared distances of directions, over the temperature, up to a constant."""
+    unit = functional.normalize(rows, dim=1), functional.normalize(others, dim=1)
+    return (2 / temperature) * unit[0] @ unit[1].T
+
+
+def _loss(logits: Tensor, same: Tensor) -> Tensor:
+    right = logits.masked_fill(~same, -math.inf).logsumexp(1) - logits.logsumexp(1)
+    return -right.clamp_min(_FLOOR).mean() if len(right) else logits.sum() * 0

@@ -108,7 +108,9 @@ def test_the_code_that_travels_answers_with_it(tmp_path: Path) -> None:
     with torch.no_grad():
         out = model(pixel_values=pixels(6, 3), return_neighbors=True)
     assert out.neighbors is not None
-    assert_same(load_file(tmp_path / "answers.st"), {"logits": out.logits, **out.neighbors._asdict()})
+    assert_same(
+        load_file(tmp_path / "answers.st"), {"logits": out.logits, **out.neighbors._asdict()}
+    )
     opened = KnnForImageClassification.from_pretrained(tmp_path / "again")
     assert_same(answers(opened), answers(model))
 
@@ -169,7 +171,9 @@ def test_a_merge_with_another_map_is_refused() -> None:
 def test_configuration_and_datastore_must_agree(says: bool, tmp_path: Path) -> None:
     model = tiny_model() if says else mapped_model()
     model.config.learned_metric = says
-    with pytest.raises(ValueError, match=f"learned_metric {says}, as the model has, but got {not says}"):
+    with pytest.raises(
+        ValueError, match=f"learned_metric {says}, as the model has, but got {not says}"
+    ):
         model.save_pretrained(tmp_path)
 
 
