@@ -78,9 +78,7 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
 
 
 FORMAT = "hf_knn.datastore"
-FORMAT_VERSION, MAPPED_VERSION = 1, 2
-"""Of a datastore as it always was, and of one with a learned map."""
-
+FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 

@@ -267,11 +267,11 @@ def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> Non
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:
-    centers, problem = Centers.of_added(added, about.mean), ""
-    if about.dtype == "float16" and not fits_float16(added, *centers):
+    centers, problem, space = Centers.of_added(added, about.mean), "", space_of(collection, about)
+    if about.dtype == "float16" and not fits_float16(added, *centers, learned=space.learned):
         problem = f"that float16 can hold (one is {TOO_COARSE})"
     stored = added.to(getattr(torch, about.dtype)).numpy()
-    if not problem and not (space := space_of(collection, about)).holds(np.asarray(stored)):
+    if not problem and not space.holds(np.asarray(stored)):
         problem = f"no longer than {space.largest:g} once normalised"
     if problem:
         raise ValueError(

@@ -344,7 +344,7 @@ class Datastore:
         after the largest), paths say where each of M pictures lies.
         """
         before, new = self._rows(), (features, labels, ids, paths)
-        table = changes.add_rows(before, *new, self.mean)
+        table = changes.add_rows(before, *new, self.mean, self.learned_map)
         self._index, self._table = self._index.after_adding(before, table)
         return table.ids[len(before) :]
 
@@ -373,14 +373,13 @@ class Datastore:
 
     def recenter(self, mean: Tensor | None = None) -> None:
         """Sets the mean [D] that `l2_centered` subtracts; None takes that of the present rows."""
-        self.mean = changes.moved_mean(self._rows(), mean)
+        self.mean = changes.moved_mean(self._rows(), mean, self.learned_map)
         self._index, self._table = self._index.forgotten(self._table.with_new_first_file())
 
     def remap(self, weight: Tensor | None) -> None:
         """Sets the learned map [E, D] that rows go through, see `LearnedMap`; None removes it."""
-        learned = None if weight is None else LearnedMap(weight)
-        self.learned_map = changes.fitting_map(self._rows(), learned)
-        self._index = self._index.of_width(width_of(learned, self.dim))
+        self.learned_map = changes.new_map(self._rows(), self.mean, weight)
+        self._index = self._index.of_width(width_of(self.learned_map, self.dim))
         self._index, self._table = self._index.forgotten(self._table.with_new_first_file())
 
     @contextmanager

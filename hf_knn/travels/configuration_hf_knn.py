@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7f6554a664bbd858e4778c6ee3797803563f9a130002dba42fe5ae0ab9682b12.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 84eb8aea8392acf2747204a055099b530c4d6fd23284269cb6c2da9cd7bb6483.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

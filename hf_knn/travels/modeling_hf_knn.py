@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7f6554a664bbd858e4778c6ee3797803563f9a130002dba42fe5ae0ab9682b12.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 84eb8aea8392acf2747204a055099b530c4d6fd23284269cb6c2da9cd7bb6483.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -648,9 +648,7 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
         return list(pool.map(hash_block, range(count)))
 
 FORMAT = "hf_knn.datastore"
-FORMAT_VERSION, MAPPED_VERSION = 1, 2
-"""Of a datastore as it always was, and of one with a learned map."""
-
+FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 

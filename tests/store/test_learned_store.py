@@ -107,6 +107,39 @@ def test_rows_of_some_labels_go_through_it_too() -> None:
         assert some.ids[row].tolist() == [int(i) for i in wanted]
 
 
+def difference_store() -> Datastore:
+    """A map that leaves what a float16 of the large values cannot hold."""
+    store = Datastore.from_features(drawn(200, 2), torch.arange(200) % 5, index="flat")
+    store.remap(torch.tensor([[1.0, -1.0]]))
+    return store
+
+
+def nearly_equal_pairs(rows: int) -> torch.Tensor:
+    large = 100 * drawn(rows, 1, seed=4)
+    return torch.cat([large, large + 0.01 * drawn(rows, 1, seed=5)], dim=1)
+
+
+def test_rows_that_float16_holds_but_not_behind_the_map_are_stored_as_float32() -> None:
+    store = difference_store()
+    store.add(nearly_equal_pairs(4), [0, 1, 2, 3])
+    assert store.dtype == "float32"
+    plain = difference_store()
+    plain.remap(None)
+    plain.add(nearly_equal_pairs(4), [0, 1, 2, 3])
+    assert plain.dtype == "float16"
+
+
+def test_a_map_that_makes_much_of_what_the_cast_lost_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Datastore.from_features(nearly_equal_pairs(200), torch.arange(200) % 5, index="flat")
+    assert store.dtype == "float16"
+    store.remap(torch.tensor([[1.0, 1.0]]))
+    assert "behind the learned map" not in caplog.text
+    store.remap(torch.tensor([[1.0, -1.0]]))
+    assert "behind the learned map, that float16" in caplog.text
+
+
 def test_merge_of_stores_with_other_maps_is_refused() -> None:
     store, other = make_store(), make_store()
     other.remap(drawn(WIDTH, DIM, seed=6))
