@@ -78,6 +78,11 @@ class MetricChoice:
     recipe: Recipe | None = None
     _maps: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def kept(cls, seed: int) -> "MetricChoice":
+        """One that was decided before, by whom nobody knows."""
+        return cls(True, math.nan, math.nan, math.nan, 0, seed)
+
     def say(self) -> str:
         """What was decided and why, as a sentence."""
         if not self.rows:
@@ -138,7 +143,7 @@ def choose_metric(
     Returns:
         The choice; `give_to` puts the map into a datastore.
     """
-    choice = MetricChoice(True, math.nan, math.nan, math.nan, 0, seed)
+    choice = MetricChoice.kept(seed)
     said: tuple[list[Neighbors], list[Neighbors]] = ([], [])
     asked, kind, most = [], str(Metric.COSINE), max(COARSE_K)
     for fold in transformers_logging.tqdm(folds, desc="Learning a metric", disable=not progress):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -270,21 +271,36 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
     )
 
 
-def metric_of(
-    features: ImageFeatures, config: KnnConfig, args: KnnTrainingArguments, progress: bool
-) -> MetricChoice:
-    """Whether a learned metric helps the neighbours, by the folds of the arguments."""
-    _, rows = split_features(features.features, config)
+def learn_metric(
+    store: Datastore,
+    features: ImageFeatures,
+    config: KnnConfig,
+    args: KnnTrainingArguments,
+    known: MetricChoice | None,
+) -> MetricChoice | None:
+    """Gives a datastore a learned map, if one is asked for and kept; the configuration says so.
 
-    def make(some: Tensor, labels: Tensor) -> Datastore:
-        compared = {"metric": config.metric, "normalization": config.normalization}
-        return Datastore.from_features(some, labels, index=FLAT, **compared)
-
-    return choose_metric(
-        rows, features.labels, config.classes,
-        folds_of(features, args) if can_hold_out(features) else [], make,
-        groups=features.groups, weighting=config.knn_weighting, seed=args.seed, progress=progress,
-    )  # fmt: skip
+    Args:
+        store: of the rows; changed in place.
+        features: the rows.
+        config: of the model; likewise.
+        args: of the training.
+        known: what was chosen for these rows before, or None.
+    """
+    config.learned_metric = False
+    if not args.learn_metric:
+        return None
+    if known is None:
+        folds = folds_of(features, args) if can_hold_out(features) else []
+        known = choose_metric(
+            split_features(features.features, config)[1], features.labels, config.classes, folds,
+            partial(Datastore.from_features, metric=config.metric,
+                    normalization=config.normalization, index=FLAT),
+            groups=features.groups, weighting=config.knn_weighting, seed=args.seed,
+            progress=not args.disable_tqdm,
+        )  # fmt: skip
+    config.learned_metric = known.give_to(store).learned_map is not None
+    return known
 
 
 def can_hold_out(features: ImageFeatures) -> bool:
