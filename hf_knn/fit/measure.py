@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
+from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
