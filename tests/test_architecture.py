@@ -24,7 +24,7 @@ ONLY_IN = {
     "faiss": ("store/faiss.py",),
     "datasets": ("data/loading.py",),
     # whose options are declared there, and which speaks through what guards the terminal
-    "hf_knn_cli": ("commands/console.py", "commands/train.py"),
+    "hf_knn_cli": ("commands/console.py", "commands/heads.py", "commands/train.py"),
 }
 """What one module alone imports."""
 

@@ -126,7 +126,9 @@ class TuneResult:
         """
         cell = f"k = {self.k}, temperature = {self.temperature:g}, λ = {self.knn_weight:g}"
         if self.criterion != Criterion.FIXED:
-            return f"Chosen by {self.criterion} {where}: {cell}."
+            alone = " The neighbours add nothing here; they still explain."
+            chosen = f"Chosen by {self.criterion} {where}: {cell}."
+            return chosen + alone * (self.knn_weight == 0)
         if not self.has_few_labels:
             return f"The fixed cell, as asked for: {cell}."
         return (
@@ -189,7 +191,8 @@ def tune(
             accuracy the one with the best log-likelihood), `accuracy`, `mean_class`,
             `log_likelihood`, or `fixed` (k 20, T 0.14, λ 0.5, whatever the rows say). None is the
             first, and the last below 16 labels a class, where a choice would be chance. Ties go to
-            the smaller λ, then k, then temperature.
+            the smaller λ, then k, then temperature; where λ = 0 is best, k and temperature are
+            those of the neighbours alone, who still explain.
         metric: of the similarities.
         weighting: of the votes; only `softmax` has a temperature.
         grid: the cells to try; None is the published grid, or a coarse one below 16 labels a class.
@@ -214,6 +217,9 @@ def tune(
     else:
         (best, score), rule = _choose(table, chosen_by, count), chosen_by
     pure = [cell for cell in table if cell.knn_weight == 1] or table
+    best_knn = _choose(pure, rule, count)[0]
+    if best.knn_weight == 0:  # all k and T are alike then, but neighbours still explain
+        best = best._replace(k=best_knn.k, temperature=best_knn.temperature)
     return TuneResult(
         k=best.k,
         temperature=best.temperature,
@@ -221,7 +227,7 @@ def tune(
         score=score,
         criterion=str(chosen_by),
         table=table,
-        best_knn=_choose(pure, rule, count)[0],
+        best_knn=best_knn,
         head=scorer.score(lone)[0],
         fixed=fixed,
         rows=count,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import KnnHead, split_features
-from ..core.config import CLOSED_FORM, KnnConfig
+from ..core.config import CLOSED_FORM, Kernel, KnnConfig
 from ..core.votes import ClassWeighting
 from ..data.augmentation import seeded
 from ..features.extract import ImageFeatures
@@ -18,7 +18,7 @@ from ..model.closed_form import center_head, solve_head
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import SearchBackend
 from ..store.datastore import Datastore
-from .closed import fit_on_rows
+from .closed import ClosedCell, fit_on_rows
 from .grids import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -57,6 +57,7 @@ def fit_closed_form(
     features: ImageFeatures,
     class_weighting: str = ClassWeighting.NONE,
     seed: int = 0,
+    cell: ClosedCell | None = None,
 ) -> RidgeFit:
     """Solves a head in closed form and puts it into the model.
 
@@ -68,6 +69,7 @@ def fit_closed_form(
         features: N rows.
         class_weighting: see `RidgeState`.
         seed: of the random features of a kernel head.
+        cell: what to fit it with; None chooses by leave-one-out.
 
     Returns:
         The fit, with its leave-one-out table.
@@ -79,17 +81,17 @@ def fit_closed_form(
     if config.extra_dim:  # the datastore pools differently
         rows, _ = split_features(features.features, config)
         labels, mean = features.labels, rows.double().mean(dim=0)
-    return _solve_anew(head, config, rows, labels, mean, class_weighting, seed)
+    return _solve_anew(head, config, rows, labels, mean, class_weighting, seed, cell)
 
 
 def _solve_anew(
     head: KnnHead, config: KnnConfig, rows: Tensor, labels: Tensor, mean: Tensor,
-    class_weighting: str, seed: int,
+    class_weighting: str, seed: int, cell: ClosedCell | None = None,
 ) -> RidgeFit:  # fmt: skip
     """Chooses and solves a head, and notes in the configuration with what."""
     center_head(head, mean, config)
     cell, fit = fit_on_rows(
-        head, config.head, rows, labels, config.head_classes, class_weighting, seed=seed
+        head, config.head, rows, labels, config.head_classes, class_weighting, cell, seed
     )
     config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
     config.head_class_weighting = str(class_weighting)
@@ -208,10 +210,39 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
         seed: of the new head's weights, whatever was drawn before.
     """
     fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
-    with seeded(seed):
-        fresh.head = KnnHead.from_config(fresh.config)
-        fresh.head.apply(fresh._init_weights)
+    fresh.head = _new_head(fresh, seed)
     return fresh
+
+
+def put_fresh_head(model: KnnForImageClassification, kind: str, seed: int) -> None:
+    """Gives a model a head of some kind that has learned nothing, for all classes that it has.
+
+    Where its head is of that kind and knows all of them, nothing is changed.
+
+    Args:
+        model: that is changed.
+        kind: see `KnnConfig.head`.
+        seed: of the head's weights, whatever was drawn before.
+    """
+    config = model.config
+    if config.head == kind and config.head_classes == config.classes:
+        return
+    config.head, config.head_hidden_sizes = str(kind), []
+    config.head_kernel, config.head_features, config.head_components = str(Kernel.RBF), 0, 0
+    config.head_regularizer, config.head_temperature = 0.0, 1.0
+    config.head_class_weighting = str(ClassWeighting.NONE)
+    config.num_head_labels, config.num_tuned_labels = config.classes, None
+    config.fill_head()
+    config.check()
+    model.head = _new_head(model, seed)
+
+
+def _new_head(model: KnnForImageClassification, seed: int) -> KnnHead:
+    """As the configuration of a model says, where the model's head lies."""
+    with seeded(seed):
+        head = KnnHead.from_config(model.config)
+        head.apply(model._init_weights)
+    return head.to(model.head.mean)
 
 
 def copy_head(heads: ProbeHeads, target: KnnHead) -> None:

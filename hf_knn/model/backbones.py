@@ -27,7 +27,10 @@ from ..core.backbone import (
     model_class,
     pool,
 )
-from ..core.config import KnnConfig, Pooling
+from ..core.config import Head, KnnConfig, Pooling
+
+AUTO_HEAD = "auto"
+"""As `head`: the training chooses the best of several, unless one is named."""
 
 # the classes of processors are taken from `transformers` when one is made: they import slowly
 _PROBES = 2  # a model that packs all pictures into one row is found by the second one
@@ -207,6 +210,18 @@ def complete(config: KnnConfig) -> KnnConfig:
     config.feature_dim = measure_width(backbone, config.pooling)
     config.fill_head()
     return config
+
+
+def named_head(head: str | None, hidden_sizes: list[int] | None) -> str | None:
+    """The head that somebody named, or None.
+
+    Args:
+        head: as given; `auto` names none.
+        hidden_sizes: which only one head has.
+    """
+    if head not in (None, AUTO_HEAD):
+        return str(head)
+    return str(Head.MLP) if hidden_sizes else None
 
 
 def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:

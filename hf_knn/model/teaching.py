@@ -252,7 +252,9 @@ def _remove(
             store.recenter()
         if action == Change.FORGET:
             had = memory.picture is not None
-            said = notes_of_forgotten(store, labels, memory.classes.names, recenter, had)
+            said = notes_of_forgotten(
+                store, labels, memory.classes.names, config.head, recenter, had
+            )
         classes = _without_unused(memory.classes, store, dropped)
         done = _Done(
             action, torch.cat([moved.ids, ids]), classes,

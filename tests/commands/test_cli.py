@@ -245,7 +245,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
         (["--resume", "--bf16"], "--resume, --bf16"),
         (["--fine-tune", "--sweep", "small"], "no --sweep"),
         (["--fine-tune", "--queries", "live"], "--alpha above 0"),
-        (["--head", "ridge", "--epochs", 5], "no ridge head"),
+        (["--head", "ridge", "--epochs", 5], "with --epochs, but got --head ridge"),
         (["--sweep", "small", "--learning-rate", 0.1], "no --sweep, which tries"),
         (["--shots", 2, "--fraction", 0.5], "one of --shots and --fraction"),
         (["--fine-tune", "--shots", 1], "leave out --fine-tune"),

@@ -15,6 +15,7 @@ from training.test_trainer import CLASSES, arguments, cloud, pictures, probe, te
 from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer
 from hf_knn.data.splits import stratified_folds
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import choice
 from hf_knn.fit import heads as fitting
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
 from hf_knn.fit.heads import PROBE_GRIDS, Part, fit_closed_form, sweep
@@ -133,22 +134,27 @@ def test_a_ridge_head_is_trained_tuned_and_measured(tmp_path: Path) -> None:
     assert torch.equal(head_logits(loaded, rows), head_logits(trainer.model, rows))
 
 
-def test_folds_of_a_ridge_head_have_heads_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("head", ["ridge", "linear"])
+def test_folds_have_heads_of_their_own(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, seen = cloud(60), []
+    features = cloud(60)
+    seen: list[set[bytes]] = []
+    name = "fit_closed" if head == "ridge" else "fit_linear"
+    real = getattr(choice, name)
 
-    def spied(model: Any, rows: ImageFeatures, *args: Any) -> Any:
-        seen.append(set(rows.ids.tolist()))
-        return fit_closed_form(model, rows, *args)
+    def spied(*args: Any, **options: Any) -> Any:
+        rows = next(part for part in args if isinstance(part, Tensor))
+        seen.append({row.numpy().tobytes() for row in rows})
+        return real(*args, **options)
 
-    monkeypatch.setattr("hf_knn.training.heads.fit_closed_form", spied)
-    trainer = make_trainer("ridge", tmp_path, features)
+    monkeypatch.setattr(choice, name, spied)
+    trainer = make_trainer(head, tmp_path, features)
     trainer.train()
     trainer.tune()
     folds = stratified_folds(features.labels, trainer.args.tune_folds, trainer.args.seed)
-    assert seen[0] == set(features.ids.tolist())
-    assert seen[1:] == [set(features.ids[list(fold.fitted)].tolist()) for fold in folds]
+    rows = [row.numpy().tobytes() for row in features.features]
+    assert seen == [{rows[row] for row in fold.fitted} for fold in folds]
 
 
 def test_class_weights_reach_a_ridge_head(tmp_path: Path) -> None:
@@ -166,8 +172,8 @@ def test_class_weights_reach_a_ridge_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "options", "message"),
     [
-        ("ridge", {"knn_loss_alpha": 0.1}, "which has no loss to weight"),
-        ("ridge", {"probe_grid": "small"}, "which has no loss to weight"),
+        ("ridge", {"knn_loss_alpha": 0.1}, "no `knn_loss_alpha` for a ridge head"),
+        ("ridge", {"probe_grid": "small"}, "no `probe_grid` for a ridge head"),
         ("ridge", {"freeze_backbone": False}, "`freeze_backbone` to be True"),
         ("linear", {"probe_grid": "large"}, r"`probe_grid` to be one of \['small'"),
         ("linear", {"probe_grid": "small", "freeze_backbone": False}, "`freeze_backbone` to be"),
