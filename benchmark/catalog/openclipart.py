@@ -4,8 +4,10 @@ The package is no Python package and 130 MB large, so nothing here fetches it.
 """
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
@@ -17,7 +19,9 @@ from scipy.sparse.csgraph import connected_components
 
 from catalog.drawn import REVISION, Row, drawn, png
 from hf_knn.checkup import find_pairs
-from hf_knn.data import print_of
+from hf_knn.data import BadImageError, decode_image, print_of
+
+logger = logging.getLogger(__name__)
 
 OPENCLIPART = Path("/usr/share/openclipart/png")
 """Where the package puts its pictures."""
@@ -42,12 +46,14 @@ def clip_files() -> list[Path]:
 
 
 def draw_clip(path: Path) -> Image.Image:
-    """A drawing on white, RGB, the longer side `OPENCLIPART_SIDE` pixels at most."""
-    with Image.open(path) as picture:
-        clear = picture.convert("RGBA")
-    clear.thumbnail((OPENCLIPART_SIDE, OPENCLIPART_SIDE))
-    white = Image.new("RGBA", clear.size, "white")
-    return Image.alpha_composite(white, clear).convert("RGB")
+    """A drawing on white, RGB, the longer side `OPENCLIPART_SIDE` pixels at most.
+
+    Raises:
+        BadImageError: It is too large, or none.
+    """
+    picture = decode_image(path)
+    picture.thumbnail((OPENCLIPART_SIDE, OPENCLIPART_SIDE))
+    return picture
 
 
 def build_openclipart(folder: Path) -> Dataset:
@@ -67,19 +73,34 @@ def build_openclipart(folder: Path) -> Dataset:
 
 
 def _clip_rows(files: list[Path], names: list[str]) -> Iterator[Row]:
-    pictures, prints = [], []
-    for path in tqdm(files, desc="Drawing openclipart", unit="picture"):
-        picture = draw_clip(path)
+    kept, pictures, prints, refused = [], [], [], []
+    progress = tqdm(
+        zip(files, names, strict=True), "Drawing openclipart", len(files), unit="picture"
+    )
+    for path, name in progress:
+        try:
+            picture = draw_clip(path)
+        except BadImageError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        kept.append(name)
         pictures.append(png(picture))
         prints.append(print_of(picture))
-    pairs = find_pairs(prints, None)
-    links = coo_array((np.ones(len(pairs.first)), (pairs.first, pairs.second)), [len(files)] * 2)
-    groups = connected_components(links, directed=False)[1]
-    firsts = np.unique(groups, return_index=True)[1]
-    for picture, name, group in zip(pictures, names, groups, strict=True):
+    if refused:
+        logger.warning("%d of %d were left out. %s", len(refused), len(files), " ".join(refused))
+    for picture, name, group in zip(pictures, kept, _groups(prints), strict=True):
         yield {
             "image": {"bytes": picture, "path": None},
             "name": name,
             "label": name.split("/")[0],
-            "group": names[firsts[group]],  # called after its first picture
+            "group": kept[group],  # called after its first picture
         }
+
+
+def _groups(prints: Sequence[Any]) -> list[int]:
+    """The first picture of those that each is linked to by pairs of near-duplicates."""
+    pairs = find_pairs(prints, None)
+    links = coo_array((np.ones(len(pairs.first)), (pairs.first, pairs.second)), [len(prints)] * 2)
+    _, groups = connected_components(links, directed=False)
+    firsts = np.unique(groups, return_index=True)[1]
+    return [int(first) for first in firsts[groups]]

@@ -344,7 +344,7 @@ def test_a_dry_run_lists_and_runs_nothing(tmp_path):
         app, ["--suite", "offline", "--task", "digits", "--dry-run", "-o", str(tmp_path / "out")]
     )
     assert said.exit_code == 0, said.output
-    assert "135 cells" in said.output
+    assert "375 cells" in said.output
     assert re.search(
         r"About \d+ minutes by one rank, .* MB of disk\. Nothing was run\.", said.output
     )
@@ -374,7 +374,7 @@ def test_what_fails_alike_is_said_once(tmp_path):
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 1
     output = " ".join(said.output.split())
-    assert "and 44 more: FileNotFoundError: Expected a folder with a sub-folder" in output
+    assert "and 74 more: FileNotFoundError: Expected a folder with a sub-folder" in output
     assert output.count("Failed") == 1
     assert "Next:" not in output
 

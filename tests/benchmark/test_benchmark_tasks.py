@@ -150,6 +150,7 @@ def clips(tmp_path, monkeypatch) -> Path:
         Image.fromarray(noise).resize((560, 400), Image.Resampling.NEAREST).save(place)
     shutil.copy(root / "animals" / "0.png", root / "animals" / "birds" / "0.png")
     (root / "tools" / "link.png").symlink_to("0.png")
+    (root / "tools" / "broken.png").write_bytes(b"no picture")
     clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
     clear.paste((200, 0, 0, 255), (10, 5, 20, 15))
     clear.save(root / "tools" / "0.png")
@@ -157,8 +158,9 @@ def clips(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def test_openclipart_is_drawn_on_white_and_labelled_by_the_top_folder(clips, tmp_path):
+def test_openclipart_is_drawn_on_white_and_labelled_by_the_top_folder(clips, tmp_path, caplog):
     found = load_pictures("openclipart", tmp_path)
+    assert "1 of 20 were left out. tools/broken.png: " in caplog.text
     assert found.features["label"].names == ["animals", "tools"]
     assert Counter(found["label"][:]) == {0: 9, 1: 8}
     by_name = {row["name"]: row for row in found}
@@ -418,7 +420,7 @@ def test_efficientnet_opens_offline_and_equals_timm(name, shared_cache, no_netwo
     [("efficientnet-lite0", "flower.jpg", 985), *((name, "china.jpg", 698) for name in LITES)],
 )
 def test_efficientnet_knows_a_daisy_and_a_palace(name, photograph, imagenet, shared_cache):
-    """The flower is a dahlia, which ImageNet does not have; the larger two take it for honeycomb."""
+    """ImageNet has no dahlia, which the flower is: the larger two take it for honeycomb."""
     processor = AutoImageProcessor.from_pretrained(build_backbone(name, shared_cache))
     assert "Timm" not in type(processor).__name__
     picture = Image.fromarray(load_sample_image(photograph))
