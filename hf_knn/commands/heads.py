@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any, Literal
 
 from rich.table import Table
 
 from hf_knn_cli.train_options import TrainOptions
 
-from ..core.config import Head
 from ..fit.choice import HeadChoice
 from ..model.backbones import AUTO_HEAD
 from .console import console, right
 
 _DESCENT = ("fine_tune", "epochs", "learning_rate", "sweep", "alpha", "label_smoothing")
-_USED_BY: tuple[tuple[tuple[str, ...], tuple[Head, ...]], ...] = (
-    (("hidden",), (Head.MLP,)),
-    (_DESCENT, (Head.LINEAR, Head.MLP)),
+_USED_BY: tuple[tuple[tuple[str, ...], tuple[Literal["linear", "mlp"], ...]], ...] = (
+    (("hidden",), ("mlp",)),
+    (_DESCENT, ("linear", "mlp")),
 )
 """Options that only some heads use; the first of these is the one that they choose."""
 
@@ -38,11 +38,11 @@ def with_named_head(options: TrainOptions) -> tuple[TrainOptions, str]:
         if not given:
             continue
         if options.head == AUTO_HEAD:
-            options = replace(options, head=str(heads[0]))
+            options = replace(options, head=heads[0])
             said = f"The head is {heads[0]}, which {listed(given)} asks for."
         elif options.head not in heads:
             raise ValueError(
-                f"Expected a head of {[str(head) for head in heads]} with {listed(given)}, but got "
+                f"Expected a head of {list(heads)} with {listed(given)}, but got "
                 f"--head {options.head}, which does not use it; change one of them."
             )
     return options, said
@@ -55,7 +55,7 @@ def given_of(options: TrainOptions, names: Sequence[str]) -> list[str]:
         options: as typed.
         names: of fields.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         each.name: [] if callable(each.default_factory) else each.default
         for each in fields(options)
     }

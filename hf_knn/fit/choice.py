@@ -239,5 +239,5 @@ def fit_of(
 
 def _store_of(rows: LabelledRows, metric: str, normalization: str) -> Datastore:
     return Datastore.from_features(
-        rows.store, rows.labels, metric=metric, normalization=normalization
+        rows.store, rows.labels, rows.ids, metric=metric, normalization=normalization
     )

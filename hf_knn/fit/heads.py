@@ -217,16 +217,12 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
 def put_fresh_head(model: KnnForImageClassification, kind: str, seed: int) -> None:
     """Gives a model a head of some kind that has learned nothing, for all classes that it has.
 
-    Where its head is of that kind and knows all of them, nothing is changed.
-
     Args:
         model: that is changed.
         kind: see `KnnConfig.head`.
         seed: of the head's weights, whatever was drawn before.
     """
     config = model.config
-    if config.head == kind and config.head_classes == config.classes:
-        return
     config.head, config.head_hidden_sizes = str(kind), []
     config.head_kernel, config.head_features, config.head_components = str(Kernel.RBF), 0, 0
     config.head_regularizer, config.head_temperature = 0.0, 1.0

@@ -27,17 +27,20 @@ class LabelledRows(NamedTuple):
         store: [N, D'] raw features for neighbours.
         labels: [N] int64.
         groups: [N] int64 of what belongs together; None: each row is by itself.
+        ids: [N] int64 of the rows, by which neighbours are ordered that are equally near; None
+            numbers them.
     """
 
     head: Tensor
     store: Tensor
     labels: Tensor
     groups: Tensor | None = None
+    ids: Tensor | None = None
 
     def at(self, rows: Tensor) -> "LabelledRows":
         """Some of the rows, by number."""
-        groups = None if self.groups is None else self.groups[rows]
-        return LabelledRows(self.head[rows], self.store[rows], self.labels[rows], groups)
+        groups, ids = (None if part is None else part[rows] for part in (self.groups, self.ids))
+        return LabelledRows(self.head[rows], self.store[rows], self.labels[rows], groups, ids)
 
 
 class Part(NamedTuple):

@@ -101,8 +101,9 @@ def choose_blend(
             part._replace(head_log_probs=soften(part.head_log_probs, temperature))
             for part in (rows, fresh)
         )
-    result = known
-    if result is None or calibrate or result.criterion != criterion:
+    if known is not None and known.criterion == criterion and not calibrate:
+        result = known
+    else:
         result = choose_cell(
             rows, count, stored, config.classes, criterion,
             metric=config.metric, weighting=config.knn_weighting, progress=progress,

@@ -86,6 +86,7 @@ def sum_rows(store: RowStore, head: KnnHead, config: KnnConfig) -> RidgeState:
             for some, theirs in parts:
                 state.add(prepare_rows(head, some), theirs)
                 bar.update(len(some))
+    state.prepare(config.head_regularizer)
     return state
 
 

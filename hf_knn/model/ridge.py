@@ -208,6 +208,15 @@ class RidgeState:
         if self.class_weighting is not ClassWeighting.NONE:
             self._scatters = self._scatters[:num_labels]
 
+    def prepare(self, regularizer: float) -> None:
+        """Makes a factor now, which copies share: a change of few rows then takes milliseconds.
+
+        Args:
+            regularizer: r > 0 of the solutions that will be asked for.
+        """
+        if self.class_weighting is ClassWeighting.NONE and len(self):
+            self._factorize(regularizer)
+
     def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
         """The classifier of the rows as they are.
 

@@ -12,6 +12,7 @@ with ``A`` the matrix then, ``U`` these rows and ``S`` their signs,
 from typing import NamedTuple, Self
 
 import torch
+from scipy.linalg import cho_solve
 from torch import Tensor
 
 _MOST_ROWS = 128
@@ -143,7 +144,10 @@ class Scatter:
         width = min(sides.shape[1], known.asked.shape[1])
         is_new = torch.ones(sides.shape[1], dtype=torch.bool)
         is_new[:width] = (sides[:, :width] != known.asked[:, :width]).any(dim=0)
-        found = torch.cholesky_solve(torch.cat([new_rows, sides[:, is_new]], dim=1), known.lower)
+        asked = torch.cat([new_rows, sides[:, is_new]], dim=1)
+        # torch copies the factor for each call, which takes longer than to solve with it
+        solution = cho_solve((known.lower.numpy(), True), asked.numpy(), check_finite=False)
+        found = torch.from_numpy(solution)
         answers = torch.empty_like(sides)
         answers[:, :width] = known.answers[:, :width]
         answers[:, is_new] = found[:, new_rows.shape[1] :]

@@ -81,14 +81,14 @@ def ask_on_folds(
 def labelled(features: ImageFeatures, config: KnnConfig) -> LabelledRows:
     """Features as heads and neighbours see them."""
     head, store = split_features(features.features, config)
-    return LabelledRows(head, store, features.labels, features.groups)
+    return LabelledRows(head, store, features.labels, features.groups, features.ids)
 
 
 def _joined(rows: LabelledRows, config: KnnConfig) -> ImageFeatures:
     """The way back: pictures that nothing is known of but their features."""
     parts = (rows.head, rows.store) if config.extra_dim else (rows.head,)
-    numbers = torch.arange(len(rows.labels))
-    return ImageFeatures(torch.cat(parts, dim=1), rows.labels, numbers, groups=rows.groups)
+    assert rows.ids is not None
+    return ImageFeatures(torch.cat(parts, dim=1), rows.labels, rows.ids, groups=rows.groups)
 
 
 def _store(rows: LabelledRows, config: KnnConfig, args: KnnTrainingArguments) -> Datastore:

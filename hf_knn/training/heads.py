@@ -85,9 +85,11 @@ def settle_head(model: KnnForImageClassification, args: KnnTrainingArguments) ->
     Raises:
         ValueError: if arguments and model name different ones.
     """
-    named = args.named_head
+    named, config = args.named_head, model.config
     if not model.has_named_head:
-        put_fresh_head(model, named or Head.LINEAR, args.seed)
+        wanted = named or Head.LINEAR
+        if config.head != wanted:
+            put_fresh_head(model, wanted, args.seed)
     elif named not in (None, model.config.head):
         raise ValueError(
             f"Expected arguments and model to name one head, but got {str(named)!r} and "

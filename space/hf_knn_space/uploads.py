@@ -1,6 +1,7 @@
 """What visitors send: checked by the project's own decoder before anything else looks at it."""
 
 import base64
+import ctypes
 import hashlib
 import io
 from collections.abc import Iterator
@@ -25,6 +26,29 @@ MAX_LABEL = 60
 """Characters of a label."""
 
 _THUMBNAIL_SIDE = 192
+
+
+_MMAP_THRESHOLD = -3
+"""What glibc's `mallopt` calls the size from which a block of memory is the system's own."""
+
+_LARGE_BLOCK = 8 * 2**20
+
+
+def give_back_large_blocks() -> bool:
+    """Lets large blocks of memory go back to the system when they are freed, in this process.
+
+    glibc does so by itself, until a first large block was freed: from then on blocks of up to 32 MB
+    stay with the thread that had them. 2,000 malformed files left 600 MB with the server instead of
+    200.
+
+    Returns:
+        Whether the C library is one that can be told.
+    """
+    try:
+        tell = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows: other ways of their own
+        return False
+    return bool(tell(_MMAP_THRESHOLD, _LARGE_BLOCK))
 
 
 class SpaceError(ValueError):

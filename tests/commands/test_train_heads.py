@@ -132,7 +132,7 @@ ASKING: list[tuple[tuple[object, ...], str, str]] = [
 def test_an_option_that_one_head_uses_chooses_it(
     options: tuple[object, ...], head: str, named: str, place: Path, tmp_path: Path
 ) -> None:
-    done = train(place, tmp_path / "model", *options)
+    done = train(place, tmp_path / "model", *options, pictures="few")
     assert done.exit_code == 0, done.stderr
     first = done.stdout.splitlines()[0]
     assert f"The head is {head}, which {named} asks for." in first

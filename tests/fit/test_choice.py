@@ -118,8 +118,8 @@ def test_every_head_is_asked_about_the_same_rows() -> None:
 
 def test_a_kernel_wins_where_no_plane_parts_the_classes() -> None:
     generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(240, 6, generator=generator), dim=1)
-    labels = (directions[:, 0] * directions[:, 1] * directions[:, 2] > 0).long()
+    directions = torch.nn.functional.normalize(torch.randn(240, 3, generator=generator), dim=1)
+    labels = (directions[:, 0] * directions[:, 1] > 0).long()
     rows = LabelledRows(directions, directions, labels)
     found = compare_heads(rows, stratified_folds(labels, 2, 0), 2)
     assert [each.head for each in found.table] == list(HEADS)

@@ -20,6 +20,7 @@ from hf_knn.fit import heads as fitting
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
 from hf_knn.fit.heads import PROBE_GRIDS, Part, fit_closed_form, sweep
 from hf_knn.fit.sweep import train_probes
+from hf_knn.training.arguments import HEAD
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
@@ -32,8 +33,13 @@ def model_with(head: str, classes: Any = CLASSES, **options: Any) -> KnnForImage
     return small_model(classes, **HEADS[head], **options)
 
 
+USUAL: dict[str, Any] = dict.fromkeys(HEAD._fields)
+"""No rates, which a head in closed form refuses."""
+
+
 def make_trainer(head: str, folder: Path, features: ImageFeatures, **options: Any) -> KnnTrainer:
-    return KnnTrainer(model_with(head), probe(folder, **options), train_dataset=features)
+    given = (USUAL if head == "ridge" else {}) | options
+    return KnnTrainer(model_with(head), probe(folder, **given), train_dataset=features)
 
 
 def with_store(model: KnnForImageClassification, features: ImageFeatures) -> Any:
@@ -149,7 +155,7 @@ def test_folds_have_heads_of_their_own(
         return real(*args, **options)
 
     monkeypatch.setattr(choice, name, spied)
-    trainer = make_trainer(head, tmp_path, features)
+    trainer = make_trainer(head, tmp_path, features, **USUAL)
     trainer.train()
     trainer.tune()
     folds = stratified_folds(features.labels, trainer.args.tune_folds, trainer.args.seed)
@@ -184,7 +190,8 @@ def test_what_does_not_go_together_is_refused(
     head: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     def run() -> None:
-        args = arguments(tmp_path, **{"freeze_backbone": True} | options)
+        usual = USUAL if head == "ridge" else {}
+        args = arguments(tmp_path, **{"freeze_backbone": True} | usual | options)
         KnnTrainer(model_with(head), args, train_dataset=pictures()).train()
 
     with pytest.raises(ValueError, match=message):

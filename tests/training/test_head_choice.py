@@ -19,6 +19,7 @@ from hf_knn.fit import fit_closed, fit_linear
 from hf_knn.fit import measure as measure_module
 from hf_knn.fit.choice import FIXED_CELL
 from hf_knn.fit.heads import with_fresh_head
+from hf_knn.fit.held_out import HeldOut
 from hf_knn.training import asking
 from hf_knn.training.arguments import HEAD
 from hf_knn.training.heads import chooses_head
@@ -138,7 +139,8 @@ def test_a_kernel_is_chosen_where_no_plane_parts_the_classes(tmp_path: Path) -> 
 @pytest.mark.parametrize("named", ["linear", "mlp", "ridge", "lda"])
 @pytest.mark.parametrize("by", ["model", "arguments"])
 def test_a_named_head_is_trained_and_no_other(named: str, by: str, tmp_path: Path) -> None:
-    model = small_model(CLASSES, **({"head": named} if by == "model" else {}))
+    made: dict[str, Any] = {"head": named} if by == "model" else {}
+    model = small_model(CLASSES, **made)
     assert model.has_named_head == (by == "model")
     options = {} if by == "model" else {"head": named}
     trainer = trainer_of(tmp_path, model=model, **options)
@@ -227,10 +229,14 @@ def test_a_search_for_rates_is_for_a_linear_head(tmp_path: Path) -> None:
     trainer = KnnTrainer(
         args=arguments(tmp_path), train_dataset=cloud(60), model_init=lambda: small_model(CLASSES)
     )
-    trainer.hp_search_backend = "wandb"  # type: ignore[assignment]  # which hands over a dict
-    trainer.train(trial={"learning_rate": HEAD.learning_rate})
-    assert trainer.head_choice is None
-    assert trainer.model.config.head == "linear"
+    assert chooses_head(trainer.model, trainer.args)
+
+    def set_up(trial: Any) -> None:  # as optuna's backend does
+        trainer.args.learning_rate = trial["learning_rate"]
+
+    trainer._hp_search_setup = set_up  # type: ignore[method-assign]
+    trainer._begin_anew({"learning_rate": HEAD.learning_rate})  # what `train` does first
+    assert not chooses_head(trainer.model, trainer.args)  # though the rate is the usual one
 
 
 # ---- what it is chosen by -----------------------------------------------------------------------
@@ -284,7 +290,7 @@ def test_thresholds_are_found_where_nothing_was_chosen(
     without_kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Tensor] = []
-    chosen: list[Tensor] = []
+    chosen: list[HeldOut] = []
     thresholds, choose_cell = measure_module.thresholds, choice_module.choose_cell
 
     def spied(log_probs: Tensor, labels: Tensor, rates: Any) -> Any:

@@ -8,7 +8,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..guard import Guard, shelf
-from ..uploads import MAX_BYTES, SpaceError
+from ..uploads import MAX_BYTES, SpaceError, give_back_large_blocks
 from ..visitors import token_of
 from .api import add_api, api_text
 from .benchmark import add_benchmark_tab, find_report
@@ -81,6 +81,7 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         app: of `make_app`.
         options: of `gr.Blocks.launch`.
     """
+    give_back_large_blocks()
     return app.launch(
         theme=gr.themes.Soft(font=_FONTS), css=CSS, head=HEAD, max_file_size=MAX_BYTES,
         show_error=False, run_history=False, footer_links=[], state_session_capacity=1000,
