@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7c198450e591747624d009ccef60e5b95fc81b1499457b1cc0ad0f35271b4b10.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2b1cf9ddb57cb063ec706c6b317292e7f637880027fed3d597bb08e2ce970b0d.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -554,6 +554,7 @@ class KnnHead(nn.Module):
         if self.axes is None or self.directions is None:
             return rows
         components = rows @ self.axes.to(rows.dtype).T  # [B, P]
+        components = functional.normalize(components, dim=-1, eps=_SMALLEST_LENGTH)
         angles = components @ self.directions.to(rows.dtype).T
         random = (
             angles.relu() * self.random**-0.5
