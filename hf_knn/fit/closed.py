@@ -13,7 +13,8 @@ from ..core.config import CLOSED_FORM, HEAD_COMPONENTS, HEAD_FEATURES, Head, Ker
 from ..core.votes import ClassWeighting
 from ..data.splits import few_rows
 from ..model.closed_form import check_weighting, prepare_rows
-from ..model.ridge import RidgeState, rounding
+from ..model.ridge import RidgeState
+from ..model.scatter import rounding
 from .lda import fit_lda, within_scale
 from .ridge import RELATIVE_REGULARIZERS, RidgeFit, RidgeScore, fit_ridge, scale_of, score_sample
 
