@@ -13,7 +13,7 @@ from support.oracles import as_numpy
 from support.pictures import NAMES, picture, small_model
 from support.tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
-from training.test_trainer import USUAL, CLASSES, cloud, probe
+from training.test_trainer import CLASSES, USUAL, cloud, probe
 
 from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
 from hf_knn.core.config import CLOSED_FORM
