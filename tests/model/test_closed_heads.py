@@ -184,6 +184,7 @@ def test_random_features_come_to_their_kernel() -> None:
         set_random_map(head, axes, RandomMap("rbf", sharpness, 0.5), seed=1)
         wide = head.prepared(rows.double())[:, : 2**14].numpy()
         assert np.abs(wide @ wide.T - rbf_kernel(rows.numpy(), gamma=sharpness)).max() < 0.03
+    assert head.directions is not None
     again = head.directions.clone()
     set_random_map(head, axes, RandomMap("rbf", 2.0, 0.5), seed=1)
     assert torch.equal(again, head.directions)
