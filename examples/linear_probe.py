@@ -15,7 +15,7 @@ def main() -> None:
     pictures = load_pictures("digits").train_test_split(0.3, seed=0, stratify_by_column="label")
     labels = pictures["train"].features["label"].names
     backbone = build_backbone("efficientnet-lite0")  # or "facebook/dinov2-small"
-    model = KnnForImageClassification.from_backbone(backbone, labels)
+    model = KnnForImageClassification.from_backbone(backbone, labels, head="linear")
     args = KnnTrainingArguments("outputs/linear_probe", freeze_backbone=True)
     trainer = KnnTrainer(model, args, train_dataset=pictures["train"])
     trainer.train()

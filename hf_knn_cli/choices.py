@@ -22,8 +22,8 @@ OnBadImage = Literal["skip", "fail"]
 Precision = Literal["fp32", "bf16", "fp16"]
 """Precision of the backbone's forward pass."""
 
-HeadKind = Literal["linear", "mlp", "ridge"]
-"""The classifier beside the datastore."""
+HeadKind = Literal["auto", "linear", "mlp", "ridge", "kernel", "lda"]
+"""The classifier beside the datastore; `auto` compares some."""
 
 Sweep = Literal["small", "paper", "paper_self_supervised"]
 """Grids of learning rates, weight decays and alphas."""

@@ -100,7 +100,7 @@ def forget(
     ] = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Forget pictures: no byte of their rows stays, and a ridge head never saw them."""
+    """Forget pictures: no byte of their rows stays, and a head in closed form never saw them."""
     from hf_knn.commands.memory import forget_rows
 
     return forget_rows
@@ -145,7 +145,7 @@ def undo(
 @app.command()
 @hand_over
 def refit(checkpoint: ChangedCheckpoint) -> Command:
-    """Make a ridge head anew: regulariser, temperature and mean of all rows that are stored."""
+    """Make a ridge, kernel or lda head anew from all rows that are stored."""
     from hf_knn.commands.memory import refit_head
 
     return refit_head

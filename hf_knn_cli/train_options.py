@@ -116,8 +116,13 @@ class TrainOptions:
     ] = "skip"
     head: Annotated[
         HeadKind,
-        typer.Option(rich_help_panel=HEAD, help="ridge is solved in closed form, without epochs."),
-    ] = "linear"
+        typer.Option(
+            rich_help_panel=HEAD,
+            help="auto takes the best of linear, ridge, kernel and lda on pictures held out, and "
+            "linear with --fine-tune. ridge, kernel and lda are solved in closed form, without "
+            "epochs, and follow what is taught and forgotten.",
+        ),
+    ] = "auto"
     hidden: Annotated[
         list[int],
         typer.Option(

@@ -207,7 +207,7 @@ def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
 
 
 def refit_head(checkpoint: Path) -> None:
-    """Makes a ridge head anew from the rows of a checkpoint.
+    """Makes a head in closed form anew from the rows of a checkpoint.
 
     Args:
         checkpoint: a folder.

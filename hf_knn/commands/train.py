@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import check_drawing, draw_neighbors
 from ..fit.report import Report
+from ..model.backbones import AUTO_HEAD
 from ..model.card import draw_reliability, make_card
 from ..model.modeling import KnnForImageClassification
 from ..model.versions import Occupant, check_free, mark_training, occupant_of
@@ -49,6 +50,7 @@ from .console import (
     typed,
 )
 from .evaluate import print_measured, stored_names
+from .heads import given_of, listed, print_choice, with_named_head
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -88,6 +90,7 @@ def train_pictures(options: TrainOptions) -> None:
         FloatingPointError: if the loss is not finite.
     """
     started = time.perf_counter()
+    options, why_that_head = with_named_head(options)
     _check(options)
     _check_packages(options)
     _arguments(options, options.output)  # which look at the values of theirs
@@ -97,7 +100,9 @@ def train_pictures(options: TrainOptions) -> None:
     names = check_classes(splits, options.pictures)
     pictures = hash_of_pictures(splits)
     _check_output(options, pictures)
-    console.print(f"{len(splits['train'])} pictures of {len(names)} classes in train.")
+    console.print(
+        f"{len(splits['train'])} pictures of {len(names)} classes in train. {why_that_head}".strip()
+    )
     model = KnnForImageClassification.from_backbone(
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
         head=options.head, head_hidden_sizes=options.hidden,
@@ -126,7 +131,7 @@ def train_pictures(options: TrainOptions) -> None:
         replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     seconds = time.perf_counter() - started
-    _report(options, model, parts, result, metrics, measured, skipped, seconds)
+    _report(options, trainer, parts, result, metrics, measured, skipped, seconds)
     if replaced is not None:
         back = f" `hf-knn undo {options.output}` brings it back."
         said = str(replaced) + back * replaced.is_kept
@@ -154,7 +159,7 @@ def _save(trainer: KnnTrainer, options: TrainOptions, pictures: str) -> Occupant
 
 def _report(
     options: TrainOptions,
-    model: KnnForImageClassification,
+    trainer: KnnTrainer,
     parts: Parts,
     result: TuneResult,
     metrics: dict[str, float],
@@ -163,6 +168,7 @@ def _report(
     seconds: float,
 ) -> None:
     """Card and report, and when they are on disk the last lines on the screen."""
+    model, choice = trainer.model, trainer.head_choice
     draw_reliability(model, options.output)
     path = options.output / CARD_NAME
     earlier = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -170,6 +176,7 @@ def _report(
     path.write_text(card, encoding="utf-8")
     report = {
         "options": asdict(options) | {"output": str(options.output)},
+        "head": None if choice is None else choice.as_json(),
         "rows": {n: 0 if part is None else len(part) for n, part in parts._asdict().items()},
         "metrics": metrics,
         "chosen": {"k": result.k, "temperature": result.temperature, "λ": result.knn_weight},
@@ -254,9 +261,12 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
     if options.fine_tune:
         trainer.train(resume_from_checkpoint=options.resume or None)
         return
-    with console.status("Training the head …"):
+    what = "Comparing heads" if options.head == AUTO_HEAD else "Training the head"
+    with console.status(f"{what} …"):
         metrics = trainer.train().metrics
-    choice = trainer.probe_choice
+    chosen, choice = trainer.head_choice, trainer.probe_choice
+    if chosen is not None:
+        print_choice(chosen)
     if choice is not None:
         config = choice.score.config
         console.print(
@@ -264,9 +274,10 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
             f"decay {config.weight_decay:g}, alpha {config.alpha:g} "
             f"({choice.score.accuracy:.1%} on rows held out)."
         )
-    elif "train_regularizer" in metrics:
+    elif "train_regularizer" in metrics and (chosen is None or chosen.fixed is None):
         console.print(
-            f"Ridge head: regulariser {metrics['train_regularizer']:.3g}, temperature "
+            f"{trainer.model.config.head.capitalize()} head: regulariser "
+            f"{metrics['train_regularizer']:.3g}, temperature "
             f"{metrics['train_temperature']:.3g}, by leave-one-out."
         )
 
@@ -349,6 +360,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "freeze_backbone": not options.fine_tune,
+        "head": options.head,
         "num_train_epochs": options.epochs,
         "learning_rate": options.learning_rate,
         "knn_loss_alpha": options.alpha,
@@ -377,16 +389,13 @@ def _check(options: TrainOptions) -> None:
     """
     if options.shots is not None and options.fraction is not None:
         raise ValueError("Expected one of --shots and --fraction, but got both.")
-    if options.head == "ridge":
-        idle = (*_RATES, "label_smoothing")
-        _refuse(options, idle, "no ridge head, which is solved in closed form,")
     if options.sweep is not None:
         _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
-    if options.sweep is not None or options.head == "ridge":
-        raise ValueError("Expected no --sweep and no ridge head with --fine-tune.")
+    if options.sweep is not None:
+        raise ValueError("Expected no --sweep with --fine-tune.")
     if not options.alpha:
         _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
 
@@ -415,11 +424,9 @@ def _check_packages(options: TrainOptions) -> None:
 
 def _refuse(options: TrainOptions, idle: tuple[str, ...], wanted: str) -> None:
     """Refuses options that would be ignored: those that are not at their defaults."""
-    defaults = {field.name: field.default for field in fields(options)}
-    given = [name for name in idle if getattr(options, name) != defaults[name]]
+    given = given_of(options, idle)
     if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"Expected {wanted} with {names}; change one of them.")
+        raise ValueError(f"Expected {wanted} with {listed(given)}; change one of them.")
 
 
 def _frozen(options: TrainOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .config import Head, KnnConfig, Normalization, Pooling
+from .config import CLOSED_FORM, Head, Kernel, KnnConfig, Normalization, Pooling
 
 # arguments of timm.create_model that only shape the network; others can name files, URLs or repos
 _TIMM_SHAPE_ARGUMENTS = frozenset(
@@ -206,13 +206,16 @@ _SMALLEST_LENGTH = 1e-30
 
 
 class KnnHead(nn.Module):
-    """A classifier on standardised features: linear, or with hidden layers.
+    """A classifier on standardised features: linear, with hidden layers, or in closed form.
 
     Args:
-        dim: width of a feature.
+        dim: D, width of a feature.
         num_labels: number of classes.
         hidden_sizes: widths of hidden layers, each followed by a ReLU.
         unit_length: scale each feature to length 1, as a datastore does (closed-form heads).
+        kernel: what random features come to, see `Kernel`.
+        expansion: how many principal components P and random features R of them stand before the
+            features themselves.
     """
 
     def __init__(
@@ -221,28 +224,40 @@ class KnnHead(nn.Module):
         num_labels: int,
         hidden_sizes: Sequence[int] = (),
         unit_length: bool = False,
+        kernel: str = Kernel.RBF,
+        expansion: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(()))
-        self.unit_length = unit_length
-        widths = [dim, *hidden_sizes]
+        self.unit_length, self.kernel = unit_length, Kernel(kernel)
+        (components, self.random), axes, directions = expansion, None, None
+        if self.random:
+            rows = self.random if self.kernel is Kernel.RELU else self.random // 2
+            axes, directions = torch.zeros(components, dim), torch.zeros(rows, components)
+        self.register_buffer("axes", axes)  # [P, D]
+        self.register_buffer("directions", directions)  # [R, P], of `rbf` [R / 2, P]
+        widths = [dim + self.random, *hidden_sizes]
         pairs = zip(widths, hidden_sizes, strict=False)
         self.hidden = nn.ModuleList(nn.Linear(width, out) for width, out in pairs)
         self.classifier = nn.Linear(widths[-1], num_labels)
 
     mean: Tensor
     scale: Tensor
+    axes: Tensor | None
+    directions: Tensor | None
 
     @classmethod
     def from_config(cls, config: KnnConfig) -> "KnnHead":
         """The head that a configuration asks for, with new weights."""
-        is_ridge = config.head == Head.RIDGE
+        is_closed = config.head in CLOSED_FORM
         return cls(
             config.feature_dim,
             config.head_classes,
             config.head_hidden_sizes if config.head == Head.MLP else (),
-            unit_length=is_ridge and config.normalization != Normalization.NONE,
+            unit_length=is_closed and config.normalization != Normalization.NONE,
+            kernel=config.head_kernel,
+            expansion=(config.head_components, config.head_features),
         )
 
     def standardize(self, features: Tensor) -> None:
@@ -257,11 +272,20 @@ class KnnHead(nn.Module):
         self.scale.copy_(deviation if deviation > 0 else torch.ones(()))
 
     def prepared(self, features: Tensor) -> Tensor:
-        """[B, D] features as the first layer sees them."""
+        """[B, D] features as the first layer sees them: [B, R + D]."""
         rows = (features - self.mean.to(features.dtype)) / self.scale.to(features.dtype)
-        return (
-            functional.normalize(rows, dim=-1, eps=_SMALLEST_LENGTH) if self.unit_length else rows
+        if self.unit_length:
+            rows = functional.normalize(rows, dim=-1, eps=_SMALLEST_LENGTH)
+        if self.axes is None or self.directions is None:
+            return rows
+        components = rows @ self.axes.to(rows.dtype).T  # [B, P]
+        angles = components @ self.directions.to(rows.dtype).T
+        random = (
+            angles.relu() * self.random**-0.5
+            if self.kernel is Kernel.RELU
+            else torch.cat([angles.cos(), angles.sin()], dim=-1) * (self.random / 2) ** -0.5
         )
+        return torch.cat([random, rows], dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C_head] logits."""
@@ -284,3 +308,6 @@ class KnnHead(nn.Module):
         """New buffers; called by the model when it initialises weights."""
         init.zeros_(self.mean)
         init.ones_(self.scale)
+        for part in (self.axes, self.directions):
+            if part is not None:
+                init.zeros_(part)

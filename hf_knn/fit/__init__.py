@@ -8,11 +8,18 @@ if TYPE_CHECKING:
     from .blend import TuneResult as TuneResult
     from .blend import default_grid as default_grid
     from .blend import tune as tune
+    from .choice import HeadChoice as HeadChoice
+    from .choice import compare_heads as compare_heads
+    from .closed import ClosedCell as ClosedCell
+    from .closed import ClosedFit as ClosedFit
+    from .closed import fit_closed as fit_closed
     from .grids import FactorControl as FactorControl
     from .grids import ProbeConfig as ProbeConfig
     from .grids import ProbeGrid as ProbeGrid
     from .grids import ProbeSettings as ProbeSettings
     from .heads import refit as refit
+    from .held_out import LabelledRows as LabelledRows
+    from .linear import fit_linear as fit_linear
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
     from .report import Report as Report
@@ -25,7 +32,11 @@ if TYPE_CHECKING:
     from .weights import knn_loss_weights as knn_loss_weights
 
 _HOMES = {
+    "ClosedCell": "closed",
+    "ClosedFit": "closed",
     "FactorControl": "grids",
+    "HeadChoice": "choice",
+    "LabelledRows": "held_out",
     "ProbeConfig": "grids",
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
@@ -33,8 +44,11 @@ _HOMES = {
     "Report": "report",
     "TuneResult": "blend",
     "choose_probe": "sweep",
+    "compare_heads": "choice",
     "default_grid": "blend",
     "draw_neighbors": "plots",
+    "fit_closed": "closed",
+    "fit_linear": "linear",
     "fit_ridge": "ridge",
     "knn_loss_weights": "weights",
     "out_of_fold": "voices",

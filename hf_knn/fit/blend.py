@@ -6,23 +6,16 @@ held-out rows only: a validation split, or folds in which neither voice has seen
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ..core.search import Neighbors
-from ..core.votes import (
-    PROBABILITY_FLOOR,
-    Choice,
-    Metric,
-    Weighting,
-    check_labels,
-    neighbor_log_weights,
-)
+from ..core.votes import Choice, Metric, Weighting, check_labels
+from .cells import Cell as Cell
+from .cells import CellScorer
+from .cells import Grid as Grid
 
 TEMPERATURES = (
     1e-4, 1e-3, *(i / 100 for i in range(1, 10)), *(i / 10 for i in range(1, 10)), 1.0, 10.0,
@@ -45,9 +38,6 @@ neighbours are poor), and at 2 less likely by 0.6 and 0.05 nats. From 16 on it w
 average: 0.0 and +0.8 points.
 """
 
-_ROW_BLOCK = 1024
-_TIE = 1e-7  # the head comes as float32 log-probabilities, which tell no smaller difference
-
 
 class Criterion(Choice):
     """What makes a cell the best."""
@@ -57,34 +47,6 @@ class Criterion(Choice):
     MEAN_CLASS = "mean_class"
     LOG_LIKELIHOOD = "log_likelihood"
     FIXED = "fixed"
-
-
-class Grid(NamedTuple):
-    """The cells that are tried: every combination."""
-
-    k: tuple[int, ...]
-    temperatures: tuple[float, ...]
-    knn_weights: tuple[float, ...]
-
-
-class Cell(NamedTuple):
-    """One combination and what it scored on the held-out rows.
-
-    Attributes:
-        k: neighbours that really voted, at most as many as there are.
-        temperature: divides squared distances.
-        knn_weight: λ.
-        accuracy: top-1.
-        mean_class: mean per-class accuracy.
-        log_likelihood: mean ``log p(label)``, p floored at 1e-12.
-    """
-
-    k: int
-    temperature: float
-    knn_weight: float
-    accuracy: float
-    mean_class: float
-    log_likelihood: float
 
 
 @dataclass(frozen=True)
@@ -126,7 +88,9 @@ class TuneResult:
         """
         cell = f"k = {self.k}, temperature = {self.temperature:g}, λ = {self.knn_weight:g}"
         if self.criterion != Criterion.FIXED:
-            return f"Chosen by {self.criterion} {where}: {cell}."
+            alone = " The neighbours add nothing here; they still explain."
+            chosen = f"Chosen by {self.criterion} {where}: {cell}."
+            return chosen + alone * (self.knn_weight == 0)
         if not self.has_few_labels:
             return f"The fixed cell, as asked for: {cell}."
         return (
@@ -189,7 +153,8 @@ def tune(
             accuracy the one with the best log-likelihood), `accuracy`, `mean_class`,
             `log_likelihood`, or `fixed` (k 20, T 0.14, λ 0.5, whatever the rows say). None is the
             first, and the last below 16 labels a class, where a choice would be chance. Ties go to
-            the smaller λ, then k, then temperature.
+            the smaller λ, then k, then temperature; where λ = 0 is best, k and temperature are
+            those of the neighbours alone, who still explain.
         metric: of the similarities.
         weighting: of the votes; only `softmax` has a temperature.
         grid: the cells to try; None is the published grid, or a coarse one below 16 labels a class.
@@ -205,15 +170,18 @@ def tune(
     if Weighting(weighting) is not Weighting.SOFTMAX:
         grid = grid._replace(temperatures=grid.temperatures[:1])
     chosen_by = Criterion(criterion or ("fixed" if few else "one_standard_error"))
-    scorer = _Scorer(neighbors, head_log_probs, labels, num_labels, metric, weighting)
+    scorer = CellScorer(neighbors, head_log_probs, labels, num_labels, metric, weighting)
     table = scorer.score(grid._replace(k=_clip(grid.k, neighbors.labels.shape[1])), progress)
-    lone = Grid(_clip([FIXED_K], neighbors.labels.shape[1]), (FIXED_TEMPERATURE,), (0.0,))
-    fixed = scorer.score(lone._replace(knn_weights=(FIXED_KNN_WEIGHT,)))[0]
+    lone = _clip([FIXED_K], neighbors.labels.shape[1])
+    head, fixed = scorer.score(Grid(lone, (FIXED_TEMPERATURE,), (0.0, FIXED_KNN_WEIGHT)))
     if chosen_by is Criterion.FIXED:  # of a store that grows later, 20 may vote
         best, score, rule = fixed._replace(k=FIXED_K), fixed.accuracy, Criterion.LOG_LIKELIHOOD
     else:
         (best, score), rule = _choose(table, chosen_by, count), chosen_by
     pure = [cell for cell in table if cell.knn_weight == 1] or table
+    best_knn = _choose(pure, rule, count)[0]
+    if best.knn_weight == 0:  # all k and T are alike then, but neighbours still explain
+        best = best._replace(k=best_knn.k, temperature=best_knn.temperature)
     return TuneResult(
         k=best.k,
         temperature=best.temperature,
@@ -221,8 +189,8 @@ def tune(
         score=score,
         criterion=str(chosen_by),
         table=table,
-        best_knn=_choose(pure, rule, count)[0],
-        head=scorer.score(lone)[0],
+        best_knn=best_knn,
+        head=head,
         fixed=fixed,
         rows=count,
         has_few_labels=few,
@@ -247,204 +215,6 @@ def _check_rows(neighbors: Neighbors, head: Tensor, labels: Tensor, num_labels: 
         raise ValueError(
             f"Expected `head_log_probs` without NaN, but rows {bad[:10].tolist()} have some."
         )
-
-
-class _Scorer:
-    """Scores cells without ever building [N, C] votes, and all λ of a (k, temperature) at once.
-
-    A class can only win a row if one of its neighbours has it or if it is the head's first choice.
-    So each row keeps one slot for the latter, and one per class among its neighbours, in the order
-    of first appearance: those of the nearest k come first.
-
-    A score is linear in λ. So the λ at which a class beats the label of a row are a half-line, and
-    those at which the label wins are an interval.
-    """
-
-    def __init__(
-        self,
-        neighbors: Neighbors,
-        head_log_probs: Tensor,
-        labels: Tensor,
-        num_labels: int,
-        metric: str,
-        weighting: str,
-    ) -> None:
-        self.similarities = neighbors.similarities
-        self.neighbor_labels = neighbors.labels
-        self.head = head_log_probs
-        self.labels, self.num_labels = labels, num_labels
-        self.metric, self.weighting = metric, weighting
-
-    def score(self, grid: Grid, progress: bool = False) -> list[Cell]:
-        """The cells of a grid, k fastest, then temperature, then weight."""
-        shape = (len(grid.temperatures), len(grid.k))
-        correct = torch.zeros(*shape, self.num_labels, len(grid.knn_weights), dtype=torch.float64)
-        likelihood = torch.zeros(*shape, len(grid.knn_weights), dtype=torch.float64)
-        with transformers_logging.tqdm(
-            total=len(self.labels) * len(grid.temperatures), unit=" rows", unit_scale=True,
-            desc="Choosing k, temperature and λ", disable=not progress,
-        ) as bar:  # fmt: skip
-            for start in range(0, len(self.labels), _ROW_BLOCK):
-                rows = slice(start, start + _ROW_BLOCK)
-                self._score_rows(rows, grid, correct, likelihood, bar.update)
-        counts = torch.bincount(self.labels, minlength=self.num_labels).double()
-        present = counts > 0
-        accuracy = correct.sum(-2) / counts.sum()
-        mean_class = (correct[:, :, present] / counts[present].unsqueeze(1)).mean(-2)
-        likelihood /= counts.sum()
-        return [
-            Cell(
-                k, temperature, weight,
-                float(accuracy[t, i, w]), float(mean_class[t, i, w]), float(likelihood[t, i, w]),
-            )
-            for w, weight in enumerate(grid.knn_weights)
-            for t, temperature in enumerate(grid.temperatures)
-            for i, k in enumerate(grid.k)
-        ]  # fmt: skip
-
-    def _score_rows(
-        self,
-        rows: slice,
-        grid: Grid,
-        correct: Tensor,
-        likelihood: Tensor,
-        advance: Callable[[int], object],
-    ) -> None:
-        targets = self.labels[rows]  # [B]
-        slots, slot_labels = _assign_slots(self.neighbor_labels[rows], self.num_labels)
-        head = _Head(self.head[rows], targets, slot_labels, self.num_labels)
-        used = [_slots_used(slots, k) for k in grid.k]
-        knn_weights = torch.tensor(grid.knn_weights, dtype=torch.float64)
-        for t, temperature in enumerate(grid.temperatures):
-            weights = neighbor_log_weights(
-                self.similarities[rows], temperature, metric=self.metric, weighting=self.weighting
-            ).exp()  # [B, K]
-            votes = torch.zeros(len(targets), slot_labels.shape[1] + 1, dtype=torch.float64)
-            done = 0
-            for i, k in enumerate(grid.k):
-                votes.scatter_add_(1, slots[:, done:k] + 1, weights[:, done:k].double())
-                done = k
-                ends = head.blend(votes[:, : used[i] + 1])
-                hits = ends.hits(head.ties[:, : used[i] + 1], knn_weights)  # [B, W]
-                correct[t, i].index_add_(0, targets, hits.double())
-                own = torch.lerp(ends.own_head[:, None], ends.own_knn[:, None], knn_weights)
-                likelihood[t, i] += own.clamp_min(PROBABILITY_FLOOR).log().sum(dim=0)
-            advance(len(targets))
-
-
-class _Head:
-    """What the head says about some rows: about their labels, and about the class of each slot.
-
-    Args:
-        log_probs: [B, C_head].
-        targets: [B] the labels.
-        slot_labels: [B, S] classes of the neighbours; before them comes the head's first choice.
-        num_labels: C, which is the class of a slot that is not used.
-    """
-
-    def __init__(
-        self, log_probs: Tensor, targets: Tensor, slot_labels: Tensor, num_labels: int
-    ) -> None:
-        probs = log_probs.double().exp()
-        width = probs.shape[1]
-        # of equal classes the lowest
-        choice = (probs >= probs.amax(dim=1, keepdim=True) - _TIE).to(torch.int8).argmax(dim=1)
-        classes = torch.cat([choice.unsqueeze(1), slot_labels], dim=1)  # [B, 1 + S]
-        is_outside = classes >= width
-        self.is_taught = is_outside & (classes < num_labels)
-        self.has_taught = bool(self.is_taught.any())
-        self.slots = probs.gather(1, classes.clamp(max=width - 1)).masked_fill(is_outside, 0)
-        self.is_target_taught = targets >= width
-        own = probs.gather(1, targets.clamp(max=width - 1).unsqueeze(1)).squeeze(1)
-        self.own = own.masked_fill(self.is_target_taught, 0)
-        self.at_target = classes == targets.unsqueeze(1)
-        # how far a class may be ahead of the label: of those that float32 cannot tell apart, the
-        # lowest wins
-        ties = torch.where(classes < targets.unsqueeze(1), -_TIE, _TIE).double()
-        self.ties = ties.masked_fill(self.at_target, torch.inf)
-
-    def blend(self, votes: Tensor) -> "_Ends":
-        """The scores of the blend at both ends of λ.
-
-        Args:
-            votes: [B, 1 + S] of the slots; nobody votes for the first one.
-        """
-        width = votes.shape[1]
-        total = votes.sum(dim=1, keepdim=True)
-        shares = votes / total.clamp_min(torch.finfo(torch.float64).tiny)
-        slots, own = self.slots[:, :width], self.own
-        own_share = (shares * self.at_target[:, :width]).sum(dim=1)
-        if self.has_taught:  # their votes count in full, whatever λ is
-            is_taught = self.is_taught[:, :width]
-            rest = 1 - (shares * is_taught).sum(dim=1)
-            slots = torch.where(is_taught, shares, slots * rest.unsqueeze(1))
-            own = torch.where(self.is_target_taught, own_share, own * rest)
-        is_silent = total <= 0
-        if bool(is_silent.any()):  # the head alone, whatever λ is
-            shares = torch.where(is_silent, self.slots[:, :width], shares)
-            slots = torch.where(is_silent, self.slots[:, :width], slots)
-            own_share = torch.where(is_silent.squeeze(1), self.own, own_share)
-            own = torch.where(is_silent.squeeze(1), self.own, own)
-        return _Ends(shares, slots, own_share, own)
-
-
-class _Ends(NamedTuple):
-    """Scores at the ends of λ, between which they are linear.
-
-    Attributes:
-        knn: [B, S] of the slots at λ = 1.
-        head: [B, S] of the slots at λ = 0.
-        own_knn: [B] of the row's label at λ = 1.
-        own_head: [B] of the row's label at λ = 0.
-    """
-
-    knn: Tensor
-    head: Tensor
-    own_knn: Tensor
-    own_head: Tensor
-
-    def hits(self, ties: Tensor, knn_weights: Tensor) -> Tensor:
-        """[B, W] whether no class is ahead of the label of a row at λ.
-
-        Args:
-            ties: [B, S] how far each class may be ahead.
-            knn_weights: [W] λ.
-        """
-        gap = self.head - self.own_head[:, None]  # at λ = 0
-        slope = self.knn - self.own_knn[:, None] - gap
-        crossing = (ties - gap) / slope
-        # a gap that is the same everywhere: the division gave infinity with the right sign, or
-        # 0 / 0 for what is just as far ahead as it may be
-        highest = crossing.masked_fill((slope < 0) | crossing.isnan(), torch.inf).amin(dim=1)
-        lowest = crossing.masked_fill(slope >= 0, -torch.inf).amax(dim=1)
-        return (lowest[:, None] <= knn_weights) & (knn_weights <= highest[:, None])
-
-
-def _assign_slots(neighbor_labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """[B, K] labels -> the slot of each neighbour [B, K] and the class of each slot [B, S].
-
-    Slots are in the order of first appearance; unused ones carry the class `num_labels`, which no
-    row has.
-    """
-    rows, width = neighbor_labels.shape
-    if width == 0:
-        return neighbor_labels, neighbor_labels
-    ordered, order = neighbor_labels.sort(dim=1, stable=True)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    numbers = starts.cumsum(dim=1) - 1  # [B, K] of the labels in ascending order
-    places = torch.full((rows, width), width, dtype=torch.int64)
-    places.scatter_reduce_(1, numbers, order, "amin")  # [B, K] where each label appears first
-    slots_of = places.argsort(dim=1).argsort(dim=1)  # [B, K] its number in the order of those
-    slots = torch.empty_like(order).scatter_(1, order, slots_of.gather(1, numbers))
-    classes = torch.full((rows, int(numbers.amax()) + 1), num_labels, dtype=torch.int64)
-    classes.scatter_(1, slots, neighbor_labels)
-    return slots, classes
-
-
-def _slots_used(slots: Tensor, k: int) -> int:
-    """How many slots the nearest k fill at most."""
-    return int(slots[:, :k].amax()) + 1 if k and slots.numel() else 0
 
 
 def _choose(table: list[Cell], criterion: Criterion, count: int) -> tuple[Cell, float]:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import KnnHead, split_features
-from ..core.config import Head
+from ..core.config import CLOSED_FORM, Kernel, KnnConfig
 from ..core.votes import ClassWeighting
 from ..data.augmentation import seeded
 from ..features.extract import ImageFeatures
+from ..model.closed_form import center_head, solve_head
 from ..model.modeling import KnnForImageClassification
-from ..model.ridge import center_head, prepare_rows, solve_head
 from ..store.backend import SearchBackend
 from ..store.datastore import Datastore
+from .closed import ClosedCell, fit_on_rows
 from .grids import (
     PAPER_SELF_SUPERVISED,
     PAPER_SETTINGS,
@@ -26,7 +27,7 @@ from .grids import (
     ProbeGrid,
     ProbeSettings,
 )
-from .ridge import RidgeFit, fit_ridge
+from .ridge import RidgeFit
 from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_probes, train_probes
 from .voices import OwnVotes
 
@@ -55,16 +56,20 @@ def fit_closed_form(
     model: KnnForImageClassification,
     features: ImageFeatures,
     class_weighting: str = ClassWeighting.NONE,
+    seed: int = 0,
+    cell: ClosedCell | None = None,
 ) -> RidgeFit:
-    """Solves a `ridge` head and puts it into the model.
+    """Solves a head in closed form and puts it into the model.
 
     On the rows as the datastore holds them, so that the head can follow every change of theirs; on
     `features` if the datastore pools differently.
 
     Args:
-        model: with a `ridge` head and the datastore of the same rows.
+        model: with a `ridge`, `kernel` or `lda` head and the datastore of the same rows.
         features: N rows.
         class_weighting: see `RidgeState`.
+        seed: of the random features of a kernel head.
+        cell: what to fit it with; None chooses by leave-one-out.
 
     Returns:
         The fit, with its leave-one-out table.
@@ -76,26 +81,37 @@ def fit_closed_form(
     if config.extra_dim:  # the datastore pools differently
         rows, _ = split_features(features.features, config)
         labels, mean = features.labels, rows.double().mean(dim=0)
+    return _solve_anew(head, config, rows, labels, mean, class_weighting, seed, cell)
+
+
+def _solve_anew(
+    head: KnnHead, config: KnnConfig, rows: Tensor, labels: Tensor, mean: Tensor,
+    class_weighting: str, seed: int, cell: ClosedCell | None = None,
+) -> RidgeFit:  # fmt: skip
+    """Chooses and solves a head, and notes in the configuration with what."""
     center_head(head, mean, config)
-    fit = fit_ridge(
-        prepare_rows(head, rows), labels, config.head_classes, class_weighting=class_weighting
+    cell, fit = fit_on_rows(
+        head, config.head, rows, labels, config.head_classes, class_weighting, cell, seed
     )
     config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
     config.head_class_weighting = str(class_weighting)
+    if cell.kernel:
+        config.head_kernel = cell.kernel
     head.classifier = solve_head(fit.state, config, head)
     return fit
 
 
 def refit(model: KnnForImageClassification) -> RidgeFit:
-    """Makes a ridge head anew from the rows that are stored, as training on them would.
+    """Makes a closed-form head anew from the rows that are stored, as training on them would.
 
-    What was taught and forgotten since the training left regulariser, temperature and mean as they
-    were: both voices are what a fit of all rows *with those* would be. This chooses them anew.
+    What was taught and forgotten since the training left regulariser, temperature, mean and, of a
+    kernel head, the principal axes as they were: both voices are what a fit of all rows *with
+    those* would be. This chooses them anew.
     k, temperature and λ of the blend stay; thresholds for `explain(max_error=…)` and numbers that
     were measured are gone, since they are of another head.
 
     Args:
-        model: with a `ridge` head; it is changed whole or not at all.
+        model: with a `ridge`, `kernel` or `lda` head; it is changed whole or not at all.
 
     Returns:
         The fit, with its leave-one-out table.
@@ -105,9 +121,10 @@ def refit(model: KnnForImageClassification) -> RidgeFit:
             rows, or rows on a server.
     """
     config, store = model.config, model.datastore
-    if config.head != Head.RIDGE:
+    if config.head not in CLOSED_FORM:
         raise ValueError(
-            f"Expected a ridge head to fit again, but got {config.head!r}; train it on pictures."
+            f"Expected a ridge, kernel or lda head to fit again, but got {config.head!r}; train it "
+            "on pictures."
         )
     if config.extra_dim:
         raise ValueError(
@@ -122,14 +139,10 @@ def refit(model: KnnForImageClassification) -> RidgeFit:
     with store.changed() as fresh:
         fresh.recenter()
     head = copy.deepcopy(model.head)
-    center_head(head, fresh.mean, config)
-    fit = fit_ridge(
-        prepare_rows(head, fresh.features), fresh.labels, config.head_classes,
-        class_weighting=config.head_class_weighting,
-    )  # fmt: skip
-    config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
+    fit = _solve_anew(
+        head, config, fresh.features, fresh.labels, fresh.mean, config.head_class_weighting, seed=0
+    )
     config.answer_thresholds = {}
-    head.classifier = solve_head(fit.state, config, head)
     model.memory = replace(
         model.memory, head=head, rows=fresh, tally=None, measured=None, picture=None
     )
@@ -197,10 +210,35 @@ def with_fresh_head(model: KnnForImageClassification, seed: int) -> KnnForImageC
         seed: of the new head's weights, whatever was drawn before.
     """
     fresh = copy.deepcopy(model, {id(model.backbone): model.backbone})
-    with seeded(seed):
-        fresh.head = KnnHead.from_config(fresh.config)
-        fresh.head.apply(fresh._init_weights)
+    fresh.head = _new_head(fresh, seed)
     return fresh
+
+
+def put_fresh_head(model: KnnForImageClassification, kind: str, seed: int) -> None:
+    """Gives a model a head of some kind that has learned nothing, for all classes that it has.
+
+    Args:
+        model: that is changed.
+        kind: see `KnnConfig.head`.
+        seed: of the head's weights, whatever was drawn before.
+    """
+    config = model.config
+    config.head, config.head_hidden_sizes = str(kind), []
+    config.head_kernel, config.head_features, config.head_components = str(Kernel.RBF), 0, 0
+    config.head_regularizer, config.head_temperature = 0.0, 1.0
+    config.head_class_weighting = str(ClassWeighting.NONE)
+    config.num_head_labels, config.num_tuned_labels = config.classes, None
+    config.fill_head()
+    config.check()
+    model.head = _new_head(model, seed)
+
+
+def _new_head(model: KnnForImageClassification, seed: int) -> KnnHead:
+    """As the configuration of a model says, where the model's head lies."""
+    with seeded(seed):
+        head = KnnHead.from_config(model.config)
+        head.apply(model._init_weights)
+    return head.to(model.head.mean)
 
 
 def copy_head(heads: ProbeHeads, target: KnnHead) -> None:

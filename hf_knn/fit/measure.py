@@ -1,24 +1,21 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.utils import logging as transformers_logging
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
-from ..data.splits import Fold
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
-from .blend import Criterion, Grid, TuneResult, default_grid, has_few_labels, tune, untuned
+from .blend import Criterion, TuneResult, untuned
+from .held_out import HeldOut, choose_cell, criterion_for, widest
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
@@ -38,96 +35,36 @@ ALL_STORED_NOTE = "All of them are stored in the model: this is no measure of wh
 OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 
-class HeldOut(NamedTuple):
-    """What was said about rows that nobody had seen.
+def ask_head(model: KnnForImageClassification, features: Tensor, device: torch.device) -> Tensor:
+    """[B, C_head] log-probabilities of the head of a model, on the CPU.
 
-    Attributes:
-        neighbors: [B, k] at the largest k that shall be tried.
-        head_log_probs: [B, C_head].
-        labels: [B] int64.
-        groups: [B] int64 of what belongs together; None: each row is by itself.
+    Args:
+        model: that is asked.
+        features: [B, D] the part of features that the head sees.
+        device: of the head.
     """
-
-    neighbors: Neighbors
-    head_log_probs: Tensor
-    labels: Tensor
-    groups: Tensor | None = None
-
-    def at(self, rows: Tensor) -> "HeldOut":
-        """Some of the rows, by number."""
-        neighbors = Neighbors(*(field[rows] for field in self.neighbors))
-        groups = None if self.groups is None else self.groups[rows]
-        return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
-
-    def halves(self) -> "tuple[HeldOut, HeldOut]":
-        """Two random halves; what belongs together is on one side."""
-        owners = torch.arange(len(self.labels)) if self.groups is None else self.groups
-        names, which = owners.unique(return_inverse=True)
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
-        is_first = (order < (len(names) + 1) // 2)[which]
-        return self.at(is_first.nonzero().flatten()), self.at((~is_first).nonzero().flatten())
+    with evaluating(model):
+        logits = model.head(features.to(device)).float()
+    return functional.log_softmax(logits, dim=-1).cpu()
 
 
 def ask_voices(
-    model: KnnForImageClassification,
-    features: ImageFeatures,
-    device: torch.device,
-    k: int | None = None,
+    model: KnnForImageClassification, features: ImageFeatures, device: torch.device
 ) -> HeldOut:
-    """Asks the datastore and the head of a model about rows.
+    """Asks the datastore and the head of a model about rows, for as many neighbours as are tried.
 
     Args:
         model: with a datastore.
         features: the rows, which it has not seen.
         device: of the head.
-        k: how many neighbours; None takes as many as `choose_blend` tries.
     """
     head_part, store_part = split_features(features.features, model.config)
     store = model.datastore
     assert store is not None
-    with evaluating(model):
-        logits = model.head(head_part.to(device)).float()
-    head_log_probs = functional.log_softmax(logits, dim=-1).cpu()
-    k = k or max(_grid_for(model, len(features)).k)
+    head_log_probs = ask_head(model, head_part, device)
+    k = widest(len(store), len(features), model.config.classes)
     found = store.search(store_part, k)
     return HeldOut(found, head_log_probs, features.labels, features.groups)
-
-
-def ask_folds(
-    model: KnnForImageClassification,
-    features: ImageFeatures,
-    folds: Sequence[Fold],
-    fit: Callable[[ImageFeatures], KnnForImageClassification],
-    device: torch.device,
-    progress: bool = False,
-) -> HeldOut:
-    """Asks about each row a model that has not seen it, for as many neighbours as the whole would.
-
-    Args:
-        model: the whole, which has seen all rows.
-        features: all rows.
-        folds: of these rows.
-        fit: a model with a datastore, from some of the rows.
-        device: of the heads.
-        progress: show a progress bar.
-    """
-    k = max(_grid_for(model, len(features)).k)
-    parts = []
-    for fold in transformers_logging.tqdm(folds, desc="Training on folds", disable=not progress):
-        fitted = fit(features.select(fold.fitted))
-        parts.append(ask_voices(fitted, features.select(fold.held_out), device, k))
-    return _joined(parts)
-
-
-def _joined(parts: Sequence[HeldOut]) -> HeldOut:
-    """The rows of several folds, with as many neighbours as all of them have."""
-    width = min(part.neighbors.labels.shape[1] for part in parts)
-    fields = zip(*(part.neighbors for part in parts), strict=True)
-    neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
-    heads = torch.cat([part.head_log_probs for part in parts])
-    groups = [part.groups for part in parts if part.groups is not None]
-    labels = torch.cat([part.labels for part in parts])
-    return HeldOut(neighbors, heads, labels, torch.cat(groups) if groups else None)
 
 
 def choose_blend(
@@ -136,6 +73,7 @@ def choose_blend(
     criterion: str | None,
     calibrate: bool,
     progress: bool = False,
+    known: TuneResult | None = None,
 ) -> TuneResult:
     """Chooses k, temperature and λ, and sets them in the configuration of a model.
 
@@ -149,6 +87,8 @@ def choose_blend(
         criterion: see `hf_knn.tune`.
         calibrate: also scale the temperatures of head and blend.
         progress: show a progress bar.
+        known: what was chosen already, on the first half; it is chosen anew where another
+            criterion is asked for, or other temperatures.
     """
     config = model.config
     if held_out is None:
@@ -156,10 +96,10 @@ def choose_blend(
         _set_cell(config, result)
         config.answer_thresholds = {}
         return result
-    few = has_few_labels(len(held_out.labels), config.classes)
-    criterion = criterion or (Criterion.FIXED if few else Criterion.ONE_STANDARD_ERROR)
+    count, stored = len(held_out.labels), 0 if model.datastore is None else len(model.datastore)
+    criterion = criterion_for(count, config.classes, criterion)
     rows = fresh = held_out
-    if calibrate or criterion != Criterion.FIXED:
+    if calibrate or known is not None or criterion != Criterion.FIXED:
         rows, fresh = held_out.halves()
     if calibrate:
         temperature = _calibrate_head(model, rows)
@@ -167,12 +107,13 @@ def choose_blend(
             part._replace(head_log_probs=soften(part.head_log_probs, temperature))
             for part in (rows, fresh)
         )
-    result = tune(
-        rows.neighbors, rows.head_log_probs, rows.labels, config.classes, criterion,
-        metric=config.metric, weighting=config.knn_weighting,
-        grid=_grid_for(model, len(held_out.labels)), progress=progress,
-    )  # fmt: skip
-    result = replace(result, has_few_labels=few)
+    if known is not None and known.criterion == criterion and not calibrate:
+        result = known
+    else:
+        result = choose_cell(
+            rows, count, stored, config.classes, criterion,
+            metric=config.metric, weighting=config.knn_weighting, progress=progress,
+        )  # fmt: skip
     _set_cell(config, result)
     if calibrate:
         config.blend_temperature = fit_temperature(
@@ -388,12 +329,6 @@ def describe_measurement(
         "split": str(getattr(dataset, "split", None) or ""),
         "note": " ".join(notes),
     }
-
-
-def _grid_for(model: KnnForImageClassification, held_out_rows: int) -> Grid:
-    """What is tried to choose k, temperature and λ on so many rows."""
-    rows, classes = 0 if model.datastore is None else len(model.datastore), model.config.classes
-    return default_grid(rows, classes, coarse=has_few_labels(held_out_rows, classes))
 
 
 def _calibrate_head(model: KnnForImageClassification, rows: HeldOut) -> float:

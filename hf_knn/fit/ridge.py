@@ -2,7 +2,7 @@
 
 The regulariser is chosen by exact leave-one-out: the prediction for a row by the model that has not
 seen it is ``(yhat_i - h_i y_i) / (1 - h_i)`` with its leverage ``h_i`` (the PRESS identity, Allen,
-*Technometrics* 16, 1974). What is minimised, and how rows come and go, is in `ridge_state`.
+*Technometrics* 16, 1974). What is minimised, and how rows come and go, is in `model.ridge`.
 Everything is float64 on the CPU.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.votes import ClassWeighting
 from ..model.ridge import (
+    Moments,
     RidgeState,
     block_buffer,
     check_regularizer,
@@ -177,14 +178,30 @@ def leave_one_out_logits(
     return logits
 
 
-class _LeaveOneOut:
-    """Predictions for the rows of a state by the models that have not seen them.
+def score_sample(
+    state: RidgeState, features: Tensor, labels: Tensor, regularizer: float
+) -> RidgeScore:
+    """What a regulariser scores on some of the rows of a state, each left out.
 
     Args:
-        state: of exactly these rows.
+        state: with these rows.
+        features: [M, D] of the sample.
+        labels: [M] int64; at least one of a class with two rows.
+        regularizer: r, large enough for a Cholesky factor.
+    """
+    left_out = _LeaveOneOut(state, features, labels, [regularizer], is_sample=True)
+    return left_out.score(0, with_likelihood=True)
+
+
+class _LeaveOneOut:
+    """Predictions for rows of a state by the models that have not seen them.
+
+    Args:
+        state: of these rows.
         features: [N, D].
         labels: [N] int64.
         regularizers: R numbers > 0.
+        is_sample: the state has other rows too.
 
     Attributes:
         present: [C'] the classes that have rows; logits have these columns.
@@ -192,17 +209,18 @@ class _LeaveOneOut:
     """
 
     def __init__(
-        self, state: RidgeState, features: Tensor, labels: Tensor, regularizers: Sequence[float]
-    ) -> None:
+        self, state: RidgeState, features: Tensor, labels: Tensor, regularizers: Sequence[float],
+        is_sample: bool = False,
+    ) -> None:  # fmt: skip
         for regularizer in regularizers:
             check_regularizer(regularizer)
         state.check(features, labels)
-        labels = labels.cpu()
-        held = torch.bincount(labels, minlength=state.num_labels)
-        if held.tolist() != state.counts.tolist():
+        labels, held = labels.cpu(), state.counts
+        here = torch.bincount(labels, minlength=state.num_labels)
+        if not is_sample and held.tolist() != here.tolist():
             raise ValueError(
                 f"Expected the rows that the state was made from, {state.counts.tolist()[:10]} per "
-                f"class, but got {held.tolist()[:10]}; pass the same rows."
+                f"class, but got {here.tolist()[:10]}; pass the same rows."
             )
         moments = state.moments()
         self.features, self.regularizers = features, list(regularizers)
@@ -210,14 +228,37 @@ class _LeaveOneOut:
         self.present = held.nonzero().flatten()
         self.columns = (torch.cumsum(held > 0, 0) - 1)[labels]  # [N] the label among those present
         self.weights = moments.row_weights[labels]  # [N]
+        self.held = held.double()
         self.is_scored = held[labels] > 1  # [N]
         self.scored = int(self.is_scored.sum())
         self.prior = moments.prior[self.present]
+        if is_sample:
+            self.solutions, self.leverages = self._factorize(moments)
+            return
         values, vectors = self._eigen(moments.gram)
         inverses = torch.stack([inverse(values, r) for r in self.regularizers])  # [R, K]
         coordinates = moments.cross[self.present] @ vectors  # [C', K]
         self.solutions = [(coordinates * row) @ vectors.T for row in inverses]  # R x [C', D]
         self.leverages = self._leverages(vectors, inverses)  # [N, R]
+
+    def _factorize(self, moments: Moments) -> tuple[list[Tensor], Tensor]:
+        """Solutions R x [C', D] and leverages [N, R] by a factor for each regulariser.
+
+        Of wide rows an eigenvalue decomposition takes as long as twenty factors.
+        """
+        solutions, leverages = [], []
+        total = self.weights.new_tensor(1 / float(moments.row_weights @ self.held))
+        for regularizer in self.regularizers:
+            raised = moments.gram.clone()
+            raised.diagonal().add_(regularizer)
+            lower = torch.linalg.cholesky(raised)
+            solutions.append(torch.cholesky_solve(moments.cross[self.present].T, lower).T)
+            squares = [
+                torch.linalg.solve_triangular(lower, rows.T, upper=False).square_().sum(dim=0)
+                for _, rows in self._blocks()
+            ]
+            leverages.append((torch.cat(squares) + total) * self.weights)
+        return solutions, torch.stack(leverages, dim=1)
 
     def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues [K] and vectors [D, K] of the centred Gram matrix, all that are not 0."""

@@ -29,6 +29,9 @@ from ..core.backbone import (
 )
 from ..core.config import Head, KnnConfig, Pooling
 
+AUTO_HEAD = "auto"
+"""As `head`: the training chooses the best of several, unless one is named."""
+
 # the classes of processors are taken from `transformers` when one is made: they import slowly
 _PROBES = 2  # a model that packs all pictures into one row is found by the second one
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -205,9 +208,20 @@ def complete(config: KnnConfig) -> KnnConfig:
     if config.store_pooling != config.pooling and config.knn_feature_dim is None:
         config.knn_feature_dim = measure_width(backbone, config.store_pooling)
     config.feature_dim = measure_width(backbone, config.pooling)
-    if config.head == Head.MLP and not config.head_hidden_sizes:
-        config.head_hidden_sizes = [config.feature_dim]
+    config.fill_head()
     return config
+
+
+def named_head(head: str | None, hidden_sizes: list[int] | None) -> str | None:
+    """The head that somebody named, or None.
+
+    Args:
+        head: as given; `auto` names none.
+        hidden_sizes: which only one head has.
+    """
+    if head not in (None, AUTO_HEAD):
+        return str(head)
+    return str(Head.MLP) if hidden_sizes else None
 
 
 def config_for(backbone: PreTrainedModel, pooling: str | None, **values: Any) -> KnnConfig:

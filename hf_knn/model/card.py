@@ -250,7 +250,7 @@ def _body(
         "and prints, by which whoever has a picture can tell whether it is stored: share it only "
         "where you may share that. Removing a row leaves no byte of it in the next "
         "version, but earlier commits of a repository still hold it until its history is squashed "
-        "(`HfApi().super_squash_history`); a head other than `ridge` keeps what it learned."
+        "(`HfApi().super_squash_history`); a `linear` or `mlp` head keeps what it learned."
         + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),
     ]
     return "\n".join(lines)

@@ -14,10 +14,11 @@ from ..core.config import KnnConfig
 from ..store.backend import RowStore, as_row_store
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
+from .closed_form import follows_rows, prepare_rows, sum_rows
 from .contents import Contents
 from .pictures import Thumbnails
 from .receipts import Receipt
-from .ridge import RidgeState, follows_rows, prepare_rows, sum_rows
+from .ridge import RidgeState
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Tally:
         total: sum of the rows' hashes, see `sum_of`.
         count: how many rows.
         fingerprint: of all rows and the mean, whatever the order of the rows.
-        ridge: sums behind a ridge head; None if the head does not follow the rows.
+        state: sums behind a head in closed form; None if the head does not follow the rows.
         marks: of the datastore when it was counted.
         dtype: that the rows were stored in, which their hashes are of.
     """
@@ -36,7 +37,7 @@ class Tally:
     total: int
     count: int
     fingerprint: str
-    ridge: RidgeState | None
+    state: RidgeState | None
     marks: tuple[Any, ...]
     dtype: str
 
@@ -55,13 +56,13 @@ class Tally:
             head: of the same model.
             config: likewise.
         """
-        ridge = sum_rows(store, head, config) if follows_rows(config) else None
-        return _tally(store, store.hash_sum(), ridge)
+        state = sum_rows(store, head, config) if follows_rows(config) else None
+        return _tally(store, store.hash_sum(), state)
 
     def is_of(self, store: RowStore, config: KnnConfig) -> bool:
         """Whether the rows are those that were counted, for a head of that kind."""
         is_same = all(map(is_, store.marks, self.marks))
-        return is_same and (self.ridge is not None) == follows_rows(config)
+        return is_same and (self.state is not None) == follows_rows(config)
 
     def follow(
         self,
@@ -76,24 +77,24 @@ class Tally:
 
         Args:
             store: the rows as they are now.
-            head: as which a ridge head sees them now.
+            head: as which a head in closed form sees them now.
             config: of the same model.
             gone: rows that are gone, or have other labels now.
             come: rows that came, or those of `gone` with their new labels.
             is_recentered: whether the mean moved, which changes all that was summed up.
         """
-        total, ridge = self.total, self.ridge
+        total, state = self.total, self.state
         if store.dtype != self.dtype:  # rows came that only float32 could hold
             total = store.hash_sum()
         else:
             total += sum_of(come) if come is not None else 0
             total -= sum_of(gone) if gone is not None else 0
-        if ridge is not None:
+        if state is not None:
             if is_recentered:
-                ridge = sum_rows(store, head, config)
+                state = sum_rows(store, head, config)
             else:
-                ridge = _updated(ridge.copy(), head, gone, come)
-        return _tally(store, total, ridge)
+                state = _updated(state.copy(), head, gone, come)
+        return _tally(store, total, state)
 
 
 def fingerprint_of(store: RowStore) -> str:
@@ -101,26 +102,26 @@ def fingerprint_of(store: RowStore) -> str:
     return _tally(store, store.hash_sum(), None).fingerprint
 
 
-def _tally(store: RowStore, total: int, ridge: RidgeState | None) -> Tally:
+def _tally(store: RowStore, total: int, state: RidgeState | None) -> Tally:
     count = len(store)
     fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
-    return Tally(total, count, fingerprint, ridge, store.marks, store.dtype)
+    return Tally(total, count, fingerprint, state, store.marks, store.dtype)
 
 
 def _updated(
-    ridge: RidgeState, head: KnnHead, gone: StoredRows | None, come: StoredRows | None
+    state: RidgeState, head: KnnHead, gone: StoredRows | None, come: StoredRows | None
 ) -> RidgeState:
     rows = come if gone is None else gone
     assert rows is not None
     features = prepare_rows(head, torch.from_numpy(rows.features))
     labels = torch.from_numpy(rows.labels)
     if gone is None:
-        ridge.add(features, labels)
+        state.add(features, labels)
     elif come is None:
-        ridge.remove(features, labels)
+        state.remove(features, labels)
     else:
-        ridge.relabel(features, labels, torch.from_numpy(come.labels))
-    return ridge
+        state.relabel(features, labels, torch.from_numpy(come.labels))
+    return state
 
 
 class Gone(NamedTuple):

@@ -44,6 +44,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
 
     Attributes:
         image_processor: the image processor that goes with the backbone, or None.
+        has_named_head: whether somebody chose the kind of its head; else a training may choose.
         origin: repository and commit that it was opened from or pushed to, or None.
         calibration: how near stored rows lie to one another, for p-values, if that was counted.
     """
@@ -54,6 +55,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         super().__init__(backbones.complete(config))
         self.once = Lock()
         self.calibration: Calibration | None = None
+        self.has_named_head = True  # by the configuration
         self.origin: tuple[str, str] | None = None
 
     @property
@@ -125,6 +127,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         labels: Sequence[str] | int,
         *,
         pooling: str | None = None,
+        head: str | None = None,
         image_processor: Any = None,
         hub_options: dict[str, Any] | None = None,
         **config_values: Any,
@@ -137,6 +140,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
             labels: the class names, or how many classes there are.
             pooling: how the backbone's output becomes a feature; None chooses `cls` where there is
                 a CLS token and `mean` elsewhere.
+            head: see `KnnConfig`; None and `auto` leave it to the training, and until then to a
+                linear one, see `KnnTrainingArguments`. `head_hidden_sizes` name an `mlp`.
             image_processor: None loads the one that comes with the backbone, if there is one.
             hub_options: `revision`, `token`, `cache_dir`, `trust_remote_code`, … for loading.
             config_values: further `KnnConfig` values (`k`, `knn_pooling`, `normalization`, …).
@@ -154,7 +159,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
             config_values |= {} if name is None else {"base_model": name}
         if isinstance(source, KnnForImageClassification):
             source = source.backbone
+        named = backbones.named_head(head, config_values.get("head_hidden_sizes"))
+        config_values |= {} if named is None else {"head": named}
         model = cls(backbones.config_for(source, pooling, **label_maps(labels), **config_values))
+        model.has_named_head = named is not None
         nn.Module.to(model, dtype=source.dtype)
         backbones.copy_weights(source, model.backbone)
         model.image_processor = backbones.portable(image_processor)
@@ -350,10 +358,10 @@ class KnnForImageClassification(core.KnnForImageClassification):
         Pictures that are stored already (the same pixels, or the same features bit for bit) are
         left out where their label is the same, and refused where it is another one.
 
-        The next answer knows them. A ridge head is updated exactly, to what a fit of all rows with
-        the same regulariser gives; other heads stay. Until the blend is tuned again, new classes
-        keep the whole probability that the neighbours give them, see `blend_log_probs`. A model
-        that keeps thumbnails keeps those of taught pictures too.
+        The next answer knows them. A head in closed form is updated exactly, to what a fit of all
+        rows with the same regulariser gives; other heads stay. Until the blend is tuned again, new
+        classes keep the whole probability that the neighbours give them, see `blend_log_probs`. A
+        model that keeps thumbnails keeps those of taught pictures too.
 
         Args:
             images: M pictures (paths, file contents, PIL images, arrays) or pixel values
@@ -387,7 +395,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
     ) -> Receipt:
         """Removes rows from the datastore, all or none; the next save holds no byte of them.
 
-        A ridge head is what it would be had it never seen them; other heads keep what they learned.
+        A head in closed form is what it would be had it never seen them, but for their part in mean
+        and principal axes; other heads keep what they learned.
 
         Args:
             ids: of the rows.
@@ -406,7 +415,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         return self._memory.receipts[-1]
 
     def relabel(self, ids: Values, labels: Sequence[Label]) -> Receipt:
-        """Gives rows other labels, all or none; a ridge head follows.
+        """Gives rows other labels, all or none; a head in closed form follows.
 
         Args:
             ids: [M] of the rows.

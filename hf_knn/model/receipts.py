@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import split_features
+from ..core.config import Head
 from ..core.plain_json import read_json
 from ..core.votes import Metric, Weighting
 from ..store.backend import RowStore
@@ -256,24 +257,33 @@ _PICTURE = "the picture of neighbours for the model card was removed: it may hav
 
 _MEAN = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
 
+_AXES = (
+    "the principal axes of the kernel head stay as they were made, also from these rows; `hf-knn "
+    "refit` makes them anew"
+)
+
 _COMPACTION = "their bytes stay in the files of the server until it compacts them"
 
 
 def notes_of_forgotten(
-    store: RowStore, labels: Tensor, names: Sequence[str], recenter: bool, had_picture: bool
-) -> list[str]:
-    """What is said of the mean, the names, a picture, and where else forgotten rows may be.
+    store: RowStore, labels: Tensor, names: Sequence[str], head: str, recenter: bool,
+    had_picture: bool,
+) -> list[str]:  # fmt: skip
+    """What is said of mean, axes, names, a picture, and where else forgotten rows may be.
 
     Args:
         store: without the rows.
         labels: [M] int64 of the rows.
         names: of all classes.
+        head: which kind it is.
         recenter: whether the mean was made anew.
         had_picture: whether there was a picture of neighbours.
     """
     empty = [n for n in labels.unique().tolist() if not len(store.ids_labelled(n))]
     shown = ", ".join(names[number] for number in empty[:_NAMED])
     notes = [] if recenter else [_MEAN]
+    if head == Head.KERNEL:
+        notes.append(_AXES)
     if empty:
         notes.append(_NAMES.format(shown + (", …" if len(empty) > _NAMED else "")))
     if had_picture:

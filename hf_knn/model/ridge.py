@@ -1,21 +1,17 @@
-"""A ridge head that follows the rows of the datastore, to what a fit of them would be.
+"""Classifiers in closed form, from sums over rows that come and go.
 
-That is a fit with the same regulariser, temperature and mean; `hf_knn.fit.refit` chooses them anew.
-The head is solved on the rows as the datastore holds them (cast once to the storage dtype), about
-the datastore's mean. Rows, mean, regulariser and temperature are all in a checkpoint, so the sums
-of `RidgeState` can be made again at any time and are never stored.
+Ridge regression on one-hot targets minimises ``sum_i w_i ||y_i - W x_i - b||^2 + r ||W||^2``; the
+discriminants of normal classes come from the same sums.
 """
 
 import math
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.backbone import KnnHead
-from ..core.config import Head, KnnConfig, Normalization
 from ..core.votes import ClassWeighting
-from ..store.backend import RowStore
+from .scatter import Scatter
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
@@ -45,7 +41,8 @@ class RidgeState:
     A change either succeeds or leaves everything as it was. Each change rounds the sums once, so a
     solution drifts by about ``1e-16 * (largest squared row length ever held) / regularizer``.
 
-    With class weights there is one Gram matrix per class, since weights change with the counts:
+    The sums take ``8 D^2`` bytes, and as much again for the factor that solutions come from. With
+    class weights there is one Gram matrix per class, since weights change with the counts:
     ``8 C D^2`` bytes.
 
     Args:
@@ -70,8 +67,7 @@ class RidgeState:
         self.shift = torch.zeros(dim, dtype=torch.float64)
         self.counts = torch.zeros(num_labels, dtype=torch.int64)
         self.sums = torch.zeros(num_labels, dim, dtype=torch.float64)
-        self._grams = [torch.zeros(dim, dim, dtype=torch.float64) for _ in range(slots)]
-        self._own = set(range(slots))  # the others are shared with a copy, so not written in place
+        self._scatters = [Scatter(dim) for _ in range(slots)]
 
     @classmethod
     def from_rows(
@@ -117,17 +113,12 @@ class RidgeState:
     @property
     def grams(self) -> Tensor:
         """[1, D, D], with class weights [C, D, D]: sums of outer products of the shifted rows."""
-        return torch.stack([self.sums.new_zeros(self.dim, self.dim), *self._grams])[1:]
+        return torch.stack([part.gram() for part in self._scatters])
 
     @property
     def row_weights(self) -> Tensor:
         """[C] float64: the weight of one row of each class; mean 1 over the rows."""
-        counts = self.counts.double()
-        if self.class_weighting is ClassWeighting.NONE:
-            return torch.ones_like(counts)
-        power = -1.0 if self.class_weighting is ClassWeighting.INVERSE else -0.5
-        weights = torch.where(counts > 0, counts.clamp_min(1) ** power, 0.0)
-        return weights * counts.sum() / (weights @ counts).clamp_min(1)
+        return _row_weights(self.counts.double(), self.class_weighting)
 
     def copy(self) -> Self:
         """Another state with the same sums, changed independently.
@@ -136,8 +127,7 @@ class RidgeState:
         """
         other = type(self)(0, 0, self.class_weighting)
         other.shift, other.counts = self.shift.clone(), self.counts.clone()
-        other.sums, other._grams = self.sums.clone(), list(self._grams)
-        self._own, other._own = set(), set()
+        other.sums, other._scatters = self.sums.clone(), [s.copy() for s in self._scatters]
         return other
 
     def add(self, features: Tensor, labels: Tensor) -> None:
@@ -216,7 +206,16 @@ class RidgeState:
             )
         self.counts, self.sums = self.counts[:num_labels], self.sums[:num_labels]
         if self.class_weighting is not ClassWeighting.NONE:
-            self._grams = self._grams[:num_labels]
+            self._scatters = self._scatters[:num_labels]
+
+    def prepare(self, regularizer: float) -> None:
+        """Makes a factor now, which copies share: a change of few rows then takes milliseconds.
+
+        Args:
+            regularizer: r > 0 of the solutions that will be asked for.
+        """
+        if self.class_weighting is ClassWeighting.NONE and len(self):
+            self._factorize(regularizer)
 
     def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
         """The classifier of the rows as they are.
@@ -235,10 +234,61 @@ class RidgeState:
         check_regularizer(regularizer)
         if len(self) == 0:
             return torch.zeros_like(self.sums), torch.zeros(self.num_labels, dtype=torch.float64)
-        moments = self.moments()
-        weight = _solve(moments.gram, moments.cross, regularizer)  # [C, D]
-        bias = moments.prior - weight @ (self.shift + moments.mean)
-        return weight, bias.masked_fill(self.counts == 0, -math.inf)
+        if self.class_weighting is not ClassWeighting.NONE or not self._factorize(regularizer):
+            moments = self.moments()
+            weight = _solve(moments.gram, moments.cross, regularizer)  # [C, D]
+            bias = moments.prior - weight @ (self.shift + moments.mean)
+            return weight, bias.masked_fill(self.counts == 0, -math.inf)
+        return self._solve_with_factor(regularizer)
+
+    def solve_discriminants(
+        self, regularizer: float, weighting: str = ClassWeighting.NONE
+    ) -> tuple[Tensor, Tensor]:
+        """Linear discriminants of normal classes with one covariance, which is shrunk.
+
+        With the scatter within classes ``W``, the covariance is ``(W + r I) / (N - C)``, and
+        logits are ``x' cov^-1 mu_c - mu_c' cov^-1 mu_c / 2 + log prior_c`` (Friedman, JASA 84,
+        1989).
+
+        Args:
+            regularizer: r > 0, in squared units of the rows.
+            weighting: of classes in the prior: `none` is their share of the rows, `inverse` the
+                same for all.
+
+        Returns:
+            weight [C, D] and bias [C] float64, as from `solve`.
+
+        Raises:
+            ValueError: for a regulariser that is not a number > 0, or a state with class weights.
+        """
+        check_regularizer(regularizer)
+        if self.class_weighting is not ClassWeighting.NONE:
+            raise ValueError("Expected a state without class weights for discriminants.")
+        weight, bias = torch.zeros_like(self.sums), torch.zeros(self.num_labels).double()
+        if len(self) == 0:
+            return weight, bias
+        solved = self._solve_sums(regularizer) if self._factorize(regularizer) else None
+        present = self.counts > 0
+        counts, sums = self.counts[present].double(), self.sums[present]  # [C'], [C', D]
+        roots = counts.sqrt()
+        if (
+            solved is not None
+        ):  # the scatter within is what the factor is of, less C' rank-one parts
+            scaled = solved[:, present] / roots  # [D, C']
+            small = torch.eye(len(counts)).double() - (sums / roots[:, None]) @ scaled
+            directions = torch.linalg.solve(small, scaled, left=False) / roots  # [D, C']
+        else:
+            within = self._scatters[0].gram() - (sums / counts[:, None]).T @ sums
+            directions = _solve(within, sums / counts[:, None], regularizer).T
+        mean = sums.sum(dim=0) / len(self)
+        directions -= (directions @ counts / len(self))[:, None]  # means about that of all
+        directions *= max(1, len(self) - len(counts))
+        means = sums / counts[:, None] - mean
+        weight[present] = directions.T
+        prior = (counts * _row_weights(counts, ClassWeighting(weighting))).log()
+        half = (means * directions.T).sum(dim=1) / 2
+        bias[present] = prior - prior.logsumexp(0) - half - directions.T @ (self.shift + mean)
+        return weight, bias.masked_fill(~present, -math.inf)
 
     def moments(self) -> Moments:
         """What a solution depends on; needs a row."""
@@ -247,15 +297,47 @@ class RidgeState:
         total = class_weights.sum()
         mean = row_weights @ self.sums / total
         if self.class_weighting is ClassWeighting.NONE:
-            gram = self._grams[0].clone()
+            gram = self._scatters[0].gram()
         else:
             gram = torch.zeros(self.dim, self.dim, dtype=torch.float64)
-            for weight, part in zip(row_weights.tolist(), self._grams, strict=True):
+            for weight, part in zip(row_weights.tolist(), self._scatters, strict=True):
                 if weight:
-                    gram.add_(part, alpha=weight)
+                    gram.add_(part.gram(), alpha=weight)
         gram.addr_(mean, mean, alpha=-float(total))
         cross = row_weights[:, None] * (self.sums - self.counts[:, None] * mean)  # [C, D]
         return Moments(row_weights, mean, gram, cross, class_weights / total)
+
+    def _factorize(self, regularizer: float) -> bool:
+        """Sees to a factor of all rows, about their mean; False if they are too flat for one."""
+        scatter = self._scatters[0]
+        if scatter.has_factor(regularizer):
+            return True
+        mean = self.sums.sum(dim=0) / len(self)
+        scatter.move(mean, mean * len(self), len(self))
+        self.sums -= self.counts[:, None] * mean
+        self.shift = self.shift + mean
+        smallest = rounding(float(scatter.matrix.trace()), self.dim)
+        return regularizer > smallest and scatter.factorize(regularizer)
+
+    def _solve_sums(self, regularizer: float) -> Tensor | None:
+        """[D, C] the sums of the classes through the inverse; None if no factor can be made."""
+        solved = self._scatters[0].solve(self.sums.T.clone())
+        if solved is None:  # too much is gone since it was made
+            self._scatters[0].drop_factor()
+            if self._factorize(regularizer):
+                solved = self._scatters[0].solve(self.sums.T.clone())
+        return solved
+
+    def _solve_with_factor(self, regularizer: float) -> tuple[Tensor, Tensor]:
+        """A ridge solution from the sums through the inverse, centred by one rank-one part."""
+        solved = self._solve_sums(regularizer)
+        assert solved is not None
+        total, counts = len(self), self.counts.double()
+        mean, through = self.sums.sum(dim=0) / total, solved.sum(dim=1) / total  # [D] each
+        cross = solved - through[:, None] * counts  # [D, C]
+        cross += torch.outer(through, (mean @ cross) * (total / (1 - total * (mean @ through))))
+        bias = counts / total - (self.shift + mean) @ cross
+        return cross.T.contiguous(), bias.masked_fill(self.counts == 0, -math.inf)
 
     def _accumulate(
         self, features: Tensor, labels: Tensor, sign: int, *, with_grams: bool = True
@@ -270,18 +352,11 @@ class RidgeState:
             if not with_grams:
                 continue
             if self.class_weighting is ClassWeighting.NONE:
-                self._written(0).addmm_(block.T, block, alpha=sign)
+                self._scatters[0].add(block, sign)
                 continue
             present, counts = labels[rows].unique_consecutive(return_counts=True)
             for label, part in zip(present.tolist(), block.split(counts.tolist()), strict=True):
-                self._written(label).addmm_(part.T, part, alpha=sign)
-
-    def _written(self, slot: int) -> Tensor:
-        """A Gram matrix to be written in place."""
-        if slot not in self._own:
-            self._grams[slot] = self._grams[slot].clone()
-            self._own.add(slot)
-        return self._grams[slot]
+                self._scatters[label].add(part, sign)
 
     def _grow(self, num_labels: int) -> None:
         missing = num_labels - self.num_labels
@@ -290,17 +365,16 @@ class RidgeState:
         self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
         self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
         if self.class_weighting is not ClassWeighting.NONE:
-            self._own |= set(range(len(self._grams), num_labels))
-            self._grams += [self.sums.new_zeros(self.dim, self.dim) for _ in range(missing)]
+            self._scatters += [Scatter(self.dim) for _ in range(missing)]
 
     def _clear(self) -> None:
         """What no row is left of is zero, not a rounding error."""
         self.sums[self.counts == 0] = 0
         if self.class_weighting is not ClassWeighting.NONE:
-            for label in self._own.intersection((self.counts == 0).nonzero().flatten().tolist()):
-                self._grams[label].zero_()
+            for label in (self.counts == 0).nonzero().flatten().tolist():
+                self._scatters[label] = Scatter(self.dim)
         elif len(self) == 0:
-            self._written(0).zero_()
+            self._scatters = [Scatter(self.dim)]
 
     def _count(self, labels: Tensor, change: str) -> Tensor:
         """[C] rows per class, which the state must have."""
@@ -335,6 +409,15 @@ class RidgeState:
                     f"Expected `features` to be finite and at most {_LARGEST_FEATURE:g}, but got "
                     f"{largest}; leave those rows out or rescale them."
                 )
+
+
+def _row_weights(counts: Tensor, weighting: ClassWeighting) -> Tensor:
+    """[C] float64 of [C] rows per class; see `RidgeState.row_weights`."""
+    if weighting is ClassWeighting.NONE:
+        return torch.ones_like(counts)
+    power = -1.0 if weighting is ClassWeighting.INVERSE else -0.5
+    weights = torch.where(counts > 0, counts.clamp_min(1) ** power, 0.0)
+    return weights * counts.sum() / (weights @ counts).clamp_min(1)
 
 
 def _solve(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:
@@ -403,65 +486,3 @@ def shifted(rows: Tensor, shift: Tensor, buffer: Tensor) -> Tensor:
 def to_float64(values: Tensor) -> Tensor:
     """On the CPU, without gradients."""
     return values.detach().to("cpu", torch.float64)
-
-
-IMPOSSIBLE = -1e4
-"""Logit of a class without rows: its probability is 0 in float32."""
-
-
-def follows_rows(config: KnnConfig) -> bool:
-    """Whether the head changes exactly with the datastore.
-
-    It does if it is a ridge head on the features that the datastore holds, and its regulariser is
-    known.
-    """
-    has_rows = config.extra_dim == 0 and config.head == Head.RIDGE
-    return has_rows and config.head_regularizer > 0
-
-
-def center_head(head: KnnHead, mean: Tensor, config: KnnConfig) -> None:
-    """Makes a ridge head see features as a datastore of that mean [D] does."""
-    head.scale.fill_(1.0)
-    head.mean.zero_()
-    if config.normalization == Normalization.L2_CENTERED:
-        head.mean.copy_(mean)
-
-
-def prepare_rows(head: KnnHead, features: Tensor) -> Tensor:
-    """[N, D] stored raw rows as a ridge head sees them, float64."""
-    return head.prepared(features.to(head.mean.device, torch.float64)).cpu()
-
-
-def sum_rows(store: RowStore, head: KnnHead, config: KnnConfig) -> RidgeState:
-    """The sums over all rows of a datastore, in blocks.
-
-    Args:
-        store: the rows.
-        head: a ridge head, as which they are seen.
-        config: how many classes there are, and how rows of each are weighted.
-    """
-    state = RidgeState(store.dim, config.head_classes, config.head_class_weighting)
-    for rows in store.blocks():
-        features, labels = torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
-        state.add(prepare_rows(head, features), labels)
-    return state
-
-
-def solve_head(state: RidgeState, config: KnnConfig, like: KnnHead) -> nn.Linear:
-    """The classifier of the rows in a state.
-
-    Args:
-        state: of C classes.
-        config: with regulariser and temperature.
-        like: the head it is for.
-
-    Returns:
-        A layer [C, D] of the head's dtype and device.
-    """
-    weight, bias = state.solve(config.head_regularizer)
-    old = like.classifier.weight
-    layer = nn.Linear(state.dim, state.num_labels, dtype=old.dtype, device=old.device)
-    with torch.no_grad():
-        layer.weight.copy_(weight / config.head_temperature)
-        layer.bias.copy_((bias / config.head_temperature).clamp(min=IMPOSSIBLE))
-    return layer.requires_grad_(old.requires_grad).train(like.training)

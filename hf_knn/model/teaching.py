@@ -1,4 +1,6 @@
-"""Changes of a model without training: rows come, go or get other labels, and a ridge head follows.
+"""Changes of a model without training: rows come, go or get other labels.
+
+A head in closed form follows.
 
 Each function takes a memory whose rows were counted and returns the one after the change, which
 ends with its receipt.
@@ -19,6 +21,7 @@ from ..core.rows import Values, as_whole_numbers
 from ..store.backend import RowStore, SearchBackend, as_row_store, check_alike
 from ..store.table import StoredRows
 from .classes import Classes, Label
+from .closed_form import center_head, solve_head
 from .contents import Contents
 from .memory import Gone, Memory, Tally
 from .pictures import Thumbnails
@@ -34,7 +37,6 @@ from .receipts import (
     standing,
     time_of_day,
 )
-from .ridge import center_head, solve_head
 from .stored import Lesson, Sorted, sort_out
 
 _SHOWN = 20
@@ -250,7 +252,9 @@ def _remove(
             store.recenter()
         if action == Change.FORGET:
             had = memory.picture is not None
-            said = notes_of_forgotten(store, labels, memory.classes.names, recenter, had)
+            said = notes_of_forgotten(
+                store, labels, memory.classes.names, config.head, recenter, had
+            )
         classes = _without_unused(memory.classes, store, dropped)
         done = _Done(
             action, torch.cat([moved.ids, ids]), classes,
@@ -373,18 +377,18 @@ def _after(
     """The memory with changed rows: with the head that a fit of them gives, and a receipt."""
     before, head, classes = memory.tally, memory.head, done.classes
     assert before is not None  # it was counted
-    if before.ridge is not None:
+    if before.state is not None:
         head = copy.deepcopy(head)
         if is_recentered:
             center_head(head, store.mean, config)
     tally = before
     for gone, come in steps:
         tally = tally.follow(store, head, config, gone, come, is_recentered)
-    if tally.ridge is not None:
-        if len(tally.ridge.counts) > len(classes.names):
-            tally.ridge.truncate(len(classes.names))
-        head.classifier = solve_head(tally.ridge, config, head)
-        classes = replace(classes, in_head=len(tally.ridge.counts))
+    if tally.state is not None:
+        if len(tally.state.counts) > len(classes.names):
+            tally.state.truncate(len(classes.names))
+        head.classifier = solve_head(tally.state, config, head)
+        classes = replace(classes, in_head=len(tally.state.counts))
     new = list(classes.names[len(memory.classes.names) :])
     receipt = _receipt(done, new, before, tally, config, store.location)
     measured = memory.measured
@@ -405,7 +409,7 @@ def _receipt(
     location: str | None,
 ) -> Receipt:
     remarks = [*done.said, *([TAUGHT_NOTE] if new else [])]
-    if after.ridge is None:
+    if after.state is None:
         remarks.insert(0, HEAD_NOTE.format(config.head))
     if location is not None:
         remarks.append(ELSEWHERE_NOTE.format(location))
@@ -417,7 +421,7 @@ def _receipt(
         rows_after=after.count,
         hash_before=before.fingerprint,
         hash_after=after.fingerprint,
-        scope=str(Scope.STORE if after.ridge is None else Scope.STORE_AND_HEAD),
+        scope=str(Scope.STORE if after.state is None else Scope.STORE_AND_HEAD),
         at=time_of_day(),
         old_labels=list(done.old_labels),
         new_classes=new,

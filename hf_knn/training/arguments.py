@@ -6,16 +6,19 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from ..core.config import Head
 from ..core.votes import ClassWeighting
 from ..data.augmentation import Augmentation
+from ..fit import linear
 from ..fit.blend import Criterion
 from ..fit.grids import LossNormalization
 from ..fit.heads import PROBE_GRIDS
+from ..model.backbones import AUTO_HEAD
 from ..store.index import parse_memory
 from ..store.kinds import AUTO, FLAT
 
@@ -31,31 +34,30 @@ _PLACES = frozenset(
 _LOOKS_LIKE_A_PLACE = re.compile(r"(?:^|[\s\"'=,(\[{])(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\])")
 
 
-class Recipe(NamedTuple):
-    """How much a training trains, where nobody says otherwise."""
-
-    num_train_epochs: float
-    learning_rate: float
-    per_device_train_batch_size: int
-    weight_decay: float
-
-
-HEAD = Recipe(60, 1e-3, 256, 0.1)
+HEAD = linear.HEAD
 """On features that were computed once: seconds."""
 
-FINE_TUNING = Recipe(10, 5e-5, 32, 0.0)
+FINE_TUNING = linear.Recipe(10, 5e-5, 32, 0.0)
 """Of the backbone too."""
+
+_OF_DESCENT = (
+    "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps",
+    "neftune_noise_alpha", "bf16", "fp16", "label_smoothing_factor", "knn_loss_alpha",
+    "knn_loss_gamma", "probe_grid",
+)  # fmt: skip
+"""Fields, beside those of a `Recipe`, that say how a head descends a gradient."""
 
 
 @dataclass
 class KnnTrainingArguments(TrainingArguments):
     """Arguments of `KnnTrainer`; what is not listed here is a `TrainingArguments` field.
 
-    A value of None, the default of the first six, is replaced when the arguments are made, by what
-    suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value that is given
-    stays, also one that is a default of `TrainingArguments`; so does what was chosen before, when
-    arguments are copied. `hf-knn train` has the same defaults, except that it skips pictures that
-    cannot be decoded and lists them, where Python raises.
+    A value of None, the default of the first six and of `head`, is replaced when the arguments are
+    made, by what suits the training: `HEAD` with `freeze_backbone`, else `FINE_TUNING`. A value
+    that is given stays, also one that is a default of `TrainingArguments`; so does what was chosen
+    before, when arguments are copied. `hf-knn train` has the same defaults, except that it skips
+    pictures that cannot be decoded and lists them, where Python raises.
 
     Args:
         num_train_epochs: passes over the training pictures: 60 of a head alone, 10 with the
@@ -69,6 +71,13 @@ class KnnTrainingArguments(TrainingArguments):
         save_steps: see `TrainingArguments`: 500.
         per_device_eval_batch_size: pictures of a forward pass that computes features: 32.
         freeze_backbone: train the head alone, on features that are computed once.
+        head: `linear`, `mlp`, `ridge`, `kernel` or `lda`. None and `auto`: the model's own, if it
+            was named when the model was made or loaded; else with `freeze_backbone` the best of
+            linear, ridge, kernel and lda, alone or beside the neighbours: see `head_choice` of the
+            trainer. It is linear where the backbone is trained, and where something is given that
+            only descending a gradient uses: a rate, epochs, a batch size, `knn_loss_alpha`,
+            `probe_grid`, `label_smoothing_factor`, … None becomes `auto` when the arguments are
+            made, unless one of the first four is given.
         trainable_blocks: train the last so many blocks of the backbone only, with what comes after
             them; None trains all.
         augmentation: `paper` (resize, random crop, flip), `flip` or `none`, when the backbone is
@@ -133,6 +142,9 @@ class KnnTrainingArguments(TrainingArguments):
     )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone, on features computed once."}
+    )
+    head: str | None = field(
+        default=None, metadata={"help": "Name of the head, or 'auto': the best of several."}
     )
     trainable_blocks: int | None = field(
         default=None, metadata={"help": "Train the last so many blocks of the backbone only."}
@@ -226,6 +238,8 @@ class KnnTrainingArguments(TrainingArguments):
         _check_choice("feature_precision", self.feature_precision, ["fp32", "bf16", "fp16"])
         _check_choice("class_weights", self.class_weights, list(ClassWeighting))
         _check_choice("augmentation", self.augmentation, list(Augmentation))
+        if self.head is not None:
+            _check_choice("head", self.head, [AUTO_HEAD, *Head])
         _check_choice("knn_queries", self.knn_queries, ["snapshot", "live"])
         self.knn_refresh = str(self.knn_refresh)
         if self.knn_refresh not in ("epoch", "never") and not self.refresh_steps:
@@ -267,6 +281,8 @@ class KnnTrainingArguments(TrainingArguments):
         if self.save_steps is None:
             self.save_steps = TrainingArguments.save_steps
         recipe = HEAD if self.freeze_backbone else FINE_TUNING
+        if self.head is None and all(getattr(self, name) is None for name in recipe._fields):
+            self.head = AUTO_HEAD
         for name, value in recipe._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -308,6 +324,22 @@ class KnnTrainingArguments(TrainingArguments):
         return quiet
 
     @property
+    def named_head(self) -> Head | None:
+        """The head that the caller named."""
+        return None if self.head in (None, AUTO_HEAD) else Head(self.head)
+
+    @property
+    def of_descent(self) -> list[str]:
+        """Names of the fields that were given and that only a head trained by gradients uses.
+
+        A value counts as given if it is not the usual one, or if the arguments were made with it.
+        Those that were copied from arguments count as in these.
+        """
+        usual = HEAD._asdict() | {name: _default_of(name) for name in _OF_DESCENT}
+        given = [name for name, value in usual.items() if getattr(self, name) != value]
+        return given or (list(HEAD._fields) if self.head is None else [])
+
+    @property
     def refresh_steps(self) -> int | None:
         """Steps between two refreshes; None if the schedule is another one."""
         return int(self.knn_refresh) if re.fullmatch(r"[1-9]\d*", self.knn_refresh) else None
@@ -321,6 +353,10 @@ class KnnTrainingArguments(TrainingArguments):
     def reweights(self) -> bool:
         """Whether the loss asks the datastore."""
         return self.knn_loss_alpha > 0 or self.knn_loss_gamma > 0
+
+
+def _default_of(name: str) -> Any:
+    return KnnTrainingArguments.__dataclass_fields__[name].default
 
 
 def _check_choice(name: str, value: str, choices: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Heads that a trainer fits at once: a closed form, or the best of a grid on rows held out."""
+"""Which head a trainer trains, and those it fits at once: a closed form, or the best of a grid."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,10 +7,19 @@ import torch
 from torch.nn import functional
 
 from ..core.backbone import split_features
-from ..core.config import Head
+from ..core.config import CLOSED_FORM, Head
 from ..features.extract import ImageFeatures
+from ..fit.choice import HeadChoice
 from ..fit.grids import ProbeGrid, ProbeSettings
-from ..fit.heads import PROBE_GRIDS, Part, fit_closed_form, fit_probe, own_votes, sweep
+from ..fit.heads import (
+    PROBE_GRIDS,
+    Part,
+    fit_closed_form,
+    fit_probe,
+    own_votes,
+    put_fresh_head,
+    sweep,
+)
 from ..fit.sweep import ProbeChoice
 from ..model.modeling import KnnForImageClassification
 from .arguments import KnnTrainingArguments
@@ -51,6 +60,44 @@ def sweep_parts(
         yield part(features.select(fold.fitted), features.select(fold.held_out))
 
 
+OF_DESCENT = ("optimizers", "optimizer_cls_and_kwargs", "compute_loss_func")
+"""What a `Trainer` can be given that only a head uses which is trained by gradients."""
+
+
+def chooses_head(model: KnnForImageClassification, args: KnnTrainingArguments) -> bool:
+    """Whether heads are compared: nobody named one, or asked for what only one of them has.
+
+    Args:
+        model: to be trained.
+        args: of the training.
+    """
+    is_named = model.has_named_head or args.named_head is not None
+    return args.freeze_backbone and not is_named and not args.of_descent
+
+
+def settle_head(model: KnnForImageClassification, args: KnnTrainingArguments) -> None:
+    """Gives a model the head that is to be trained: the one that was named, else a linear one.
+
+    Args:
+        model: gets a new head where it has another one.
+        args: of the training.
+
+    Raises:
+        ValueError: if arguments and model name different ones.
+    """
+    named, config = args.named_head, model.config
+    if not model.has_named_head:
+        wanted = named or Head.LINEAR
+        if config.head != wanted:
+            put_fresh_head(model, wanted, args.seed)
+    elif named not in (None, model.config.head):
+        raise ValueError(
+            f"Expected arguments and model to name one head, but got {str(named)!r} and "
+            f"{model.config.head!r}; leave out `head` in the arguments, or make a model with "
+            f"`from_backbone(…, head={str(named)!r})`."
+        )
+
+
 def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | None) -> None:
     """Refuses options that mean nothing where a head is fitted at once.
 
@@ -62,11 +109,15 @@ def check_at_once(args: KnnTrainingArguments, head: str, resume: str | bool | No
             "Expected `freeze_backbone` to be True and no checkpoint to resume from for a head "
             f"that is fitted at once (head={head!r}, probe_grid={args.probe_grid!r})."
         )
-    if head == Head.RIDGE and (args.reweights or args.probe_grid is not None):
+    if head in CLOSED_FORM and args.of_descent:
         raise ValueError(
-            "Expected no `knn_loss_alpha`, `knn_loss_gamma` or `probe_grid` for a ridge head, "
-            "which has no loss to weight and no rate to choose."
+            f"Expected no {_listed(args.of_descent)} for a {head} head, which is solved in closed "
+            "form; leave it out, or name a linear head."
         )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def fit_at_once(
@@ -75,6 +126,7 @@ def fit_at_once(
     args: KnnTrainingArguments,
     parts_of: PartsOf,
     choice: ProbeChoice | None,
+    head_choice: HeadChoice | None = None,
 ) -> tuple[dict[str, float], ProbeChoice | None]:
     """Fits a head and puts it into the model.
 
@@ -84,13 +136,15 @@ def fit_at_once(
         args: of the training.
         parts_of: folds, or one part with a validation set.
         choice: which head of the grid is best, if that is known already.
+        head_choice: how the head was chosen, if it was, which may say what to fit it with.
 
     Returns:
         Numbers to log, with the cross-entropy on the rows as `loss`; and the choice, if there was
         one to make.
     """
-    if model.config.head == Head.RIDGE:
-        fit = fit_closed_form(model, features, args.class_weights)
+    if model.config.head in CLOSED_FORM:
+        cell = None if head_choice is None else head_choice.fixed
+        fit = fit_closed_form(model, features, args.class_weights, args.seed, cell)
         facts = {"regularizer": fit.regularizer, "temperature": fit.temperature}
     else:
         choice, facts = _fit_best_probe(model, features, args, parts_of, choice)

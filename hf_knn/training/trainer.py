@@ -10,26 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
-from transformers.trainer_pt_utils import nested_numpify
-from transformers.trainer_utils import (
-    EvalPrediction,
-    TrainOutput,
-    denumpify_detensorize,
-    set_seed,
-    speed_metrics,
-)
+from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from ..core.backbone import split_features
-from ..core.config import Head
+from ..core.config import CLOSED_FORM
 from ..data.augmentation import EpochRows, seeded
 from ..data.batches import KnnCollator
 from ..features.extract import ImageFeatures
 from ..fit.blend import TuneResult
+from ..fit.choice import HeadChoice
 from ..fit.grids import ProbeGrid
-from ..fit.heads import Part, with_fresh_head
+from ..fit.heads import Part, put_fresh_head, with_fresh_head
+from ..fit.held_out import HeldOut
 from ..fit.measure import (
-    HeldOut,
-    ask_folds,
+    ask_head,
     ask_voices,
     choose_blend,
     describe_measurement,
@@ -43,9 +37,11 @@ from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments
+from .asking import ask_on_folds, choose_head
 from .callbacks import callbacks_of, taking_part
-from .heads import check_at_once, fit_at_once, sweep_parts
+from .heads import OF_DESCENT, check_at_once, chooses_head, fit_at_once, settle_head, sweep_parts
 from .loss import KnnLoss, check_finite
+from .metrics import own_metrics
 from .reports import Shown, report_of
 from .rows import (
     KnownFeatures,
@@ -56,7 +52,6 @@ from .rows import (
     check_tunable,
     checked_model,
     checked_rows,
-    folds_of,
     labels_in,
     store_of,
     unstored,
@@ -86,6 +81,8 @@ class KnnTrainer(SavingTrainer):
 
     Attributes:
         train_features: features of the training set, once they are known.
+        head_choice: which head was chosen, with the table of all, where none was named; `tune`
+            goes on with what that head said of the rows held out.
         tune_result: what `tune` found last.
         probe_choice: which head of `probe_grid` was best, with the table of all.
 
@@ -126,9 +123,12 @@ class KnnTrainer(SavingTrainer):
         check_groups(rows, args.group_by)
         self.loss = KnnLoss(args, model.config)
         self.train_features: ImageFeatures | None = None
+        self.head_choice: HeadChoice | None = None
+        self._chosen_on: tuple[Any, ImageFeatures | None] = None, None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
         self._known_features = KnownFeatures(args)
+        self._brings_optimizer = any(map(kwargs.get, OF_DESCENT))
         super().__init__(
             model=model,
             args=args,
@@ -144,6 +144,8 @@ class KnnTrainer(SavingTrainer):
     ) -> Any:
         """Trains, then leaves a datastore of the final weights; see `Trainer.train`.
 
+        Where nobody named a head, the best one is chosen first, see `KnnTrainingArguments`.
+
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest one in `output_dir`
                 that is whole; what was skipped is said.
@@ -158,7 +160,13 @@ class KnnTrainer(SavingTrainer):
             raise ValueError("Expected `train_dataset` to train on, but got None.")
         if self.model_init is not None:
             self._begin_anew(*args[:1], **kwargs)
-        if self.model.config.head == Head.RIDGE or self.args.probe_grid is not None:
+        self.head_choice = None
+        descends = resume_from_checkpoint or self._brings_optimizer
+        if chooses_head(self.model, self.args) and not descends:
+            self._choose_head()
+        else:
+            settle_head(self.model, self.args)
+        if self.model.config.head in CLOSED_FORM or self.args.probe_grid is not None:
             return self._fit_at_once(resume_from_checkpoint)
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
         self._forget_measurement()
@@ -236,20 +244,35 @@ class KnnTrainer(SavingTrainer):
         progress = not self.args.disable_tqdm if progress is None else progress
         if self.model.datastore is None:
             self.build_datastore()
-        held_out: HeldOut | None = None
-        if dataset is not None:
-            features = unstored(self._features_of(checked_rows(dataset, self.model)), self.model)
-            held_out = ask_voices(self.model, features, self.args.device)
-        else:
-            rows = self.train_features or self._features_of(self.train_dataset)
-            self.train_features = rows
-            if criterion or can_hold_out(rows):
-                folds, device = folds_of(rows, self.args), self.args.device
-                held_out = ask_folds(self.model, rows, folds, self._fit_fold, device, progress)
         calibrate = self.args.calibrate if calibrate is None else calibrate
-        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress)
+        held_out, known = self._hold_out(dataset, criterion, progress)
+        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress, known)
         self._forget_measurement()
         return self.tune_result
+
+    def _hold_out(
+        self, dataset: Any, criterion: str | None, progress: bool
+    ) -> tuple[HeldOut | None, TuneResult | None]:
+        """What both voices say of rows held out, if any can be, and what was chosen on these."""
+        model, device, choice = self.model, self.args.device, self.head_choice
+        chosen_on, features = self._chosen_on
+        is_same = dataset is chosen_on and not model.changes  # nothing was taught since
+        if choice is not None and choice.answers is not None and is_same:
+            answers = choice.answers
+            if features is not None:  # the head itself has not seen them
+                head_part, _ = split_features(features.features, model.config)
+                answers = answers._replace(head_log_probs=ask_head(model, head_part, device))
+            return answers, choice.result
+        if dataset is not None:
+            features = unstored(self._features_of(checked_rows(dataset, model)), model)
+            return ask_voices(model, features, device), None
+        features = self.train_features or self._features_of(self.train_dataset)
+        self.train_features = features
+        if not criterion and not can_hold_out(features):
+            return None, None
+        fixed = None if choice is None else choice.fixed
+        train = self._train_fold
+        return ask_on_folds(model, features, self.args, train, fixed, progress), None
 
     def evaluate(
         self,
@@ -298,7 +321,7 @@ class KnnTrainer(SavingTrainer):
             self.model.measured = describe_measurement(
                 metrics, prefix, len(features), eval_dataset, is_tuned_on
             ) | {"reliability": found.reliability}
-        metrics |= self._own_metrics(found.logits, features.labels, prefix)
+        metrics |= own_metrics(self, found.logits, features.labels, prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -322,26 +345,6 @@ class KnnTrainer(SavingTrainer):
             ValueError: without one dataset, or with labels the model does not have.
         """
         return report_of(self, dataset, self._features_of, pictures, stored_pictures)
-
-    def _own_metrics(self, logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
-        """What the caller's `compute_metrics` says of the blend.
-
-        Args:
-            logits: [N, C] of the blend.
-            labels: [N] int64.
-            prefix: of the names.
-        """
-        if self.compute_metrics is None:
-            return {}
-        if self.preprocess_logits_for_metrics is not None:
-            logits = self.preprocess_logits_for_metrics(logits, labels)
-        asked: Any = (logits, labels)
-        if self.args.batch_eval_metrics:  # all rows are the last batch
-            own = self.compute_metrics(EvalPrediction(*asked), compute_result=True)
-        else:
-            own = self.compute_metrics(EvalPrediction(*nested_numpify(asked)))
-        own = denumpify_detensorize(own)
-        return {n if n.startswith(f"{prefix}_") else f"{prefix}_{n}": own[n] for n in own}
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
@@ -385,6 +388,8 @@ class KnnTrainer(SavingTrainer):
             trial: of a hyperparameter search.
             kwargs: of `Trainer.train`.
         """
+        if trial is not None and self.args.named_head is None:
+            self.args.head = None  # a search for rates is one for a head that has some
         self._hp_search_setup(trial)
         set_seed(self.args.seed)
         names, processor = self.model.config.class_names, self.model.image_processor
@@ -401,6 +406,7 @@ class KnnTrainer(SavingTrainer):
         self.optimizer = self.lr_scheduler = None
         self.loss = KnnLoss(self.args, model.config)
         self.train_features = self.tune_result = self.probe_choice = None
+        self.head_choice = None
 
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""
@@ -426,7 +432,7 @@ class KnnTrainer(SavingTrainer):
         features = self.train_features
         assert features is not None
         facts, self.probe_choice = fit_at_once(
-            self.model, features, self.args, self._parts, self.probe_choice
+            self.model, features, self.args, self._parts, self.probe_choice, self.head_choice
         )
         metrics = speed_metrics("train", started, num_samples=len(features))
         metrics |= {f"train_{name}": value for name, value in facts.items() if name != "loss"}
@@ -440,11 +446,32 @@ class KnnTrainer(SavingTrainer):
             held_out = self._features_of(checked_rows(self.eval_dataset, self.model))
         return sweep_parts(features, held_out, grid, self.model, self.args)
 
+    def _choose_head(self) -> None:
+        """Compares heads on rows held out, and gives the model one of the best kind."""
+        self._forget_measurement()
+        self._take_features()
+        features, dataset = self.train_features, self.eval_dataset
+        assert features is not None
+        validation = None
+        if dataset is not None and not isinstance(dataset, dict):
+            validation = unstored(self._features_of(dataset), self.model)
+        self._chosen_on = (None if validation is None else dataset), validation
+        choice = choose_head(self.model, features, validation, self.args)
+        put_fresh_head(self.model, choice.head, self.args.seed)
+        self.head_choice = choice
+
+    def _take_features(self) -> None:
+        """Features once, datastore once."""
+        self.train_features = self._features_of(self.train_dataset)
+        self.build_datastore()
+
     def _prepare_probe(self) -> None:
-        """Features once, datastore once, leave-one-out p_knn once."""
-        features = self._features_of(self.train_dataset)
-        self.train_features = features
-        store = self.build_datastore()
+        """What training on features needs: these, a datastore, leave-one-out p_knn once."""
+        if self.head_choice is None:
+            self._take_features()
+        features, store = self.train_features, self.model.datastore
+        assert features is not None
+        assert store is not None
         head_part, _ = split_features(features.features, self.model.config)
         self.model.head.standardize(head_part)
         if self.args.reweights:
@@ -460,11 +487,13 @@ class KnnTrainer(SavingTrainer):
             return dataset
         return self._known_features.of(dataset, self.model, self.processing_class)
 
-    def _fit_fold(self, features: ImageFeatures) -> KnnForImageClassification:
+    def _train_fold(self, features: ImageFeatures) -> KnnForImageClassification:
         """A fresh head and datastore from some of the rows, by the same recipe."""
         model = with_fresh_head(self.model, self.args.seed)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = KnnTrainer(model, self.args.quiet(folder), train_dataset=features)
+            args = self.args.quiet(folder)
+            args.head = self.model.config.head
+            trainer = KnnTrainer(model, args, train_dataset=features)
             trainer.remove_callback(PrinterCallback)
             trainer.probe_choice = self.probe_choice
             trainer.train()

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e8dc3fbd6e627582bf4a58c5a7be483d8ce8543ae9e78e60fc5b6c26bd40de18.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7c198450e591747624d009ccef60e5b95fc81b1499457b1cc0ad0f35271b4b10.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -62,6 +62,7 @@ _MODEL_KEYS = (
 )  # fmt: skip
 """Keys of a nested configuration that bring another model along; they are refused."""
 
+_MOST_FEATURES = 2**16
 _POSITIVE = ("> 0", lambda value: 0 < value < float("inf"))
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "knn_temperature": _POSITIVE,
@@ -94,6 +95,17 @@ class Head(Choice):
     LINEAR = "linear"
     MLP = "mlp"
     RIDGE = "ridge"
+    KERNEL = "kernel"
+    LDA = "lda"
+
+HEAD_FEATURES, HEAD_COMPONENTS = 4096, 256
+"""How many random features a `kernel` head has, of how many principal components at most."""
+
+class Kernel(Choice):
+    """What the random features of a `kernel` head come to."""
+
+    RBF = "rbf"
+    RELU = "relu"
 
 class KnnConfig(PreTrainedConfig):
     """Configuration of `KnnForImageClassification`.
@@ -114,12 +126,16 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
-        head: `linear`, `mlp` or `ridge`.
+        head: `linear`, `mlp`, `ridge`, `kernel` or `lda`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
-        head_regularizer: what a `ridge` head was solved with, >= 0; 0 for other heads, or unknown.
-        head_temperature: > 0, what a `ridge` head's logits were divided by, once and for all.
-        head_class_weighting: `none`, `inverse` or `inverse_sqrt`, of the rows of a `ridge` head.
+        head_kernel: `rbf` or `relu`, the random features of a `kernel` head.
+        head_features: how many of them, an even number; 0 means 4,096, and for other heads none.
+        head_components: of how many principal components; 0 means 256, or as many as there are.
+        head_regularizer: what a head in closed form was solved with, >= 0; 0 for others, or
+            unknown.
+        head_temperature: > 0, what the logits of such a head were divided by, once and for all.
+        head_class_weighting: `none`, `inverse` or `inverse_sqrt`: how rows of such a head weigh.
         num_head_labels: classes the head was trained on, at most `num_labels`; None means all.
         num_tuned_labels: classes that there were when the blend was tuned; for those taught since,
             the neighbours speak in full. None means all that the head has.
@@ -149,6 +165,9 @@ class KnnConfig(PreTrainedConfig):
     normalization: str = "l2_centered"
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
+    head_kernel: str = "rbf"
+    head_features: int = 0
+    head_components: int = 0
     head_regularizer: float = 0.0
     head_temperature: float = 1.0
     head_class_weighting: str = "none"
@@ -165,9 +184,16 @@ class KnnConfig(PreTrainedConfig):
         super().__post_init__(**named)
         if self.num_head_labels is None:
             self.num_head_labels = self.num_labels
+        self.fill_head()
+        self.check()
+
+    def fill_head(self) -> None:
+        """Chooses the widths in the head that are left open, once that of a feature is known."""
         if self.head == Head.MLP and not self.head_hidden_sizes and self.feature_dim > 0:
             self.head_hidden_sizes = [self.feature_dim]
-        self.check()
+        if self.head == Head.KERNEL and self.feature_dim > 0:
+            self.head_features = self.head_features or HEAD_FEATURES
+            self.head_components = self.head_components or min(HEAD_COMPONENTS, self.feature_dim)
 
     def check(self) -> None:
         """Checks every value; called again before use, since attributes can be assigned."""
@@ -184,6 +210,15 @@ class KnnConfig(PreTrainedConfig):
             raise ValueError(
                 "Expected `head_hidden_sizes` to be widths >= 1, and empty unless head='mlp', "
                 f"but got {sizes!r} for head={self.head!r}."
+            )
+        _check_choice("head_kernel", self.head_kernel, Kernel)
+        counts = (self.head_features, self.head_components)
+        are_counts = all(type(n) is int and 0 <= n <= _MOST_FEATURES for n in counts)
+        if not are_counts or counts[0] % 2 or (any(counts) and self.head != Head.KERNEL):
+            raise ValueError(
+                f"Expected `head_features` to be an even number and `head_components` a number, "
+                f"both up to {_MOST_FEATURES}, and 0 unless head='kernel', but got {counts} for "
+                f"head={self.head!r}."
             )
         check_metric(self.metric, self.normalization)
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:

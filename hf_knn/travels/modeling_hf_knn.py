@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e8dc3fbd6e627582bf4a58c5a7be483d8ce8543ae9e78e60fc5b6c26bd40de18.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7c198450e591747624d009ccef60e5b95fc81b1499457b1cc0ad0f35271b4b10.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -36,7 +36,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_I
 from transformers.utils.hub import resolve_revision
 
 from .configuration_hf_knn import (
-    Head, KnnConfig, Metric, Normalization, Pooling, Weighting, check_metric
+    Head, Kernel, KnnConfig, Metric, Normalization, Pooling, Weighting, check_metric
 )
 
 
@@ -357,6 +357,12 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+# ---- config.py: The configuration of a k-NN image classifier.
+
+CLOSED_FORM = (Head.RIDGE, Head.KERNEL, Head.LDA)
+"""Heads that are solved, and that follow the rows of a datastore exactly."""
+
+
 # ---- backbone.py: Any vision model of transformers, or of timm through transformers, as a source of features.
 
 # arguments of timm.create_model that only shape the network; others can name files, URLs or repos
@@ -489,7 +495,7 @@ def _check_timm(config: PreTrainedConfig) -> None:
 _SMALLEST_LENGTH = 1e-30
 
 class KnnHead(nn.Module):
-    """A classifier on standardised features: linear, or with hidden layers."""
+    """A classifier on standardised features: linear, with hidden layers, or in closed form."""
 
     def __init__(
         self,
@@ -497,28 +503,40 @@ class KnnHead(nn.Module):
         num_labels: int,
         hidden_sizes: Sequence[int] = (),
         unit_length: bool = False,
+        kernel: str = Kernel.RBF,
+        expansion: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(()))
-        self.unit_length = unit_length
-        widths = [dim, *hidden_sizes]
+        self.unit_length, self.kernel = unit_length, Kernel(kernel)
+        (components, self.random), axes, directions = expansion, None, None
+        if self.random:
+            rows = self.random if self.kernel is Kernel.RELU else self.random // 2
+            axes, directions = torch.zeros(components, dim), torch.zeros(rows, components)
+        self.register_buffer("axes", axes)  # [P, D]
+        self.register_buffer("directions", directions)  # [R, P], of `rbf` [R / 2, P]
+        widths = [dim + self.random, *hidden_sizes]
         pairs = zip(widths, hidden_sizes, strict=False)
         self.hidden = nn.ModuleList(nn.Linear(width, out) for width, out in pairs)
         self.classifier = nn.Linear(widths[-1], num_labels)
 
     mean: Tensor
     scale: Tensor
+    axes: Tensor | None
+    directions: Tensor | None
 
     @classmethod
     def from_config(cls, config: KnnConfig) -> "KnnHead":
         """The head that a configuration asks for, with new weights."""
-        is_ridge = config.head == Head.RIDGE
+        is_closed = config.head in CLOSED_FORM
         return cls(
             config.feature_dim,
             config.head_classes,
             config.head_hidden_sizes if config.head == Head.MLP else (),
-            unit_length=is_ridge and config.normalization != Normalization.NONE,
+            unit_length=is_closed and config.normalization != Normalization.NONE,
+            kernel=config.head_kernel,
+            expansion=(config.head_components, config.head_features),
         )
 
     def standardize(self, features: Tensor) -> None:
@@ -529,11 +547,20 @@ class KnnHead(nn.Module):
         self.scale.copy_(deviation if deviation > 0 else torch.ones(()))
 
     def prepared(self, features: Tensor) -> Tensor:
-        """[B, D] features as the first layer sees them."""
+        """[B, D] features as the first layer sees them: [B, R + D]."""
         rows = (features - self.mean.to(features.dtype)) / self.scale.to(features.dtype)
-        return (
-            functional.normalize(rows, dim=-1, eps=_SMALLEST_LENGTH) if self.unit_length else rows
+        if self.unit_length:
+            rows = functional.normalize(rows, dim=-1, eps=_SMALLEST_LENGTH)
+        if self.axes is None or self.directions is None:
+            return rows
+        components = rows @ self.axes.to(rows.dtype).T  # [B, P]
+        angles = components @ self.directions.to(rows.dtype).T
+        random = (
+            angles.relu() * self.random**-0.5
+            if self.kernel is Kernel.RELU
+            else torch.cat([angles.cos(), angles.sin()], dim=-1) * (self.random / 2) ** -0.5
         )
+        return torch.cat([random, rows], dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C_head] logits."""
@@ -552,6 +579,9 @@ class KnnHead(nn.Module):
         """New buffers; called by the model when it initialises weights."""
         init.zeros_(self.mean)
         init.ones_(self.scale)
+        for part in (self.axes, self.directions):
+            if part is not None:
+                init.zeros_(part)
 
 
 # ---- manifest.py: The manifest of a datastore: what a checkpoint promises about its files, and the check.

@@ -51,8 +51,8 @@ def room_for(model: KnnForImageClassification) -> int:
     if not isinstance(store, Datastore):
         return MAX_IN_MEMORY
     bytes_each = 6 * len(store) * store.dim
-    if model.config.head == "ridge":
-        bytes_each += 8 * store.dim**2
+    if model.config.head in ("ridge", "kernel", "lda"):
+        bytes_each += 16 * model.head.classifier.in_features**2  # sums, and a factor of them
     return max(1, min(MAX_IN_MEMORY, MAX_BYTES // max(1, bytes_each)))
 
 

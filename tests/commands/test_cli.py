@@ -211,7 +211,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     # one half is chosen by, in the other the error at each confidence is counted
     assert "Too few labels to choose by (14 on cross-validation; 16 a class are wanted)" in words
     assert "the fixed cell is taken: k = 20, temperature = 0.14, λ = 0.5." in words
-    assert "Training on folds: 100%" in done.stderr
+    assert "Asking heads and neighbours: 100%" in done.stderr
     assert "Choosing k, temperature and λ: 100%" in done.stderr
     assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())
@@ -245,7 +245,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
         (["--resume", "--bf16"], "--resume, --bf16"),
         (["--fine-tune", "--sweep", "small"], "no --sweep"),
         (["--fine-tune", "--queries", "live"], "--alpha above 0"),
-        (["--head", "ridge", "--epochs", 5], "no ridge head"),
+        (["--head", "ridge", "--epochs", 5], "with --epochs, but got --head ridge"),
         (["--sweep", "small", "--learning-rate", 0.1], "no --sweep, which tries"),
         (["--shots", 2, "--fraction", 0.5], "one of --shots and --fraction"),
         (["--fine-tune", "--shots", 1], "leave out --fine-tune"),

@@ -41,7 +41,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "backend": lambda _: check_backend(NOT_OFFERED),
     "class_weights": training("class_weights"),
     "criterion": training("tune_criterion"),
-    "head": lambda _: KnnConfig(head=NOT_OFFERED),
+    "head": training("head"),
     "on_bad_image": training("on_bad_image"),
     "precision": training("feature_precision"),
     "queries": training("knn_queries"),

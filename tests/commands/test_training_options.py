@@ -151,13 +151,13 @@ def test_folds_of_a_trainer_keep_groups_whole(tmp_path: Path, monkeypatch: Any) 
     trainer = KnnTrainer(small_model(CLASSES), arguments, train_dataset=grouped(labels, groups))
     trainer.train()
     fitted: list[set[int]] = []
-    fit = trainer._fit_fold
+    fit = trainer._train_fold
 
     def remember(rows: Any) -> Any:
         fitted.append(set(rows.groups.tolist()))
         return fit(rows)
 
-    monkeypatch.setattr(trainer, "_fit_fold", remember)
+    monkeypatch.setattr(trainer, "_train_fold", remember)
     trainer.tune()
     assert len(fitted) == 5
     everyone = set(range(10))

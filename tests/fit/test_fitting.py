@@ -15,10 +15,12 @@ from training.test_trainer import CLASSES, arguments, cloud, pictures, probe, te
 from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer
 from hf_knn.data.splits import stratified_folds
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.fit import choice
 from hf_knn.fit import heads as fitting
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
 from hf_knn.fit.heads import PROBE_GRIDS, Part, fit_closed_form, sweep
 from hf_knn.fit.sweep import train_probes
+from hf_knn.training.arguments import HEAD
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
@@ -31,8 +33,13 @@ def model_with(head: str, classes: Any = CLASSES, **options: Any) -> KnnForImage
     return small_model(classes, **HEADS[head], **options)
 
 
+USUAL: dict[str, Any] = dict.fromkeys(HEAD._fields)
+"""No rates, which a head in closed form refuses."""
+
+
 def make_trainer(head: str, folder: Path, features: ImageFeatures, **options: Any) -> KnnTrainer:
-    return KnnTrainer(model_with(head), probe(folder, **options), train_dataset=features)
+    given = (USUAL if head == "ridge" else {}) | options
+    return KnnTrainer(model_with(head), probe(folder, **given), train_dataset=features)
 
 
 def with_store(model: KnnForImageClassification, features: ImageFeatures) -> Any:
@@ -133,22 +140,27 @@ def test_a_ridge_head_is_trained_tuned_and_measured(tmp_path: Path) -> None:
     assert torch.equal(head_logits(loaded, rows), head_logits(trainer.model, rows))
 
 
-def test_folds_of_a_ridge_head_have_heads_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("head", ["ridge", "linear"])
+def test_folds_have_heads_of_their_own(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, seen = cloud(60), []
+    features = cloud(60)
+    seen: list[set[bytes]] = []
+    name = "fit_closed" if head == "ridge" else "fit_linear"
+    real = getattr(choice, name)
 
-    def spied(model: Any, rows: ImageFeatures, *args: Any) -> Any:
-        seen.append(set(rows.ids.tolist()))
-        return fit_closed_form(model, rows, *args)
+    def spied(*args: Any, **options: Any) -> Any:
+        rows = next(part for part in args if isinstance(part, Tensor))
+        seen.append({row.numpy().tobytes() for row in rows})
+        return real(*args, **options)
 
-    monkeypatch.setattr("hf_knn.training.heads.fit_closed_form", spied)
-    trainer = make_trainer("ridge", tmp_path, features)
+    monkeypatch.setattr(choice, name, spied)
+    trainer = make_trainer(head, tmp_path, features, **USUAL)
     trainer.train()
     trainer.tune()
     folds = stratified_folds(features.labels, trainer.args.tune_folds, trainer.args.seed)
-    assert seen[0] == set(features.ids.tolist())
-    assert seen[1:] == [set(features.ids[list(fold.fitted)].tolist()) for fold in folds]
+    rows = [row.numpy().tobytes() for row in features.features]
+    assert seen == [{rows[row] for row in fold.fitted} for fold in folds]
 
 
 def test_class_weights_reach_a_ridge_head(tmp_path: Path) -> None:
@@ -166,8 +178,8 @@ def test_class_weights_reach_a_ridge_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "options", "message"),
     [
-        ("ridge", {"knn_loss_alpha": 0.1}, "which has no loss to weight"),
-        ("ridge", {"probe_grid": "small"}, "which has no loss to weight"),
+        ("ridge", {"knn_loss_alpha": 0.1}, "no `knn_loss_alpha` for a ridge head"),
+        ("ridge", {"probe_grid": "small"}, "no `probe_grid` for a ridge head"),
         ("ridge", {"freeze_backbone": False}, "`freeze_backbone` to be True"),
         ("linear", {"probe_grid": "large"}, r"`probe_grid` to be one of \['small'"),
         ("linear", {"probe_grid": "small", "freeze_backbone": False}, "`freeze_backbone` to be"),
@@ -178,7 +190,8 @@ def test_what_does_not_go_together_is_refused(
     head: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     def run() -> None:
-        args = arguments(tmp_path, **{"freeze_backbone": True} | options)
+        usual = USUAL if head == "ridge" else {}
+        args = arguments(tmp_path, **{"freeze_backbone": True} | usual | options)
         KnnTrainer(model_with(head), args, train_dataset=pictures()).train()
 
     with pytest.raises(ValueError, match=message):

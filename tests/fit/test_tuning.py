@@ -329,6 +329,19 @@ def test_the_weight_falls_back_to_either_pure_voice() -> None:
     assert tune(lost, head, labels, 6, "log_likelihood").knn_weight == 0
 
 
+def test_neighbours_that_add_nothing_still_explain() -> None:
+    """At λ = 0 every k and temperature is alike: those of the neighbours alone are taken."""
+    neighbors, _, labels = planted(rows=200)
+    head = torch.full((200, 6), -9.0).scatter(1, labels.unsqueeze(1), 0.0).log_softmax(1)
+    result = tune(neighbors, head, labels, 6)
+    assert result.knn_weight == 0
+    assert (result.k, result.temperature) == (result.best_knn.k, result.best_knn.temperature)
+    smallest = min(result.table, key=lambda cell: (cell.k, cell.temperature))
+    assert (result.k, result.temperature) != smallest[:2]
+    assert result.say("here").endswith("The neighbours add nothing here; they still explain.")
+    assert "add nothing" not in tune(neighbors, 0 * head, labels, 6).say("here")
+
+
 def test_few_labels_leave_the_fixed_cell_and_take_the_coarse_grid() -> None:
     assert [has_few_labels(count, 6) for count in (95, 96, 97)] == [True, False, False]
     for rows, few in ((95, True), (96, False)):

@@ -137,9 +137,9 @@ def test_refit_is_a_training_on_the_rows_that_are_stored(
     assert_is_refit(found)
 
 
-def test_only_a_ridge_head_with_rows_of_its_own_is_fitted_again(tmp_path: Path) -> None:
+def test_only_a_closed_form_head_with_rows_of_its_own_is_fitted_again(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"head": "linear"}, "a ridge head to fit again, but got 'linear'"),
+        ({"head": "linear"}, "a ridge, kernel or lda head to fit again, but got 'linear'"),
         ({"head": "ridge"}, "a datastore with rows in the checkpoint itself, but got none"),
         ({"head": "ridge", "knn_pooling": "mean"}, "pools differently"),
     ]
@@ -170,7 +170,7 @@ def test_a_ridge_head_equals_a_refit_after_every_change(
     assert_is_refit(model)
     model.forget(model.datastore.ids[:20], recenter=True)
     assert_is_refit(model)
-    state = model.memory.tally.ridge
+    state = model.memory.tally.state
     weight, _ = state.solve(model.config.head_regularizer)
     wanted, _ = refitted(model)
     assert (weight / model.config.head_temperature - wanted).abs().max() < 1e-8

@@ -855,11 +855,11 @@ def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     trainer.train()
     capfd.readouterr()
     trainer.tune()
-    assert "folds" not in capfd.readouterr().err
+    assert "Asking" not in capfd.readouterr().err
     transformers_logging.enable_progress_bar()
     trainer.tune(progress=True)
     said = capfd.readouterr().err
-    assert "Training on folds: 100%" in said
+    assert "Asking heads and neighbours: 100%" in said
     assert "Choosing k, temperature and λ: 100%" in said
 
 

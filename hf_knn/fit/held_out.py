@@ -1,0 +1,228 @@
+"""Heads and neighbours asked about rows that they have not seen: on folds, or on a validation set.
+
+Whatever is asked about a row was made from other rows: the head, the datastore and its mean, and
+the axes that a head projects on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from ..core.search import Neighbors
+from ..core.votes import Metric, Weighting
+from ..data.splits import Fold
+from ..store.backend import SearchBackend
+from .blend import Criterion, TuneResult, default_grid, has_few_labels, tune
+
+
+class LabelledRows(NamedTuple):
+    """Rows as heads and neighbours see them.
+
+    Attributes:
+        head: [N, D] raw features for heads.
+        store: [N, D'] raw features for neighbours.
+        labels: [N] int64.
+        groups: [N] int64 of what belongs together; None: each row is by itself.
+        ids: [N] int64 of the rows, by which neighbours are ordered that are equally near; None
+            numbers them.
+    """
+
+    head: Tensor
+    store: Tensor
+    labels: Tensor
+    groups: Tensor | None = None
+    ids: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "LabelledRows":
+        """Some of the rows, by number."""
+        groups, ids = (None if part is None else part[rows] for part in (self.groups, self.ids))
+        return LabelledRows(self.head[rows], self.store[rows], self.labels[rows], groups, ids)
+
+
+class Part(NamedTuple):
+    """Rows that voices are made from, and rows that these are asked about."""
+
+    fitted: LabelledRows
+    held_out: LabelledRows
+
+
+Answer = Callable[[Tensor], Tensor]
+"""From raw features [B, D] to log-probabilities [B, C_head]."""
+
+Fit = Callable[[LabelledRows], Answer]
+"""Makes a head from rows."""
+
+Store = Callable[[LabelledRows], SearchBackend]
+"""Makes a datastore from rows."""
+
+
+class HeldOut(NamedTuple):
+    """What was said about rows that nobody had seen.
+
+    Attributes:
+        neighbors: [B, k] at the largest k that shall be tried.
+        head_log_probs: [B, C_head].
+        labels: [B] int64.
+        groups: [B] int64 of what belongs together; None: each row is by itself.
+    """
+
+    neighbors: Neighbors
+    head_log_probs: Tensor
+    labels: Tensor
+    groups: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "HeldOut":
+        """Some of the rows, by number."""
+        neighbors = Neighbors(*(field[rows] for field in self.neighbors))
+        groups = None if self.groups is None else self.groups[rows]
+        return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
+
+    def halves(self) -> "tuple[HeldOut, HeldOut]":
+        """Two random halves; what belongs together is on one side."""
+        owners = torch.arange(len(self.labels)) if self.groups is None else self.groups
+        names, which = owners.unique(return_inverse=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+        is_first = (order < (len(names) + 1) // 2)[which]
+        return self.at(is_first.nonzero().flatten()), self.at((~is_first).nonzero().flatten())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What several heads, and the neighbours beside them, said about the same rows.
+
+    Attributes:
+        neighbors: see `HeldOut`, as the rest.
+        heads: [B, C_head] by the name of the head.
+        labels: [B] int64.
+        groups: [B] int64, or None.
+    """
+
+    neighbors: Neighbors
+    heads: dict[str, Tensor]
+    labels: Tensor
+    groups: Tensor | None
+
+    def of(self, head: str) -> HeldOut:
+        """One head, and the neighbours."""
+        return HeldOut(self.neighbors, self.heads[head], self.labels, self.groups)
+
+
+def parts_of(rows: LabelledRows, held_out: LabelledRows | Sequence[Fold]) -> Iterator[Part]:
+    """What is fitted and asked about, one part after the other.
+
+    Args:
+        rows: to learn from.
+        held_out: folds of these rows, or other rows.
+    """
+    if isinstance(held_out, LabelledRows):
+        yield Part(rows, held_out)
+        return
+    for fold in held_out:
+        fitted, asked = torch.from_numpy(fold.fitted), torch.from_numpy(fold.held_out)
+        yield Part(rows.at(fitted), rows.at(asked))
+
+
+def ask(
+    rows: LabelledRows,
+    held_out: LabelledRows | Sequence[Fold],
+    heads: Mapping[str, Fit],
+    store: Store,
+    k: int,
+    progress: bool = False,
+) -> Answers:
+    """Makes each head and a datastore from the rows of a part, and asks them about the others.
+
+    The neighbours are searched once for all heads.
+
+    Args:
+        rows: to learn from.
+        held_out: folds of these rows, or other rows.
+        heads: what makes them, by name.
+        store: makes a datastore.
+        k: how many neighbours are searched; fewer where a part has fewer rows.
+        progress: show a progress bar.
+    """
+    near: list[Neighbors] = []
+    asked: list[LabelledRows] = []
+    said: dict[str, list[Tensor]] = {name: [] for name in heads}
+    count = 1 if isinstance(held_out, LabelledRows) else len(held_out)
+    with transformers_logging.tqdm(
+        total=count * (len(heads) + 1), desc="Asking heads and neighbours", disable=not progress
+    ) as bar:
+        for part in parts_of(rows, held_out):
+            near.append(store(part.fitted).search(part.held_out.store, k))
+            asked.append(part.held_out)
+            bar.update()
+            for name, fit in heads.items():
+                said[name].append(fit(part.fitted)(part.held_out.head))
+                bar.update()
+    width = min(found.labels.shape[1] for found in near)
+    fields = zip(*near, strict=True)
+    neighbors = Neighbors(*(torch.cat([part[:, :width] for part in field]) for field in fields))
+    groups = [part.groups for part in asked if part.groups is not None]
+    return Answers(
+        neighbors,
+        {name: torch.cat(parts) for name, parts in said.items()},
+        torch.cat([part.labels for part in asked]),
+        torch.cat(groups) if groups else None,
+    )
+
+
+def widest(rows: int, held_out: int, num_labels: int) -> int:
+    """The largest k that is tried.
+
+    Args:
+        rows: of the datastore.
+        held_out: rows to choose on.
+        num_labels: C.
+    """
+    return max(default_grid(rows, num_labels, coarse=has_few_labels(held_out, num_labels)).k)
+
+
+def criterion_for(held_out: int, num_labels: int, criterion: str | None) -> str:
+    """What a cell is chosen by: as asked, else by how many rows were held out.
+
+    Args:
+        held_out: rows, before any are set aside for other things.
+        num_labels: C.
+        criterion: see `hf_knn.tune`; None chooses.
+    """
+    few = has_few_labels(held_out, num_labels)
+    return criterion or (Criterion.FIXED if few else Criterion.ONE_STANDARD_ERROR)
+
+
+def choose_cell(
+    rows: HeldOut,
+    held_out: int,
+    stored: int,
+    num_labels: int,
+    criterion: str | None,
+    *,
+    metric: str = Metric.COSINE,
+    weighting: str = Weighting.SOFTMAX,
+    progress: bool = False,
+) -> TuneResult:
+    """Chooses k, temperature and λ on some of the rows that were held out.
+
+    Args:
+        rows: to choose on.
+        held_out: how many there are with those that nothing is chosen on; the grid and whether
+            there are few labels go by all of them.
+        stored: rows of the datastore.
+        num_labels: C.
+        criterion: see `hf_knn.tune`.
+        metric: of the similarities.
+        weighting: of the votes.
+        progress: show a progress bar.
+    """
+    few = has_few_labels(held_out, num_labels)
+    result = tune(
+        rows.neighbors, rows.head_log_probs, rows.labels, num_labels,
+        criterion_for(held_out, num_labels, criterion), metric=metric, weighting=weighting,
+        grid=default_grid(stored, num_labels, coarse=few), progress=progress,
+    )  # fmt: skip
+    return replace(result, has_few_labels=few)
