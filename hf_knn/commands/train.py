@@ -264,6 +264,8 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
     what = "Comparing heads" if options.head == AUTO_HEAD else "Training the head"
     with console.status(f"{what} …"):
         metrics = trainer.train().metrics
+    if trainer.metric_choice is not None:
+        console.print(trainer.metric_choice.say())
     chosen, choice = trainer.head_choice, trainer.probe_choice
     if chosen is not None:
         print_choice(chosen)
@@ -370,6 +372,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
         "knn_max_memory": options.max_memory,
         "tune_criterion": options.criterion,
         "calibrate": options.calibrate,
+        "learn_metric": options.learn_metric,
         "group_by": options.group_by,
         "on_bad_image": options.on_bad_image,
         "seed": options.seed,
@@ -394,6 +397,11 @@ def _check(options: TrainOptions) -> None:
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
+    if options.learn_metric:
+        raise ValueError(
+            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
+            "every picture, so that folds cannot tell whether a metric helps."
+        )
     if options.sweep is not None:
         raise ValueError("Expected no --sweep with --fine-tune.")
     if not options.alpha:

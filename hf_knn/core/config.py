@@ -69,7 +69,7 @@ class Head(Choice):
 CLOSED_FORM = (Head.RIDGE, Head.KERNEL, Head.LDA)
 """Heads that are solved, and that follow the rows of a datastore exactly."""
 
-HEAD_FEATURES, HEAD_COMPONENTS = 4096, 256
+HEAD_FEATURES, HEAD_COMPONENTS = 4096, 128
 """How many random features a `kernel` head has, of how many principal components at most."""
 
 
@@ -103,12 +103,13 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        learned_metric: whether the datastore has a learned map, which rows and queries go through.
         head: `linear`, `mlp`, `ridge`, `kernel` or `lda`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
         head_kernel: `rbf` or `relu`, the random features of a `kernel` head.
         head_features: how many of them, an even number; 0 means 4,096, and for other heads none.
-        head_components: of how many principal components; 0 means 256, or as many as there are.
+        head_components: of how many principal components; 0 means 128, or as many as there are.
         head_regularizer: what a head in closed form was solved with, >= 0; 0 for others, or
             unknown.
         head_temperature: > 0, what the logits of such a head were divided by, once and for all.
@@ -140,6 +141,7 @@ class KnnConfig(PreTrainedConfig):
     knn_pooling: str | None = None
     metric: str = "cosine"
     normalization: str = "l2_centered"
+    learned_metric: bool = False
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
     head_kernel: str = "rbf"

@@ -36,7 +36,7 @@ from ..core.reading import (
     refuse_missing,
     warn_of_dtype,
 )
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder, restore
 from ..store.hub import CARD_NAME
@@ -265,9 +265,8 @@ def _is_same_maker(first: str, second: str) -> bool:
 
 def check_store(store: RowStore, config: KnnConfig) -> None:
     """Refuses a datastore that a model cannot use; see `check_fits`."""
-    check_fits(
-        config, store.dim, store.metric, store.normalization, store.label_beyond(config.classes)
-    )
+    has_map, largest = learned_map_of(store) is not None, store.label_beyond(config.classes)
+    check_fits(config, store.dim, store.metric, store.normalization, has_map, largest)
 
 
 class CheckpointReader(HubFiles):

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7c198450e591747624d009ccef60e5b95fc81b1499457b1cc0ad0f35271b4b10.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -98,7 +98,7 @@ class Head(Choice):
     KERNEL = "kernel"
     LDA = "lda"
 
-HEAD_FEATURES, HEAD_COMPONENTS = 4096, 256
+HEAD_FEATURES, HEAD_COMPONENTS = 4096, 128
 """How many random features a `kernel` head has, of how many principal components at most."""
 
 class Kernel(Choice):
@@ -126,12 +126,13 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        learned_metric: whether the datastore has a learned map, which rows and queries go through.
         head: `linear`, `mlp`, `ridge`, `kernel` or `lda`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
         head_kernel: `rbf` or `relu`, the random features of a `kernel` head.
         head_features: how many of them, an even number; 0 means 4,096, and for other heads none.
-        head_components: of how many principal components; 0 means 256, or as many as there are.
+        head_components: of how many principal components; 0 means 128, or as many as there are.
         head_regularizer: what a head in closed form was solved with, >= 0; 0 for others, or
             unknown.
         head_temperature: > 0, what the logits of such a head were divided by, once and for all.
@@ -163,6 +164,7 @@ class KnnConfig(PreTrainedConfig):
     knn_pooling: str | None = None
     metric: str = "cosine"
     normalization: str = "l2_centered"
+    learned_metric: bool = False
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
     head_kernel: str = "rbf"
