@@ -312,7 +312,7 @@ def _descent(rows: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[Te
         with torch.enable_grad():
             loss = _loss_of_own(rows[batch] @ weight.T, labels[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         yield weight.detach().clone()
 

@@ -132,7 +132,8 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     store = model.datastore
     assert isinstance(store, Datastore)
     before, state = answers(model), model.fingerprint_rows()
-    weight = store.learned_map and store.learned_map.weight
+    assert store.learned_map is not None
+    weight = store.learned_map.weight
     model.teach(pixels(3, 50), ["ant", "bee", "new"])
     receipt = model.forget(ids=model.changes[-1].ids)
     assert [note for note in receipt.notes if note.startswith("the learned map stays")] == [
@@ -213,7 +214,9 @@ def test_reasons_and_p_values_are_of_mapped_rows() -> None:
     others = rows @ rows.T
     others[range(len(rows)), range(len(rows))] = -2
     as_far = int((others.max(1) <= near.max() + 1e-9).sum())
-    found = model.explain(features=features)[0]
+    explained = model.explain(features=features)
+    assert isinstance(explained, list)
+    found = explained[0]
     assert found.neighbors[0].row_id == int(store.ids[near.argmax()])
     assert found.neighbors[0].similarity == pytest.approx(near.max(), abs=1e-6)
     assert found.typicality == pytest.approx((1 + as_far) / (1 + len(rows)))
