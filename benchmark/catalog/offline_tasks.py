@@ -1,5 +1,7 @@
 """The offline tasks: labelled pictures that installed packages hold, no download.
 
+All packages are of PyPI but that of `openclipart`, which is asked for by name only.
+
 Pictures are drawn once into a `datasets` folder. Classes are numbered when a task is loaded, so
 that two tasks can share one folder and a subset has labels without gaps.
 """
@@ -19,6 +21,7 @@ from sklearn.datasets import load_digits
 from catalog.cache import cache_root, unknown_name, versioned
 from catalog.drawn import REVISION, Row, drawn, png
 from catalog.glyphs import build_glyphs
+from catalog.openclipart import build_openclipart
 from catalog.openmoji import build_openmoji
 
 MIN_PICTURES = 8  # a class with fewer is left out
@@ -32,7 +35,7 @@ class OfflineTask:
         name: The key in `OFFLINE_TASKS`.
         title: One line for reports.
         licence: SPDX identifier of the pictures' licence.
-        source: PyPI package the pictures come from.
+        source: Package the pictures come from.
         build: From the folder for drawn pictures to a dataset of `image`, `name` and `label`, where
             `label` is still a string and no class is left out.
     """
@@ -92,6 +95,7 @@ def load_pictures(name: str, cache_dir: Path | None = None, limit: int | None = 
     Raises:
         ValueError: An unknown name, or a limit below `MIN_PICTURES`.
         ModuleNotFoundError: A package that holds the pictures is not installed.
+        FileNotFoundError: Likewise, for one of Debian.
     """
     if name not in OFFLINE_TASKS:
         raise unknown_name("task", name, OFFLINE_TASKS)
@@ -155,6 +159,13 @@ OFFLINE_TASKS = {
             "Bitstream-Vera AND OFL-1.1 AND LicenseRef-BaKoMa",
             "matplotlib",
             build_glyphs,
+        ),
+        OfflineTask(
+            "openclipart",
+            "Open Clip Art drawings by category (20 classes)",
+            "CC-PDDC",
+            "openclipart-png",
+            build_openclipart,
         ),
     )
 }

@@ -180,6 +180,12 @@ _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
         "augmentation": "none",  # a mirrored b is a d, and capitals differ by size
         "note": "no typeface family is on two sides of a split",
     },
+    "openclipart": {
+        "classes": 20, "pictures": 6_890, "group": "group", "metric": "mean_class",
+        "citation": "Open Clip Art Library, release 0.18",
+        "note": "not in a suite: needs Debian's package openclipart-png; near-duplicates are on "
+        "one side of a split",
+    },
 }  # fmt: skip
 
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from reporting.cells import Results
 from reporting.clean import clean_section
+from reporting.complement import complement_section
 from reporting.document import Block, Bullets, Facts, Grid, Heading, Report, Section, Text
+from reporting.heads import head_blocks
 from reporting.pairs import Difference, across_pairs, differences_of, shared_arms
 from reporting.pictures import Source, galleries
 from reporting.protocols import FOREST, PROTOCOLS, protocols_of
@@ -33,9 +35,9 @@ from reporting.words import DASH, plural
 _WILCOXON = (
     "One difference per pair of task and backbone, the mean over splits, shots and shifts; "
     "Wilcoxon's signed rank test, two-sided, Holm-corrected within the comparisons of the method "
-    "and, apart from them, within those of the peers. “Clearly”: settings whose bootstrap interval "
-    "excludes 0. Backbones on one task are not independent of each other, so that p is rather too "
-    "small; fewer than six pairs cannot give p < 0.05 whatever they are."
+    "and, apart from them, within those of the peers and of auto. “Clearly”: settings whose "
+    "bootstrap interval excludes 0. Backbones on one task are not independent of each other, so "
+    "that p is rather too small; fewer than six pairs cannot give p < 0.05 whatever they are."
 )
 
 
@@ -57,6 +59,7 @@ def build_report(results: Results, source: Source | None = None) -> Report:
         sections.append(Section("Across tasks", blocks))
     sections += [
         gain_section(results, differences),
+        complement_section(results),
         heat_section(results),
         reliability_section(results),
         clean_section(results),
@@ -124,6 +127,8 @@ def _special(results: Results, protocol: str, own: Sequence[Difference]) -> list
         return lowdata_blocks(results)
     if protocol == "peers":
         return peers_blocks(results, own)
+    if protocol in ("heads", "lowdata_heads"):
+        return head_blocks(results, protocol)
     return complementarity_blocks(results) if protocol == "complementarity" else []
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from reporting.document import Figure
 from reporting.statistics import Floats, Interval
-from reporting.words import arm_name, difference_name
+from reporting.words import arm_name
 
 _DPI = 150
 _LONGEST = 48  # characters
@@ -77,9 +77,9 @@ class Curve(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """A point of the gain plot: head accuracy, gain, and a class of points."""
+    """A point of a gain plot: what may explain the gain, the gain, and a class of points."""
 
-    accuracy: float
+    place: float
     gain: Interval
     series: str
 
@@ -95,9 +95,9 @@ def curves(name: str, title: str, arms: Mapping[str, Curve], alt: str) -> Figure
     return _drawn(name, alt, (4.2, 3.3), partial(_curves, title=title, arms=arms))
 
 
-def gains(name: str, title: str, spots: Sequence[Spot], alt: str) -> Figure:
-    """Gain of the blend over the head against the head's accuracy."""
-    return _drawn(name, alt, (6.4, 4.0), partial(_gains, title=title, spots=spots))
+def gains(name: str, title: str, spots: Sequence[Spot], alt: str, *, x: str, y: str) -> Figure:
+    """Gains with their intervals against a share, both in hundredths; `x` and `y` name them."""
+    return _drawn(name, alt, (6.4, 4.0), partial(_gains, title=title, spots=spots, x=x, y=y))
 
 
 def heat(
@@ -190,25 +190,23 @@ def _curves(axes: Axes, theme: Theme, title: str, arms: Mapping[str, Curve]) -> 
     _legend(axes, theme)
 
 
-def _gains(axes: Axes, theme: Theme, title: str, spots: Sequence[Spot]) -> None:
+def _gains(axes: Axes, theme: Theme, title: str, spots: Sequence[Spot], x: str, y: str) -> None:
     axes.axhline(0, color=theme.soft, linewidth=1)
     markers = "os^Dvphx*<>"
     for number, series in enumerate(dict.fromkeys(spot.series for spot in spots)):
         chosen = [spot for spot in spots if spot.series == series]
-        x = [100 * spot.accuracy for spot in chosen]
-        y = np.array([100 * spot.gain.mean for spot in chosen])
-        low = y - [100 * spot.gain.low for spot in chosen]
-        high = [100 * spot.gain.high for spot in chosen] - y
+        places = [100 * spot.place for spot in chosen]
+        means = np.array([100 * spot.gain.mean for spot in chosen])
+        low = means - [100 * spot.gain.low for spot in chosen]
+        high = [100 * spot.gain.high for spot in chosen] - means
         colour = (*theme.arms.values(), *theme.others)[1 + number % 10]
         axes.errorbar(
-            x, y, yerr=np.maximum([low, high], 0), fmt=markers[number % len(markers)],
+            places, means, yerr=np.maximum([low, high], 0), fmt=markers[number % len(markers)],
             color=colour, ecolor=(colour, 0.35), markersize=5, elinewidth=1, label=_literal(series),
         )  # fmt: skip
     axes.grid(color=theme.line, linewidth=0.6)
     axes.set_axisbelow(True)
-    _titled(
-        axes, theme, title, "top-1 of the head, %", f"{difference_name('blend', 'head')}, points"
-    )
+    _titled(axes, theme, title, x, y)
     _legend(axes, theme)
 
 

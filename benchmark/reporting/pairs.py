@@ -26,19 +26,28 @@ _LOSSES = (
     ("reweighted", "plain"), ("reweighted", "shuffled"), ("reweighted", "constant"),
     ("focal", "plain"), ("shuffled", "plain"), ("constant", "plain"),
 )  # fmt: skip
+_HEADS = (
+    ("auto", "linear"), ("auto", "blend:linear+knn"), ("auto", "ridge"),
+    ("auto", "blend:ridge+knn"),
+    *((f"blend:{head}+knn", head) for head in ("linear", "ridge", "kernel", "lda")),
+    *((head, "linear") for head in ("ridge", "kernel", "lda")),
+)  # fmt: skip
 _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "knn": (*_VOICES, ("blend", "knn"), ("dino", "head")),
     "finetune": _VOICES,
     "robustness": _VOICES,
     "linear": (*_LOSSES, ("blend", "plain")),
     "lowdata": (*_VOICES, ("ridge", "head")),
-    "lowdata_heads": (*_LOSSES, ("ridge", "plain"), ("blend_ridge", "ridge")),
+    "heads": _HEADS,
+    "lowdata_heads": _HEADS,
+    "lowdata_losses": _LOSSES,
 }
 TESTED = frozenset(
     {("knn", "blend", "head"), ("knn", "knn", "head"), ("knn", "blend", "fixed")}
     | {("linear", "reweighted", arm) for arm in ("plain", "shuffled", "constant")}
     | {("linear", "focal", "plain"), ("finetune", "blend", "head")}
     | {("lowdata", "blend", "head"), ("lowdata", "knn", "head"), ("robustness", "blend", "head")}
+    | {("heads", "auto", arm) for arm in ("blend:linear+knn", "blend:ridge+knn")}
 )
 """What is asked across tasks, named beforehand: each further test costs the others power."""
 
@@ -58,8 +67,8 @@ class Comparison(NamedTuple):
 
     @property
     def family(self) -> str:
-        """Tests that are corrected together: `method`, or `peers`."""
-        return "peers" if self.protocol == "peers" else "method"
+        """Tests that are corrected together: `method`, `peers` or `heads`."""
+        return self.protocol if self.protocol in ("peers", "heads") else "method"
 
     @property
     def tested(self) -> bool:

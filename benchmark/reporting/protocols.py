@@ -12,8 +12,18 @@ PROTOCOLS = {
         "Few labelled pictures",
         "Pictures per class for training; labels used for validation are part of them.",
     ),
+    "heads": (
+        "Which head?",
+        "Each head alone and beside the neighbours, and auto: what `hf-knn train --head auto` "
+        "chooses on validation, by one rule for all splits.",
+    ),
     "lowdata_heads": (
-        "Heads and losses, few pictures",
+        "Which head, with few pictures?",
+        "As above, everything chosen on folds of the few pictures. Below 3 per class auto compares "
+        "nothing: it takes ridge with a fixed regulariser and the fixed cell of the blend.",
+    ),
+    "lowdata_losses": (
+        "Losses, few pictures",
         "Losses and their controls as below; each head is chosen on the same folds of the few.",
     ),
     "linear": (
@@ -35,7 +45,8 @@ PROTOCOLS = {
 """Protocols in the order of a report: heading, and what one should know."""
 
 FOREST = {
-    "knn": ("blend", "head"), "linear": ("reweighted", "plain"), "finetune": ("blend", "head"),
+    "knn": ("blend", "head"), "heads": ("auto", "blend:ridge+knn"),
+    "linear": ("reweighted", "plain"), "finetune": ("blend", "head"),
     "robustness": ("blend", "head"),
 }  # fmt: skip
 """The comparison of a protocol that is drawn."""

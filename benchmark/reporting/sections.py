@@ -84,9 +84,12 @@ def gain_section(results: Results, differences: Sequence[Difference]) -> Section
     if len(spots) < 2:
         return Section("Gain and head accuracy", [])
     alt = "Gain of the blend over the head against the accuracy of the head: " + "; ".join(
-        f"{percent(s.accuracy)} % → {points(s.gain.mean)} points" for s in spots
+        f"{percent(s.place)} % → {points(s.gain.mean)} points" for s in spots
     )
-    figure = gains("gain", "Where the blend helps", spots, alt)
+    figure = gains(
+        "gain", "Where the blend helps", spots, alt,
+        x="top-1 of the head, %", y=f"{difference_name('blend', 'head')}, points",
+    )  # fmt: skip
     text = Text("One point per setting; whiskers are the 95 % intervals of the gain.", soft=True)
     return Section("Gain and head accuracy", [text, Figures([figure], wide=True)])
 

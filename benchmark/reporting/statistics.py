@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 REPLICATES = 2000
+PERMUTATIONS = 10_000
 LEVEL = 0.95
 _DRAWS_AT_ONCE = 2_000_000
 _ALPHA = 0.05
@@ -213,3 +214,30 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[f
         return float("nan"), float("nan")
     found = stats.spearmanr(first, second)
     return float(found.statistic), float(found.pvalue)
+
+
+def permuted_correlation(
+    first: Sequence[float], second: Sequence[float], draws: int = PERMUTATIONS, seed: int = 0
+) -> tuple[float, float]:
+    """Spearman's correlation, and how often a permutation gives one as large, two-sided.
+
+    Args:
+        first: [n].
+        second: [n].
+        draws: permutations of `second`; without any p is NaN.
+        seed: the same seed gives the same p.
+
+    Returns:
+        The correlation and ``(1 + as large) / (1 + draws)``, a p that is never 0; NaN with fewer
+        than 3 points or no variation.
+    """
+    rho = rank_correlation(first, second)[0]
+    if rho != rho or not draws:
+        return rho, float("nan")
+    ranks = [stats.rankdata(np.round(values, _DIGITS)) for values in (first, second)]
+    centred, others = ((r - r.mean()) / r.std() for r in ranks)
+    rng = np.random.default_rng(seed)
+    orders = rng.permuted(np.tile(np.arange(len(others)), (draws, 1)), axis=1)
+    drawn = others[orders] @ centred / len(centred)
+    as_large = np.count_nonzero(np.abs(drawn) >= abs(rho) - 1e-9)
+    return rho, (1 + as_large) / (1 + draws)

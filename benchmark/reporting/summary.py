@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reporting.cells import Results
+from reporting.complement import HEADING, complement_line
+from reporting.heads import auto_line, blend_line, few_line
 from reporting.pairs import (
     BESIDE_HEAD,
     Across,
@@ -61,11 +63,15 @@ def summary_lines(
             rest = f" {where_not(row, name)}" if key[1:] in _ASKED_WHERE else ""
             lines.append((lead, (across_line(row) + rest).rstrip()))
     said = {
+        "Does auto choose well?": auto_line(results),
+        "… with few pictures per class?": few_line(results),
+        "Is a blend ever worse than the better of its voices?": blend_line(results),
         "How does the gain go with the number of pictures?": shots_line(differences),
         "… and with the accuracy of the head?": accuracy_line(results, differences),
         "Is it k-NN, or any second voice?": peers_line(results, differences),
         "Is it near duplicates?": duplicates_line(results, differences),
         "Could a better blend do more?": oracle_line(results),
+        HEADING: complement_line(results),
     }
     return lines + [(lead, text) for lead, text in said.items() if text]
 

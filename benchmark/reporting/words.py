@@ -6,7 +6,6 @@ MINUS, DASH = "\u2212", "\u2013"
 _DROPPED = ("Cc", "Cf", "Cs", "Co")
 ARM_NAMES = {
     "fixed": "fixed blend",
-    "blend_ridge": "ridge + k-NN",
     "knn_sklearn": "k-NN (scikit-learn)",
     "ncm": "nearest class mean",
     "kernel_ridge": "kernel ridge",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,20 @@ from hf_knn import blend_log_probs
 from hf_knn.fit import ProbeConfig, ProbeScore, choose_probe
 
 FLOOR = 1e-12
+
+
+class Mix(NamedTuple):
+    """What a blend is made of.
+
+    Attributes:
+        first: [T, C] log-probabilities.
+        second: [T, C].
+        weight: λ, that of the second.
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -22,11 +36,13 @@ class Arm:
         validation: [V, C] log-probabilities; None where there is nothing to choose on.
         test: [T, C].
         chosen: what was chosen on validation.
+        mix: the two voices of a blend; None for a voice.
     """
 
     validation: Tensor | None
     test: Tensor
     chosen: dict[str, Any]
+    mix: Mix | None = None
 
 
 def mixed(first: Arm, second: Arm, weight: float) -> Arm:
@@ -34,8 +50,9 @@ def mixed(first: Arm, second: Arm, weight: float) -> Arm:
     validation = None
     if first.validation is not None and second.validation is not None:
         validation = blend_log_probs(first.validation, second.validation, weight)
+    mix = Mix(first.test, second.test, weight)
     chosen = second.chosen | {"knn_weight": weight}
-    return Arm(validation, blend_log_probs(first.test, second.test, weight), chosen)
+    return Arm(validation, blend_log_probs(first.test, second.test, weight), chosen, mix)
 
 
 def blended(first: Arm, second: Arm, labels: Tensor) -> Arm:

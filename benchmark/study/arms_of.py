@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hf_knn import Datastore, Neighbors, knn_log_probs, tune
+from hf_knn.data import Fold
 from hf_knn.fit import (
     ProbeConfig,
     ProbeGrid,
     ProbeSettings,
+    TuneResult,
     choose_probe,
     default_grid,
     score_probes,
@@ -42,6 +44,47 @@ class Split(NamedTuple):
     test: Rows
 
 
+class BlendCell(Protocol):
+    """Where a blend was found to be best."""
+
+    @property
+    def k(self) -> int:
+        """Neighbours that vote."""
+
+    @property
+    def temperature(self) -> float:
+        """Divides squared distances."""
+
+    @property
+    def knn_weight(self) -> float:
+        """λ."""
+
+
+class Part(NamedTuple):
+    """Pictures to fit voices on, with a datastore of them, and others to choose on."""
+
+    fitted: Rows
+    asked: Rows
+    store: Datastore
+
+
+class Held(NamedTuple):
+    """What things are chosen on: pictures whose labels no voice has seen.
+
+    Attributes:
+        parts: the validation pictures, or folds.
+        near: the neighbours of all that is asked about, in the order of the parts.
+    """
+
+    parts: list[Part]
+    near: Neighbors
+
+    @property
+    def labels(self) -> Tensor:
+        """[V] of all that is asked about."""
+        return torch.cat([part.asked.labels for part in self.parts])
+
+
 class Voices:
     """Head, neighbours and their blend, fitted when first asked for.
 
@@ -51,6 +94,10 @@ class Voices:
         seed: of the heads.
         head: one that was trained already; None fits a linear one.
         phases: told how long things take.
+
+    Attributes:
+        fitted: other heads by name, for the next protocol.
+        folds: of the training pictures, where things are chosen on them.
     """
 
     def __init__(
@@ -64,6 +111,8 @@ class Voices:
         self.given_head, self.phases = head, phases or Phases()
         self.split, self.num_labels, self.seed = split, num_labels, seed
         self.has_validation = len(split.validation.labels) > 0
+        self.fitted: dict[str, Arm] = {}
+        self.folds: Sequence[Fold] = ()
 
     @cached_property
     def store(self) -> Datastore:
@@ -86,6 +135,15 @@ class Voices:
         chosen_on = len(self.split.validation.labels) or len(self.split.train.labels)
         with self.phases.phase(TUNE):
             return store.search(rows.store, widest(len(store), self.num_labels, chosen_on))
+
+    @cached_property
+    def held(self) -> Held | None:
+        """The validation pictures; None without any."""
+        if not self.has_validation:
+            return None
+        return Held(
+            [Part(self.split.train, self.split.validation, self.store)], self.near_validation
+        )
 
     @cached_property
     def head(self) -> Arm:
@@ -114,21 +172,27 @@ class Voices:
         lone = heads.select(best)
         return Arm(log_probs_of(lone, validation), log_probs_of(lone, test), _named(configs[best]))
 
+    @property
+    def head_answers(self) -> Tensor | None:
+        """[V, C] what the head says of `held`."""
+        return self.head.validation
+
     @cached_property
-    def tuned(self) -> Any:
-        """The `TuneResult` of the plain head beside the neighbours."""
-        head = self.head.validation
-        assert head is not None
-        near, labels = self.near_validation, self.split.validation.labels
+    def tuned(self) -> TuneResult | None:
+        """The plain head beside the neighbours; None if there is nothing to choose on."""
+        answers = self.head_answers
+        if self.held is None or answers is None:
+            return None
+        near, labels = self.held.near, self.held.labels
         with self.phases.phase(TUNE):
-            return tune(near, head, labels, self.num_labels)
+            return tune(near, answers, labels, self.num_labels)
 
     @cached_property
     def knn(self) -> Arm:
         """The neighbours alone, at the best pure cell."""
-        if not self.has_validation:
+        if self.tuned is None:
             return self.votes(FIXED["k"], FIXED["temperature"])
-        return self.votes(self.tuned.best_knn.k, self.tuned.best_knn.temperature)
+        return self.votes(max(1, self.tuned.best_knn.k), self.tuned.best_knn.temperature)
 
     def votes(self, k: float, temperature: float) -> Arm:
         """The neighbours alone, at some cell."""
@@ -143,10 +207,13 @@ class Voices:
     @cached_property
     def blend(self) -> Arm:
         """Both, at the tuned cell."""
-        if not self.has_validation:
-            return self.mix(self.head, **FIXED)
-        found = self.tuned
-        return self.mix(self.head, found.k, found.temperature, found.knn_weight)
+        return self.at_cell(self.head, self.tuned)
+
+    def at_cell(self, head: Arm, found: BlendCell | None) -> Arm:
+        """A head and the neighbours at the cell that was chosen; None is the fixed one."""
+        if found is None:
+            return self.mix(head, **FIXED)
+        return self.mix(head, max(1, found.k), found.temperature, found.knn_weight)
 
     @cached_property
     def fixed(self) -> Arm:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_knn.fit import score_log_probs
 from study.arms import FLOOR, Arm
+from study.terms import terms_of
 
 FORMAT = 1
 METRICS = ("top1", "top5", "mean_class", "nll", "ece", "auroc")
@@ -157,6 +158,7 @@ def describe_arms(
             "test": metrics_of(arm.test, labels),
             "test_clean": metrics_of(arm.test[clean], labels[clean]) if clean.any() else {},
             "per_class": recall_per_class(floored, labels, num_labels),
+            "terms": None if arm.mix is None else terms_of(arm, labels),
         }  # fmt: skip
         confidence, predicted = floored.max(1)
         own = floored.gather(1, labels.unsqueeze(1)).squeeze(1)

@@ -13,7 +13,7 @@ from study.cells import Cell
 
 CELL_SECONDS = {
     "knn": 2.6, "linear": 5.0, "complementarity": 0.1, "peers": 16.0, "lowdata": 4.4,
-    "lowdata_heads": 8.0,
+    "heads": 8.0, "lowdata_heads": 8.0, "lowdata_losses": 8.0,
     "robustness": 1.0, "finetune": 2.0,
 }  # fmt: skip
 """Of 1,000 training pictures, 50 classes and features of 1,280 numbers, by one rank of two on 2
@@ -25,7 +25,10 @@ SCRATCH_SECONDS = 12.0
 GPU_SPEEDUP = 40.0
 _PICTURES = 10_000  # where nobody knows
 _WIDTH, _CLASSES = 768, 50
-_ARMS = {"peers": 28, "linear": 7, "knn": 5, "lowdata": 5, "lowdata_heads": 7, "robustness": 5}
+_ARMS = {
+    "peers": 28, "linear": 7, "knn": 5, "heads": 10, "lowdata": 5, "lowdata_heads": 10,
+    "lowdata_losses": 5, "robustness": 5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

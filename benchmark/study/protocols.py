@@ -8,8 +8,9 @@ import torch
 
 from study.arms import Arm, pair_accuracies
 from study.arms_of import Voices
+from study.heads import measure_heads
 from study.losses import linear_arms, loss_settings
-from study.lowdata import measure_few_heads, measure_lowdata
+from study.lowdata import measure_few_losses, measure_lowdata
 from study.peers import PEERS, measure_peers
 from study.phases import PEERS as FIT_PEERS
 from study.study import Study
@@ -85,8 +86,14 @@ def _measure_lowdata(study: Study, seed: int, option: Any) -> Measured:
     return Measured(*measure_lowdata(study, seed, int(option)))
 
 
-def _measure_few_heads(study: Study, seed: int, option: Any) -> Measured:
-    return Measured(*measure_few_heads(study, seed, int(option)))
+def _measure_heads(study: Study, seed: int, option: Any) -> Measured:
+    """The heads of `--head auto`; with few pictures per class if there is an option."""
+    voices = study.voices(seed) if option is None else study.few_voices(seed, int(option))
+    return Measured(voices, measure_heads(voices))
+
+
+def _measure_few_losses(study: Study, seed: int, option: Any) -> Measured:
+    return Measured(*measure_few_losses(study, seed, int(option)))
 
 
 def _measure_peers(study: Study, seed: int, option: Any) -> Measured:
@@ -104,13 +111,15 @@ PROTOCOLS: dict[str, Callable[[Study, int, Any], Measured]] = {
     "linear": measure_linear,
     "complementarity": measure_complementarity,
     "peers": _measure_peers,
+    "heads": _measure_heads,
     "lowdata": _measure_lowdata,
-    "lowdata_heads": _measure_few_heads,
+    "lowdata_heads": _measure_heads,
+    "lowdata_losses": _measure_few_losses,
     "robustness": measure_robustness,
     "finetune": measure_finetune,
 }
 
-FEW_PICTURES = ("lowdata", "lowdata_heads")
+FEW_PICTURES = ("lowdata", "lowdata_heads", "lowdata_losses")
 """Protocols with a cell for each number of pictures per class."""
 
 COLLECTIVE = ("robustness", "finetune")
@@ -122,7 +131,7 @@ NEED_PICTURES = ("robustness", "finetune")
 
 def heat_of(voices: Voices) -> dict[str, Any] | None:
     """Top-1 of the neighbours alone on validation, k by temperature."""
-    if not voices.has_validation:
+    if not voices.has_validation or voices.tuned is None:
         return None
     cells = [cell for cell in voices.tuned.table if cell.knn_weight == 1]
     ks = sorted({cell.k for cell in cells})

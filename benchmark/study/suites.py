@@ -9,17 +9,22 @@ from study.cells import Cell
 from study.protocols import FEW_PICTURES, PROTOCOLS
 from study.shifts import SHIFTS
 
-OFFLINE_BACKBONES = ["efficientnet-lite0", "tiny-vit", "efficientnet-lite0-random"]
+OFFLINE_BACKBONES = [
+    "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "tiny-vit",
+    "efficientnet-lite0-random",
+]  # fmt: skip
 OFFLINE_TASKS = ["openmoji", "openmoji-categories", "digits", "glyphs"]
 PAPER = [entry.name for entry in BACKBONES.values() if entry.in_paper and entry.location]
 MODERN = ["dinov2-s", "dinov2-b", "dinov3-b", "siglip2-b", "clip-b", "convnextv2-t", "convnextv2-b"]
 FEW = [1, 2, 4, 8, 16]
+FROZEN = ["knn", "linear", "complementarity", "peers", "heads"]
+FEW_PROTOCOLS = ["lowdata", "lowdata_heads"]
 
 SUITES: dict[str, dict[str, Any]] = {
     "offline": {
         "tasks": OFFLINE_TASKS,
         "backbones": OFFLINE_BACKBONES,
-        "protocols": ["knn", "linear", "complementarity", "peers", "lowdata"],
+        "protocols": [*FROZEN, *FEW_PROTOCOLS],
         "seeds": 5,
         "shots": FEW,
     },
@@ -51,7 +56,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "modern": {
         "tasks": ["flowers-102", "cub-200-2011", "dtd", "oxford-pets", "eurosat", "cifar100"],
         "backbones": MODERN,
-        "protocols": ["knn", "linear", "complementarity", "peers", "lowdata", "robustness"],
+        "protocols": [*FROZEN, *FEW_PROTOCOLS, "robustness"],
         "seeds": 5,
         "shots": FEW,
     },

@@ -279,6 +279,7 @@ class KnnHead(nn.Module):
         if self.axes is None or self.directions is None:
             return rows
         components = rows @ self.axes.to(rows.dtype).T  # [B, P]
+        components = functional.normalize(components, dim=-1, eps=_SMALLEST_LENGTH)
         angles = components @ self.directions.to(rows.dtype).T
         random = (
             angles.relu() * self.random**-0.5

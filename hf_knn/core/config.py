@@ -69,7 +69,7 @@ class Head(Choice):
 CLOSED_FORM = (Head.RIDGE, Head.KERNEL, Head.LDA)
 """Heads that are solved, and that follow the rows of a datastore exactly."""
 
-HEAD_FEATURES, HEAD_COMPONENTS = 4096, 256
+HEAD_FEATURES, HEAD_COMPONENTS = 4096, 128
 """How many random features a `kernel` head has, of how many principal components at most."""
 
 
@@ -109,7 +109,7 @@ class KnnConfig(PreTrainedConfig):
             feature.
         head_kernel: `rbf` or `relu`, the random features of a `kernel` head.
         head_features: how many of them, an even number; 0 means 4,096, and for other heads none.
-        head_components: of how many principal components; 0 means 256, or as many as there are.
+        head_components: of how many principal components; 0 means 128, or as many as there are.
         head_regularizer: what a head in closed form was solved with, >= 0; 0 for others, or
             unknown.
         head_temperature: > 0, what the logits of such a head were divided by, once and for all.

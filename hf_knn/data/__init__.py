@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .keys import print_of as print_of
     from .loading import datastore_as_dataset as datastore_as_dataset
     from .loading import load_splits as load_splits
+    from .splits import Fold as Fold
     from .splits import few_rows as few_rows
     from .splits import few_shots as few_shots
     from .splits import stratified_folds as stratified_folds
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BadImageError": "decode",
     "content_of": "batches",
+    "Fold": "splits",
     "StoredPictures": "walk",
     "datastore_as_dataset": "loading",
     "decode_image": "decode",

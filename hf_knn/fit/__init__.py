@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .metric import choose_metric as choose_metric
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
+    from .report import Report as Report
     from .ridge import fit_ridge as fit_ridge
     from .sweep import ProbeScore as ProbeScore
     from .sweep import choose_probe as choose_probe
@@ -43,6 +44,7 @@ _HOMES = {
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
     "ProbeSettings": "grids",
+    "Report": "report",
     "TuneResult": "blend",
     "choose_metric": "metric",
     "choose_probe": "sweep",

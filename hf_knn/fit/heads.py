@@ -95,8 +95,8 @@ def _solve_anew(
     )
     config.head_regularizer, config.head_temperature = fit.regularizer, fit.temperature
     config.head_class_weighting = str(class_weighting)
-    if cell.kernel:
-        config.head_kernel = cell.kernel
+    if cell.map is not None:
+        config.head_kernel = cell.map.kernel
     head.classifier = solve_head(fit.state, config, head)
     return fit
 

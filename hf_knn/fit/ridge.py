@@ -7,7 +7,7 @@ Everything is float64 on the CPU.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -21,11 +21,10 @@ from ..model.ridge import (
     RidgeState,
     block_buffer,
     check_regularizer,
-    inverse,
-    rounding,
     shifted,
     to_float64,
 )
+from ..model.scatter import inverse, rounding
 from .temperature import Margins, mean_loss, search_temperature
 
 RELATIVE_REGULARIZERS = tuple(10 ** (power / 2) for power in range(-8, 5))
@@ -96,7 +95,7 @@ def scale_of(state: RidgeState) -> float:
     """The mean of the eigenvalues that can differ from 0; 1 where all rows are the same."""
     if len(state) == 0:
         return 1.0
-    trace = float(state.moments().gram.trace())
+    trace = state.trace()
     return trace / max(1, min(state.dim, len(state) - 1)) if trace > 0 else 1.0
 
 
@@ -138,7 +137,7 @@ def fit_ridge(
         )
     left_out = _LeaveOneOut(state, features, labels, grid)
     table: list[RidgeScore] = []
-    regularizer, temperature = grid[len(grid) // 2], 1.0
+    best, temperature = len(grid) // 2, 1.0
     if left_out.scored:
         needs_likelihood = chosen_by is RidgeCriterion.LOG_LIKELIHOOD
         for i in range(len(grid)):
@@ -147,9 +146,9 @@ def fit_ridge(
         best = max(range(len(grid)), key=lambda i: _rank(table[i], chosen_by))
         if not needs_likelihood:
             table[best] = left_out.score(best, with_likelihood=True)
-        regularizer, temperature = grid[best], table[best].temperature
-    weight, bias = state.solve(regularizer)
-    return RidgeFit(weight, bias, temperature, regularizer, table, state)
+        temperature = table[best].temperature
+    weight, bias = left_out.classifier(best)
+    return RidgeFit(weight, bias, temperature, grid[best], table, state)
 
 
 def leave_one_out_logits(
@@ -179,17 +178,18 @@ def leave_one_out_logits(
 
 
 def score_sample(
-    state: RidgeState, features: Tensor, labels: Tensor, regularizer: float
+    state: RidgeState, gram: Tensor, features: Tensor, labels: Tensor, regularizer: float
 ) -> RidgeScore:
     """What a regulariser scores on some of the rows of a state, each left out.
 
     Args:
         state: with these rows.
+        gram: its centred Gram matrix [D, D].
         features: [M, D] of the sample.
         labels: [M] int64; at least one of a class with two rows.
         regularizer: r, large enough for a Cholesky factor.
     """
-    left_out = _LeaveOneOut(state, features, labels, [regularizer], is_sample=True)
+    left_out = _LeaveOneOut(state, features, labels, [regularizer], gram)
     return left_out.score(0, with_likelihood=True)
 
 
@@ -201,23 +201,25 @@ class _LeaveOneOut:
         features: [N, D].
         labels: [N] int64.
         regularizers: R numbers > 0.
-        is_sample: the state has other rows too.
+        gram: centred, of the state, where the rows are a sample of its rows; else None.
 
     Attributes:
         present: [C'] the classes that have rows; logits have these columns.
         scored: how many rows are not the only one of their class.
     """
 
+    solution: Callable[[int], Tensor]
+
     def __init__(
         self, state: RidgeState, features: Tensor, labels: Tensor, regularizers: Sequence[float],
-        is_sample: bool = False,
+        gram: Tensor | None = None,
     ) -> None:  # fmt: skip
         for regularizer in regularizers:
             check_regularizer(regularizer)
         state.check(features, labels)
         labels, held = labels.cpu(), state.counts
         here = torch.bincount(labels, minlength=state.num_labels)
-        if not is_sample and held.tolist() != here.tolist():
+        if gram is None and held.tolist() != here.tolist():
             raise ValueError(
                 f"Expected the rows that the state was made from, {state.counts.tolist()[:10]} per "
                 f"class, but got {here.tolist()[:10]}; pass the same rows."
@@ -232,16 +234,26 @@ class _LeaveOneOut:
         self.is_scored = held[labels] > 1  # [N]
         self.scored = int(self.is_scored.sum())
         self.prior = moments.prior[self.present]
-        if is_sample:
-            self.solutions, self.leverages = self._factorize(moments)
+        if gram is not None:
+            solutions, self.leverages = self._factorize(gram, moments)
+            self.solution = lambda index: solutions[index]
             return
-        values, vectors = self._eigen(moments.gram)
+        values, vectors = self._eigen(state)
         inverses = torch.stack([inverse(values, r) for r in self.regularizers])  # [R, K]
         coordinates = moments.cross[self.present] @ vectors  # [C', K]
-        self.solutions = [(coordinates * row) @ vectors.T for row in inverses]  # R x [C', D]
+        self.solution = lambda index: (coordinates * inverses[index]) @ vectors.T  # [C', D]
         self.leverages = self._leverages(vectors, inverses)  # [N, R]
 
-    def _factorize(self, moments: Moments) -> tuple[list[Tensor], Tensor]:
+    def classifier(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weight [C, D] and bias [C] of all rows, for one of the regularisers."""
+        solution = self.solution(index)
+        weight = solution.new_zeros(len(self.held), solution.shape[1])
+        bias = solution.new_full((len(weight),), -math.inf)
+        weight[self.present] = solution
+        bias[self.present] = self.prior - solution @ self.center
+        return weight, bias
+
+    def _factorize(self, gram: Tensor, moments: Moments) -> tuple[list[Tensor], Tensor]:
         """Solutions R x [C', D] and leverages [N, R] by a factor for each regulariser.
 
         Of wide rows an eigenvalue decomposition takes as long as twenty factors.
@@ -249,7 +261,7 @@ class _LeaveOneOut:
         solutions, leverages = [], []
         total = self.weights.new_tensor(1 / float(moments.row_weights @ self.held))
         for regularizer in self.regularizers:
-            raised = moments.gram.clone()
+            raised = gram.clone()
             raised.diagonal().add_(regularizer)
             lower = torch.linalg.cholesky(raised)
             solutions.append(torch.cholesky_solve(moments.cross[self.present].T, lower).T)
@@ -260,10 +272,10 @@ class _LeaveOneOut:
             leverages.append((torch.cat(squares) + total) * self.weights)
         return solutions, torch.stack(leverages, dim=1)
 
-    def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def _eigen(self, state: RidgeState) -> tuple[Tensor, Tensor]:
         """Eigenvalues [K] and vectors [D, K] of the centred Gram matrix, all that are not 0."""
-        if len(self.columns) >= len(gram):
-            values, vectors = torch.linalg.eigh(gram)
+        if len(self.columns) >= state.dim:
+            values, vectors = torch.linalg.eigh(state.centered_gram())
             return values.clamp_min(0), vectors
         rows = to_float64(self.features) - self.center  # fewer rows than columns
         rows *= self.weights.sqrt().unsqueeze(1)
@@ -290,10 +302,11 @@ class _LeaveOneOut:
 
     def logits(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """First row and [B, C'] predictions of each block, for one of the regularisers."""
+        solution = self.solution(index)
         for start, rows in self._blocks():
             part = slice(start, start + len(rows))
             leverage = self.leverages[part, index].unsqueeze(1)
-            fitted = torch.addmm(self.prior, rows, self.solutions[index].T)  # [B, C']
+            fitted = torch.addmm(self.prior, rows, solution.T)  # [B, C']
             fitted.scatter_add_(1, self.columns[part].unsqueeze(1), -leverage)
             # the intercept alone keeps 1 - h above 0, except for rounding and for a lone row
             yield start, fitted / (1 - leverage).clamp_min(torch.finfo(torch.float64).eps)

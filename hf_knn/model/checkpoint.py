@@ -52,6 +52,7 @@ from ..store.remote import (
 from .backbones import same_weights, weight_marks
 from .before import (
     BEFORE_NAME,
+    SHOWS_ROWS,
     carry_version,
     is_checkpoint_file,
     keep_version,
@@ -126,6 +127,8 @@ def write_checkpoint(
     gone = legacy_code(reader_of(folder)) | {BEFORE_NAME}
     if keep_replaced:
         gone |= version_files(folder)
+    if model.memory.gone:
+        gone |= {*SHOWS_ROWS}
     note = ""
 
     def is_owned(name: str) -> bool:
@@ -179,6 +182,8 @@ def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
     memory = model.memory
     if not place.is_dir() or not memory.gone:
         return ""
+    for name in SHOWS_ROWS:
+        (place / name).unlink(missing_ok=True)
     try:
         earlier = type(model).from_pretrained(place)
         alike = _alike(memory, earlier.memory)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.votes import ClassWeighting
-from .scatter import Scatter
+from .scatter import Scatter, rounding, solve_gram
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
@@ -23,14 +23,12 @@ class Moments(NamedTuple):
     Attributes:
         row_weights: [C].
         mean: [D], relative to the shift.
-        gram: [D, D].
         cross: [C, D].
         prior: [C], the weighted mean of the one-hot targets.
     """
 
     row_weights: Tensor
     mean: Tensor
-    gram: Tensor
     cross: Tensor
     prior: Tensor
 
@@ -215,6 +213,7 @@ class RidgeState:
             regularizer: r > 0 of the solutions that will be asked for.
         """
         if self.class_weighting is ClassWeighting.NONE and len(self):
+            self._scatters[0].drop_factor()  # and rows that stand alone become a matrix
             self._factorize(regularizer)
 
     def solve(self, regularizer: float) -> tuple[Tensor, Tensor]:
@@ -234,12 +233,13 @@ class RidgeState:
         check_regularizer(regularizer)
         if len(self) == 0:
             return torch.zeros_like(self.sums), torch.zeros(self.num_labels, dtype=torch.float64)
-        if self.class_weighting is not ClassWeighting.NONE or not self._factorize(regularizer):
-            moments = self.moments()
-            weight = _solve(moments.gram, moments.cross, regularizer)  # [C, D]
-            bias = moments.prior - weight @ (self.shift + moments.mean)
-            return weight, bias.masked_fill(self.counts == 0, -math.inf)
-        return self._solve_with_factor(regularizer)
+        solved = self._solve_sums(regularizer)
+        if solved is not None:
+            return self._center(solved)
+        moments = self.moments()
+        weight = solve_gram(self.centered_gram(), moments.cross, regularizer)  # [C, D]
+        bias = moments.prior - weight @ (self.shift + moments.mean)
+        return weight, bias.masked_fill(self.counts == 0, -math.inf)
 
     def solve_discriminants(
         self, regularizer: float, weighting: str = ClassWeighting.NONE
@@ -267,7 +267,7 @@ class RidgeState:
         weight, bias = torch.zeros_like(self.sums), torch.zeros(self.num_labels).double()
         if len(self) == 0:
             return weight, bias
-        solved = self._solve_sums(regularizer) if self._factorize(regularizer) else None
+        solved = self._solve_sums(regularizer)
         present = self.counts > 0
         counts, sums = self.counts[present].double(), self.sums[present]  # [C'], [C', D]
         roots = counts.sqrt()
@@ -279,7 +279,7 @@ class RidgeState:
             directions = torch.linalg.solve(small, scaled, left=False) / roots  # [D, C']
         else:
             within = self._scatters[0].gram() - (sums / counts[:, None]).T @ sums
-            directions = _solve(within, sums / counts[:, None], regularizer).T
+            directions = solve_gram(within, sums / counts[:, None], regularizer).T
         mean = sums.sum(dim=0) / len(self)
         directions -= (directions @ counts / len(self))[:, None]  # means about that of all
         directions *= max(1, len(self) - len(counts))
@@ -296,16 +296,35 @@ class RidgeState:
         class_weights = row_weights * self.counts  # [C]
         total = class_weights.sum()
         mean = row_weights @ self.sums / total
-        if self.class_weighting is ClassWeighting.NONE:
-            gram = self._scatters[0].gram()
-        else:
-            gram = torch.zeros(self.dim, self.dim, dtype=torch.float64)
-            for weight, part in zip(row_weights.tolist(), self._scatters, strict=True):
-                if weight:
-                    gram.add_(part.gram(), alpha=weight)
-        gram.addr_(mean, mean, alpha=-float(total))
         cross = row_weights[:, None] * (self.sums - self.counts[:, None] * mean)  # [C, D]
-        return Moments(row_weights, mean, gram, cross, class_weights / total)
+        return Moments(row_weights, mean, cross, class_weights / total)
+
+    def centered_gram(self) -> Tensor:
+        """[D, D] weighted sums of outer products of rows minus the weighted mean; needs a row."""
+        mean, total = self._mean()
+        gram = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        for weight, part in self._weighted():
+            gram.add_(part.gram(), alpha=weight)
+        return gram.addr_(mean, mean, alpha=-total)
+
+    def trace(self) -> float:
+        """Of `centered_gram`, which is not made for it; needs a row."""
+        mean, total = self._mean()
+        parts = sum(weight * part.trace() for weight, part in self._weighted())
+        return max(0.0, parts - total * float(mean @ mean))
+
+    def _mean(self) -> tuple[Tensor, float]:
+        """The weighted mean [D], relative to the shift, and the weight of all rows."""
+        weights = self.row_weights
+        total = float(weights @ self.counts.double())
+        return weights @ self.sums / total, total
+
+    def _weighted(self) -> list[tuple[float, Scatter]]:
+        """Sums of outer products, and how much each counts."""
+        if self.class_weighting is ClassWeighting.NONE:
+            return [(1.0, self._scatters[0])]
+        pairs = zip(self.row_weights.tolist(), self._scatters, strict=True)
+        return [pair for pair in pairs if pair[0]]
 
     def _factorize(self, regularizer: float) -> bool:
         """Sees to a factor of all rows, about their mean; False if they are too flat for one."""
@@ -316,22 +335,27 @@ class RidgeState:
         scatter.move(mean, mean * len(self), len(self))
         self.sums -= self.counts[:, None] * mean
         self.shift = self.shift + mean
-        smallest = rounding(float(scatter.matrix.trace()), self.dim)
-        return regularizer > smallest and scatter.factorize(regularizer)
+        return scatter.factorize(regularizer)
 
     def _solve_sums(self, regularizer: float) -> Tensor | None:
-        """[D, C] the sums of the classes through the inverse; None if no factor can be made."""
-        solved = self._scatters[0].solve(self.sums.T.clone())
-        if solved is None:  # too much is gone since it was made
-            self._scatters[0].drop_factor()
-            if self._factorize(regularizer):
-                solved = self._scatters[0].solve(self.sums.T.clone())
-        return solved
+        """[D, C] the sums of the classes through the inverse; None where that needs other means."""
+        is_flat = regularizer <= rounding(self.trace(), self.dim)
+        if is_flat or self.class_weighting is not ClassWeighting.NONE:
+            return None
+        scatter = self._scatters[0]
+        if scatter.is_wide:
+            return scatter.solve_wide(self.sums.T, regularizer)
+        for _ in range(2):
+            if not self._factorize(regularizer):
+                return None
+            solved = scatter.solve(self.sums.T.clone())
+            if solved is not None:
+                return solved
+            scatter.drop_factor()  # too much is gone since it was made
+        return None
 
-    def _solve_with_factor(self, regularizer: float) -> tuple[Tensor, Tensor]:
-        """A ridge solution from the sums through the inverse, centred by one rank-one part."""
-        solved = self._solve_sums(regularizer)
-        assert solved is not None
+    def _center(self, solved: Tensor) -> tuple[Tensor, Tensor]:
+        """A ridge solution from the sums through the inverse [D, C]: centring is of rank one."""
         total, counts = len(self), self.counts.double()
         mean, through = self.sums.sum(dim=0) / total, solved.sum(dim=1) / total  # [D] each
         cross = solved - through[:, None] * counts  # [D, C]
@@ -418,34 +442,6 @@ def _row_weights(counts: Tensor, weighting: ClassWeighting) -> Tensor:
     power = -1.0 if weighting is ClassWeighting.INVERSE else -0.5
     weights = torch.where(counts > 0, counts.clamp_min(1) ** power, 0.0)
     return weights * counts.sum() / (weights @ counts).clamp_min(1)
-
-
-def _solve(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:
-    """[C, D]: ``cross (gram + r I)^-1``."""
-    matrix = gram.clone()
-    matrix.diagonal().add_(regularizer)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if regularizer > rounding(float(gram.trace()), len(gram)) and not failed:
-        return torch.cholesky_solve(cross.T, factor).T
-    values, vectors = torch.linalg.eigh(gram)
-    return (cross @ vectors * inverse(values.clamp_min(0), regularizer)) @ vectors.T
-
-
-def inverse(values: Tensor, regularizer: float) -> Tensor:
-    """``1 / (values + r)``, and 0 where both are rounding errors of the largest value."""
-    raised = values + regularizer
-    is_real = raised > rounding(float(values.max()), len(values)) if len(values) else raised > 0
-    return torch.where(is_real, 1 / raised, 0.0)
-
-
-def rounding(largest: float, width: int) -> float:
-    """Below it an eigenvalue of a Gram matrix of this width may be an error.
-
-    Args:
-        largest: of its eigenvalues.
-        width: K.
-    """
-    return largest * width * torch.finfo(torch.float64).eps
 
 
 def check_regularizer(regularizer: float) -> None:

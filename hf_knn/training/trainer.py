@@ -24,6 +24,7 @@ from ..fit.heads import Part, put_fresh_head, with_fresh_head
 from ..fit.held_out import HeldOut
 from ..fit.measure import ask_head, ask_voices, choose_blend, describe_measurement, measure_voices
 from ..fit.metric import MetricChoice
+from ..fit.report import Report
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -36,6 +37,7 @@ from .callbacks import callbacks_of, taking_part
 from .heads import OF_DESCENT, check_at_once, chooses_head, fit_at_once, settle_head, sweep_parts
 from .loss import KnnLoss, check_finite
 from .metrics import own_metrics
+from .reports import Shown, report_of
 from .rows import (
     KnownFeatures,
     augment_of,
@@ -324,6 +326,24 @@ class KnnTrainer(SavingTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def report(
+        self, dataset: Any = None, *, pictures: Shown = None, stored_pictures: Shown = None
+    ) -> Report:
+        """Measures with intervals, class by class and picture by picture.
+
+        Args:
+            dataset: one, as for `evaluate`.
+            pictures: of `ImageFeatures` by sample id, to be shown on the page.
+            stored_pictures: by row id, likewise; None takes those of the training set.
+
+        Returns:
+            A value; `report.save(folder)` writes `report.html` and `report.json`.
+
+        Raises:
+            ValueError: without one dataset, or with labels the model does not have.
+        """
+        return report_of(self, dataset, self._features_of, pictures, stored_pictures)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83a70f7910088824c2296407a50621d11cae5ea81e41a7e2b98744af1afdddcf.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -98,7 +98,7 @@ class Head(Choice):
     KERNEL = "kernel"
     LDA = "lda"
 
-HEAD_FEATURES, HEAD_COMPONENTS = 4096, 256
+HEAD_FEATURES, HEAD_COMPONENTS = 4096, 128
 """How many random features a `kernel` head has, of how many principal components at most."""
 
 class Kernel(Choice):
@@ -132,7 +132,7 @@ class KnnConfig(PreTrainedConfig):
             feature.
         head_kernel: `rbf` or `relu`, the random features of a `kernel` head.
         head_features: how many of them, an even number; 0 means 4,096, and for other heads none.
-        head_components: of how many principal components; 0 means 256, or as many as there are.
+        head_components: of how many principal components; 0 means 128, or as many as there are.
         head_regularizer: what a head in closed form was solved with, >= 0; 0 for others, or
             unknown.
         head_temperature: > 0, what the logits of such a head were divided by, once and for all.

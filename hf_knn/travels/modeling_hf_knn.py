@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 83a70f7910088824c2296407a50621d11cae5ea81e41a7e2b98744af1afdddcf.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -608,6 +608,7 @@ class KnnHead(nn.Module):
         if self.axes is None or self.directions is None:
             return rows
         components = rows @ self.axes.to(rows.dtype).T  # [B, P]
+        components = functional.normalize(components, dim=-1, eps=_SMALLEST_LENGTH)
         angles = components @ self.directions.to(rows.dtype).T
         random = (
             angles.relu() * self.random**-0.5

@@ -112,8 +112,8 @@ def test_estimates_are_within_a_factor_of_three_of_what_was_measured():
         Cell(*name, int(seed), few)
         for name, seed, few in zip(names, measured["seed"], shots, strict=True)
     ]
-    assert len(cells) == 540
-    for part in (None, "efficientnet-lite0", "efficientnet-lite0-random", "tiny-vit"):
+    assert len(cells) > 500
+    for part in (None, *measured["backbone"].unique()):
         mine = [part in (None, cell.backbone) for cell in cells]
         said = estimate([c for c, own in zip(cells, mine, strict=True) if own], None, None).seconds
         took = measured["seconds"][mine].sum()

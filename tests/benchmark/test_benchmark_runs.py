@@ -29,6 +29,7 @@ from study.arms import choose_weight
 from study.arms_of import PLAIN
 from study.cells import Cell, is_finished
 from study.folder import locked
+from study.heads import HEADS as COMPARED
 from study.losses import linear_arms
 from study.peers import PEERS
 from study.phases import EXTRACT, HEADS, LOAD, MEASURE, PHASES, STORE, TUNE, Phases
@@ -40,7 +41,10 @@ from study.suites import make_cells
 from study.twins import Twins, near_duplicates
 
 ROOT = Path(__file__).parents[2]
-FROZEN = ["knn", "linear", "complementarity", "peers", "lowdata", "lowdata_heads", "robustness"]
+FROZEN = [
+    "knn", "linear", "complementarity", "peers", "heads", "lowdata", "lowdata_heads",
+    "lowdata_losses", "robustness",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +124,15 @@ def test_numbers_are_those_of_scikit_learn_on_the_stored_answers(finished):
 
 def test_the_arms_are_those_of_the_contract(finished):
     folder, cells = finished
+    compared = {*COMPARED, "knn", "auto", *(f"blend:{head}+knn" for head in COMPARED)}
     wanted = {
         "knn": {"head", "knn", "blend", "fixed", "dino"},
         "linear": {"plain", "reweighted", "focal", "shuffled", "constant", "blend", "knn"},
         "complementarity": {"head", "knn", "blend"},
         "lowdata": {"head", "ridge", "knn", "blend", "fixed"},
-        "lowdata_heads": {
-            "plain",
-            "reweighted",
-            "focal",
-            "shuffled",
-            "constant",
-            "ridge",
-            "blend_ridge",
-        },
+        "heads": compared,
+        "lowdata_heads": compared,
+        "lowdata_losses": {"plain", "reweighted", "focal", "shuffled", "constant"},
         "robustness": {"head", "knn", "blend", "fixed", "dino"},
     }
     alone = {*PEERS, "dino", "knn"}
@@ -142,6 +141,9 @@ def test_the_arms_are_those_of_the_contract(finished):
     for cell in cells:
         document, _ = read(folder, cell)
         assert set(document["arms"]) == wanted[cell.protocol], cell.protocol
+        for name, arm in document["arms"].items():
+            is_blend = name in ("blend", "fixed") or name.startswith("blend:")
+            assert (arm["terms"] is not None) == is_blend, name
         if cell.protocol == "complementarity":
             extra = document["extra"]
             parts = ("both_right", "only_head", "only_knn", "neither")
@@ -342,7 +344,7 @@ def test_a_dry_run_lists_and_runs_nothing(tmp_path):
         app, ["--suite", "offline", "--task", "digits", "--dry-run", "-o", str(tmp_path / "out")]
     )
     assert said.exit_code == 0, said.output
-    assert "135 cells" in said.output
+    assert "375 cells" in said.output
     assert re.search(
         r"About \d+ minutes by one rank, .* MB of disk\. Nothing was run\.", said.output
     )
@@ -372,7 +374,7 @@ def test_what_fails_alike_is_said_once(tmp_path):
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 1
     output = " ".join(said.output.split())
-    assert "and 44 more: FileNotFoundError: Expected a folder with a sub-folder" in output
+    assert "and 74 more: FileNotFoundError: Expected a folder with a sub-folder" in output
     assert output.count("Failed") == 1
     assert "Next:" not in output
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.decomposition import TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import rbf_kernel
@@ -20,7 +21,7 @@ from hf_knn.core.backbone import KnnHead
 from hf_knn.core.config import KnnConfig
 from hf_knn.core.votes import ClassWeighting
 from hf_knn.fit import ClosedCell, fit_closed, refit
-from hf_knn.fit.closed import set_directions
+from hf_knn.fit.closed import PrincipalAxes, RandomMap, set_random_map
 from hf_knn.fit.lda import fit_lda
 from hf_knn.model.export import export_onnx
 from hf_knn.model.receipts import Scope
@@ -56,7 +57,9 @@ def seen(model: Any) -> Floats:
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     if config.head == "lda":
         return rows
-    angles = rows @ as_numpy(head.axes).T @ as_numpy(head.directions).T
+    components = rows @ as_numpy(head.axes).T
+    components /= np.linalg.norm(components, axis=1, keepdims=True)
+    angles = components @ as_numpy(head.directions).T
     if config.head_kernel == "relu":
         return np.hstack([np.maximum(angles, 0) / np.sqrt(config.head_features), rows])
     wide = np.hstack([np.cos(angles), np.sin(angles)]) / np.sqrt(config.head_features / 2)
@@ -161,8 +164,8 @@ def test_an_exported_head_answers_alike(tmp_path: Path) -> None:
         model.config.head_regularizer = 1.0
         rows = model(pixel_values=pixels(20, seed=9)).pooler_output.detach()
         if model.head.axes is not None:
-            model.head.axes.normal_()
-            set_directions(model.head, model.config.head_kernel, 0.5, 0)
+            axes = PrincipalAxes.of(model.head, rows, 0)
+            set_random_map(model.head, axes, RandomMap("rbf", 0.5, 0.5), 0)
         model.teach(features=rows, labels=["elk", "fox"] * 10)
         folder = tmp_path / options["head"]
         export_onnx(model, folder)
@@ -175,16 +178,17 @@ def test_an_exported_head_answers_alike(tmp_path: Path) -> None:
 
 def test_random_features_come_to_their_kernel() -> None:
     head = KnnHead(16, 2, (), True, "rbf", (16, 2**14))
-    head.axes = torch.eye(16)
+    axes = PrincipalAxes(torch.eye(16).double(), torch.ones(16).double())
     rows = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.manual_seed(0)), dim=1)
     for sharpness in (0.5, 2.0):
-        set_directions(head, "rbf", sharpness, seed=1)
+        set_random_map(head, axes, RandomMap("rbf", sharpness, 0.5), seed=1)
         wide = head.prepared(rows.double())[:, : 2**14].numpy()
         assert np.abs(wide @ wide.T - rbf_kernel(rows.numpy(), gamma=sharpness)).max() < 0.03
+    assert head.directions is not None
     again = head.directions.clone()
-    set_directions(head, "rbf", 2.0, seed=1)
+    set_random_map(head, axes, RandomMap("rbf", 2.0, 0.5), seed=1)
     assert torch.equal(again, head.directions)
-    set_directions(head, "rbf", 2.0, seed=2)
+    set_random_map(head, axes, RandomMap("rbf", 2.0, 0.5), seed=2)
     assert not torch.equal(again, head.directions)
 
 
@@ -290,6 +294,21 @@ def test_bad_widths_and_kernels_are_refused(values: dict[str, Any]) -> None:
         KnnConfig(feature_dim=16, **values)
 
 
+@pytest.mark.parametrize("rows", [200, 12])
+def test_components_are_those_of_scikit_learn(rows: int) -> None:
+    head = KnnHead(16, 2, (), False, "rbf", (8, 32))
+    features = torch.randn(rows, 16, generator=torch.manual_seed(0)) * torch.linspace(0.1, 3, 16)
+    axes = PrincipalAxes.of(head, features, 0)
+    fitted = TruncatedSVD(8, algorithm="arpack").fit(features.double().numpy())
+    turned = np.abs(axes.vectors.numpy() @ fitted.components_.T)
+    np.testing.assert_allclose(turned, np.eye(8), atol=1e-6)
+    np.testing.assert_allclose(axes.variances.numpy() * rows, fitted.singular_values_**2, rtol=1e-8)
+    set_random_map(head, axes, RandomMap("rbf", 0.5, 0.5), 0)
+    assert head.axes is not None
+    spread = (features.double() @ head.axes.double().T).square().mean(0)
+    torch.testing.assert_close(spread, torch.ones(8).double(), rtol=1e-4, atol=1e-4)
+
+
 def test_widths_left_open_are_filled_in() -> None:
     config = KnnConfig(feature_dim=100, head="kernel")
     assert (config.head_features, config.head_components) == (4096, 100)
@@ -316,9 +335,10 @@ def test_a_cell_says_what_a_head_was_fitted_with() -> None:
     rows = cloud(60)
     fit = fit_closed("kernel", rows.features, rows.labels, 3)
     assert isinstance(fit.cell, ClosedCell)
-    assert fit.cell.kernel in ("rbf", "relu")
+    assert fit.cell.map is not None
+    assert fit.cell.map.kernel in ("rbf", "relu")
     assert fit.cell.temperature == fit.fit.temperature > 0
-    assert fit_closed("lda", rows.features, rows.labels, 3).cell.kernel == ""
+    assert fit_closed("lda", rows.features, rows.labels, 3).cell.map is None
     with pytest.raises(ValueError, match=r"`kind` to be one of .*linear"):
         fit_closed("linear", rows.features, rows.labels, 3)
     with pytest.raises(ValueError, match="inverse"):

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 POOL, TEST = 400, 120
 KS, TEMPERATURES = [1, 5, 20, 50], [0.01, 0.07, 0.14, 0.5, 1.0]
+HEAD_STRENGTHS = {
+    "linear": 2.2, "ridge": 2.3, "kernel": 2.4, "lda": 2.1, "knn": 1.8, "blend:linear+knn": 2.4,
+    "blend:ridge+knn": 2.5, "blend:kernel+knn": 2.55, "blend:lda+knn": 2.3, "auto": 2.6,
+}  # fmt: skip
 STRENGTHS: dict[str, dict[str, float]] = {
     "knn": {"head": 2.2, "knn": 1.8, "blend": 2.4, "fixed": 2.3, "dino": 1.7},
     "linear": {
@@ -21,6 +25,8 @@ STRENGTHS: dict[str, dict[str, float]] = {
         "knn": 1.8, "blend": 2.4,
     },
     "lowdata": {"head": 1.0, "ridge": 1.1, "knn": 0.9, "blend": 1.3, "fixed": 1.2},
+    "heads": HEAD_STRENGTHS,
+    "lowdata_heads": {arm: strength - 1 for arm, strength in HEAD_STRENGTHS.items()},
     "complementarity": {"head": 2.2, "knn": 1.8, "blend": 2.4},
     "robustness": {"head": 1.6, "knn": 1.3, "blend": 1.7},
     "peers": {
@@ -70,7 +76,7 @@ def cells_of(plan: Plan) -> Iterable[dict[str, Any]]:
         for backbone in plan.backbones:
             for protocol in plan.protocols:
                 variants: list[dict[str, Any]] = [{"shots": None}]
-                if protocol == "lowdata":
+                if protocol.startswith("lowdata"):
                     variants = [{"shots": shots} for shots in plan.shots]
                 if protocol == "robustness":
                     variants = [{"shots": None, "shift": shift} for shift in ("blur", "noise")]
@@ -93,10 +99,10 @@ def write_cell(folder: Path, plan: Plan, about: Mapping[str, Any]) -> Path:
     name = cell_name(about)
     items = _items(plan, about)
     arrays: dict[str, NDArray[Any]] = dict(items)
-    arms = {}
+    arms, said = {}, {}
     for arm, strength in STRENGTHS[about["protocol"]].items():
         strength += plan.extra_strength.get(arm, 0.0) + 0.4 * np.log2((about["shots"] or 1) + 1)
-        probabilities = _answers(plan, about, arm, items["labels"], strength)
+        said[arm] = probabilities = _answers(plan, about, arm, items["labels"], strength)
         predicted = probabilities.argmax(1)
         arrays[f"predicted/{arm}"] = predicted.astype(np.int32)
         arrays[f"confidence/{arm}"] = probabilities.max(1).astype(np.float32)
@@ -105,12 +111,15 @@ def write_cell(folder: Path, plan: Plan, about: Mapping[str, Any]) -> Path:
         clean = ~items["near_duplicate"]
         test = metrics(probabilities, items["labels"])
         arms[arm] = {
-            "chosen": {"k": 20, "temperature": 0.1 + 0.01 * about["seed"]} if "n" in arm else {},
+            "chosen": _chosen(arm, about["seed"]),
             "validation": test,
             "test": test,
             "test_clean": metrics(probabilities[clean], items["labels"][clean]),
             "per_class": None,
+            "terms": None,
         }
+    for arm, (first, second) in _blends(arms).items():
+        arms[arm]["terms"] = terms(said[first], said[second], 0.4, items["labels"])
     stored = folder / "cells" / f"{name}.npz"
     np.savez(stored, allow_pickle=False, **arrays)
     document = _document(plan, about, arms, items)
@@ -131,6 +140,40 @@ def metrics(probabilities: NDArray[np.float64], labels: NDArray[Any]) -> dict[st
         "nll": float(-np.log(true).mean()),
         "ece": abs(float(probabilities.max(1).mean() - right.mean())),
     }
+
+
+def _blends(arms: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The blends among some arms, with their voices."""
+    named = {arm: arm.removeprefix("blend:").split("+") for arm in arms if ":" in arm}
+    found = {arm: (voices[0], voices[1]) for arm, voices in named.items()}
+    return found | {arm: ("head", "knn") for arm in ("blend", "fixed") if {arm, "head"} <= {*arms}}
+
+
+def terms(
+    first: NDArray[np.float64], second: NDArray[np.float64], weight: float, labels: NDArray[Any]
+) -> dict[str, float]:
+    """What a runner says of a blend of [n, C] probabilities, the second with a weight."""
+    truth = np.eye(first.shape[1])[labels]
+    blend = (1 - weight) * first + weight * second
+    own = np.arange(len(labels)), labels
+    gain = float(np.mean(np.log(blend[own]) - np.log(first[own])))
+    distance = float(((second - first) ** 2).sum(1).mean())
+    return {
+        "weight": weight, "disagreement": distance,
+        "ambiguity": weight * (1 - weight) * distance,
+        "error_first": float(((first - truth) ** 2).sum(1).mean()),
+        "error_second": float(((second - truth) ** 2).sum(1).mean()),
+        "error": float(((blend - truth) ** 2).sum(1).mean()),
+        "top1_first": float((first.argmax(1) == labels).mean()),
+        "top1_second": float((second.argmax(1) == labels).mean()),
+        "log_gain": gain, "log_gain_measured": gain,
+    }  # fmt: skip
+
+
+def _chosen(arm: str, seed: int) -> dict[str, Any]:
+    if arm == "auto":
+        return {"head": ("kernel", "ridge")[seed % 2], "k": 20, "knn_weight": 0.5 * (seed > 0)}
+    return {"k": 20, "temperature": 0.1 + 0.01 * seed} if "n" in arm else {}
 
 
 def _rng(plan: Plan, *parts: object) -> np.random.Generator:
