@@ -30,7 +30,7 @@ HEADS = (Head.LINEAR, Head.RIDGE, Head.KERNEL, Head.LDA)
 FEWEST_LABELS = 3
 """Below this many labels per class (on average over those that have rows) none is compared."""
 
-FIXED_HEAD, FIXED_CELL = Head.RIDGE, ClosedCell("", 0.0, 1.0, 0.1)
+FIXED_HEAD, FIXED_CELL = Head.RIDGE, ClosedCell(None, 1.0, 0.1)
 """What is taken then, with a regulariser and a temperature that nothing was chosen by."""
 
 
