@@ -194,6 +194,11 @@ def new_folder(folder: Path) -> Path:
     return Path(place)
 
 
+def new_report(folder: Path | None) -> Path | None:
+    """A folder to write a report into; None stays None."""
+    return None if folder is None else new_folder(folder)
+
+
 def new_place(folder: Path | None) -> Path | None:
     """A folder to make, which is not there yet; None stays None."""
     if folder is None:

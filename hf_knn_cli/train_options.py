@@ -240,6 +240,15 @@ class TrainOptions:
             help="Also scale the temperatures of head and blend.",
         ),
     ] = False
+    learn_metric: Annotated[
+        bool,
+        typer.Option(
+            "--learn-metric",
+            rich_help_panel=STORE,
+            help="Learn a linear map for what neighbours compare; it is kept where they find more "
+            "of the pictures held out with it.",
+        ),
+    ] = False
     show_neighbors: Annotated[
         bool,
         typer.Option(

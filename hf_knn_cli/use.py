@@ -20,8 +20,8 @@ from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
-WHY = "Reasons"
-"""A group of options in `--help`."""
+WHY, REPORT = "Reasons", "Report"
+"""Groups of options in `--help`."""
 
 app = typer.Typer()
 
@@ -41,11 +41,37 @@ def evaluate(
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
     ] = "skip",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            callback=places.new_report,
+            rich_help_panel=REPORT,
+            help="Folder for report.html and report.json: each class, what is taken for what, and "
+            "the wrong answers with their neighbours.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            callback=places.new_file, rich_help_panel=REPORT, help="Write the page alone."
+        ),
+    ] = None,
+    stored: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            callback=places.stored_pictures,
+            rich_help_panel=REPORT,
+            help="Folder that the stored paths are relative to, to show neighbours.",
+        ),
+    ] = None,
     backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Measure head, neighbours and blend on labelled pictures."""
-    from hf_knn.commands.use import evaluate_pictures
+    """Measure head, neighbours and blend on labelled pictures, with 95 % intervals."""
+    if stored and not (html or report):
+        raise typer.BadParameter("Expected --report or --html with --pictures; name the place.")
+    from hf_knn.commands.evaluate import evaluate_pictures
 
     return evaluate_pictures
 

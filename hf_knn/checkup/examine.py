@@ -19,6 +19,7 @@ from ..data.decode import BadImageError, decode_image
 from ..data.keys import Print, print_of
 from ..data.splits import stratified_folds
 from ..data.walk import StoredPictures
+from ..fit.html import plain
 from ..fit.voices import Voices, out_of_fold
 from ..store.backend import RowStore
 from .duplicates import (
@@ -30,7 +31,6 @@ from .duplicates import (
     near_rows,
 )
 from .findings import STORED, Finding, Ints, Kind, Pictures
-from .html import plain
 from .labels import (
     NEIGHBOR,
     LabelScores,

@@ -7,9 +7,9 @@ from itertools import groupby
 import numpy as np
 from PIL import Image
 
+from ..fit.html import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
 from .examine import Checkup
 from .findings import STORED, Finding, Kind, Pictures, in_order
-from .html import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
 from .labels import counts_by_split
 from .svg import curve_svg
 

@@ -1,6 +1,5 @@
-"""Drawings for pages, as SVG: no plotting library, sharp at any size."""
+"""Drawings of a checkup: a map of rows, and what more pictures would bring."""
 
-import html
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from ..core.config import Normalization
 from ..core.search import normalize_rows
+from ..fit.svg import COLOURS, GREY, INK, LINE, drawing, short, text
 from .findings import Floats, Ints
-from .html import plain
 from .learning_curve import LearningCurve
 
 MOST_ROWS = 5_000
@@ -23,12 +22,6 @@ MOST_COLOURS = 12
 
 _PRINCIPAL = 50
 _PERPLEXITY = 30.0
-_COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e9d", "#8c6d31",
-    "#b22222", "#2f4f4f", "#7fbf3f", "#5b5bd6",
-)  # fmt: skip
-_GREY, _INK, _LINE = "#c3c9cf", "#1c2126", "#d5dbe1"
-_LONGEST_NAME = 26
 
 Spot = Callable[[float, float], tuple[float, float]]
 """From a size and an accuracy to a place in a drawing."""
@@ -83,22 +76,22 @@ def map_svg(
     counts = np.bincount(labels[labels >= 0], minlength=len(names))
     shown = [int(c) for c in np.argsort(-counts, kind="stable")[:MOST_COLOURS] if counts[c]]
     rest = ~np.isin(labels, shown)
-    parts = [_dots(spots, rest, _GREY, 2, ids)]
-    parts += [_dots(spots, labels == c, _COLOURS[i], 3, ids) for i, c in enumerate(shown)]
+    parts = [_dots(spots, rest, GREY, 2, ids)]
+    parts += [_dots(spots, labels == c, COLOURS[i], 3, ids) for i, c in enumerate(shown)]
     rings = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>' for x, y in spots[marked])
     style = 'fill="none" pointer-events="none" stroke-width="1.2"'
-    parts.append(f'<g {style} stroke="{_INK}">{rings}</g>')
-    legend = [(_COLOURS[i], f"{_short(names[c])} ({counts[c]})") for i, c in enumerate(shown)]
+    parts.append(f'<g {style} stroke="{INK}">{rings}</g>')
+    legend = [(COLOURS[i], f"{short(names[c])} ({counts[c]})") for i, c in enumerate(shown)]
     if rest.any():
-        legend.append((_GREY, f"others ({int(rest.sum())})"))
-    for row, (colour, text) in enumerate(legend):
+        legend.append((GREY, f"others ({int(rest.sum())})"))
+    for row, (colour, words) in enumerate(legend):
         y = 30 + 22 * row
-        parts.append(f'<circle cx="750" cy="{y}" r="5" fill="{colour}"/>{_text(763, y + 4, text)}')
+        parts.append(f'<circle cx="750" cy="{y}" r="5" fill="{colour}"/>{text(763, y + 4, words)}')
     if marked.any():
         y = 30 + 22 * len(legend)
-        parts.append(f'<circle cx="750" cy="{y}" r="6" fill="none" stroke="{_INK}"/>')
-        parts.append(_text(763, y + 4, f"with a finding ({int(marked.sum())})"))
-    return _svg(960, 600, parts)
+        parts.append(f'<circle cx="750" cy="{y}" r="6" fill="none" stroke="{INK}"/>')
+        parts.append(text(763, y + 4, f"with a finding ({int(marked.sum())})"))
+    return drawing(960, 600, parts)
 
 
 def curve_svg(curve: LearningCurve) -> str:
@@ -126,9 +119,9 @@ def curve_svg(curve: LearningCurve) -> str:
         parts.append(_mark(spot(size, mean - spread), spot(size, mean), spot(size, mean + spread)))
     if known:
         parts.append(_promise(spot, curve))
-    parts.append(_text(360, 355, "pictures per class (logarithmic)", "middle"))
-    parts.append(_text(80, 18, "held out and answered right; bars: ± 1 std over folds"))
-    return _svg(720, 370, parts)
+    parts.append(text(360, 355, "pictures per class (logarithmic)", "middle"))
+    parts.append(text(80, 18, "held out and answered right; bars: ± 1 std over folds"))
+    return drawing(720, 370, parts)
 
 
 def _promise(spot: Spot, curve: LearningCurve) -> str:
@@ -144,11 +137,11 @@ def _promise(spot: Spot, curve: LearningCurve) -> str:
     last = float(curve.per_class[-1])
     x, y = spot(2 * last, 1 - a * (2 * last * scale) ** -b)
     return (
-        f'<g fill="none" stroke="{_COLOURS[1]}" stroke-width="2">'
+        f'<g fill="none" stroke="{COLOURS[1]}" stroke-width="2">'
         f'<polyline points="{path(float(curve.per_class[0]), last)}"/>'
         f'<polyline points="{path(last, 2 * last)}" stroke-dasharray="5 5"/></g>'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#ffffff" stroke="{_COLOURS[1]}"/>'
-        + _text(x - 8, y - 10, f"{100 * curve.gain:+.1f} points", "end")
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#ffffff" stroke="{COLOURS[1]}"/>'
+        + text(x - 8, y - 10, f"{100 * curve.gain:+.1f} points", "end")
     )
 
 
@@ -157,20 +150,20 @@ def _grid(spot: Spot, curve: LearningCurve, bottom: float, top: float) -> str:
     parts = []
     for number in range(int(np.ceil(bottom / step)), int(np.floor(top / step)) + 1):
         _, y = spot(curve.per_class[0], number * step)
-        parts.append(f'<line x1="80" x2="640" y1="{y:.1f}" y2="{y:.1f}" stroke="{_LINE}"/>')
-        parts.append(_text(70, y + 4, f"{number * step:.0%}", "end"))
+        parts.append(f'<line x1="80" x2="640" y1="{y:.1f}" y2="{y:.1f}" stroke="{LINE}"/>')
+        parts.append(text(70, y + 4, f"{number * step:.0%}", "end"))
     sizes = [*curve.per_class, *([] if np.isnan(curve.gain) else [2 * curve.per_class[-1]])]
     for size in sizes:
         x, _ = spot(size, bottom)
-        parts.append(_text(x, 325, f"{size:.0f}" if size >= 10 else f"{size:.1f}", "middle"))
+        parts.append(text(x, 325, f"{size:.0f}" if size >= 10 else f"{size:.1f}", "middle"))
     return "".join(parts)
 
 
 def _mark(low: tuple[float, float], mid: tuple[float, float], high: tuple[float, float]) -> str:
     return (
         f'<line x1="{low[0]:.1f}" y1="{low[1]:.1f}" x2="{high[0]:.1f}" y2="{high[1]:.1f}" '
-        f'stroke="{_COLOURS[0]}" stroke-width="2"/>'
-        f'<circle cx="{mid[0]:.1f}" cy="{mid[1]:.1f}" r="5" fill="{_COLOURS[0]}"/>'
+        f'stroke="{COLOURS[0]}" stroke-width="2"/>'
+        f'<circle cx="{mid[0]:.1f}" cy="{mid[1]:.1f}" r="5" fill="{COLOURS[0]}"/>'
     )
 
 
@@ -184,21 +177,3 @@ def _dots(
         for (x, y), name in zip(spots[rows].tolist(), names, strict=True)
     )
     return f'<g fill="{colour}" fill-opacity="0.85">{dots}</g>'
-
-
-def _short(name: object) -> str:
-    text = plain(name)
-    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    words = html.escape(text)
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
-
-
-def _svg(width: int, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13" fill="{_INK}">'
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>{"".join(parts)}</svg>'
-    )

@@ -17,8 +17,6 @@ from .. import __version__
 from ..checkup.doctor import DoctorOptions, check_up, open_source
 from ..checkup.examine import Checkup, Watch, decoded_or_none, inspect_datastore, open_picture
 from ..checkup.findings import write_csv
-from ..checkup.html import Drawing, Section, plain, svg_uri, write_page
-from ..checkup.html import Table as PageTable
 from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
 from ..core.manifest import MANIFEST_NAME
@@ -26,9 +24,11 @@ from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
 from ..data.walk import StoredPictures
+from ..fit.html import Drawing, Section, plain, svg_uri, write_page
+from ..fit.html import Table as PageTable
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 from ..store.datastore import Datastore
 from .console import (
     console,
@@ -248,7 +248,8 @@ def _facts(model: KnnForImageClassification, store: RowStore) -> dict[str, Any]:
     config = model.config
     facts: dict[str, Any] = {
         "rows": len(store), "width": store.dim, "stored as": store.dtype, "metric": store.metric,
-        "normalisation": store.normalization, "index": str(store.index), "k": config.k,
+        "normalisation": store.normalization, "learned metric": str(learned_map_of(store) or ""),
+        "index": str(store.index), "k": config.k,
         "temperature": config.knn_temperature, "λ": config.knn_weight, "head": config.head,
         "classes": config.classes, "backbone": getattr(config, "base_model", None) or "",
     }  # fmt: skip

@@ -16,7 +16,7 @@ import typer
 from rich import markup
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Column, Table
+from rich.table import Column
 from transformers.utils import logging as transformers_logging
 
 from hf_knn_cli.terminal import (
@@ -33,7 +33,6 @@ from hf_knn_cli.terminal import (
 from ..data.loading import hide_progress_bars, read_labelled
 from ..data.places import reading_of
 from ..features.extract import ImageFeatures
-from ..model.card import VOICE_NAMES
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exclusive_lock, restore
 from .errors import EXPECTED, STOPPED, sentence_of
@@ -230,24 +229,6 @@ def changing(checkpoint: Path) -> Iterator[Path]:
     folder = checkpoint.resolve()
     with exclusive_lock(folder):
         yield folder
-
-
-def metrics_table(metrics: dict[str, float], title: str, prefix: str = "eval_") -> Table:
-    """Head, neighbours and blend as a table.
-
-    Args:
-        metrics: what `KnnTrainer.evaluate` returned.
-        title: of the table.
-        prefix: of the numbers to show.
-    """
-    names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
-    table = Table("", *names, title=title, title_justify="left")
-    for voice, label in VOICE_NAMES.items():
-        if f"{prefix}{voice}_top1" in metrics:
-            values = [metrics[f"{prefix}{voice}_{name}"] for name in ("top1", "mean_class")]
-            tail = [metrics[f"{prefix}{voice}_{name}"] for name in ("nll", "ece")]
-            table.add_row(label, *[f"{v:.1%}" for v in values], *[f"{v:.3f}" for v in tail])
-    return table
 
 
 def open_labelled(pictures: str, splits: str, needed: str = "") -> dict[str, Any]:

@@ -15,7 +15,6 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
 from ..data.walk import StoredPictures
 from ..features.backends import check_backend
-from ..model.before import REPORT_NAME
 from ..model.pictures import small_webp
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
@@ -24,7 +23,7 @@ from .console import console, escape
 
 _PICTURES = "pictures.zip"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
-_KEPT = shutil.ignore_patterns(*KEPT_TO_ONESELF, "runs", REPORT_NAME)
+_KEPT = shutil.ignore_patterns(*KEPT_TO_ONESELF, "runs")
 """What of a checkpoint folder is nobody's business: earlier versions, logs, places on a disk."""
 
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..checkup.examine import open_picture
-from ..checkup.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
-from ..checkup.html import Table as PageTable
 from ..data.decode import read_picture
 from ..data.walk import StoredPictures
+from ..fit.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
+from ..fit.html import Table as PageTable
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails, features_of

@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import (
 
 from hf_knn_cli.train_options import TrainOptions
 
-from ..data.batches import RowPictures, picture_of
+from ..data.batches import SAMPLE_ID, RowPictures, picture_of
 from ..data.keys import hash_of_pictures
 from ..data.loading import groups_of, labels_of
 from ..data.places import check_classes, source_of
@@ -27,15 +27,15 @@ from ..data.splits import few_rows, few_shots, split_rows
 from ..features.extract import ImageFeatures, extract_features, progress_bars
 from ..fit.blend import TuneResult
 from ..fit.plots import check_drawing, draw_neighbors
+from ..fit.report import Report
 from ..model.backbones import AUTO_HEAD
-from ..model.before import REPORT_NAME
 from ..model.card import draw_reliability, make_card
 from ..model.modeling import KnnForImageClassification
 from ..model.versions import Occupant, check_free, mark_training, occupant_of
 from ..store.advice import install, install_package
 from ..store.faiss import require_faiss
 from ..store.folders import exclusive_lock
-from ..store.hub import CARD_NAME
+from ..store.hub import CARD_NAME, TRAINING_NAME
 from ..store.index import FLAT
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
@@ -49,8 +49,8 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .evaluate import print_measured, stored_names
 from .heads import given_of, listed, print_choice, with_named_head
-from .use import print_measured, stored_names
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -117,6 +117,7 @@ def train_pictures(options: TrainOptions) -> None:
             result = trainer.tune(progress=True)
         metrics = trainer.evaluate(parts.test) if parts.test is not None else {}
         assert model.datastore is not None
+        measured = _measured(trainer, splits, parts)
         source = source_of(options.pictures, splits["train"])
         model.datastore.source |= source
         if model.measured is not None:
@@ -129,7 +130,8 @@ def train_pictures(options: TrainOptions) -> None:
                 model.keep_thumbnails(RowPictures(splits["train"], ids))
         replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
-    _report(options, trainer, parts, result, metrics, skipped, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    _report(options, trainer, parts, result, metrics, measured, skipped, seconds)
     if replaced is not None:
         back = f" `hf-knn undo {options.output}` brings it back."
         said = str(replaced) + back * replaced.is_kept
@@ -161,6 +163,7 @@ def _report(
     parts: Parts,
     result: TuneResult,
     metrics: dict[str, float],
+    measured: Report | None,
     skipped: list[dict[str, Any]],
     seconds: float,
 ) -> None:
@@ -180,17 +183,31 @@ def _report(
         "skipped": skipped,
         "seconds": seconds,
     }
-    (options.output / REPORT_NAME).write_text(json_text(report) + "\n", encoding="utf-8")
+    (options.output / TRAINING_NAME).write_text(json_text(report) + "\n", encoding="utf-8")
+    page = None if measured is None else measured.save(options.output)
     how = "a validation set" if parts.validation is not None else "cross-validation"
     console.print(result.say(f"on {how}"))
-    if metrics:
-        is_known = metrics["eval_stored"] and isinstance(parts.test, ImageFeatures)
+    if measured is not None:
+        is_known = measured.stored and isinstance(parts.test, ImageFeatures)
         names = stored_names(model, parts.test) if is_known else []
-        print_measured(metrics, f"{len(parts.test)} test pictures", names)
+        print_measured(measured, f"{len(parts.test)} test pictures", names)
     store = escape(str(model.datastore))
     console.print(f"Saved {escape(options.output)} after {seconds:.0f} s: {store}.", soft_wrap=True)
+    opened = "" if page is None else f"open [bold]{escape(page)}[/], then "
     console.print(
-        f"Next: [bold]{typed('predict', options.output, 'PICTURE.jpg')}[/]", soft_wrap=True
+        f"Next: {opened}[bold]{typed('predict', options.output, 'PICTURE.jpg')}[/]", soft_wrap=True
+    )
+
+
+def _measured(trainer: KnnTrainer, splits: dict[str, Any], parts: Parts) -> Report | None:
+    """What the model is worth on the test pictures, with all pictures that there are."""
+    if parts.test is None:
+        return None
+    held_out, train = splits["test" if "test" in splits else "train"], splits["train"]
+    return trainer.report(
+        parts.test,
+        pictures=RowPictures(held_out, held_out[SAMPLE_ID][:]),
+        stored_pictures=RowPictures(train, train[SAMPLE_ID][:]),
     )
 
 
@@ -247,6 +264,8 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
     what = "Comparing heads" if options.head == AUTO_HEAD else "Training the head"
     with console.status(f"{what} …"):
         metrics = trainer.train().metrics
+    if trainer.metric_choice is not None:
+        console.print(trainer.metric_choice.say())
     chosen, choice = trainer.head_choice, trainer.probe_choice
     if chosen is not None:
         print_choice(chosen)
@@ -353,6 +372,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
         "knn_max_memory": options.max_memory,
         "tune_criterion": options.criterion,
         "calibrate": options.calibrate,
+        "learn_metric": options.learn_metric,
         "group_by": options.group_by,
         "on_bad_image": options.on_bad_image,
         "seed": options.seed,
@@ -377,6 +397,11 @@ def _check(options: TrainOptions) -> None:
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
+    if options.learn_metric:
+        raise ValueError(
+            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
+            "every picture, so that folds cannot tell whether a metric helps."
+        )
     if options.sweep is not None:
         raise ValueError("Expected no --sweep with --fine-tune.")
     if not options.alpha:

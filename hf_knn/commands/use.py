@@ -1,11 +1,10 @@
-"""`hf-knn evaluate | tune | push | export | cache`: from a checkpoint to its use; tidying up."""
+"""`hf-knn tune | push | export | cache`: from a checkpoint to its use; tidying up."""
 
 import math
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,115 +12,24 @@ from typing import Any
 
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from transformers import PrinterCallback
 
 from ..core.plain_json import read_json
-from ..data.folders import SPLIT_NAMES
-from ..data.loading import prepare
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
-from ..features.extract import ImageFeatures, extract_features, progress_bars
-from ..fit.measure import stored_places
-from ..fit.metrics import COMPLEMENTARITY
+from ..features.extract import progress_bars
 from ..fit.plots import check_drawing, draw_tuning
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
-from ..model.modeling import KnnForImageClassification
 from ..model.stored import shown
-from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
 from .console import (
     changing,
     console,
     escape,
-    metrics_table,
     open_checkpoint,
-    open_labelled,
     print_json,
     right,
-    say_what_was_skipped,
     typed,
 )
-
-WITHOUT_STORED = "eval_without_stored_"
-"""What the names of numbers begin with that leave stored pictures out."""
-
-_NAMED = 20
-
-
-def evaluate_pictures(
-    checkpoint: str,
-    pictures: str,
-    split: str | None,
-    on_bad_image: str,
-    json_output: bool,
-    splits: str = "auto",
-) -> None:
-    """Measures a checkpoint on labelled pictures.
-
-    Args:
-        checkpoint: a folder or a Hub id.
-        pictures: see `load_splits`.
-        split: which one; None takes `test`, else the only one there is.
-        on_bad_image: `fail` or `skip`.
-        json_output: print JSON instead of a table.
-        splits: how folders called like splits are read, `auto` or `none`.
-
-    Raises:
-        ValueError: for pictures that cannot be used, or labels that the model does not have.
-        OSError: if something is not there.
-    """
-    model, rows = _open(checkpoint, pictures, split, "test", splits, on_bad_image)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = KnnTrainer(model, _silent(folder))
-        trainer.remove_callback(PrinterCallback)
-        metrics = trainer.evaluate(rows)
-    stored = stored_names(model, rows) if metrics["eval_stored"] else []
-    if json_output:
-        print_json(metrics | {"stored_pictures": stored})
-        return
-    print_measured(metrics, f"{len(rows)} pictures", stored)
-    prefix = WITHOUT_STORED if f"{WITHOUT_STORED}loss" in metrics else "eval_"
-    known = {n: metrics[f"{prefix}{n}"] for n in COMPLEMENTARITY if f"{prefix}{n}" in metrics}
-    if known and len(stored) < len(rows):
-        said = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
-        console.print(f"Together: {said}.")
-
-
-def stored_names(model: KnnForImageClassification, rows: ImageFeatures) -> list[str]:
-    """What the pictures are called that a model has in its datastore.
-
-    Args:
-        model: with a datastore or without.
-        rows: the pictures.
-    """
-    paths = rows.paths or [""] * len(rows)
-    return [paths[place] or f"row {place}" for place in stored_places(model, rows).tolist()]
-
-
-def print_measured(metrics: dict[str, float], pictures: str, stored: Sequence[str] = ()) -> None:
-    """Head, neighbours and blend; where pictures are stored, first without these.
-
-    Args:
-        metrics: what `KnnTrainer.evaluate` returned.
-        pictures: how many and which, such as `71 test pictures`.
-        stored: the names of those that are stored, where they are known.
-    """
-    count = int(metrics["eval_stored"])
-    if not count:
-        console.print(metrics_table(metrics, pictures))
-        return
-    names = f": {escape(shown(stored, _NAMED))}" if stored else ""
-    console.print(
-        f"[yellow]{count} of these {pictures} are stored in the model[/], and each of them is its "
-        f"own nearest neighbour{names}.",
-        soft_wrap=True,
-    )  # fmt: skip
-    if f"{WITHOUT_STORED}loss" in metrics:
-        title = f"Without them: {pictures} less {count}"
-        console.print(metrics_table(metrics, title, WITHOUT_STORED))
-    else:
-        console.print("No picture is left to measure it on; pass others.")
-    title = "With them: what the model remembers, not what it can do"
-    console.print(metrics_table(metrics, title))
+from .evaluate import MOST_NAMED, open_split, silent_arguments, stored_names
 
 
 def tune_checkpoint(
@@ -153,14 +61,14 @@ def tune_checkpoint(
     if plot is not None:
         check_drawing()
     with changing(Path(checkpoint)):
-        model, rows = _open(checkpoint, pictures, split, "validation", splits, on_bad_image)
+        model, rows, _ = open_split(checkpoint, pictures, split, "validation", splits, on_bad_image)
         if model.datastore is None:
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
         stored, known = stored_names(model, rows), set(model.datastore.paths or [])
         if stored:
             console.print(
                 f"[yellow]{len(stored)} of these {len(rows)} pictures are stored in the model[/], "
-                f"and nothing is chosen on them: {escape(shown(stored, _NAMED))}.",
+                f"and nothing is chosen on them: {escape(shown(stored, MOST_NAMED))}.",
                 soft_wrap=True,
             )
         elif known - {""} and len(known & set(rows.paths)) > len(rows) / 2:
@@ -169,7 +77,7 @@ def tune_checkpoint(
                 "are the same, k-NN has seen them, and what is chosen here will favour it."
             )
         with tempfile.TemporaryDirectory() as folder:
-            trainer = KnnTrainer(model, _silent(folder))
+            trainer = KnnTrainer(model, silent_arguments(folder))
             with progress_bars():
                 result = trainer.tune(rows, criterion, calibrate, progress=True)
         model.save_pretrained(checkpoint)
@@ -243,30 +151,6 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
     console.print(
         f"Next: [bold]python {escape(shlex.quote(str(folder / SCRIPT_NAME)))} PICTURE.jpg[/]",
         soft_wrap=True,
-    )
-
-
-def _open(
-    checkpoint: str, pictures: str, split: str | None, usual: str, how: str, on_bad_image: str
-) -> tuple[KnnForImageClassification, ImageFeatures]:
-    """A model and the features of one split of labelled pictures: the usual or the only one."""
-    wanted = usual if split is None else SPLIT_NAMES.get(split.casefold(), split)
-    model = open_checkpoint(checkpoint)
-    splits = open_labelled(pictures, how, wanted)
-    if split is None and len(splits) == 1:
-        wanted = next(iter(splits))
-    if wanted not in splits:
-        raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
-    dataset = prepare(splits[wanted], model.config.class_names)
-    with progress_bars():
-        rows = extract_features(model, dataset, on_bad_image=on_bad_image)
-    say_what_was_skipped(rows)
-    return model, rows
-
-
-def _silent(folder: str) -> KnnTrainingArguments:
-    return KnnTrainingArguments(
-        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no"
     )
 
 

@@ -103,6 +103,7 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        learned_metric: whether the datastore has a learned map, which rows and queries go through.
         head: `linear`, `mlp`, `ridge`, `kernel` or `lda`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
@@ -140,6 +141,7 @@ class KnnConfig(PreTrainedConfig):
     knn_pooling: str | None = None
     metric: str = "cosine"
     normalization: str = "l2_centered"
+    learned_metric: bool = False
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
     head_kernel: str = "rbf"

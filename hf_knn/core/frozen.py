@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from .learned import LearnedMap
 from .manifest import FAISS_NAME, MANIFEST_NAME, Binding, DatastoreError, FileRecord, Manifest
 from .rows import RowParts, Values, check_row_numbers, refuse_non_finite
 from .search import Neighbors, RowSpace, Searcher, TorchFirstPass, check_request
@@ -34,6 +35,7 @@ class FrozenDatastore:
         labels: [N] int64.
         ids: [N] int64, unique.
         mean: [D] float32, subtracted by `l2_centered`.
+        learned_map: that rows and queries go through, or None.
         paths: N places of the pictures, relative to their dataset, or None.
 
     Raises:
@@ -49,9 +51,11 @@ class FrozenDatastore:
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
+        self.learned_map = take_map(files[0], manifest)
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        compared = (self.mean.double().numpy(), self.metric, self.normalization, self.learned_map)
+        space = RowSpace(*compared, self.features)
         first_pass = TorchFirstPass(space.first_pass_rows(self.features))
         self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
@@ -192,6 +196,24 @@ def take_vector(
             f"but got {tuple(vector.shape)} {vector.dtype}."
         )
     return vector
+
+
+def take_map(tensors: dict[str, Tensor], manifest: Manifest) -> LearnedMap | None:
+    """The learned map in the first row file, which must be that of the manifest; None without."""
+    if manifest.learned_map is None:
+        return None
+    record = manifest.blobs[0]
+    try:
+        found = LearnedMap(take(tensors, "learned_map", record))
+    except ValueError as error:
+        raise DatastoreError(f"The datastore is not usable: {error}") from error
+    if (found.sha256, found.dim) != (manifest.learned_map, manifest.dim):
+        raise DatastoreError(
+            f"Expected `learned_map` in {record.name} to have {manifest.dim} columns and sha256 "
+            f"{manifest.learned_map[:12]}…, but got {found.dim} and {found.sha256[:12]}…; the file "
+            "is from another save, download or save it again."
+        )
+    return found
 
 
 def join_features(files: list[dict[str, Tensor]], manifest: Manifest) -> RowParts:

@@ -20,13 +20,14 @@ def lazy_names(
 
     Args:
         package: its name.
-        homes: public name to the module, relative to the package, that defines it.
+        homes: public name to the module that defines it, relative to the package: `html`, or
+            `.fit.html` for one beside the package.
     """
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(f".{homes[name]}", package), name)
 
     return get, lambda: sorted(homes)
 

@@ -78,7 +78,7 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
 
 
 FORMAT = "hf_knn.datastore"
-FORMAT_VERSION = 1
+FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
@@ -113,13 +113,10 @@ class FileRecord:
         return cls(path.name, path.stat().st_size, sha256, blocks)
 
     def verify_size(self, path: Path | None) -> Path:
-        """Compares a file's size with its record, without reading it.
+        """Compares a file's size with its record, without reading it; returns its path.
 
         Args:
             path: where the file should be; None if it could not be found.
-
-        Returns:
-            The path.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
@@ -233,8 +230,8 @@ class Manifest:
     """The content of `datastore.json`.
 
     Attributes:
-        num_rows: n, rows over all blobs.
-        dim: d, width of a row.
+        num_rows: N, rows over all blobs.
+        dim: D, width of a row.
         dtype: storage dtype, `float16` or `float32`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
@@ -242,8 +239,8 @@ class Manifest:
         blobs: the row files, in row order.
         faiss_index: the serialized index, if one was written.
         binding: the checkpoint it belongs to; None for a datastore saved alone.
-        source: dataset id, revision and split the rows came from, and the backend that encoded
-            them, as far as known.
+        source: dataset, revision and split of the rows, and what encoded them, as far as known.
+        learned_map: sha256 of the learned map, which lies in the first row file; None without one.
     """
 
     num_rows: int
@@ -256,6 +253,7 @@ class Manifest:
     faiss_index: FileRecord | None = None
     binding: Binding | None = None
     source: dict[str, str] = field(default_factory=dict)
+    learned_map: str | None = None
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
@@ -318,6 +316,7 @@ class Manifest:
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
+            learned_map=fields.sha256_or_none("learned_map"),
         )
         stored = manifest.num_rows * manifest.dim * (2 if manifest.dtype == "float16" else 4)
         available = sum(blob.size for blob in manifest.blobs)
@@ -332,6 +331,9 @@ class Manifest:
 
 def signed_json(values: dict[str, Any]) -> str:
     """The text of a `datastore.json` with its own checksum."""
+    values = {k: v for k, v in values.items() if k != "learned_map" or v is not None}
+    if "learned_map" in values:  # without one all is as every version wrote it
+        values["format_version"] = MAPPED_VERSION
     return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
 
 
@@ -347,10 +349,10 @@ def check_format(fields: "Fields", wanted: str) -> None:
     """
     if fields.text("format") != wanted:
         raise fields.wrong("format", wanted)
-    version = fields.count("format_version")
-    if version != FORMAT_VERSION:
+    version, has_map = fields.count("format_version"), "learned_map" in fields.values
+    if version != (wanted_version := MAPPED_VERSION if has_map else FORMAT_VERSION):
         raise DatastoreError(
-            f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
+            f"Expected {MANIFEST_NAME} of format version {wanted_version}, but got version "
             f"{version}; upgrade hf_knn."
         )
     checksum = fields.matching("checksum", SHA256_PATTERN)
@@ -416,6 +418,10 @@ class Fields:
         self.text(name)
         value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
         return value
+
+    def sha256_or_none(self, name: str) -> str | None:
+        """A sha256; None where the field is missing."""
+        return self.matching(name, SHA256_PATTERN) if name in self.values else None
 
     def choice(self, name: str, choices: Iterable[str]) -> str:
         """One of some strings."""

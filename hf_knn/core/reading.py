@@ -116,7 +116,8 @@ def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> Fro
         logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
     store = FrozenDatastore(manifest, files.resolve)
     largest = int(store.labels.max()) if len(store) else -1
-    check_fits(config, store.dim, store.metric, store.normalization, largest)
+    has_map = store.learned_map is not None
+    check_fits(config, store.dim, store.metric, store.normalization, has_map, largest)
     return store
 
 
@@ -138,7 +139,7 @@ def refuse_missing(name: str, config: KnnConfig) -> None:
 
 
 def check_fits(
-    config: KnnConfig, dim: int, metric: str, normalization: str, largest: int | None
+    config: KnnConfig, dim: int, metric: str, normalization: str, has_map: bool, largest: int | None
 ) -> None:
     """Refuses a datastore that a model cannot use.
 
@@ -147,14 +148,19 @@ def check_fits(
         dim: width of the datastore's rows.
         metric: of the datastore.
         normalization: of the datastore.
+        has_map: whether it has a learned map.
         largest: its largest label; None if it was not looked for.
 
     Raises:
         ValueError: naming what disagrees and both values.
     """
-    wanted = (config.extra_dim or config.feature_dim, config.metric, config.normalization)
-    found = (dim, metric, normalization)
-    for name, mine, theirs in zip(("width", "metric", "normalization"), wanted, found, strict=True):
+    width, learned = config.extra_dim or config.feature_dim, config.learned_metric
+    for name, mine, theirs in (
+        ("width", width, dim),
+        ("metric", config.metric, metric),
+        ("normalization", config.normalization, normalization),
+        ("learned_metric", learned, has_map),
+    ):
         if theirs != mine:
             raise ValueError(
                 f"Expected a datastore of {name} {mine}, as the model has, but got {theirs}."

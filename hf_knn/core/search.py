@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import Normalization
+from .learned import LearnedMap, width_of
 from .rows import RowParts, Values, as_features, as_whole_numbers
 from .votes import Metric
 
@@ -196,22 +197,27 @@ def shortcut() -> float:
     return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
 
-def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
-    """Applies the datastore's normalisation in float64.
+def normalize_rows(
+    features: NDArray, mean: Floats, normalization: str, learned: LearnedMap | None = None
+) -> Floats:
+    """Applies the datastore's normalisation in float64: centre, map if there is one, length 1.
 
     Args:
         features: [N, D] raw features of any float dtype.
         mean: [D] float64, used by `l2_centered` only.
-        normalization: `l2_centered`, `l2` or `none`.
+        normalization: `l2_centered`, `l2` or `none`, which is without centring and scaling.
+        learned: a map to E values, or None.
 
     Returns:
-        [N, D] float64; a zero vector stays zero, so its cosine with everything is 0.
+        [N, D] or [N, E] float64; a zero vector stays zero, so its cosine with everything is 0.
     """
     rows = _widened(features)
-    if normalization == Normalization.NONE:
-        return rows
     if normalization == Normalization.L2_CENTERED:
         rows -= mean
+    if learned is not None:
+        rows = learned.apply(rows)
+    if normalization == Normalization.NONE:
+        return rows
     squares = np.einsum("nd,nd->n", rows, rows)
     if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
         _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
@@ -234,6 +240,7 @@ class RowSpace:
         mean: [D] float64.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
+        learned: a map that rows and queries go through, or None.
         features: [N, D] rows that fix the scale.
         largest: of the rows' lengths once they are normalised, if it is known; it fixes the scale.
     """
@@ -243,10 +250,12 @@ class RowSpace:
         mean: Floats,
         metric: str,
         normalization: str,
+        learned: LearnedMap | None,
         features: Rows,
         largest: float | None = None,
     ) -> None:
-        self.mean, self.normalization = mean, normalization
+        self.mean, self.normalization, self.learned = mean, normalization, learned
+        self.width = width_of(learned, features.shape[1])
         self.is_l2 = Metric(metric) is Metric.L2
         self.largest = 1.0
         if self.is_l2:
@@ -255,12 +264,12 @@ class RowSpace:
         self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
 
     def normalize(self, features: NDArray) -> Floats:
-        """[N, D] raw features to the float64 vectors that are compared."""
-        return normalize_rows(features, self.mean, self.normalization)
+        """[N, D] raw features to the float64 vectors that are compared, [N, E] behind a map."""
+        return normalize_rows(features, self.mean, self.normalization, self.learned)
 
     def first_pass_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
-        count, dim = features.shape
+        count, dim = len(features), self.width
         rows = np.empty((count, dim + self.is_l2), np.float32)
         for start in range(0, count, ROW_BLOCK):
             part = slice(start, start + ROW_BLOCK)
@@ -388,7 +397,7 @@ class Searcher:
         used, places = np.unique(candidates, return_inverse=True)
         places = places.reshape(candidates.shape)
         similarities = np.empty(candidates.shape)
-        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        step = max(1, _RESCORE_BYTES // (8 * self.features.shape[1]))
         for start in range(0, len(used), step):
             rows = self.space.normalize(self.features[used[start : start + step]])
 
@@ -408,7 +417,7 @@ class Searcher:
     def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
         """What `_rescore` finds where the candidates of each query are all rows in their order."""
         similarities = np.empty(candidates.shape)
-        step = max(1, _COMPARE_BYTES // (8 * queries.shape[1]))
+        step = max(1, _COMPARE_BYTES // (8 * self.features.shape[1]))
         for start in range(0, len(self.ids), step):
             part = slice(start, start + step)
             rows = self.space.normalize(self.features[part])

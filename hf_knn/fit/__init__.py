@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from .heads import refit as refit
     from .held_out import LabelledRows as LabelledRows
     from .linear import fit_linear as fit_linear
+    from .metric import MetricChoice as MetricChoice
+    from .metric import choose_metric as choose_metric
     from .metrics import score_log_probs as score_log_probs
     from .plots import draw_neighbors as draw_neighbors
+    from .report import Report as Report
     from .ridge import fit_ridge as fit_ridge
     from .sweep import ProbeScore as ProbeScore
     from .sweep import choose_probe as choose_probe
@@ -34,13 +37,16 @@ _HOMES = {
     "ClosedCell": "closed",
     "ClosedFit": "closed",
     "FactorControl": "grids",
+    "MetricChoice": "metric",
     "HeadChoice": "choice",
     "LabelledRows": "held_out",
     "ProbeConfig": "grids",
     "ProbeGrid": "grids",
     "ProbeScore": "sweep",
     "ProbeSettings": "grids",
+    "Report": "report",
     "TuneResult": "blend",
+    "choose_metric": "metric",
     "choose_probe": "sweep",
     "compare_heads": "choice",
     "default_grid": "blend",

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
+from ..core.search import Neighbors
 from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
@@ -22,11 +23,16 @@ _ROWS = 1024
 _SAME = 2
 """Of the nearest rows, so many are looked at: a stored copy is among them."""
 
-_WITHOUT_STORED = "without_stored_"
+NEAREST = 5
+"""Of the nearest rows, so many are kept, to be shown."""
+
+WITHOUT_STORED = "without_stored_"
+"""What the names of numbers begin with that leave stored pictures out."""
+
 _VOICES = ("head", "knn", "blend")
-_STORED_NOTE = "{} of {} pictures are stored in the model and were left out."
-_ALL_STORED_NOTE = "All of them are stored in the model: this is no measure of what it can do."
-_OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
+STORED_NOTE = "{} of {} pictures are stored in the model and were left out."
+ALL_STORED_NOTE = "All of them are stored in the model: this is no measure of what it can do."
+OWN_NOTE = "k, temperature and λ were chosen on the same pictures."
 
 
 def ask_head(model: KnnForImageClassification, features: Tensor, device: torch.device) -> Tensor:
@@ -134,8 +140,29 @@ def _blend_of(config: KnnConfig, rows: HeldOut) -> Tensor:
     return blend_log_probs(rows.head_log_probs, votes, config.knn_weight)
 
 
-class Measured(NamedTuple):
+class Heard(NamedTuple):
     """What head, neighbours and blend of a model said of some rows.
+
+    Attributes:
+        voices: [N, C] log-probabilities of `head`, `blend`, and `knn` where there are neighbours;
+            -inf for a class that a voice gives nothing.
+        nearest: [N, k'] the nearest rows of each, at most `NEAREST`; None without neighbours.
+        stored: [M] places of the rows that are in the datastore, which are judged by their copies.
+    """
+
+    voices: dict[str, Tensor]
+    nearest: Neighbors | None
+    stored: Tensor
+
+    @property
+    def measurable(self) -> Tensor:
+        """[N - M] places of the others; all places, if there are no others."""
+        count = len(self.voices["blend"])
+        return torch.arange(count) if len(self.stored) == count else rows_but(count, self.stored)
+
+
+class Measured(NamedTuple):
+    """What head, neighbours and blend of a model said of some rows, in numbers.
 
     Attributes:
         numbers: by name.
@@ -146,6 +173,36 @@ class Measured(NamedTuple):
     numbers: dict[str, float]
     reliability: list[list[float]]
     logits: Tensor
+
+
+def hear_voices(
+    model: KnnForImageClassification, features: ImageFeatures, device: torch.device
+) -> Heard:
+    """Asks head, neighbours and blend about rows.
+
+    Args:
+        model: what is asked.
+        features: the rows.
+        device: of the head.
+    """
+    voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
+    classes, nearest = model.config.classes, []
+    with evaluating(model):
+        for rows in torch.arange(len(features)).split(_ROWS):
+            output = model(features=features.features[rows].to(device), return_neighbors=True)
+            if output.neighbors is not None:
+                nearest.append([part[:, :NEAREST].cpu() for part in output.neighbors])
+            head = functional.log_softmax(output.head_logits.float(), dim=-1)
+            missing = (0, classes - head.shape[1])
+            voices["head"].append(functional.pad(head, missing, value=-torch.inf))
+            voices["blend"].append(voices["head"][-1])
+            if output.knn_log_probs is not None:
+                voices["knn"].append(output.knn_log_probs)
+                voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
+    joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
+    near = Neighbors(*map(torch.cat, zip(*nearest, strict=True))) if nearest else None
+    ids = None if near is None else near.ids[:, :_SAME]
+    return Heard(joint, near, stored_places(model, features, ids))
 
 
 def measure_voices(
@@ -164,30 +221,23 @@ def measure_voices(
         if some are, there are all numbers `without_stored_…` too, and the reliability is that of
         the others.
     """
-    voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
-    classes, nearest = model.config.classes, []
-    with evaluating(model):
-        for rows in torch.arange(len(features)).split(_ROWS):
-            output = model(features=features.features[rows].to(device), return_neighbors=True)
-            if output.neighbors is not None:
-                nearest.append(output.neighbors.ids[:, :_SAME])
-            head = functional.log_softmax(output.head_logits.float(), dim=-1)
-            missing = (0, classes - head.shape[1])
-            voices["head"].append(functional.pad(head, missing, value=-torch.inf))
-            voices["blend"].append(voices["head"][-1])
-            if output.knn_log_probs is not None:
-                voices["knn"].append(output.knn_log_probs)
-                voices["blend"][-1] = _blend(model.config, head, output.knn_log_probs)
-    joint = {voice: torch.cat(parts) for voice, parts in voices.items() if parts}
-    labels, count = features.labels, len(features)
+    return measure_heard(hear_voices(model, features, device), features.labels)
+
+
+def measure_heard(heard: Heard, labels: Tensor) -> Measured:
+    """The numbers of what was said; see `measure_voices`.
+
+    Args:
+        heard: of N rows.
+        labels: [N] int64.
+    """
+    joint, rest = heard.voices, heard.measurable
     results, logits = _numbers(joint, labels), floor_log_probs(joint["blend"]).cpu()
-    stored = stored_places(model, features, torch.cat(nearest) if nearest else None)
-    results["stored"] = len(stored)
-    if 0 < len(stored) < count:
-        rest = rows_but(count, stored)
+    results["stored"] = len(heard.stored)
+    if len(rest) < len(labels):
         joint, labels = {voice: said[rest] for voice, said in joint.items()}, labels[rest]
         others = _numbers(joint, labels)
-        results |= {f"{_WITHOUT_STORED}{name}": value for name, value in others.items()}
+        results |= {f"{WITHOUT_STORED}{name}": value for name, value in others.items()}
     return Measured(results, reliability(joint["blend"], labels), logits)
 
 
@@ -258,14 +308,14 @@ def describe_measurement(
         is_tuned_on: whether k, temperature and λ were chosen on them.
     """
     numbers = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items()}
-    stored, notes = int(numbers.pop("stored", 0)), [_OWN_NOTE] if is_tuned_on else []
+    stored, notes = int(numbers.pop("stored", 0)), [OWN_NOTE] if is_tuned_on else []
     others = {
-        k.removeprefix(_WITHOUT_STORED): v
+        k.removeprefix(WITHOUT_STORED): v
         for k, v in numbers.items()
-        if k.startswith(_WITHOUT_STORED)
+        if k.startswith(WITHOUT_STORED)
     }
     if stored:
-        notes.append(_STORED_NOTE.format(stored, rows) if others else _ALL_STORED_NOTE)
+        notes.append(STORED_NOTE.format(stored, rows) if others else ALL_STORED_NOTE)
     voices = {
         f"eval_{k}": v
         for k, v in (others or numbers).items()

@@ -140,9 +140,14 @@ def top_k_accuracy(log_probs: Scores, labels: Labels, k: int) -> float:
         labels: [N].
         k: from 1; more than C counts as C.
     """
+    return float(is_in_top(log_probs, labels, k).mean())
+
+
+def is_in_top(log_probs: Scores, labels: Labels, k: int) -> NDArray[np.bool_]:
+    """[N] whether each label is among the k most probable classes; see `top_k_accuracy`."""
     best = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]  # the lower of equal classes first
     found = (best == labels[:, None]) & np.take_along_axis(is_possible(log_probs), best, axis=1)
-    return float(found.any(axis=1).mean())
+    return found.any(axis=1)
 
 
 def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
@@ -154,8 +159,13 @@ def mean_class_accuracy(log_probs: Scores, labels: Labels) -> float:
 
 def negative_log_likelihood(log_probs: Scores, labels: Labels) -> float:
     """Mean of ``-log p(label)``, each p floored at 1e-12."""
+    return float(surprises(log_probs, labels).mean())
+
+
+def surprises(log_probs: Scores, labels: Labels) -> Scores:
+    """[N] ``-log p(label)``, each p floored at 1e-12."""
     own = log_probs[np.arange(len(labels)), labels]
-    return float(np.abs(np.maximum(own, np.log(PROBABILITY_FLOOR)).mean()))  # never -0
+    return np.abs(np.maximum(own, np.log(PROBABILITY_FLOOR)))  # never -0
 
 
 def expected_calibration_error(
@@ -180,8 +190,21 @@ def calibration_bins(log_probs: Scores, labels: Labels, bins: int) -> list[list[
     """
     confidence = np.exp(log_probs.max(axis=1))
     correct = (answers_of(log_probs) == labels).astype(np.float64)
-    parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
-    return [[float(confidence[p].mean()), float(correct[p].mean()), float(len(p))] for p in parts]
+    return [
+        [float(confidence[part].mean()), float(correct[part].mean()), float(len(part))]
+        for part in bins_of(confidence, bins)
+    ]
+
+
+def bins_of(confidence: Scores, bins: int = CALIBRATION_BINS) -> list[Labels]:
+    """The rows of bins of (nearly) the same number of pictures, by how sure the answers are.
+
+    Args:
+        confidence: [N] of the answers.
+        bins: at most so many; never more than rows.
+    """
+    order = np.argsort(confidence, kind="stable")
+    return np.array_split(order, min(bins, len(confidence)))
 
 
 def reliability(log_probs: Tensor, labels: Tensor) -> list[list[float]]:
@@ -200,9 +223,14 @@ def reliability(log_probs: Tensor, labels: Tensor) -> list[list[float]]:
 
 def brier_score(log_probs: Scores, labels: Labels) -> float:
     """Mean over pictures of ``sum_c (p_c - [c = label])^2``, in [0, 2]."""
+    return float(brier_scores(log_probs, labels).mean())
+
+
+def brier_scores(log_probs: Scores, labels: Labels) -> Scores:
+    """[N] the score of each picture, see `brier_score`."""
     gaps = np.exp(log_probs)
     gaps[np.arange(len(labels)), labels] -= 1
-    return float((gaps**2).sum(axis=1).mean())
+    return (gaps**2).sum(axis=1)
 
 
 def auroc(log_probs: Scores, labels: Labels) -> float:

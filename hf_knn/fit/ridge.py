@@ -179,17 +179,18 @@ def leave_one_out_logits(
 
 
 def score_sample(
-    state: RidgeState, features: Tensor, labels: Tensor, regularizer: float
+    state: RidgeState, gram: Tensor, features: Tensor, labels: Tensor, regularizer: float
 ) -> RidgeScore:
     """What a regulariser scores on some of the rows of a state, each left out.
 
     Args:
         state: with these rows.
+        gram: its centred Gram matrix [D, D].
         features: [M, D] of the sample.
         labels: [M] int64; at least one of a class with two rows.
         regularizer: r, large enough for a Cholesky factor.
     """
-    left_out = _LeaveOneOut(state, features, labels, [regularizer], is_sample=True)
+    left_out = _LeaveOneOut(state, features, labels, [regularizer], gram)
     return left_out.score(0, with_likelihood=True)
 
 
@@ -201,7 +202,7 @@ class _LeaveOneOut:
         features: [N, D].
         labels: [N] int64.
         regularizers: R numbers > 0.
-        is_sample: the state has other rows too.
+        gram: centred, of the state, where the rows are a sample of its rows; else None.
 
     Attributes:
         present: [C'] the classes that have rows; logits have these columns.
@@ -212,14 +213,14 @@ class _LeaveOneOut:
 
     def __init__(
         self, state: RidgeState, features: Tensor, labels: Tensor, regularizers: Sequence[float],
-        is_sample: bool = False,
+        gram: Tensor | None = None,
     ) -> None:  # fmt: skip
         for regularizer in regularizers:
             check_regularizer(regularizer)
         state.check(features, labels)
         labels, held = labels.cpu(), state.counts
         here = torch.bincount(labels, minlength=state.num_labels)
-        if not is_sample and held.tolist() != here.tolist():
+        if gram is None and held.tolist() != here.tolist():
             raise ValueError(
                 f"Expected the rows that the state was made from, {state.counts.tolist()[:10]} per "
                 f"class, but got {here.tolist()[:10]}; pass the same rows."
@@ -234,8 +235,8 @@ class _LeaveOneOut:
         self.is_scored = held[labels] > 1  # [N]
         self.scored = int(self.is_scored.sum())
         self.prior = moments.prior[self.present]
-        if is_sample:
-            solutions, self.leverages = self._factorize(state, moments)
+        if gram is not None:
+            solutions, self.leverages = self._factorize(gram, moments)
             self.solution = lambda index: solutions[index]
             return
         values, vectors = self._eigen(state)
@@ -253,12 +254,12 @@ class _LeaveOneOut:
         bias[self.present] = self.prior - solution @ self.center
         return weight, bias
 
-    def _factorize(self, state: RidgeState, moments: Moments) -> tuple[list[Tensor], Tensor]:
+    def _factorize(self, gram: Tensor, moments: Moments) -> tuple[list[Tensor], Tensor]:
         """Solutions R x [C', D] and leverages [N, R] by a factor for each regulariser.
 
         Of wide rows an eigenvalue decomposition takes as long as twenty factors.
         """
-        solutions, leverages, gram = [], [], state.centered_gram()
+        solutions, leverages = [], []
         total = self.weights.new_tensor(1 / float(moments.row_weights @ self.held))
         for regularizer in self.regularizers:
             raised = gram.clone()

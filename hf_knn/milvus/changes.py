@@ -260,18 +260,18 @@ def _said(found: About | None) -> str:
 
 
 def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> None:
-    step, space = rows_per_call(about.dim, BATCH_ROWS), space_of(about)
+    step, space = rows_per_call(about.dim, BATCH_ROWS), space_of(collection, about)
     for start in range(0, len(rows.ids), step):
         part = rows.part(slice(start, start + step))
         collection.upsert(encode_rows(part, space.first_pass_rows(part.features)))
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:
-    centers, problem = Centers.of_added(added, about.mean), ""
-    if about.dtype == "float16" and not fits_float16(added, *centers):
+    centers, problem, space = Centers.of_added(added, about.mean), "", space_of(collection, about)
+    if about.dtype == "float16" and not fits_float16(added, *centers, learned=space.learned):
         problem = f"that float16 can hold (one is {TOO_COARSE})"
     stored = added.to(getattr(torch, about.dtype)).numpy()
-    if not problem and not (space := space_of(about)).holds(np.asarray(stored)):
+    if not problem and not space.holds(np.asarray(stored)):
         problem = f"no longer than {space.largest:g} once normalised"
     if problem:
         raise ValueError(

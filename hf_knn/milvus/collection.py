@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.learned import LearnedMap
 from ..core.manifest import (
     MEASURED_ON,
     SHA256_PATTERN,
@@ -68,7 +69,7 @@ _BYTES_PER_CALL = 16 * 2**20
 _BYTES_PER_VALUE = 10  # four of the vector, and at most four in base64
 _PAGE, _IDS_PER_CALL = 4096, 4096
 _ABOUT_SUFFIX = "_about"
-_FORMAT = 1
+_FORMAT, _MAPPED_FORMAT = 1, 2  # the second, of rows that go through a learned map
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
 
@@ -92,6 +93,8 @@ class About:
         recall: at 20, measured when the rows were loaded; None for an exact one.
         measured_on: rows, or queries unlike them, whichever was worse; None if nobody said.
         source: where the rows came from.
+        learned_map: sha256 of the map that rows go through; empty without one.
+        map_width: E, how wide it makes them.
         mean: [dim] float32.
     """
 
@@ -110,20 +113,25 @@ class About:
     recall: float | None = None
     measured_on: str | None = None
     source: dict[str, str] = field(default_factory=dict)
+    learned_map: str = ""
+    map_width: int = 0
     mean: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
     @property
     def fingerprint(self) -> str:
         """Of rows, mean and how they are compared."""
-        facts = (str(self.dim), self.dtype, self.metric, self.normalization)
+        facts = [str(self.dim), self.dtype, self.metric, self.normalization]
+        facts += [self.learned_map] if self.learned_map else []
         return combine(self.total, self.count, self.mean, *facts)
 
     def to_row(self) -> dict[str, Any]:
         """The row of the record's own collection."""
         mean = base64.b64encode(self.mean.numpy().astype("<f4").tobytes()).decode()
-        values = asdict(self) | {"total": f"{self.total:064x}", "format": _FORMAT}
+        version = _MAPPED_FORMAT if self.learned_map else _FORMAT
+        values = asdict(self) | {"total": f"{self.total:064x}", "format": version}
         values["next_id"] = str(self.next_id)  # JSON numbers end at 2 ** 53
-        values.pop("mean")
+        for name in ("mean",) if self.learned_map else ("mean", "learned_map", "map_width"):
+            values.pop(name)  # without a map as every version wrote it
         return {
             "key": ABOUT_KEY, "facts": json.dumps(values), "mean": mean, VECTOR: [0.0, 0.0],
         }  # fmt: skip
@@ -144,8 +152,9 @@ class About:
         except (KeyError, ValueError, TypeError) as error:
             raise DatastoreError(f"Expected the record of a datastore, but got: {error}") from None
         fields = Fields(values, "about.")
-        if fields.count("format") != _FORMAT:
-            raise fields.wrong("format", f"{_FORMAT}; upgrade hf_knn")
+        learned_map = fields.sha256_or_none("learned_map") or ""
+        if fields.count("format") != (wanted := _MAPPED_FORMAT if learned_map else _FORMAT):
+            raise fields.wrong("format", f"{wanted}; upgrade hf_knn")
         dim, largest = fields.count("dim"), fields.get("largest")
         # records of before there was a choice say nothing about it
         known = {"index": MilvusIndex.FLAT, "effort": 0, "recall": None, "measured_on": None}
@@ -173,6 +182,8 @@ class About:
             recall=recall,
             measured_on=measured_on,
             source=fields.texts("source"),
+            learned_map=learned_map,
+            map_width=fields.count("map_width") if learned_map else 0,
             mean=torch.from_numpy(mean.astype(np.float32)),
         )
 
@@ -295,11 +306,15 @@ class MilvusCollection:
     Args:
         server: where they are.
         name: of the rows' collection; the other one is called `<name>_about`.
+
+    Attributes:
+        known_map: the learned map that was read or written last, or None.
     """
 
     def __init__(self, server: MilvusServer, name: str) -> None:
         self.server, self.name = server, check_name(name)
         self.about_name = name + _ABOUT_SUFFIX
+        self.known_map: LearnedMap | None = None
 
     def __str__(self) -> str:
         return f"the collection {self.name} at {self.server.uri}"
@@ -325,6 +340,10 @@ class MilvusCollection:
         """Replaces the record, in one step."""
         self.server.call("upsert", self.about_name, [about.to_row()])
 
+    def create_about(self) -> None:
+        """Makes the small collection, if it is missing."""
+        self._make(self.about_name, self._about_schema(), "L2", MilvusIndex.FLAT, {})
+
     def create(self, about: About, width: int, parameters: dict[str, int]) -> None:
         """Makes what is missing of both collections, the record first.
 
@@ -333,7 +352,7 @@ class MilvusCollection:
             width: of the vectors that Milvus searches.
             parameters: that the index is built with, see `search.build_parameters`.
         """
-        self._make(self.about_name, self._about_schema(), "L2", MilvusIndex.FLAT, {})
+        self.create_about()
         self.write_about(about)
         self._make(self.name, self._row_schema(width), "IP", about.index, parameters)
 

@@ -55,6 +55,7 @@ class MilvusDatastore:
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
         mean: [D] float32, subtracted by `l2_centered`.
+        learned_map: that rows and queries go through, or None.
         digest: fingerprint of the in-memory backbone that made the features, if known.
         source: dataset id, revision and split of the rows that were loaded, as far as known.
         home: a folder; nothing in it is reused.
@@ -65,10 +66,11 @@ class MilvusDatastore:
 
     def __init__(self, collection: MilvusCollection, about: About) -> None:
         self.collection, self._about = collection, about
-        self._space = load.space_of(about)
+        self._space = load.space_of(collection, about)
         self._counts: dict[str, int] = {"": about.count}
         self.metric, self.normalization = about.metric, about.normalization
         self.mean, self.source = about.mean, dict(about.source)
+        self.learned_map = self._space.learned
         self.digest: str | None = None
         self.home: Path | None = None
         self.binding: Binding | None = None
@@ -202,7 +204,8 @@ class MilvusDatastore:
     def __repr__(self) -> str:
         return (
             f"MilvusDatastore({len(self)} x {self.dim} {self.dtype}, metric={self.metric!r}, "
-            f"normalization={self.normalization!r}, {self.collection})"
+            f"normalization={self.normalization!r}, {self.collection}"
+            + (f", learned_map={self.learned_map})" if self.learned_map else ")")
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -437,6 +440,7 @@ class MilvusDatastore:
         return DatastoreReference(
             self.collection.server.uri, self.collection.name, about.count, about.fingerprint,
             about.dim, about.dtype, about.metric, about.normalization, binding, dict(self.source),
+            learned_map=about.learned_map or None,
         )  # fmt: skip
 
     def save(
@@ -465,7 +469,7 @@ class MilvusDatastore:
         self.collection.server.close()
 
     def _embedded(self, parts: list[StoredRows], index: str = FLAT) -> Datastore:
-        store = load.bring_home(parts, self._about, index)
+        store = load.bring_home(parts, self._about, self.learned_map, index)
         store.digest, store.source = self.digest, dict(self.source)
         return store
 

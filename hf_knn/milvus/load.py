@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
+from ..core.learned import LearnedMap
 from ..core.manifest import DatastoreError
 from ..core.rows import RowParts
 from ..core.search import Ints
@@ -34,6 +35,7 @@ from .collection import (
     index_of,
     rows_per_call,
 )
+from .maps import map_of, write_map
 from .search import build_parameters, search_collection, set_effort
 
 logger = logging.getLogger(__name__)
@@ -77,12 +79,11 @@ class LoadPlan:
         object.__setattr__(self, "index", index_of(self.index))
 
 
-def space_of(about: About) -> IndexSpace:
+def space_of(collection: MilvusCollection, about: About) -> IndexSpace:
     """How the rows of a collection are compared."""
     nothing = RowParts([about.mean.new_zeros(0, about.dim)])
-    return IndexSpace(
-        about.mean.double().numpy(), about.metric, about.normalization, nothing, about.largest
-    )
+    compared = (about.mean.double().numpy(), about.metric, about.normalization)
+    return IndexSpace(*compared, map_of(collection, about), nothing, about.largest)
 
 
 def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
@@ -96,12 +97,12 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
         ValueError: for rows that Milvus cannot hold.
     """
     check_rows(store.paths, [store.source.get("split", "")], store.dim, store.dtype)
-    total, largest = 0, 0.0
-    mean = store.mean.double().numpy()
+    total, largest, learned = 0, 0.0, store.learned_map
+    compared = (store.mean.double().numpy(), store.metric, store.normalization, learned)
     for start in range(0, len(store), _BLOCK):
         rows = store.rows(slice(start, start + _BLOCK))
         total += sum_of(rows)
-        space = IndexSpace(mean, store.metric, store.normalization, rows.features)
+        space = IndexSpace(*compared, rows.features)
         largest = max(largest, space.largest)
     store.verify()  # afterwards: these are the rows that the server must have, read back
     return About(
@@ -117,6 +118,8 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
         has_paths=store.paths is not None,
         index=index,
         source=dict(store.source),
+        learned_map="" if learned is None else learned.sha256,
+        map_width=0 if learned is None else learned.width,
         mean=store.mean,
     )
 
@@ -156,9 +159,12 @@ def load_rows(store: Datastore, collection: MilvusCollection, plan: LoadPlan) ->
         )
     if known is not None and known.state == WHOLE and collection.has_rows():
         return known
-    space = space_of(wanted)
+    if store.learned_map is not None:
+        collection.create_about()
+        write_map(collection, store.learned_map)
+    space = space_of(collection, wanted)
     parameters = build_parameters(wanted.index, wanted.count)
-    collection.create(wanted, wanted.dim + space.is_l2, parameters)
+    collection.create(wanted, space.width + space.is_l2, parameters)
     present = _ids_in(collection)
     missing = np.flatnonzero(~np.isin(store.ids.numpy(), present))
     if len(store) - len(missing) != len(present):
@@ -263,12 +269,15 @@ def open_named(place: MilvusCollection, reference: DatastoreReference) -> About:
     return about
 
 
-def bring_home(parts: list[StoredRows], about: About, index: str = FLAT) -> Datastore:
-    """An embedded datastore of rows that were read, with the mean of their collection.
+def bring_home(
+    parts: list[StoredRows], about: About, learned: LearnedMap | None, index: str = FLAT
+) -> Datastore:
+    """An embedded datastore of rows that were read, with mean and map of their collection.
 
     Args:
         parts: rows, in the order wanted.
         about: the record about them.
+        learned: the map that they go through, or None.
         index: see `Datastore.from_features`.
     """
     parts = parts or [decode_rows([], about)]
@@ -277,7 +286,7 @@ def bring_home(parts: list[StoredRows], about: About, index: str = FLAT) -> Data
     )
     return Datastore(
         features, labels, ids, about.mean, metric=about.metric, normalization=about.normalization,
-        index=index,
+        index=index, learned_map=learned,
         paths=[path for part in parts for path in part.paths] if about.has_paths else None,
     )  # fmt: skip
 
@@ -286,7 +295,7 @@ def _with_recall(
     store: Datastore, collection: MilvusCollection, about: About, min_recall: float
 ) -> About:
     """The record with an effort that reaches a recall, and that recall."""
-    space, labels = space_of(about), store.labels.unique()
+    space, labels = space_of(collection, about), store.labels.unique()
 
     def exact(queries: Queries, k: int) -> Ints:
         # by its labels a datastore is searched exactly, whatever its index

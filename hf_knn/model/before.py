@@ -19,6 +19,7 @@ from ..core.manifest import BLOB_PATTERN, FAISS_NAME, MANIFEST_NAME, DatastoreEr
 from ..core.reading import CONTENTS_NAME, THUMBNAILS_NAME
 from ..store.backend import RowStore
 from ..store.folders import link_or_copy
+from ..store.hub import PAGE_NAME, REPORT_NAME, TRAINING_NAME
 from ..store.remote import PENDING_NAME, DatastoreReference, read_manifest
 from .card import MEASURED_NAME, NEIGHBORS_NAME, RELIABILITY_NAME
 from .code import CODE_NAMES, legacy_code, reader_of
@@ -29,10 +30,10 @@ from .receipts import CHANGES_NAME
 BEFORE_NAME = ".before"
 """Folder of a checkpoint with the version that a training replaced."""
 
-REPORT_NAME = "report.json"
-"""What `hf-knn train` says of a run, beside the checkpoint."""
+SHOWS_ROWS = (PAGE_NAME, REPORT_NAME)
+"""Beside a checkpoint; they name and show stored pictures, so that a `forget` takes them away."""
 
-_BESIDE = (REPORT_NAME, RELIABILITY_NAME, "training_args.json")
+_BESIDE = (*SHOWS_ROWS, TRAINING_NAME, RELIABILITY_NAME, "training_args.json")
 """What is told of a version beside its checkpoint: it goes and comes with it."""
 
 _NOT_FOR_GIT = ".gitignore"

@@ -22,7 +22,7 @@ except ImportError as missing:  # transformers needs it too, so that this is a f
     raise ImportError("Expected huggingface_hub to be installed.") from missing
 
 
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -288,10 +288,15 @@ def _datastore(model: "KnnForImageClassification", folder: Path | None) -> list[
         f"{len(store):,} rows of {store.dim} values over {config.classes} classes"
         + (f", {size / 1e6:,.1f} MB" if size else "")
         + f"; {config.store_pooling} pooling, {config.normalization} "
-        f"normalisation, {config.metric} similarity, index {_text(store.index)}."
+        f"normalisation, {_learned(store)}{config.metric} similarity, index {_text(store.index)}."
         + (f" Made from {named}." if named else "")
         + _location(store),
     ]
+
+
+def _learned(store: RowStore) -> str:
+    learned = learned_map_of(store)
+    return "" if learned is None else f"learned metric ({_text(learned)} values), "
 
 
 def _location(store: RowStore) -> str:

@@ -36,7 +36,7 @@ from ..core.reading import (
     refuse_missing,
     warn_of_dtype,
 )
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder, restore
 from ..store.hub import CARD_NAME
@@ -52,6 +52,7 @@ from ..store.remote import (
 from .backbones import same_weights, weight_marks
 from .before import (
     BEFORE_NAME,
+    SHOWS_ROWS,
     carry_version,
     is_checkpoint_file,
     keep_version,
@@ -126,6 +127,8 @@ def write_checkpoint(
     gone = legacy_code(reader_of(folder)) | {BEFORE_NAME}
     if keep_replaced:
         gone |= version_files(folder)
+    if model.memory.gone:
+        gone |= {*SHOWS_ROWS}
     note = ""
 
     def is_owned(name: str) -> bool:
@@ -179,6 +182,8 @@ def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
     memory = model.memory
     if not place.is_dir() or not memory.gone:
         return ""
+    for name in SHOWS_ROWS:
+        (place / name).unlink(missing_ok=True)
     try:
         earlier = type(model).from_pretrained(place)
         alike = _alike(memory, earlier.memory)
@@ -260,9 +265,8 @@ def _is_same_maker(first: str, second: str) -> bool:
 
 def check_store(store: RowStore, config: KnnConfig) -> None:
     """Refuses a datastore that a model cannot use; see `check_fits`."""
-    check_fits(
-        config, store.dim, store.metric, store.normalization, store.label_beyond(config.classes)
-    )
+    has_map, largest = learned_map_of(store) is not None, store.label_beyond(config.classes)
+    check_fits(config, store.dim, store.metric, store.normalization, has_map, largest)
 
 
 class CheckpointReader(HubFiles):

@@ -11,7 +11,8 @@ from .modeling import KnnForImageClassification
 
 SETTINGS = (
     "k", "knn_temperature", "knn_weight", "knn_weighting", "blend_temperature", "pooling",
-    "knn_pooling", "metric", "normalization", "head", "head_regularizer", "head_temperature",
+    "knn_pooling", "metric", "normalization", "learned_metric", "head", "head_regularizer",
+    "head_temperature",
 )  # fmt: skip
 
 _BLOCK_ROWS = 8192

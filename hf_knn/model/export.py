@@ -26,6 +26,7 @@ from ..core.search import normalize_rows
 from ..core.votes import PROBABILITY_FLOOR, Metric, Weighting
 from ..data import pixels as pixels_of_a_picture
 from ..store.advice import install, needs
+from ..store.backend import learned_map_of
 from .modeling import KnnForImageClassification
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,14 @@ class GraphModel(nn.Module):
         assert store is not None
         order = store.ids.argsort()
         mean = store.mean.double().numpy()
-        rows = normalize_rows(store.features[order].numpy(), mean, store.normalization)
+        learned = learned_map_of(store)
+        rows = normalize_rows(store.features[order].numpy(), mean, store.normalization, learned)
         self.register_buffer("rows", torch.from_numpy(rows.astype(np.float32)))
         store.verify()  # afterwards: what was copied is what was stored
         self.register_buffer("labels", store.labels[order])
         self.register_buffer("ids", store.ids[order])
         self.register_buffer("mean", store.mean.float())
+        self.register_buffer("learned_map", None if learned is None else learned.weight)
         self.is_l2 = store.metric == Metric.L2
         self.normalization = store.normalization
         self.k = min(self.config.k, len(store))
@@ -93,6 +96,7 @@ class GraphModel(nn.Module):
     labels: Tensor
     ids: Tensor
     mean: Tensor
+    learned_map: Tensor | None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B, 3, H, W] -> log-probabilities [B, C], head logits, neighbours' ids, similarities."""
@@ -107,6 +111,8 @@ class GraphModel(nn.Module):
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalization == Normalization.L2_CENTERED:
             features = features - self.mean
+        if self.learned_map is not None:
+            features = features @ self.learned_map.T
         if self.normalization != Normalization.NONE:
             features = functional.normalize(features, dim=-1, eps=_SMALLEST)
         products = features @ self.rows.T  # [B, N]

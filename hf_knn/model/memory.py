@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.backbone import KnnHead
 from ..core.config import KnnConfig
-from ..store.backend import RowStore, as_row_store
+from ..store.backend import RowStore, as_row_store, learned_map_of
 from ..store.table import StoredRows, combine, sum_of
 from .classes import Classes
 from .closed_form import follows_rows, prepare_rows, sum_rows
@@ -28,7 +28,7 @@ class Tally:
     Attributes:
         total: sum of the rows' hashes, see `sum_of`.
         count: how many rows.
-        fingerprint: of all rows and the mean, whatever the order of the rows.
+        fingerprint: of all rows, mean and learned map, whatever the order of the rows.
         state: sums behind a head in closed form; None if the head does not follow the rows.
         marks: of the datastore when it was counted.
         dtype: that the rows were stored in, which their hashes are of.
@@ -104,7 +104,9 @@ def fingerprint_of(store: RowStore) -> str:
 
 def _tally(store: RowStore, total: int, state: RidgeState | None) -> Tally:
     count = len(store)
-    fingerprint = combine(total, count, store.mean, store.metric, store.normalization)
+    facts, learned = [store.metric, store.normalization], learned_map_of(store)
+    facts += [] if learned is None else [learned.sha256]
+    fingerprint = combine(total, count, store.mean, *facts)
     return Tally(total, count, fingerprint, state, store.marks, store.dtype)
 
 

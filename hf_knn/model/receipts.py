@@ -17,7 +17,7 @@ from ..core.backbone import split_features
 from ..core.config import Head
 from ..core.plain_json import read_json
 from ..core.votes import Metric, Weighting
-from ..store.backend import RowStore
+from ..store.backend import RowStore, learned_map_of
 
 if TYPE_CHECKING:
     from .modeling import KnnForImageClassification
@@ -74,7 +74,7 @@ class Receipt:
         new_classes: classes that did not exist before.
         rows_before: rows of the datastore before.
         rows_after: and after.
-        hash_before: fingerprint of rows and mean before, whatever their order.
+        hash_before: fingerprint of rows, mean and map before, whatever their order.
         hash_after: and after.
         scope: what was changed: the store, or store and head.
         at: when, ISO 8601 in UTC.
@@ -257,6 +257,7 @@ _PICTURE = "the picture of neighbours for the model card was removed: it may hav
 
 _MEAN = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
 
+_MAP = "the learned map stays as it was, and holds a trace of the rows; train it anew without them"
 _AXES = (
     "the principal axes of the kernel head stay as they were made, also from these rows; `hf-knn "
     "refit` makes them anew"
@@ -269,7 +270,7 @@ def notes_of_forgotten(
     store: RowStore, labels: Tensor, names: Sequence[str], head: str, recenter: bool,
     had_picture: bool,
 ) -> list[str]:  # fmt: skip
-    """What is said of mean, axes, names, a picture, and where else forgotten rows may be.
+    """What is said of mean, map, axes, names, a picture, and where else forgotten rows may be.
 
     Args:
         store: without the rows.
@@ -282,6 +283,7 @@ def notes_of_forgotten(
     empty = [n for n in labels.unique().tolist() if not len(store.ids_labelled(n))]
     shown = ", ".join(names[number] for number in empty[:_NAMED])
     notes = [] if recenter else [_MEAN]
+    notes += [] if learned_map_of(store) is None else [_MAP]
     if head == Head.KERNEL:
         notes.append(_AXES)
     if empty:

@@ -50,14 +50,13 @@ class Scatter:
     Attributes:
         width: as given.
         matrix: [F, F], without the rows beside it; None while there are none but those.
-        rows: [M, F] that came or went since.
-        signs: [M] 1 for a row that came, -1 for one that went.
+        signs: [M] of the rows beside it: 1 for one that came, -1 for one that went.
     """
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.matrix: Tensor | None = None
-        self.rows = torch.zeros(0, width, dtype=torch.float64)
+        self._parts = [torch.zeros(0, width, dtype=torch.float64)]  # joined when they are needed
         self.signs = torch.zeros(0, dtype=torch.float64)
         self._factor: Factor | None = None
         self._is_own = True  # else a copy shares the matrix, which is not written in place then
@@ -65,7 +64,7 @@ class Scatter:
     def copy(self) -> Self:
         """Another one with the same rows, changed independently; nothing large is copied."""
         other = type(self)(self.width)
-        other.matrix, other.rows, other.signs = self.matrix, self.rows, self.signs
+        other.matrix, other._parts, other.signs = self.matrix, [self.rows], self.signs
         other._factor = self._factor
         self._is_own = other._is_own = False
         return other
@@ -78,11 +77,18 @@ class Scatter:
             sign: 1 or -1.
         """
         most = self.width - 1 if self.matrix is None else _MOST_ROWS * (self._factor is not None)
-        if len(self.rows) + len(rows) <= most:
-            self.rows = torch.cat([self.rows, rows])
+        if len(self.signs) + len(rows) <= most:
+            self._parts.append(rows.clone())
             self.signs = torch.cat([self.signs, self.signs.new_full((len(rows),), sign)])
             return
         self._written().addmm_(rows.T, rows, alpha=sign)
+
+    @property
+    def rows(self) -> Tensor:
+        """[M, F] that stand beside the matrix."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
 
     def gram(self) -> Tensor:
         """[F, F] of all rows, a new tensor."""
@@ -198,7 +204,7 @@ class Scatter:
         """The matrix of all rows, to be written in place; without a factor."""
         if self.matrix is None or len(self.signs):
             self.matrix, self._is_own = self.gram(), True
-            self.rows, self.signs = self.rows[:0], self.signs[:0]
+            self._parts, self.signs = [self.rows[:0]], self.signs[:0]
         elif not self._is_own:
             self.matrix, self._is_own = self.matrix.clone(), True
         self._factor = None

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.learned import LearnedMap
 from ..core.manifest import Binding, IndexInfo
 from ..core.rows import Values
 from ..core.search import Floats, Ints, Neighbors, nearest_first
@@ -75,6 +76,11 @@ class SearchBackend(Protocol):
     ) -> object:
         """Writes what a checkpoint must hold to find the rows again."""
         ...
+
+
+def learned_map_of(store: SearchBackend) -> LearnedMap | None:
+    """What rows and queries go through before they are compared; None in a back end without one."""
+    return getattr(store, "learned_map", None)
 
 
 class RowStore(SearchBackend, Protocol):
@@ -261,12 +267,14 @@ def check_alike(one: RowStore, other: RowStore) -> None:
         other: the one that has them.
 
     Raises:
-        ValueError: for another width, metric, normalisation or backbone.
+        ValueError: for another width, metric, normalisation, learned map or backbone.
     """
+    maps = [learned and learned.sha256[:12] for learned in map(learned_map_of, (one, other))]
     for name, mine, theirs in (
         ("dim", one.dim, other.dim),
         ("metric", one.metric, other.metric),
         ("normalization", one.normalization, other.normalization),
+        ("learned_map", *maps),
     ):
         if mine != theirs:
             raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")

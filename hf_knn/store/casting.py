@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import Normalization
+from ..core.learned import LearnedMap
 from ..core.rows import RowParts
 from ..core.search import Floats, normalize_rows
 
@@ -62,27 +63,35 @@ def sums_of(features: Tensor) -> tuple[Floats, Floats]:
     return exact, cast
 
 
-def fits_float16(features: Tensor, *centers: Centers) -> bool:
+def fits_float16(features: Tensor, *centers: Centers, learned: LearnedMap | None = None) -> bool:
     """Whether rows can be stored as float16 without a search noticing much.
 
     Differences of rows count, whatever they have in common. So rows are compared with their casts
-    about their mean, which is also what a distance goes by, and as they are.
+    about their mean, which is also what a distance goes by, and as they are; behind a learned map
+    too, which can make much of little.
 
     Args:
         features: [N, D] float32 or float64.
         centers: of rows that they lie among, one or more.
+        learned: that they will go through, or None.
     """
-    kinds = [(center, Normalization.L2_CENTERED) for center in centers]
-    kinds.append((centers[0], Normalization.L2))
+    kinds = [
+        (center, kind, through)
+        for through in {None, learned}
+        for center, kind in [
+            *((center, Normalization.L2_CENTERED) for center in centers),
+            (centers[0], Normalization.L2),
+        ]
+    ]
     for block in features.split(_BLOCK_ROWS):
         if not len(block):
             continue
         if block.abs().max() > LARGEST_FLOAT16:
             return False
         rows, casts = block.numpy(), block.half().numpy()
-        for center, kind in kinds:
-            exact = normalize_rows(rows, center.exact, kind)
-            cast = normalize_rows(casts, center.cast, kind)
+        for center, kind, through in kinds:
+            exact = normalize_rows(rows, center.exact, kind, through)
+            cast = normalize_rows(casts, center.cast, kind, through)
             cosines = np.einsum("nd,nd->n", exact, cast)
             neither = ~exact.any(axis=1) & ~cast.any(axis=1)  # have a direction
             if not ((cosines >= SMALLEST_COSINE) | neither).all():
@@ -90,15 +99,18 @@ def fits_float16(features: Tensor, *centers: Centers) -> bool:
     return True
 
 
-def to_storage(features: Tensor, dtype: torch.dtype, *centers: Centers) -> Tensor:
+def to_storage(
+    features: Tensor, dtype: torch.dtype, *centers: Centers, learned: LearnedMap | None = None
+) -> Tensor:
     """Casts features once to the storage dtype; to float32 where float16 would lose too much.
 
     Args:
         features: [N, D] float32 or float64.
         dtype: the storage dtype so far.
         centers: see `fits_float16`.
+        learned: likewise.
     """
-    if dtype == torch.float16 and not fits_float16(features, *centers):
+    if dtype == torch.float16 and not fits_float16(features, *centers, learned=learned):
         dtype = widened()
     return features.to(dtype, copy=True)
 
@@ -112,25 +124,31 @@ def widened() -> torch.dtype:
     return torch.float32
 
 
-def warn_if_coarse(features: RowParts, mean: Tensor) -> None:
-    """Says so if stored float16 rows lie nearer to a new mean than their cast allowed for.
+def warn_if_coarse(features: RowParts, mean: Tensor, learned: LearnedMap | None) -> None:
+    """Says so if a new mean or map makes more of stored float16 rows than their cast allowed for.
 
     Args:
         features: [N, D] stored rows.
         mean: [D] that will centre them.
+        learned: that they will go through, or None.
     """
     if features.dtype != torch.float16:
         return
     center, coarse = mean.double().numpy(), 0
+    scale = np.ones(len(center))  # of the square of each value, on average
+    if learned is not None:
+        scale = learned.weight.double().square().sum(0).numpy()
     for start in range(0, len(features), _BLOCK_ROWS):
         rows = features[start : start + _BLOCK_ROWS]
         steps = np.spacing(np.abs(rows)).astype(np.float64)  # between neighbouring float16 values
         apart = rows.astype(np.float64) - center
-        lost = np.einsum("nd,nd->n", steps, steps) / 12  # on average, squared
+        lost = np.square(steps) @ scale / 12  # on average, squared
+        apart = apart if learned is None else learned.apply(apart)
         coarse += int((lost > _TURN**2 * np.einsum("nd,nd->n", apart, apart)).sum())
     if coarse > _FEW * len(features):
         logger.warning(
-            "%d of %d rows lie so near to the new mean that float16, in which they were stored, "
+            "%d of %d rows lie so near to the new mean%s that float16, in which they were stored, "
             "may hold too little of what tells them apart; build the datastore again from the "
             "features, about this mean, for exact answers.", coarse, len(features),
+            "" if learned is None else ", behind the learned map,",
         )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.learned import LearnedMap
 from ..core.manifest import STORAGE_DTYPES
 from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers, shown
 from .casting import Centers, to_storage, warn_if_coarse
@@ -136,6 +137,7 @@ def add_rows(
     ids: Values | None,
     paths: Sequence[str] | None,
     mean: Tensor,
+    learned: LearnedMap | None,
 ) -> RowTable:
     """With more rows at the end, cast to the storage dtype; lists of an index are forgotten.
 
@@ -148,6 +150,7 @@ def add_rows(
         ids: [M] unique ids that the table does not have; None continues after the largest.
         paths: [M] where each row's picture lies.
         mean: [D] that centres the rows.
+        learned: that they go through, or None.
 
     Raises:
         ValueError: for bad features, labels or ids, or an id that exists.
@@ -168,7 +171,8 @@ def add_rows(
         )
     wanted, numbers = check_row_numbers(as_whole_numbers(labels, "labels"), numbers, len(added))
     new_paths = check_paths(paths, len(added))
-    stored = to_storage(added, table.features.dtype, *Centers.of_added(added, mean))
+    centers = Centers.of_added(added, mean)
+    stored = to_storage(added, table.features.dtype, *centers, learned=learned)
     return table.append(stored, wanted, numbers, new_paths, None)
 
 
@@ -215,11 +219,28 @@ def mean_for(table: RowTable, mean: Tensor | None) -> Tensor:
     return mean.detach().cpu().float().clone()
 
 
-def moved_mean(table: RowTable, mean: Tensor | None) -> Tensor:
+def moved_mean(table: RowTable, mean: Tensor | None, learned: LearnedMap | None) -> Tensor:
     """See `mean_for`; it says so if the rows were stored too coarsely for it."""
     found = mean_for(table, mean)
-    warn_if_coarse(table.features, found)
+    warn_if_coarse(table.features, found, learned)
     return found
+
+
+def new_map(table: RowTable, mean: Tensor, weight: Tensor | None) -> LearnedMap | None:
+    """A learned map for rows; it says so if they were stored too coarsely for it."""
+    learned = fitting_map(table, None if weight is None else LearnedMap(weight))
+    warn_if_coarse(table.features, mean, learned)
+    return learned
+
+
+def fitting_map(table: RowTable, learned: LearnedMap | None) -> LearnedMap | None:
+    """A learned map, if it takes rows as wide as those of a table; else a ValueError."""
+    if learned is not None and learned.dim != table.features.shape[1]:
+        raise ValueError(
+            f"Expected a learned map of rows of width {table.features.shape[1]}, as the datastore "
+            f"has, but got one of {learned.dim}."
+        )
+    return learned
 
 
 def _mean_of(table: RowTable, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.utils.logging import tqdm
 from ..core.config import Normalization, check_metric
 from ..core.frozen import Resolve
 from ..core.lazy import Lock
+from ..core.learned import LearnedMap, width_of
 from ..core.manifest import Binding, IndexInfo, Manifest
 from ..core.rows import Values, as_whole_numbers
 from ..core.search import Neighbors, check_request
@@ -33,9 +34,9 @@ from .table import RowTable, StoredRows, sum_of
 class Datastore:
     """Rows of (features, label, id) that are searched by similarity.
 
-    Rows are raw features, cast once on entry to the storage dtype; normalisation is applied to
-    stored rows and queries alike when they are compared. The constructor takes checked parts: build
-    with `from_features` or `load`.
+    Rows are raw features, cast once on entry to the storage dtype; normalisation (and a learned
+    map, see `remap`) is applied to rows and queries alike when they are compared. The constructor
+    takes checked parts: build with `from_features` or `load`.
 
     Where a method takes `ids`, they are [M] unique ids that it has, of any integer dtype; else a
     ValueError names them. A change is made whole or, with an error, not at all. Threads may search
@@ -50,6 +51,7 @@ class Datastore:
         mean: [D] float32, subtracted by `l2_centered`.
         metric: `cosine` (inner product of unit vectors) or `l2` (negative squared distance).
         normalization: `l2_centered` (subtract the mean, then length 1), `l2` (length 1) or `none`.
+        learned_map: that rows go through after centring and before scaling, or None.
         index: `flat` searches exactly, `auto` does up to 100,000 rows and uses an inverted file
             above; or any faiss factory string. Without faiss, that is an ImportError.
         paths: where each row's picture lies, relative to its dataset, if known.
@@ -58,6 +60,7 @@ class Datastore:
 
     Attributes:
         mean: [D] float32.
+        learned_map: as above.
         manifest: what was read from disk; None for a datastore built in memory.
         digest: fingerprint of the in-memory backbone that made the features, if known.
         source: dataset id, revision and split of the rows, as far as known.
@@ -73,6 +76,7 @@ class Datastore:
         metric: str = Metric.COSINE, normalization: str = Normalization.L2_CENTERED,
         index: str = FLAT, paths: Sequence[str] | None = None,
         max_memory: str | int | None = None, min_recall: float = MIN_RECALL,
+        learned_map: LearnedMap | None = None,
     ) -> None:  # fmt: skip
         check_metric(metric, normalization)
         self.metric, self.normalization, self.mean = str(metric), str(normalization), mean.float()
@@ -82,7 +86,9 @@ class Datastore:
         self.home: Path | None = None
         self.journal: Path | None = None
         self._table: RowTable = changes.new_table(features, labels, ids, mean, paths)
-        self._index = RowIndex.chosen(index, self._table, max_memory, min_recall)
+        self.learned_map = changes.fitting_map(self._table, learned_map)
+        width = width_of(learned_map, self.dim)
+        self._index = RowIndex.chosen(index, len(self), width, max_memory, min_recall)
         self._lock = Lock()  # of what is done once: verifying, building, filtering
         self._unverified: OpenedFiles | None = None
         self._filtered: tuple[tuple[object, ...], tuple[object, ...], Datastore] | None = None
@@ -114,7 +120,8 @@ class Datastore:
     def __repr__(self) -> str:
         return (
             f"Datastore({len(self)} x {self.dim} {self.dtype}, metric={self.metric!r}, "
-            f"normalization={self.normalization!r}, index={str(self.index)!r})"
+            f"normalization={self.normalization!r}, index={str(self.index)!r}"
+            + (f", learned_map={self.learned_map})" if self.learned_map else ")")
         )
 
     def __copy__(self) -> Self:
@@ -173,8 +180,8 @@ class Datastore:
 
     @property
     def marks(self) -> tuple[object, ...]:
-        """Objects that are replaced when rows, labels or mean change."""
-        return self.ids, self.labels, self.mean
+        """Objects that are replaced when rows, labels, mean or learned map change."""
+        return self.ids, self.labels, self.mean, self.learned_map
 
     def rows(self, part: slice) -> StoredRows:
         """Some of the rows with all that is stored about them, by position, with step 1."""
@@ -201,7 +208,7 @@ class Datastore:
         rows = self.rows_of(ids)
         part = type(self)(
             *rows.tensors, self.mean, metric=self.metric, normalization=self.normalization,
-            paths=None if self.paths is None else rows.paths,
+            paths=None if self.paths is None else rows.paths, learned_map=self.learned_map,
         )  # fmt: skip
         part._index = self._index.on(Placement()).chosen_again(part._table)
         part.digest, part.source = self.digest, dict(self.source)
@@ -308,7 +315,8 @@ class Datastore:
         with self._lock:
             table, mean = self._rows(), self.mean.double().numpy()
             if self._index.searcher is None:
-                space = IndexSpace(mean, self.metric, self.normalization, table.features)
+                compared = (mean, self.metric, self.normalization, self.learned_map)
+                space = IndexSpace(*compared, table.features)
                 self._index, self._table = self._index.built(table, space)
             assert self._index.searcher is not None
             return self._index.searcher
@@ -331,15 +339,12 @@ class Datastore:
     ) -> Tensor:  # fmt: skip
         """Adds rows; returns their ids [M]. The mean does not move; `recenter` moves it.
 
-        Args:
-            features: [M, D] raw features; all rows become float32, with a message, where float16
-                would lose too much of these.
-            labels: [M] whole numbers >= 0.
-            ids: [M] unused whole numbers; None continues after the largest.
-            paths: [M] where each row's picture lies.
+        Features are raw [M, D]; all rows become float32, with a message, where float16 would lose
+        too much of these. Labels are [M] whole numbers >= 0, ids [M] unused ones (None continues
+        after the largest), paths say where each of M pictures lies.
         """
         before, new = self._rows(), (features, labels, ids, paths)
-        table = changes.add_rows(before, *new, self.mean)
+        table = changes.add_rows(before, *new, self.mean, self.learned_map)
         self._index, self._table = self._index.after_adding(before, table)
         return table.ids[len(before) :]
 
@@ -368,8 +373,14 @@ class Datastore:
 
     def recenter(self, mean: Tensor | None = None) -> None:
         """Sets the mean [D] that `l2_centered` subtracts; None takes that of the present rows."""
-        self.mean = changes.moved_mean(self._rows(), mean)
-        self._index, self._table = self._index.forgotten(self._table.with_new_mean())
+        self.mean = changes.moved_mean(self._rows(), mean, self.learned_map)
+        self._index, self._table = self._index.forgotten(self._table.with_new_first_file())
+
+    def remap(self, weight: Tensor | None) -> None:
+        """Sets the learned map [E, D] that rows go through, see `LearnedMap`; None removes it."""
+        self.learned_map = changes.new_map(self._rows(), self.mean, weight)
+        self._index = self._index.of_width(width_of(self.learned_map, self.dim))
+        self._index, self._table = self._index.forgotten(self._table.with_new_first_file())
 
     @contextmanager
     def changed(self) -> Iterator[Self]:
@@ -388,43 +399,32 @@ class Datastore:
     ) -> Manifest:
         """Writes the datastore into a folder; returns the manifest, which is renamed last.
 
-        Only files whose rows changed are written; the others stay or are hard-linked.
-
-        Args:
-            folder: where to; created if needed, other files in it are left alone.
-            binding: the checkpoint that the datastore belongs to.
-            reuse: a further folder in which unchanged files may lie.
-
-        Raises:
-            OSError: if something could not be written; the version that was there is intact.
-            DatastoreError: for rows of a mapped file that changed on disk; likewise.
+        The folder is created if needed, and other files in it are left alone. Only files whose rows
+        changed are written; the others stay, or are hard-linked from there or from `reuse`. An
+        OSError says that something could not be written, a DatastoreError that a mapped file
+        changed on disk; then the version that was there is intact.
         """
         if len(self._rows()) and self.index.spec != FLAT:
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
-        compared = (self.mean, self.metric, self.normalization)
+        compared = (self.mean, self.metric, self.normalization, self.learned_map)
         contents = Contents(self._table, *compared, self._index, binding, self.source)
         places = [place for place in (reuse, self.home) if place]
         manifest = disk.write_datastore(Path(folder), contents, places)
-        self._table = disk.with_records(self._table, manifest)
+        self._table = self._table.with_records(manifest.blobs)
         return manifest
 
     @classmethod
     def load(
         cls, folder: str | Path, *, verify: str = "auto", trust_faiss_index: bool = False
     ) -> Self:
-        """Opens a datastore; large ones are mapped into memory, not read.
+        """Opens the datastore of a folder; large ones are mapped into memory, not read.
 
-        Args:
-            folder: written by `save`.
-            verify: `full` checks every byte now; `auto` does so below 256 MB, and else before the
-                first search.
-            trust_faiss_index: read `datastore.faiss`, and build any index that the folder names.
-                Native code parses that file: say so only for files of your own.
-
-        Raises:
-            FileNotFoundError: if there is no datastore in the folder.
-            DatastoreError: if a file is missing, damaged, or disagrees with the manifest.
+        `verify="full"` checks every byte now; `auto` does so below 256 MB, and else before the
+        first search. `trust_faiss_index` reads `datastore.faiss`, and builds any index that the
+        folder names: native code parses that file, so say so only for files of your own. A
+        FileNotFoundError says that there is no datastore, a DatastoreError that a file is missing,
+        damaged, or disagrees with the manifest.
         """
         opened = partial(cls.from_manifest, verify=verify, trust_faiss_index=trust_faiss_index)
         store = disk.open_newest(Path(folder), opened)
@@ -441,7 +441,7 @@ class Datastore:
         opened = disk.open_files(manifest, resolve, trust_faiss_index=trust_faiss_index)
         store = cls(
             *opened.no_rows, torch.zeros(manifest.dim), metric=manifest.metric,
-            normalization=manifest.normalization,
+            normalization=manifest.normalization, learned_map=opened.learned_map,
         )  # fmt: skip
         store.manifest, store.source, store.mean = manifest, dict(manifest.source), opened.mean
         store._table, store._unverified = opened.table, opened

@@ -1,7 +1,7 @@
 """A datastore in a folder: everything staged first, the manifest renamed last, checked when opened.
 
-Rows lie in one or more files, each named by its content; the first also holds the mean and, for an
-inverted-file index, its centroids.
+Rows lie in one or more files, each named by its content; the first also holds the mean, a learned
+map and, for an inverted-file index, its centroids.
 """
 
 import logging
@@ -26,9 +26,11 @@ from ..core.frozen import (
     join_features,
     join_vectors,
     take,
+    take_map,
     take_vector,
 )
 from ..core.lazy import Once
+from ..core.learned import LearnedMap, width_of
 from ..core.manifest import (
     BLOB_PATTERN,
     FAISS_NAME,
@@ -82,6 +84,7 @@ class Contents:
         mean: [D] float32.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`.
+        learned_map: that rows and queries go through, or None.
         index: how it is searched.
         binding: the checkpoint it belongs to, or None.
         source: where the rows came from, as far as known.
@@ -91,6 +94,7 @@ class Contents:
     mean: Tensor
     metric: str
     normalization: str
+    learned_map: LearnedMap | None
     index: RowIndex
     binding: Binding | None
     source: dict[str, str]
@@ -133,18 +137,13 @@ def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> 
         if index is not None:  # it was made from rows too
             table.verify()
         count, dim = table.features.shape
+        learned = contents.learned_map
         manifest = Manifest(
-            num_rows=count,
-            dim=dim,
-            dtype=str(table.features.dtype).removeprefix("torch."),
-            metric=contents.metric,
-            normalization=contents.normalization,
-            index=contents.index.info,
-            blobs=blobs,
-            faiss_index=None if index is None else replace(FileRecord.of(index), name=FAISS_NAME),
-            binding=contents.binding,
-            source=contents.source,
-        )
+            count, dim, str(table.features.dtype).removeprefix("torch."), contents.metric,
+            contents.normalization, contents.index.info, blobs,
+            None if index is None else replace(FileRecord.of(index), name=FAISS_NAME),
+            contents.binding, contents.source, learned and learned.sha256,
+        )  # fmt: skip
         text = manifest.to_json().encode()
         target = folder / MANIFEST_NAME
         staged = stage_file(target, lambda path: path.write_bytes(text), scratch)
@@ -166,6 +165,8 @@ def _write_rows(
 ) -> list[FileRecord]:
     """Writes the row files that are not there already; their records, in row order."""
     shared = {"mean": contents.mean}  # in the first file; belongs to no row
+    if contents.learned_map is not None:
+        shared["learned_map"] = contents.learned_map.weight
     if contents.index.centroids is not None:
         shared["centroids"] = torch.from_numpy(contents.index.centroids)
     records, start = [], 0
@@ -257,7 +258,8 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     is_large = count * dim * 4 >= LARGEST_FAISS_FILE
     if info.spec == FLAT and has_faiss() and not is_large:
         mean = contents.mean.double().numpy()
-        space = RowSpace(mean, contents.metric, contents.normalization, table.features)
+        compared = (mean, contents.metric, contents.normalization, contents.learned_map)
+        space = RowSpace(*compared, table.features)
         rows = space.normalize(table.features[:]).astype(np.float32)
         write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
@@ -301,6 +303,7 @@ class OpenedFiles(NamedTuple):
     Attributes:
         table: the rows, without paths.
         mean: [D] float32.
+        learned_map: that rows and queries go through, or None.
         info: which index the files describe, as far as it is built.
         centroids: [L, D] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these rows, or None.
@@ -311,6 +314,7 @@ class OpenedFiles(NamedTuple):
 
     table: RowTable
     mean: Tensor
+    learned_map: LearnedMap | None
     info: IndexInfo
     centroids: Singles | None
     trusted: TrustedIndex | None
@@ -373,10 +377,11 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         tuple(file for _, file in opened if file is not None),
     )
     centroids = None
-    if is_rebuildable(info.spec):
-        with _damage_named_first(table):
-            centroids, lists = read_lists(files, manifest)
-        table = replace(table, lists=lists)
+    with _damage_named_first(table):
+        learned = take_map(files[0], manifest)
+        if is_rebuildable(info.spec):
+            centroids, lists = read_lists(files, manifest, width_of(learned, manifest.dim))
+            table = replace(table, lists=lists)
 
     def read_whole() -> RowTable:
         table.not_cut_off()
@@ -387,7 +392,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         return replace(table, paths=paths)
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
-    return OpenedFiles(table, mean, info, centroids, trusted, Once(read_whole))
+    return OpenedFiles(table, mean, learned, info, centroids, trusted, Once(read_whole))
 
 
 @contextmanager
@@ -487,9 +492,3 @@ def place_of(folder: Path | None, records: Sequence[FileRecord | None]) -> Path:
             "was changed; pickle it again."
         )
     return folder
-
-
-def with_records(table: RowTable, manifest: Manifest) -> RowTable:
-    """A table whose rows lie in the files of a manifest, as they are."""
-    pairs = zip(table.shards, manifest.blobs, strict=True)
-    return replace(table, shards=[shard._replace(record=record) for shard, record in pairs])

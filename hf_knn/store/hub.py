@@ -24,15 +24,18 @@ logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 
+PAGE_NAME, REPORT_NAME, TRAINING_NAME = "report.html", "report.json", "train-report.json"
+"""What was measured, with pictures and places on a disk, and what a training did."""
+
 _CONFLICT = 412
 
 _BRANCHES_OF_OTHERS = "refs/"
 
 KEPT_TO_ONESELF = (
     ".*", "*/.*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "checkpoint-*",
-    "**/checkpoint-*", "*/optimizer*", "runs/*",
+    "**/checkpoint-*", "*/optimizer*", "runs/*", PAGE_NAME, REPORT_NAME, TRAINING_NAME,
 )  # fmt: skip
-"""What is never pushed: pickles, hidden files, training checkpoints."""
+"""What is never pushed: pickles, hidden files, training checkpoints, reports."""
 
 _REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
 """Remote files that a push deletes unless it brings them: those of an older version."""

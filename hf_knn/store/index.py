@@ -190,15 +190,13 @@ def build_searcher(
                 how_to_get_faiss(),
             )
         if trusted is not None and placement.devices == CPU and not space.is_l2:
-            flat = read_flat(trusted, ids, features.shape[1])
+            flat = read_flat(trusted, ids, space.width)
             return GrowingSearcher(features, ids, space, flat), info, stored
         first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
         return GrowingSearcher(features, ids, space, first_pass), info, stored
     started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
     if trusted is not None:
-        index = FaissApproximate.from_file(
-            trusted, info.spec, features.shape[1], len(ids), space.is_l2
-        )
+        index = FaissApproximate.from_file(trusted, info.spec, space.width, len(ids), space.is_l2)
         done = "read"
     else:
         index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
@@ -296,6 +294,7 @@ class RowIndex:
         max_memory: bytes that it may take; None for no limit.
         min_recall: recall at 20 that an approximate index is set to reach.
         placement: where searches run.
+        width: of the rows as they are compared.
         centroids: [n, D'] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these very rows, or None.
         searcher: None until it is built.
@@ -304,6 +303,7 @@ class RowIndex:
     info: IndexInfo
     max_memory: int | None
     min_recall: float
+    width: int
     placement: Placement = field(default_factory=Placement)
     centroids: Singles | None = None
     trusted: TrustedIndex | None = None
@@ -311,13 +311,19 @@ class RowIndex:
 
     @classmethod
     def chosen(
-        cls, requested: str, table: RowTable, max_memory: str | int | None, min_recall: float
+        cls,
+        requested: str,
+        count: int,
+        width: int,
+        max_memory: str | int | None,
+        min_recall: float,
     ) -> Self:
-        """The index for a table.
+        """The index for some rows.
 
         Args:
             requested: `auto`, `flat` or a faiss factory string.
-            table: the rows.
+            count: of the rows.
+            width: of the rows as they are compared.
             max_memory: such as `"2GB"`; None for no limit.
             min_recall: in (0, 1].
 
@@ -328,13 +334,17 @@ class RowIndex:
         if not 0 < min_recall <= 1:
             raise ValueError(f"Expected `min_recall` to be in (0, 1], but got {min_recall}.")
         memory = None if max_memory is None else parse_memory(max_memory)
-        return cls(choose_index(requested, *table.features.shape, memory), memory, min_recall)
+        return cls(choose_index(requested, count, width, memory), memory, min_recall, width)
 
     @property
     def approximate(self) -> FaissApproximate | None:
         """The index of faiss, if it is one that stands."""
         index = None if self.searcher is None else self.searcher.index
         return index if isinstance(index, FaissApproximate) else None
+
+    def of_width(self, width: int) -> Self:
+        """The same for rows of another width, as they are compared; to be built anew."""
+        return replace(self, width=width, centroids=None, trusted=None, searcher=None)
 
     def unbuilt(self) -> Self:
         """The same, to be built when needed."""
@@ -360,8 +370,8 @@ class RowIndex:
 
     def chosen_again(self, table: RowTable) -> Self:
         """To be built anew for a table, exact where its rows have become too few."""
-        requested, shape = self.info.requested, table.features.shape
-        info = choose_index(requested, *shape, self.max_memory, fall_back=True)
+        requested, count = self.info.requested, len(table)
+        info = choose_index(requested, count, self.width, self.max_memory, fall_back=True)
         return replace(self, info=info, centroids=None, trusted=None, searcher=None)
 
     def forgotten(self, table: RowTable) -> tuple[Self, RowTable]:

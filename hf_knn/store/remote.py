@@ -116,6 +116,7 @@ class DatastoreReference:
         binding: the checkpoint that it belongs to; None if it was saved alone.
         source: dataset id, revision and split of the rows, as far as known.
         backend: which one opens it, by its name in the registry.
+        learned_map: sha256 of the map that rows go through; None without one.
     """
 
     uri: str
@@ -129,6 +130,7 @@ class DatastoreReference:
     binding: Binding | None = None
     source: dict[str, str] = field(default_factory=dict)
     backend: str = MILVUS
+    learned_map: str | None = None
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
@@ -172,6 +174,7 @@ class DatastoreReference:
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
             backend=backend,
+            learned_map=fields.sha256_or_none("learned_map"),
         )
 
 

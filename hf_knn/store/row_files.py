@@ -61,8 +61,16 @@ def map_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], 
     return tensors | small, kept
 
 
-def read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Singles, Ints]:
-    """The centroids of an inverted file, and the list of each row, which must fit each other."""
+def read_lists(
+    files: list[dict[str, Tensor]], manifest: Manifest, width: int
+) -> tuple[Singles, Ints]:
+    """The centroids of an inverted file, and the list of each row, which must fit each other.
+
+    Args:
+        files: the tensors of the row files.
+        manifest: that names them.
+        width: of the rows as they are compared.
+    """
     spec, count, name = manifest.index.spec, manifest.num_rows, manifest.blobs[0].name
     if "centroids" not in files[0]:
         raise DatastoreError(
@@ -77,9 +85,9 @@ def read_lists(files: list[dict[str, Tensor]], manifest: Manifest) -> tuple[Sing
             f"they hold {len(lists)} lists; save the datastore again."
         )
     most = len(centroids)
-    if centroids.dtype != torch.float32 or centroids.shape[1:] != (manifest.dim,):
+    if centroids.dtype != torch.float32 or centroids.shape[1:] != (width,):
         raise DatastoreError(
-            f"Expected centroids [{most}, {manifest.dim}] float32 in {name}, "
+            f"Expected centroids [{most}, {width}] float32 in {name}, "
             f"but got {tuple(centroids.shape)} {centroids.dtype}; save the datastore again."
         )
     if not spec.startswith(f"IVF{most},"):

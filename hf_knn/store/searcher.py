@@ -191,8 +191,8 @@ class IndexSpace(RowSpace):
         return not self.is_l2 or self.largest_length(features) <= self.largest
 
     def index_rows(self, features: Rows) -> Singles:
-        """[N, D] raw features to the [N, D] float32 rows of an approximate index."""
-        rows = np.empty(features.shape, np.float32)
+        """[N, D] raw features to the float32 rows of an approximate index, which are normalised."""
+        rows = np.empty((len(features), self.width), np.float32)
         for start in range(0, len(features), ROW_BLOCK):
             part = slice(start, start + ROW_BLOCK)
             rows[part] = self.normalize(features[part]) / self.scale

@@ -45,8 +45,8 @@ class ShardedDatastore:
 
     Raises:
         RuntimeError: before `torch.distributed.init_process_group`.
-        ValueError: for shards of another width, metric, normalisation or mean, an approximate
-            index, or an id that two ranks have; on all ranks.
+        ValueError: for shards of another width, metric, normalisation, mean or learned map, an
+            approximate index, or an id that two ranks have; on all ranks.
     """
 
     def __init__(self, shard: Datastore, group: Group = None) -> None:
@@ -57,6 +57,7 @@ class ShardedDatastore:
             )
         self.shard, self.group = shard, group
         self.metric, self.normalization, self.mean = shard.metric, shard.normalization, shard.mean
+        self.learned_map = shard.learned_map
         self._verify_shards()
         self._check_shards()
         self._refuse_shared_ids()
@@ -180,10 +181,11 @@ class ShardedDatastore:
 
     def _check_shards(self) -> None:
         shard = self.shard
-        names = ("width", "metric", "normalization", "mean", "index")
+        names = ("width", "metric", "normalization", "mean", "learned map", "index")
+        learned = shard.learned_map
         mine = (
             shard.dim, shard.metric, shard.normalization, shard.mean.numpy().tobytes(),
-            shard.index.spec,
+            learned and learned.sha256, shard.index.spec,
         )  # fmt: skip
         facts = _exchange(mine, self.group)
         other = [name for i, name in enumerate(names) if len({fact[i] for fact in facts}) > 1]

@@ -331,9 +331,14 @@ class RowTable:
             return self
         return replace(self, lists=lists, shards=[Shard(shard.rows) for shard in self.shards])
 
-    def with_new_mean(self) -> "RowTable":
-        """To be written with another mean, which lies in the first file."""
+    def with_new_first_file(self) -> "RowTable":
+        """To be written with another mean or learned map, which lie in the first file."""
         return replace(self, shards=[Shard(self.shards[0].rows), *self.shards[1:]])
+
+    def with_records(self, records: Sequence[FileRecord]) -> "RowTable":
+        """Of which the files, whose records these are, hold the rows as they are."""
+        pairs = zip(self.shards, records, strict=True)
+        return replace(self, shards=[shard._replace(record=record) for shard, record in pairs])
 
     def positions(self, ids: Tensor) -> Tensor:
         """Where ids [M] lie: [M] int64, -1 for an id that is not there."""

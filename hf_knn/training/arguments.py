@@ -102,6 +102,9 @@ class KnnTrainingArguments(TrainingArguments):
         knn_max_memory: what the index may take, such as `2GB`; None for no limit.
         tune_criterion: see `hf_knn.tune`; None chooses by the number of labels.
         calibrate: also scale the temperatures of head and blend on the rows that `tune` chooses on.
+        learn_metric: learn a linear map for the datastore's rows, and keep it where neighbours find
+            more of the rows held out with it, see `hf_knn.fit.choose_metric`. Needs
+            `freeze_backbone`, and a loss that is not reweighted.
         tune_folds: folds of the cross-validation when there is no validation set, >= 2.
         group_by: a column of the dataset; pictures with the same value stay on one side of every
             fold.
@@ -191,6 +194,9 @@ class KnnTrainingArguments(TrainingArguments):
     calibrate: bool = field(
         default=False, metadata={"help": "Scale the temperatures of head and blend when tuning."}
     )
+    learn_metric: bool = field(
+        default=False, metadata={"help": "Learn a metric; keep it where neighbours gain by it."}
+    )
     tune_folds: int = field(
         default=5, metadata={"help": "Folds of cross-validation without a validation set."}
     )
@@ -265,6 +271,12 @@ class KnnTrainingArguments(TrainingArguments):
                     "Expected `knn_loss_alpha` and `knn_loss_gamma` to be 0 with `probe_grid`, "
                     "which has alphas of its own."
                 )
+        if self.learn_metric and (self.reweights or not self.freeze_backbone):
+            raise ValueError(
+                "Expected `freeze_backbone` to be True with `learn_metric`, and `knn_loss_alpha` "
+                "and `knn_loss_gamma` to be 0: rows that backbone or metric were trained on look "
+                "easier to neighbours than they are."
+            )
         if self.knn_max_memory is not None:
             parse_memory(self.knn_max_memory)
         if self.dataloader_persistent_workers and not self.freeze_backbone:

@@ -11,6 +11,7 @@ from ..fit.choice import HeadChoice, compare_heads, fit_of
 from ..fit.closed import ClosedCell
 from ..fit.held_out import Answer, Fit, HeldOut, LabelledRows, ask, widest
 from ..fit.measure import ask_head
+from ..fit.metric import MetricChoice
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments
@@ -25,6 +26,7 @@ def choose_head(
     features: ImageFeatures,
     validation: ImageFeatures | None,
     args: KnnTrainingArguments,
+    learned: MetricChoice | None = None,
 ) -> HeadChoice:
     """Compares heads on a validation set, else on folds; the datastore of a fold is its own.
 
@@ -33,6 +35,7 @@ def choose_head(
         features: all rows.
         validation: none of which is stored in the model; None: there is none.
         args: of the training.
+        learned: gives the datastore of a fold its map; None: there is none.
     """
     config, whole = model.config, model.datastore
     assert isinstance(whole, Datastore)
@@ -43,7 +46,7 @@ def choose_head(
         config.classes,
         criterion=args.tune_criterion, metric=config.metric, normalization=config.normalization,
         weighting=config.knn_weighting, class_weighting=args.class_weights,
-        store=lambda rows: _store(rows, config, args) if validation is None else whole,
+        store=lambda rows: _store(rows, config, args, learned) if validation is None else whole,
         seed=args.seed, device=args.device, progress=not args.disable_tqdm,
     )  # fmt: skip
 
@@ -54,6 +57,7 @@ def ask_on_folds(
     args: KnnTrainingArguments,
     train: Train,
     fixed: ClosedCell | None,
+    learned: MetricChoice | None = None,
     progress: bool = False,
 ) -> HeldOut:
     """Asks a head of the model's kind about each row, made anew without the rows of its fold.
@@ -64,16 +68,20 @@ def ask_on_folds(
         args: of the training.
         train: trains a model, for a head that only a trainer can train.
         fixed: what a head in closed form is fitted with, if that was chosen by nothing.
+        learned: gives the datastore of a fold its map; None: one is trained where the model's has
+            one.
         progress: show a progress bar.
 
     Raises:
         ValueError: if no class has two rows, or two groups.
     """
     config, folds = model.config, folds_of(features, args)
+    if learned is None and config.learned_metric:
+        learned = MetricChoice.kept(args.seed)
     k = widest(len(features), len(features), config.classes)
     answers = ask(
         labelled(features, config), folds, {config.head: _fit(config, args, train, fixed)},
-        lambda rows: _store(rows, config, args), k, progress,
+        lambda rows: _store(rows, config, args, learned), k, progress,
     )  # fmt: skip
     return answers.of(config.head)
 
@@ -91,8 +99,14 @@ def _joined(rows: LabelledRows, config: KnnConfig) -> ImageFeatures:
     return ImageFeatures(torch.cat(parts, dim=1), rows.labels, rows.ids, groups=rows.groups)
 
 
-def _store(rows: LabelledRows, config: KnnConfig, args: KnnTrainingArguments) -> Datastore:
-    return store_of(_joined(rows, config), config, args)
+def _store(
+    rows: LabelledRows,
+    config: KnnConfig,
+    args: KnnTrainingArguments,
+    learned: MetricChoice | None,
+) -> Datastore:
+    store = store_of(_joined(rows, config), config, args)
+    return store if learned is None else learned.give_to(store)
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from ..data.places import fingerprint_of
 from ..data.splits import Fold, stratified_folds
 from ..features.extract import ImageFeatures, extract_features
 from ..fit.measure import rows_but, stored_places
+from ..fit.metric import MetricChoice, choose_metric
 from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
+from ..store.kinds import FLAT
 from .arguments import KnnTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -266,6 +269,38 @@ def store_of(features: ImageFeatures, config: KnnConfig, args: KnnTrainingArgume
         max_memory=args.knn_max_memory,
         paths=features.paths or None,
     )
+
+
+def learn_metric(
+    store: Datastore,
+    features: ImageFeatures,
+    config: KnnConfig,
+    args: KnnTrainingArguments,
+    known: MetricChoice | None,
+) -> MetricChoice | None:
+    """Gives a datastore a learned map, if one is asked for and kept; the configuration says so.
+
+    Args:
+        store: of the rows; changed in place.
+        features: the rows.
+        config: of the model; likewise.
+        args: of the training.
+        known: what was chosen for these rows before, or None.
+    """
+    config.learned_metric = False
+    if not args.learn_metric:
+        return None
+    if known is None:
+        folds = folds_of(features, args) if can_hold_out(features) else []
+        known = choose_metric(
+            split_features(features.features, config)[1], features.labels, config.classes, folds,
+            partial(Datastore.from_features, metric=config.metric,
+                    normalization=config.normalization, index=FLAT),
+            groups=features.groups, weighting=config.knn_weighting, seed=args.seed,
+            progress=not args.disable_tqdm,
+        )  # fmt: skip
+    config.learned_metric = known.give_to(store).learned_map is not None
+    return known
 
 
 def can_hold_out(features: ImageFeatures) -> bool:

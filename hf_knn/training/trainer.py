@@ -22,13 +22,9 @@ from ..fit.choice import HeadChoice
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, put_fresh_head, with_fresh_head
 from ..fit.held_out import HeldOut
-from ..fit.measure import (
-    ask_head,
-    ask_voices,
-    choose_blend,
-    describe_measurement,
-    measure_voices,
-)
+from ..fit.measure import ask_head, ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.metric import MetricChoice
+from ..fit.report import Report
 from ..fit.sweep import ProbeChoice
 from ..fit.voices import OwnVotes
 from ..model.backbones import freeze_all_but_last, keeping_trainable
@@ -41,6 +37,7 @@ from .callbacks import callbacks_of, taking_part
 from .heads import OF_DESCENT, check_at_once, chooses_head, fit_at_once, settle_head, sweep_parts
 from .loss import KnnLoss, check_finite
 from .metrics import own_metrics
+from .reports import Shown, report_of
 from .rows import (
     KnownFeatures,
     augment_of,
@@ -51,6 +48,7 @@ from .rows import (
     checked_model,
     checked_rows,
     labels_in,
+    learn_metric,
     store_of,
     unstored,
 )
@@ -83,6 +81,7 @@ class KnnTrainer(SavingTrainer):
             goes on with what that head said of the rows held out.
         tune_result: what `tune` found last.
         probe_choice: which head of `probe_grid` was best, with the table of all.
+        metric_choice: whether a learned metric was kept, and why.
 
     Raises:
         ValueError: for a dataset without pictures or labels, labels the model does not have, a
@@ -125,6 +124,7 @@ class KnnTrainer(SavingTrainer):
         self._chosen_on: tuple[Any, ImageFeatures | None] = None, None
         self.tune_result: TuneResult | None = None
         self.probe_choice: ProbeChoice | None = None
+        self.metric_choice: MetricChoice | None = None
         self._known_features = KnownFeatures(args)
         self._brings_optimizer = any(map(kwargs.get, OF_DESCENT))
         super().__init__(
@@ -158,7 +158,7 @@ class KnnTrainer(SavingTrainer):
             raise ValueError("Expected `train_dataset` to train on, but got None.")
         if self.model_init is not None:
             self._begin_anew(*args[:1], **kwargs)
-        self.head_choice = None
+        self.head_choice = self.metric_choice = None
         descends = resume_from_checkpoint or self._brings_optimizer
         if chooses_head(self.model, self.args) and not descends:
             self._choose_head()
@@ -201,7 +201,8 @@ class KnnTrainer(SavingTrainer):
         if features is None or not self.args.freeze_backbone:
             features = self._features_of(self.train_dataset)
             self.train_features = features
-        store = store_of(features, self.model.config, self.args)
+        store = store_of(features, config := self.model.config, self.args)
+        self.metric_choice = learn_metric(store, features, config, self.args, self.metric_choice)
         store.digest = made_by(self.model)
         if features.backend:
             store.source["backend"] = features.backend
@@ -268,9 +269,9 @@ class KnnTrainer(SavingTrainer):
         self.train_features = features
         if not criterion and not can_hold_out(features):
             return None, None
-        fixed = None if choice is None else choice.fixed
-        train = self._train_fold
-        return ask_on_folds(model, features, self.args, train, fixed, progress), None
+        fixed, learned = None if choice is None else choice.fixed, self.metric_choice
+        train, args = self._train_fold, self.args
+        return ask_on_folds(model, features, args, train, fixed, learned, progress), None
 
     def evaluate(
         self,
@@ -325,6 +326,24 @@ class KnnTrainer(SavingTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def report(
+        self, dataset: Any = None, *, pictures: Shown = None, stored_pictures: Shown = None
+    ) -> Report:
+        """Measures with intervals, class by class and picture by picture.
+
+        Args:
+            dataset: one, as for `evaluate`.
+            pictures: of `ImageFeatures` by sample id, to be shown on the page.
+            stored_pictures: by row id, likewise; None takes those of the training set.
+
+        Returns:
+            A value; `report.save(folder)` writes `report.html` and `report.json`.
+
+        Raises:
+            ValueError: without one dataset, or with labels the model does not have.
+        """
+        return report_of(self, dataset, self._features_of, pictures, stored_pictures)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches of what `predict` answers, which is the blend: `predictions` is `logits`.
@@ -436,7 +455,7 @@ class KnnTrainer(SavingTrainer):
         if dataset is not None and not isinstance(dataset, dict):
             validation = unstored(self._features_of(dataset), self.model)
         self._chosen_on = (None if validation is None else dataset), validation
-        choice = choose_head(self.model, features, validation, self.args)
+        choice = choose_head(self.model, features, validation, self.args, self.metric_choice)
         put_fresh_head(self.model, choice.head, self.args.seed)
         self.head_choice = choice
 
@@ -472,7 +491,7 @@ class KnnTrainer(SavingTrainer):
         model = with_fresh_head(self.model, self.args.seed)
         with tempfile.TemporaryDirectory() as folder:
             args = self.args.quiet(folder)
-            args.head = self.model.config.head
+            args.head, args.learn_metric = self.model.config.head, False
             trainer = KnnTrainer(model, args, train_dataset=features)
             trainer.remove_callback(PrinterCallback)
             trainer.probe_choice = self.probe_choice

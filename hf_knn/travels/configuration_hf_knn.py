@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2b1cf9ddb57cb063ec706c6b317292e7f637880027fed3d597bb08e2ce970b0d.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -126,6 +126,7 @@ class KnnConfig(PreTrainedConfig):
         knn_pooling: feature of the datastore; None means the same as `pooling`.
         metric: `cosine` or `l2`.
         normalization: `l2_centered`, `l2` or `none`; `cosine` with `none` is refused.
+        learned_metric: whether the datastore has a learned map, which rows and queries go through.
         head: `linear`, `mlp`, `ridge`, `kernel` or `lda`.
         head_hidden_sizes: widths of the hidden layers of an `mlp`; empty means one as wide as a
             feature.
@@ -163,6 +164,7 @@ class KnnConfig(PreTrainedConfig):
     knn_pooling: str | None = None
     metric: str = "cosine"
     normalization: str = "l2_centered"
+    learned_metric: bool = False
     head: str = "linear"
     head_hidden_sizes: list[int] = field(default_factory=list)
     head_kernel: str = "rbf"

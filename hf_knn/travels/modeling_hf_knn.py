@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 2b1cf9ddb57cb063ec706c6b317292e7f637880027fed3d597bb08e2ce970b0d.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -195,6 +195,60 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
             f"Expected `{name}` to be in [0, {num_labels}), "
             f"but got values from {int(labels.min())} to {int(labels.max())}."
         )
+
+
+# ---- learned.py: A learned metric: a linear map that rows and queries go through before they are compared.
+
+Doubles = NDArray[np.float64]
+LARGEST_WEIGHT = 1e6
+_EXACT_BITS, _ROW_BITS = 53, 24
+"""Whole numbers that float64 adds without an error, and those of a row."""
+
+class LearnedMap:
+    """A linear map A; `z = A (x - mean)`, and then the normalisation scales z to length 1."""
+
+    def __init__(self, weight: Tensor) -> None:
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        is_sound = weight.ndim == 2 and weight.dtype == torch.float32
+        if not (is_sound and len(weight) <= weight.shape[1] and 0 < largest <= LARGEST_WEIGHT):
+            raise ValueError(
+                "Expected a learned map to be [E, D] float32, E <= D, with finite values, not all "
+                f"0 and up to {LARGEST_WEIGHT:g}, but got {tuple(weight.shape)} {weight.dtype} up "
+                f"to {largest:g}."
+            )
+        self.weight = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+        values = self.weight.numpy().astype("<f4")
+        self.sha256 = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+        bits = _EXACT_BITS - _ROW_BITS - (self.dim - 1).bit_length()
+        self._shift = bits - int(np.frexp(largest)[1])
+        self._table = np.rint(np.ldexp(values.T.astype(np.float64), self._shift))  # [D, E]
+
+    def __repr__(self) -> str:
+        return f"{self.dim} → {self.width}"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "LearnedMap":
+        return self  # it is never changed
+
+    @property
+    def dim(self) -> int:
+        """D, the width of what goes in."""
+        return self.weight.shape[1]
+
+    @property
+    def width(self) -> int:
+        """E, the width of what comes out."""
+        return len(self.weight)
+
+    def apply(self, rows: Doubles) -> Doubles:
+        """[N, D] centred rows to [N, E]; a zero vector stays zero."""
+        _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0)[:, None])
+        whole = np.rint(np.ldexp(rows, _ROW_BITS - exponents))
+        mapped: Doubles = np.ldexp(whole @ self._table, exponents - _ROW_BITS - self._shift)
+        return mapped
+
+def width_of(learned: LearnedMap | None, dim: int) -> int:
+    """How wide rows of width `dim` are when they are compared."""
+    return dim if learned is None else learned.width
 
 
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
@@ -625,7 +679,7 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
         return list(pool.map(hash_block, range(count)))
 
 FORMAT = "hf_knn.datastore"
-FORMAT_VERSION = 1
+FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
 REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
@@ -657,7 +711,7 @@ class FileRecord:
         return cls(path.name, path.stat().st_size, sha256, blocks)
 
     def verify_size(self, path: Path | None) -> Path:
-        """Compares a file's size with its record, without reading it."""
+        """Compares a file's size with its record, without reading it; returns its path."""
         if path is None or not path.is_file():
             raise DatastoreError(
                 f"Expected the file {self.name}, which {MANIFEST_NAME} names, but it is missing; "
@@ -734,6 +788,7 @@ class Manifest:
     faiss_index: FileRecord | None = None
     binding: Binding | None = None
     source: dict[str, str] = field(default_factory=dict)
+    learned_map: str | None = None
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
@@ -782,6 +837,7 @@ class Manifest:
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
             source=fields.texts("source"),
+            learned_map=fields.sha256_or_none("learned_map"),
         )
         stored = manifest.num_rows * manifest.dim * (2 if manifest.dtype == "float16" else 4)
         available = sum(blob.size for blob in manifest.blobs)
@@ -795,16 +851,19 @@ class Manifest:
 
 def signed_json(values: dict[str, Any]) -> str:
     """The text of a `datastore.json` with its own checksum."""
+    values = {k: v for k, v in values.items() if k != "learned_map" or v is not None}
+    if "learned_map" in values:  # without one all is as every version wrote it
+        values["format_version"] = MAPPED_VERSION
     return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
 
 def check_format(fields: "Fields", wanted: str) -> None:
     """Checks what a `datastore.json` says about itself: format, version and its own checksum."""
     if fields.text("format") != wanted:
         raise fields.wrong("format", wanted)
-    version = fields.count("format_version")
-    if version != FORMAT_VERSION:
+    version, has_map = fields.count("format_version"), "learned_map" in fields.values
+    if version != (wanted_version := MAPPED_VERSION if has_map else FORMAT_VERSION):
         raise DatastoreError(
-            f"Expected {MANIFEST_NAME} of format version {FORMAT_VERSION}, but got version "
+            f"Expected {MANIFEST_NAME} of format version {wanted_version}, but got version "
             f"{version}; upgrade hf_knn."
         )
     checksum = fields.matching("checksum", SHA256_PATTERN)
@@ -860,6 +919,10 @@ class Fields:
         self.text(name)
         value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
         return value
+
+    def sha256_or_none(self, name: str) -> str | None:
+        """A sha256; None where the field is missing."""
+        return self.matching(name, SHA256_PATTERN) if name in self.values else None
 
     def choice(self, name: str, choices: Iterable[str]) -> str:
         """One of some strings."""
@@ -1050,13 +1113,17 @@ def shortcut() -> float:
     found = (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)
     return max(_SHORTCUTS.get(precision, 0.0) for precision in found)
 
-def normalize_rows(features: NDArray, mean: Floats, normalization: str) -> Floats:
-    """Applies the datastore's normalisation in float64."""
+def normalize_rows(
+    features: NDArray, mean: Floats, normalization: str, learned: LearnedMap | None = None
+) -> Floats:
+    """Applies the datastore's normalisation in float64: centre, map if there is one, length 1."""
     rows = _widened(features)
-    if normalization == Normalization.NONE:
-        return rows
     if normalization == Normalization.L2_CENTERED:
         rows -= mean
+    if learned is not None:
+        rows = learned.apply(rows)
+    if normalization == Normalization.NONE:
+        return rows
     squares = np.einsum("nd,nd->n", rows, rows)
     if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
         _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
@@ -1074,10 +1141,12 @@ class RowSpace:
         mean: Floats,
         metric: str,
         normalization: str,
+        learned: LearnedMap | None,
         features: Rows,
         largest: float | None = None,
     ) -> None:
-        self.mean, self.normalization = mean, normalization
+        self.mean, self.normalization, self.learned = mean, normalization, learned
+        self.width = width_of(learned, features.shape[1])
         self.is_l2 = Metric(metric) is Metric.L2
         self.largest = 1.0
         if self.is_l2:
@@ -1086,12 +1155,12 @@ class RowSpace:
         self.scale = self.largest * _EXTENDED if self.is_l2 else 1.0
 
     def normalize(self, features: NDArray) -> Floats:
-        """[N, D] raw features to the float64 vectors that are compared."""
-        return normalize_rows(features, self.mean, self.normalization)
+        """[N, D] raw features to the float64 vectors that are compared, [N, E] behind a map."""
+        return normalize_rows(features, self.mean, self.normalization, self.learned)
 
     def first_pass_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to [N, D'] float32 rows of length at most 1."""
-        count, dim = features.shape
+        count, dim = len(features), self.width
         rows = np.empty((count, dim + self.is_l2), np.float32)
         for start in range(0, count, ROW_BLOCK):
             part = slice(start, start + ROW_BLOCK)
@@ -1193,7 +1262,7 @@ class Searcher:
         used, places = np.unique(candidates, return_inverse=True)
         places = places.reshape(candidates.shape)
         similarities = np.empty(candidates.shape)
-        step = max(1, _RESCORE_BYTES // (8 * queries.shape[1]))
+        step = max(1, _RESCORE_BYTES // (8 * self.features.shape[1]))
         for start in range(0, len(used), step):
             rows = self.space.normalize(self.features[used[start : start + step]])
 
@@ -1213,7 +1282,7 @@ class Searcher:
     def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
         """What `_rescore` finds where the candidates of each query are all rows in their order."""
         similarities = np.empty(candidates.shape)
-        step = max(1, _COMPARE_BYTES // (8 * queries.shape[1]))
+        step = max(1, _COMPARE_BYTES // (8 * self.features.shape[1]))
         for start in range(0, len(self.ids), step):
             part = slice(start, start + step)
             rows = self.space.normalize(self.features[part])
@@ -1268,9 +1337,11 @@ class FrozenDatastore:
         self.labels = join_vectors(files, "labels", manifest, torch.int64)
         self.ids = join_vectors(files, "ids", manifest, torch.int64)
         self.mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
+        self.learned_map = take_map(files[0], manifest)
         self.paths = decode_paths(files, manifest)
         check_content(self.features, self.labels, self.ids, self.mean)
-        space = RowSpace(self.mean.double().numpy(), self.metric, self.normalization, self.features)
+        compared = (self.mean.double().numpy(), self.metric, self.normalization, self.learned_map)
+        space = RowSpace(*compared, self.features)
         first_pass = TorchFirstPass(space.first_pass_rows(self.features))
         self._searcher = Searcher(self.features, self.ids.numpy(), space, first_pass)
 
@@ -1369,6 +1440,23 @@ def take_vector(
             f"but got {tuple(vector.shape)} {vector.dtype}."
         )
     return vector
+
+def take_map(tensors: dict[str, Tensor], manifest: Manifest) -> LearnedMap | None:
+    """The learned map in the first row file, which must be that of the manifest; None without."""
+    if manifest.learned_map is None:
+        return None
+    record = manifest.blobs[0]
+    try:
+        found = LearnedMap(take(tensors, "learned_map", record))
+    except ValueError as error:
+        raise DatastoreError(f"The datastore is not usable: {error}") from error
+    if (found.sha256, found.dim) != (manifest.learned_map, manifest.dim):
+        raise DatastoreError(
+            f"Expected `learned_map` in {record.name} to have {manifest.dim} columns and sha256 "
+            f"{manifest.learned_map[:12]}…, but got {found.dim} and {found.sha256[:12]}…; the file "
+            "is from another save, download or save it again."
+        )
+    return found
 
 def join_features(files: list[dict[str, Tensor]], manifest: Manifest) -> RowParts:
     """The features of all row files, which must be those of the manifest."""
@@ -1476,7 +1564,8 @@ def read_datastore(files: HubFiles, config: KnnConfig, allow_stale: bool) -> Fro
         logger.warning("Using a datastore that does not fit its checkpoint: %s", problem)
     store = FrozenDatastore(manifest, files.resolve)
     largest = int(store.labels.max()) if len(store) else -1
-    check_fits(config, store.dim, store.metric, store.normalization, largest)
+    has_map = store.learned_map is not None
+    check_fits(config, store.dim, store.metric, store.normalization, has_map, largest)
     return store
 
 def refuse_missing(name: str, config: KnnConfig) -> None:
@@ -1488,12 +1577,16 @@ def refuse_missing(name: str, config: KnnConfig) -> None:
         )
 
 def check_fits(
-    config: KnnConfig, dim: int, metric: str, normalization: str, largest: int | None
+    config: KnnConfig, dim: int, metric: str, normalization: str, has_map: bool, largest: int | None
 ) -> None:
     """Refuses a datastore that a model cannot use."""
-    wanted = (config.extra_dim or config.feature_dim, config.metric, config.normalization)
-    found = (dim, metric, normalization)
-    for name, mine, theirs in zip(("width", "metric", "normalization"), wanted, found, strict=True):
+    width, learned = config.extra_dim or config.feature_dim, config.learned_metric
+    for name, mine, theirs in (
+        ("width", width, dim),
+        ("metric", config.metric, metric),
+        ("normalization", config.normalization, normalization),
+        ("learned_metric", learned, has_map),
+    ):
         if theirs != mine:
             raise ValueError(
                 f"Expected a datastore of {name} {mine}, as the model has, but got {theirs}."

@@ -1,30 +1,19 @@
 """The Space as people use it: Debian's chromium against the running page."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browsers import need_browser
 from support.space_app import PER_CLASS, Running, features_of, running, write_picture
 
 from hf_knn_space.uploads import as_uri, reading, thumbnail
 
-_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-_OPTIONS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 EVIL = "<img src=x onerror=alert(1)>"
 
-if _BROWSER is None:
-    reason = "no chromium on this machine: apt-get install chromium"
-    if os.environ.get("HF_KNN_REQUIRE_BROWSER") == "1":
-        pytest.fail(f"HF_KNN_REQUIRE_BROWSER=1, but {reason}", pytrace=False)
-    print(f"Browser tests are skipped: {reason}")
-    pytest.skip(reason, allow_module_level=True)
+need_browser()
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +21,6 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     place = tmp_path_factory.mktemp("browser")
     with running(place / "pictures", place / "data") as app:
         yield app
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as tools:
-        opened = tools.chromium.launch(executable_path=_BROWSER, args=_OPTIONS)
-        yield opened
-        opened.close()
 
 
 class Visit:

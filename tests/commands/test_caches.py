@@ -142,7 +142,7 @@ def test_a_container_of_another_user_trains(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "model" / "report.json").is_file()
+    assert (tmp_path / "model" / "train-report.json").is_file()
     assert done.stderr.count("Note: nothing can be written in") == 1
     assert "lambda = " in done.stdout
     assert not list(tmp_path.glob("hf-knn-caches-*"))  # gone with the end of the run

@@ -63,7 +63,7 @@ def test_train_says_what_it_did_about_a_broken_picture_and_a_lone_class(trained)
     output, said = trained
     assert f"Skipped {BROKEN}" in said or f"{BROKEN}: the picture cannot be decoded" in said
     assert "Class cross has one picture" in said
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "train-report.json").read_text())
     assert [Path(row["path"]).name for row in report["skipped"]] == ["007.jpg"]
 
 
@@ -72,7 +72,7 @@ def test_train_measures_all_three_voices_and_names_the_next_command(trained):
     for voice in ("head alone", "neighbours alone", "blend"):
         assert voice in said
     assert f"hf-knn predict {output}" in said
-    metrics = json.loads((output / "report.json").read_text())["metrics"]
+    metrics = json.loads((output / "train-report.json").read_text())["metrics"]
     # shapes are easy: a head or a store that learned nothing would be near a third
     assert metrics["eval_blend_top1"] > 0.6
     assert "accuracy" in (output / "README.md").read_text()
@@ -148,7 +148,7 @@ def test_a_sweep_says_what_was_best(trained, pictures, tmp_path):
 
 
 def rows_of(output: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((output / "report.json").read_text())["rows"]
+    found: dict[str, int] = json.loads((output / "train-report.json").read_text())["rows"]
     return found
 
 
@@ -211,7 +211,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     # one half is chosen by, in the other the error at each confidence is counted
     assert "Too few labels to choose by (14 on cross-validation; 16 a class are wanted)" in words
     assert "the fixed cell is taken: k = 20, temperature = 0.14, λ = 0.5." in words
-    assert "Training on folds: 100%" in done.stderr
+    assert "Asking heads and neighbours: 100%" in done.stderr
     assert "Choosing k, temperature and λ: 100%" in done.stderr
     assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture
     config = json.loads((output / "config.json").read_text())

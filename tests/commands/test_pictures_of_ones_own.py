@@ -83,7 +83,7 @@ def test_a_class_called_train_is_one_with_an_option(backbone: Path, tmp_path: Pa
     done = train(tmp_path / "a", backbone, tmp_path / "model", "--splits", "none")
     assert done.exit_code == 0, done.output
     assert "1 .jxl in car was left out: convert it to PNG or JPEG" in said(done)
-    report = json.loads((tmp_path / "model" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "model" / "train-report.json").read_text(encoding="utf-8"))
     assert report["options"]["splits"] == "none"
     names = KnnForImageClassification.from_pretrained(tmp_path / "model").config.class_names
     assert names == ["bus", "car", "train"]

@@ -59,14 +59,33 @@ figcaption span:not(.mark) { display: block; color: var(--soft); }
 .group { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; max-width: 100%; }
 .group .tiles { display: flex; flex-wrap: wrap; margin: 0; }
 .group .tiles li { width: 132px; }
-.table { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+.table { overflow: auto; max-width: 100%; margin: .75rem 0; position: relative; }
+.table:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0;
   border-bottom: 1px solid var(--line); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { min-width: 6.5rem; }
+.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+tbody th { font-weight: 400; }
+td, th, h3, figcaption b, figcaption span { unicode-bidi: plaintext; }
+.heat { max-height: 90vh; }
+.heat table { border-collapse: separate; border-spacing: 1px; font-size: .8rem; }
+.heat th, .heat td { border: 0; padding: .15rem .35rem; }
+.heat td { text-align: center; min-width: 1.6rem; font-variant-numeric: tabular-nums; }
+.heat th { background: var(--paper); }
+.heat th span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.heat tbody th { position: sticky; left: 0; text-align: right; }
+.heat tbody th span { max-width: 7.5rem; }
+.heat thead th { vertical-align: bottom; }
+.heat thead span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 8rem; }
 .drawing { max-width: none; }
 .drawing img { max-width: 100%; height: auto; background: #ffffff; border-radius: .5rem; }
+@media (max-width: 26rem) { body { padding: 1rem .75rem 3rem; }
+  .facts { grid-template-columns: 1fr 1fr; } .facts b { font-size: 1.2rem; }
+  .group { padding: .5rem; width: 100%; } .group .tiles { gap: .5rem; }
+  .group .tiles li { width: calc(50% - .25rem); } figure img, .empty { max-width: 100%; } }
 @media print { nav { display: none; } .tiles li, .group { break-inside: avoid; } }
 """
 
@@ -136,6 +155,24 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """Counts of pairs, such as a confusion matrix, coloured by their share of the row.
+
+    Attributes:
+        names: of the rows, and first of the columns.
+        more: names of further columns.
+        counts: a row for each name, as wide as there are columns; what lies on the diagonal is
+            good, and 0 is left empty.
+        caption: a line above it.
+    """
+
+    names: Sequence[str]
+    counts: Sequence[Sequence[int]]
+    caption: str
+    more: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A large picture.
 
@@ -172,6 +209,7 @@ class Section:
         text: paragraphs.
         facts: numbers to see at once.
         drawings: large pictures.
+        heats: counts of pairs.
         tables: rows of text.
         tiles: pictures side by side.
         groups: tiles that belong together, one group below the other.
@@ -181,6 +219,7 @@ class Section:
     text: Sequence[str] = ()
     facts: Sequence[Fact] = ()
     drawings: Sequence[Drawing] = ()
+    heats: Sequence[Heat] = ()
     tables: Sequence[Table] = ()
     tiles: Sequence[Tile] = ()
     groups: Sequence[Group] = ()
@@ -290,7 +329,8 @@ def _section(number: int, section: Section) -> str:
     if section.facts:
         parts.append(f'<ul class="facts">{"".join(map(_fact, section.facts))}</ul>')
     parts += map(_drawing, section.drawings)
-    parts += map(_table, section.tables)
+    parts += map(_heat, section.heats)
+    parts += [_table(table, section.heading) for table in section.tables]
     if section.tiles:
         parts.append(_tiles(section.tiles))
     if section.groups:
@@ -309,15 +349,50 @@ def _drawing(drawing: Drawing) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, heading: str) -> str:
     caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
     kinds = [' class="number"' if i in table.numeric else "" for i in range(len(table.columns))]
     names = zip(kinds, table.columns, strict=True)
     head = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in names)
     rows = "".join(f"<tr>{_cells(row, kinds)}</tr>" for row in table.rows)
+    content = f"{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return _scrolled(content, table.caption or heading)
+
+
+def _heat(heat: Heat) -> str:
+    columns = [*heat.names, *heat.more]
+    head = "".join(f'<th scope="col">{_named(name)}</th>' for name in columns)
+    rows = []
+    for number, (name, counts) in enumerate(zip(heat.names, heat.counts, strict=True)):
+        if len(counts) != len(columns):
+            raise ValueError(f"Expected rows of {len(columns)} counts, but got {len(counts)}.")
+        total = max(1, sum(counts))
+        cells = (_heat_cell(n, n / total, i == number) for i, n in enumerate(counts))
+        rows.append(f'<tr><th scope="row">{_named(name)}</th>{"".join(cells)}</tr>')
+    content = (
+        f"<caption>{_text(heat.caption)}</caption><thead><tr><td></td>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody>"
+    )
+    return _scrolled(content, heat.caption, "table heat")
+
+
+def _heat_cell(count: int, share: float, is_good: bool) -> str:
+    if not count:
+        return "<td></td>"
+    colour = "26 127 55" if is_good else "200 50 35"
+    return f'<td style="background:rgb({colour}/{0.1 + 0.45 * share:.2f})">{count}</td>'
+
+
+def _named(name: str) -> str:
+    """A name that may be cut off, and is whole in its title."""
+    return f'<span title="{_text(name)}">{_text(name)}</span>'
+
+
+def _scrolled(content: str, label: str, kind: str = "table") -> str:
+    """A table that scrolls in a box of its own, which the keyboard reaches."""
     return (
-        f'<div class="table"><table>{caption}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{_text(label)}">'
+        f"<table>{content}</table></div>"
     )
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_knn.checkup.html import (
+from hf_knn.fit.html import (
     Drawing,
     Fact,
     Group,
+    Heat,
     Section,
     Table,
     Tile,
@@ -74,6 +75,7 @@ def page(tmp_path):
         [HOSTILE],
         [Fact(HOSTILE, HOSTILE, "good")],
         [Drawing(svg_uri("<svg xmlns='http://www.w3.org/2000/svg'/>"), HOSTILE)],
+        [Heat([HOSTILE], [[3, 1]], HOSTILE, [HOSTILE])],
         [Table([HOSTILE, "n"], [[HOSTILE, "1"]], HOSTILE, numeric=[1])],
         [tile, Tile("no picture")],
         [Group([tile], HOSTILE)],
@@ -87,7 +89,7 @@ def test_hostile_texts_are_texts(page):
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     shown = "<img src=x onerror=alert(1)>\"'&[31m<script>alert(2)</script>"
-    assert page.texts.count(shown) >= 3 * 10
+    assert page.texts.count(shown) >= 3 * 14
     alts = [value for name, value in page.attributes if name == "alt"]
     assert alts == [shown] * 9
 
@@ -143,6 +145,23 @@ def test_a_picture_from_elsewhere_is_refused(uri, tmp_path):
 def test_a_row_of_another_width_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows of 2 cells, but got one of 1"):
         write_page(tmp_path / "p.html", "t", [Section("s", tables=[Table(["a", "b"], [["1"]])])])
+
+
+def test_counts_of_another_width_are_refused(tmp_path):
+    heat = Heat(["a", "b"], [[1, 0], [1]], "c")
+    with pytest.raises(ValueError, match="rows of 2 counts, but got 1"):
+        write_page(tmp_path / "p.html", "t", [Section("s", heats=[heat])])
+
+
+def test_counts_are_coloured_by_their_share_of_the_row_and_nothing_is_empty(tmp_path):
+    heat = Heat(["a", "b"], [[3, 1], [0, 7]], "c")
+    path = write_page(tmp_path / "p.html", "t", [Section("s", heats=[heat])])
+    styles = [value for name, value in seen(path).attributes if name == "style"]
+    assert styles == [
+        "background:rgb(26 127 55/0.44)", "background:rgb(200 50 35/0.21)",
+        "background:rgb(26 127 55/0.55)",
+    ]  # fmt: skip
+    assert "<td></td><td style" in path.read_text(encoding="utf-8")
 
 
 def test_an_unknown_tone_is_refused(tmp_path):
