@@ -34,7 +34,7 @@ def measure_heads(voices: Voices) -> dict[str, Arm]:
     arms = {"linear": voices.head} | {kind: closed_head(voices, kind) for kind in CLOSED}
     choice = _compare(voices)
     cells = {str(score.head): score.best for score in choice.table}
-    beside = {kind: voices.at_cell(arms[kind], cells.get(kind)) for kind in CLOSED}
+    beside = {kind: voices.at_cell(arms[kind], cells.get(kind, choice.result)) for kind in CLOSED}
     arms |= {"knn": voices.knn, "blend:linear+knn": voices.blend}
     arms |= {f"blend:{kind}+knn": arm for kind, arm in beside.items()}
     return arms | {"auto": _chosen(voices, choice)}
