@@ -132,7 +132,7 @@ def compare_heads(
         rows: to learn from.
         held_out: folds of these rows, from `stratified_folds`, or other rows: a validation set.
         num_labels: C.
-        heads: of `linear`, `ridge`, `kernel` and `lda`; of equal ones the first is taken.
+        heads: of `linear`, `ridge`, `kernel` and `lda`.
         criterion: of the cell of each head, see `tune`.
         metric: of the neighbours.
         normalization: of features, for neighbours and for heads in closed form.
@@ -190,7 +190,9 @@ def has_too_few(labels: Tensor) -> bool:
 
 
 def best_of(table: Sequence[HeadScore], count: int) -> HeadScore:
-    """Of the heads within one standard error of the best accuracy the likeliest, else the first.
+    """Of the heads within one standard error of the best accuracy the likeliest.
+
+    Of equal ones, as where λ = 1 is best for all, the likeliest alone, else the first.
 
     Args:
         table: of the heads.
@@ -199,7 +201,7 @@ def best_of(table: Sequence[HeadScore], count: int) -> HeadScore:
     top = max(score.best.accuracy for score in table)
     error = math.sqrt(top * (1 - top) / count)
     near = [score for score in table if score.best.accuracy >= top - error]
-    return max(near, key=lambda score: score.best.log_likelihood)
+    return max(near, key=lambda score: (score.best.log_likelihood, score.alone.log_likelihood))
 
 
 def cell_of(result: TuneResult) -> Cell:

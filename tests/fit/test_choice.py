@@ -75,6 +75,9 @@ def test_of_those_within_one_standard_error_the_likeliest() -> None:
     assert best_of(table, 100).head == "ridge"
     assert best_of(table, 1000).head == "linear"
     assert best_of([table[0], score("lda", 0.80, -0.9)], 100).head == "linear"  # the first
+    better = score("lda", 0.80, -0.9)
+    better = better._replace(alone=better.alone._replace(log_likelihood=-0.1))
+    assert best_of([table[0], better], 100).head == "lda"  # where the neighbours speak in full
 
 
 def test_the_choice_is_that_of_its_table() -> None:
