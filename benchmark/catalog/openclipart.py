@@ -88,9 +88,9 @@ def _clip_rows(files: list[Path], names: list[str]) -> Iterator[Row]:
         prints.append(print_of(picture))
     if refused:
         logger.warning("%d of %d were left out. %s", len(refused), len(files), " ".join(refused))
-    for picture, name, group in zip(pictures, kept, _groups(prints), strict=True):
+    for content, name, group in zip(pictures, kept, _groups(prints), strict=True):
         yield {
-            "image": {"bytes": picture, "path": None},
+            "image": {"bytes": content, "path": None},
             "name": name,
             "label": name.split("/")[0],
             "group": kept[group],  # called after its first picture

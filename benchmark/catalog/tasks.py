@@ -181,7 +181,7 @@ _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
         "note": "no typeface family is on two sides of a split",
     },
     "openclipart": {
-        "classes": 20, "pictures": 6_890, "group": "group", "metric": "mean_class",
+        "classes": 20, "pictures": 6_875, "group": "group", "metric": "mean_class",
         "citation": "Open Clip Art Library, release 0.18",
         "note": "not in a suite: needs Debian's package openclipart-png; near-duplicates are on "
         "one side of a split",

@@ -29,7 +29,11 @@ PREDICTORS: dict[str, Callable[["Complement"], float]] = {
 }
 """What may tell how much accuracy a blend gains."""
 
-_AMBIGUITY, _NET, _, _, _HEAD, _ = PREDICTORS
+_AMBIGUITY, _NET, _, _, _HEAD, _LEAD = PREDICTORS
+_SAID = {
+    _AMBIGUITY: "the ambiguity", _NET: "the ambiguity less its price",
+    _HEAD: "the accuracy of the head", _LEAD: "the accuracy of k-NN minus that of the head",
+}  # fmt: skip
 _BLENDS = {"complementarity": "blend", "lowdata": "blend"}
 """The blend with the linear head, of protocols that have no other head."""
 
@@ -133,8 +137,7 @@ def complement_line(results: Results) -> str:
     if len(found) < _FEWEST:
         return ""
     said = []
-    for name, words in ((_AMBIGUITY, "the ambiguity"), (_NET, "ambiguity less price"),
-                        (_HEAD, "the accuracy of the head")):  # fmt: skip
+    for name, words in _SAID.items():
         rho, p = permuted_correlation(*_against(found, name))
         if rho == rho:
             said.append(f"{words} {signed(rho, 2)} ({p_words(p)})")
@@ -142,9 +145,9 @@ def complement_line(results: Results) -> str:
         return ""
     silent = sum(c.weight == 0 for c in found)
     return (
-        f"Over {len(found)} settings (task, backbone, head, pictures per class), the rank "
-        f"correlation of the gain in accuracy with {', with '.join(said)}; p by permutation of "
-        f"settings, as if they were independent. λ is 0 in {silent} of them."
+        f"Over {len(found)} settings (task, backbone, head, pictures per class) the gain in "
+        f"accuracy over the head has these rank correlations: with {', with '.join(said)}; p by "
+        f"permutation of settings, as if they were independent. λ is 0 in {silent} of them."
     )
 
 

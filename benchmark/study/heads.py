@@ -4,6 +4,7 @@ Each is measured alone and beside the neighbours, at the cell that `compare_head
 is held out; `auto` is the head and the cell that `compare_heads` takes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def measure_heads(voices: Voices) -> dict[str, Arm]:
     arms = {"linear": voices.head} | {kind: closed_head(voices, kind) for kind in CLOSED}
     choice = _compare(voices)
     cells = {str(score.head): score.best for score in choice.table}
-    beside = {kind: voices.at_cell(arms[kind], cells.get(kind)) for kind in CLOSED}
+    beside = {kind: voices.at_cell(arms[kind], cells.get(kind, choice.result)) for kind in CLOSED}
     arms |= {"knn": voices.knn, "blend:linear+knn": voices.blend}
     arms |= {f"blend:{kind}+knn": arm for kind, arm in beside.items()}
     return arms | {"auto": _chosen(voices, choice)}
@@ -47,15 +48,18 @@ def closed_head(voices: Voices, kind: str, cell: ClosedCell | None = None) -> Ar
         kind: `ridge`, `kernel` or `lda`.
         cell: what it is fitted with; None chooses by leave-one-out.
     """
-    key = kind if cell is None else f"{kind} {cell}"
+    key = kind if cell is None else f"{kind} as given"
     if key not in voices.fitted:
         train = voices.split.train
         with voices.phases.phase(FIT_HEADS):
             found = fit_closed(
                 kind, train.head, train.labels, voices.num_labels, cell=cell, seed=voices.seed
             )
-        chosen = {"regularizer": found.fit.regularizer, "calibration": found.cell.temperature}
-        chosen |= {"kernel": found.cell.kernel} if found.cell.kernel else {}
+        chosen: dict[str, Any] = {
+            "regularizer": found.fit.regularizer, "calibration": found.cell.temperature,
+        }  # fmt: skip
+        if found.cell.map is not None:
+            chosen |= found.cell.map._asdict()
         voices.fitted[key] = _asked(voices, found.log_probs, chosen)
     return voices.fitted[key]
 
@@ -80,9 +84,9 @@ def _chosen(voices: Voices, choice: HeadChoice) -> Arm:
     return Arm(found.validation, found.test, {"head": str(choice.head), **found.chosen})
 
 
-def _asked(voices: Voices, answer: Any, chosen: dict[str, Any]) -> Arm:
+def _asked(voices: Voices, answer: Callable[[Tensor], Tensor], chosen: dict[str, Any]) -> Arm:
     _, validation, test = voices.split
-    held: Tensor | None = answer(validation.head) if voices.has_validation else None
+    held = answer(validation.head) if voices.has_validation else None
     return Arm(held, answer(test.head), chosen)
 
 

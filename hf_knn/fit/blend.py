@@ -87,16 +87,16 @@ class TuneResult:
             where: what the rows were, as in "on a validation set".
         """
         cell = f"k = {self.k}, temperature = {self.temperature:g}, λ = {self.knn_weight:g}"
-        if self.criterion != Criterion.FIXED:
-            alone = " The neighbours add nothing here; they still explain."
-            chosen = f"Chosen by {self.criterion} {where}: {cell}."
-            return chosen + alone * (self.knn_weight == 0)
-        if not self.has_few_labels:
+        wanted = f"{self.rows} {where}; {FEW_LABELS} a class are wanted"
+        few = f"Too few labels to choose by ({wanted}), so"
+        if self.criterion == Criterion.FIXED:
+            if self.has_few_labels:
+                return f"{few} the fixed cell is taken: {cell}."
             return f"The fixed cell, as asked for: {cell}."
-        return (
-            f"Too few labels to choose by ({self.rows} {where}; {FEW_LABELS} a class are wanted), "
-            f"so the fixed cell is taken: {cell}."
-        )
+        alone = " The neighbours add nothing here; they still explain." * (self.knn_weight == 0)
+        if self.has_few_labels and len({(c.k, c.temperature) for c in self.table}) == 1:
+            return f"{few} k and temperature are fixed, and λ alone is chosen: {cell}.{alone}"
+        return f"Chosen by {self.criterion} {where}: {cell}.{alone}"
 
 
 def default_grid(num_rows: int, num_labels: int, *, coarse: bool = False) -> Grid:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.votes import ClassWeighting
-from ..model.ridge import RidgeState, check_regularizer, rounding, to_float64
+from ..model.ridge import RidgeState, check_regularizer, to_float64
+from ..model.scatter import rounding
 from .ridge import RELATIVE_REGULARIZERS, RidgeFit, RidgeScore
 from .temperature import Margins, mean_loss, search_temperature
 

@@ -1,5 +1,6 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
 from .blend import Criterion, TuneResult, untuned
-from .held_out import HeldOut, choose_cell, criterion_for, widest
+from .choice import HeadChoice
+from .held_out import HeldOut, choose_cell, widest
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
@@ -73,33 +75,34 @@ def choose_blend(
     criterion: str | None,
     calibrate: bool,
     progress: bool = False,
-    known: TuneResult | None = None,
+    choice: HeadChoice | None = None,
 ) -> TuneResult:
     """Chooses k, temperature and λ, and sets them in the configuration of a model.
 
     Where something is chosen, that is on one half of the rows, since from which confidence on
     answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
-    other half. The fixed cell leaves all of them for that.
+    other half. What is fixed leaves all of them for that.
 
     Args:
         model: what was asked.
-        held_out: its answers; None where no row can be held out, which leaves the fixed cell.
-        criterion: see `hf_knn.tune`.
+        held_out: its answers; None where no row can be held out, which leaves a fixed cell.
+        criterion: see `choose_cell`.
         calibrate: also scale the temperatures of head and blend.
         progress: show a progress bar.
-        known: what was chosen already, on the first half; it is chosen anew where another
-            criterion is asked for, or other temperatures.
+        choice: of the head, on the first half of the same rows, if there was one: its cell is
+            taken, unless another criterion is asked for or other temperatures.
     """
     config = model.config
+    known = choice.result if choice is not None and choice.criterion == criterion else None
     if held_out is None:
-        result = untuned()
+        result = known or untuned()
         _set_cell(config, result)
         config.answer_thresholds = {}
         return result
-    count, stored = len(held_out.labels), 0 if model.datastore is None else len(model.datastore)
-    criterion = criterion_for(count, config.classes, criterion)
+    is_compared = choice is not None and bool(choice.table)
+    is_fixed = criterion == Criterion.FIXED or (known is not None and not known.table)
     rows = fresh = held_out
-    if calibrate or known is not None or criterion != Criterion.FIXED:
+    if calibrate or is_compared or not is_fixed:
         rows, fresh = held_out.halves()
     if calibrate:
         temperature = _calibrate_head(model, rows)
@@ -107,7 +110,10 @@ def choose_blend(
             part._replace(head_log_probs=soften(part.head_log_probs, temperature))
             for part in (rows, fresh)
         )
-    if known is not None and known.criterion == criterion and not calibrate:
+    count, stored = len(held_out.labels), 0 if model.datastore is None else len(model.datastore)
+    if known is not None and not known.table:  # nothing was chosen, and nothing is
+        result = replace(known, rows=count)
+    elif known is not None and not calibrate:
         result = known
     else:
         result = choose_cell(

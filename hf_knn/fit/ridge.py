@@ -21,11 +21,10 @@ from ..model.ridge import (
     RidgeState,
     block_buffer,
     check_regularizer,
-    inverse,
-    rounding,
     shifted,
     to_float64,
 )
+from ..model.scatter import inverse, rounding
 from .temperature import Margins, mean_loss, search_temperature
 
 RELATIVE_REGULARIZERS = tuple(10 ** (power / 2) for power in range(-8, 5))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.votes import ClassWeighting
-from .scatter import Scatter
+from .scatter import Scatter, rounding, solve_gram
 
 _LARGEST_FEATURE = 1e100  # squares and their sums stay finite
 _BLOCK_NUMBERS = 2**20  # of a block of rows: small enough for memory to be used again
@@ -237,7 +237,7 @@ class RidgeState:
         if solved is not None:
             return self._center(solved)
         moments = self.moments()
-        weight = _solve(self.centered_gram(), moments.cross, regularizer)  # [C, D]
+        weight = solve_gram(self.centered_gram(), moments.cross, regularizer)  # [C, D]
         bias = moments.prior - weight @ (self.shift + moments.mean)
         return weight, bias.masked_fill(self.counts == 0, -math.inf)
 
@@ -279,7 +279,7 @@ class RidgeState:
             directions = torch.linalg.solve(small, scaled, left=False) / roots  # [D, C']
         else:
             within = self._scatters[0].gram() - (sums / counts[:, None]).T @ sums
-            directions = _solve(within, sums / counts[:, None], regularizer).T
+            directions = solve_gram(within, sums / counts[:, None], regularizer).T
         mean = sums.sum(dim=0) / len(self)
         directions -= (directions @ counts / len(self))[:, None]  # means about that of all
         directions *= max(1, len(self) - len(counts))
@@ -442,34 +442,6 @@ def _row_weights(counts: Tensor, weighting: ClassWeighting) -> Tensor:
     power = -1.0 if weighting is ClassWeighting.INVERSE else -0.5
     weights = torch.where(counts > 0, counts.clamp_min(1) ** power, 0.0)
     return weights * counts.sum() / (weights @ counts).clamp_min(1)
-
-
-def _solve(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:
-    """[C, D]: ``cross (gram + r I)^-1``."""
-    matrix = gram.clone()
-    matrix.diagonal().add_(regularizer)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if regularizer > rounding(float(gram.trace()), len(gram)) and not failed:
-        return torch.cholesky_solve(cross.T, factor).T
-    values, vectors = torch.linalg.eigh(gram)
-    return (cross @ vectors * inverse(values.clamp_min(0), regularizer)) @ vectors.T
-
-
-def inverse(values: Tensor, regularizer: float) -> Tensor:
-    """``1 / (values + r)``, and 0 where both are rounding errors of the largest value."""
-    raised = values + regularizer
-    is_real = raised > rounding(float(values.max()), len(values)) if len(values) else raised > 0
-    return torch.where(is_real, 1 / raised, 0.0)
-
-
-def rounding(largest: float, width: int) -> float:
-    """Below it an eigenvalue of a Gram matrix of this width may be an error.
-
-    Args:
-        largest: of its eigenvalues.
-        width: K.
-    """
-    return largest * width * torch.finfo(torch.float64).eps
 
 
 def check_regularizer(regularizer: float) -> None:

@@ -209,3 +209,31 @@ class Scatter:
             self.matrix, self._is_own = self.matrix.clone(), True
         self._factor = None
         return self.matrix
+
+
+def solve_gram(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:
+    """[C, D]: ``cross (gram + r I)^-1``."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(regularizer)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if regularizer > rounding(float(gram.trace()), len(gram)) and not failed:
+        return torch.cholesky_solve(cross.T, factor).T
+    values, vectors = torch.linalg.eigh(gram)
+    return (cross @ vectors * inverse(values.clamp_min(0), regularizer)) @ vectors.T
+
+
+def inverse(values: Tensor, regularizer: float) -> Tensor:
+    """``1 / (values + r)``, and 0 where both are rounding errors of the largest value."""
+    raised = values + regularizer
+    is_real = raised > rounding(float(values.max()), len(values)) if len(values) else raised > 0
+    return torch.where(is_real, 1 / raised, 0.0)
+
+
+def rounding(largest: float, width: int) -> float:
+    """Below it an eigenvalue of a Gram matrix of this width may be an error.
+
+    Args:
+        largest: of its eigenvalues.
+        width: K.
+    """
+    return largest * width * torch.finfo(torch.float64).eps

@@ -86,6 +86,26 @@ def ask_on_folds(
     return answers.of(config.head)
 
 
+def by_itself(
+    answers: HeldOut,
+    model: KnnForImageClassification,
+    validation: ImageFeatures | None,
+    device: torch.device,
+) -> HeldOut:
+    """What was said when heads were compared, on a validation set by the head that was trained.
+
+    Args:
+        answers: of a head like the model's.
+        model: with the head.
+        validation: what was asked about; None: folds, whose rows the model has seen.
+        device: of the head.
+    """
+    if validation is None:
+        return answers
+    rows = labelled(validation, model.config)
+    return answers._replace(head_log_probs=ask_head(model, rows.head, device))
+
+
 def labelled(features: ImageFeatures, config: KnnConfig) -> LabelledRows:
     """Features as heads and neighbours see them."""
     head, store = split_features(features.features, config)

@@ -22,7 +22,7 @@ from ..fit.choice import HeadChoice
 from ..fit.grids import ProbeGrid
 from ..fit.heads import Part, put_fresh_head, with_fresh_head
 from ..fit.held_out import HeldOut
-from ..fit.measure import ask_head, ask_voices, choose_blend, describe_measurement, measure_voices
+from ..fit.measure import ask_voices, choose_blend, describe_measurement, measure_voices
 from ..fit.metric import MetricChoice
 from ..fit.report import Report
 from ..fit.sweep import ProbeChoice
@@ -32,7 +32,7 @@ from ..model.checkpoint import made_by
 from ..model.modeling import KnnForImageClassification
 from ..store.datastore import Datastore
 from .arguments import KnnTrainingArguments
-from .asking import ask_on_folds, choose_head
+from .asking import ask_on_folds, by_itself, choose_head
 from .callbacks import callbacks_of, taking_part
 from .heads import OF_DESCENT, check_at_once, chooses_head, fit_at_once, settle_head, sweep_parts
 from .loss import KnnLoss, check_finite
@@ -221,8 +221,9 @@ class KnnTrainer(SavingTrainer):
 
         On a validation set if there is one, without what of it is stored; else, with a frozen
         backbone, by cross-validation in which both voices of a fold come from its training part.
-        Below 16 labels a class, and where no row can be held out, the fixed cell is taken (k 20,
-        T 0.14, λ 0.5), unless a criterion is named: on so few, chance would choose.
+        Below 16 labels a class k and temperature are fixed (20, 0.14), and λ alone is chosen,
+        unless a criterion is named: on so few, chance would choose. λ is 0.5 where no row can be
+        held out, and 0 beside a head of fewer than 3 labels a class, see `head_choice`.
 
         Half of the rows are chosen on; on the others, which nothing was chosen on, thresholds for
         `explain(max_error=…)` are found.
@@ -244,34 +245,34 @@ class KnnTrainer(SavingTrainer):
         if self.model.datastore is None:
             self.build_datastore()
         calibrate = self.args.calibrate if calibrate is None else calibrate
-        held_out, known = self._hold_out(dataset, criterion, progress)
-        self.tune_result = choose_blend(self.model, held_out, criterion, calibrate, progress, known)
+        held_out, choice = self._hold_out(dataset, criterion, progress)
+        self.tune_result = choose_blend(
+            self.model, held_out, criterion, calibrate, progress, choice
+        )
         self._forget_measurement()
         return self.tune_result
 
     def _hold_out(
         self, dataset: Any, criterion: str | None, progress: bool
-    ) -> tuple[HeldOut | None, TuneResult | None]:
-        """What both voices say of rows held out, if any can be, and what was chosen on these."""
+    ) -> tuple[HeldOut | None, HeadChoice | None]:
+        """What both voices say of rows held out, if any can be, and how the head was chosen."""
         model, device, choice = self.model, self.args.device, self.head_choice
         chosen_on, features = self._chosen_on
         is_same = dataset is chosen_on and not model.changes  # nothing was taught since
         if choice is not None and choice.answers is not None and is_same:
-            answers = choice.answers
-            if features is not None:  # the head itself has not seen them
-                head_part, _ = split_features(features.features, model.config)
-                answers = answers._replace(head_log_probs=ask_head(model, head_part, device))
-            return answers, choice.result
+            return by_itself(choice.answers, model, features, device), choice
         if dataset is not None:
             features = unstored(self._features_of(checked_rows(dataset, model)), model)
             return ask_voices(model, features, device), None
         features = self.train_features or self._features_of(self.train_dataset)
         self.train_features = features
+        fixed = None if choice is None else choice.fixed
+        if fixed is None:
+            choice = None  # of other rows
         if not criterion and not can_hold_out(features):
-            return None, None
-        fixed, learned = None if choice is None else choice.fixed, self.metric_choice
-        train, args = self._train_fold, self.args
-        return ask_on_folds(model, features, args, train, fixed, learned, progress), None
+            return None, choice
+        train, args, learned = self._train_fold, self.args, self.metric_choice
+        return ask_on_folds(model, features, args, train, fixed, learned, progress), choice
 
     def evaluate(
         self,

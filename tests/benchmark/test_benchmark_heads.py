@@ -20,7 +20,7 @@ from reporting.heads import (
     few_line,
     head_blocks,
 )
-from study.arms_of import FIXED, Split, Voices
+from study.arms_of import Split, Voices
 from study.heads import CLOSED, measure_heads
 from study.pool import Rows
 
@@ -89,9 +89,10 @@ def test_with_one_or_two_pictures_nothing_is_compared(shots):
     choice = compare_heads(labelled(train), voices.folds, CLASSES)
     assert (auto.chosen["head"], choice.table) == ("ridge", ())
     fit = fit_closed("ridge", train.head, train.labels, CLASSES, cell=choice.fixed, seed=0)
-    near = voices.store.search(test.store, int(FIXED["k"]))
-    votes = knn_log_probs(near.similarities, near.labels, CLASSES, FIXED["temperature"])
-    wanted = blend_log_probs(fit.log_probs(test.head), votes, FIXED["knn_weight"])
+    cell = choice.result
+    near = voices.store.search(test.store, cell.k)
+    votes = knn_log_probs(near.similarities, near.labels, CLASSES, cell.temperature)
+    wanted = blend_log_probs(fit.log_probs(test.head), votes, cell.knn_weight)
     torch.testing.assert_close(auto.test, wanted)
 
 

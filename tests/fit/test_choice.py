@@ -14,7 +14,7 @@ from hf_knn.fit import LabelledRows, compare_heads
 from hf_knn.fit import choice as choice_module
 from hf_knn.fit.blend import Cell
 from hf_knn.fit.choice import FIXED_CELL, HEADS, HeadChoice, HeadScore, best_of, has_too_few
-from hf_knn.fit.held_out import Answer, Fit, ask, parts_of
+from hf_knn.fit.held_out import FEW_KNN_WEIGHTS, Answer, Fit, ask, parts_of
 
 CLASSES = 4
 FAST = ("linear", "ridge", "lda")
@@ -88,7 +88,6 @@ def test_the_choice_is_that_of_its_table() -> None:
         error = math.sqrt(top * (1 - top) / found.rows)
         near = [each for each in found.table if each.best.accuracy >= top - error]
         assert found.head == max(near, key=lambda each: each.best.log_likelihood).head
-        assert found.result is not None
         own = next(each for each in found.table if each.head == found.head)
         assert own.best[:3] == (found.result.k, found.result.temperature, found.result.knn_weight)
         assert own.alone == found.result.head
@@ -253,16 +252,18 @@ def test_below_three_labels_a_class_nothing_is_compared(counts: Sequence[int], f
         folds = [Fold(labels.numpy()[1:], labels.numpy()[:1])]
         found = compare_heads(rows, folds, 4)
         assert (found.head, found.fixed, found.table) == ("ridge", FIXED_CELL, ())
+        assert (found.result.k, found.result.temperature, found.result.knn_weight) == (20, 0.14, 0)
         assert "Too few labels" in found.say()
 
 
-def test_few_labels_leave_the_fixed_cell_but_not_the_head() -> None:
+def test_few_labels_fix_k_and_temperature_but_not_head_and_weight() -> None:
     rows = rows_of(4 * 8, spread=0.5)
     found = compare_heads(rows, folds_of(rows), CLASSES, heads=FAST)
-    assert found.result is not None
-    assert found.result.criterion == "fixed"
-    assert (found.result.k, found.result.temperature, found.result.knn_weight) == (20, 0.14, 0.5)
+    assert (found.result.k, found.result.temperature) == (20, 0.14)
+    assert {cell.knn_weight for cell in found.result.table} == set(FEW_KNN_WEIGHTS)
     assert len(found.table) == 3
+    fixed = compare_heads(rows, folds_of(rows), CLASSES, heads=FAST, criterion="fixed")
+    assert (fixed.result.criterion, fixed.result.knn_weight) == ("fixed", 0.5)
 
 
 def test_without_rows_to_hold_out_nothing_is_compared() -> None:

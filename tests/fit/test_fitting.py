@@ -10,7 +10,7 @@ from sklearn.linear_model import RidgeClassifier
 from support.oracles import as_numpy
 from support.pictures import NAMES, random_features, small_model
 from torch import Tensor
-from training.test_trainer import CLASSES, arguments, cloud, pictures, probe, tensors
+from training.test_trainer import CLASSES, USUAL, arguments, cloud, pictures, probe, tensors
 
 from hf_knn import Datastore, KnnConfig, KnnForImageClassification, KnnTrainer
 from hf_knn.data.splits import stratified_folds
@@ -20,7 +20,6 @@ from hf_knn.fit import heads as fitting
 from hf_knn.fit.grids import ProbeConfig, ProbeGrid, ProbeSettings
 from hf_knn.fit.heads import PROBE_GRIDS, Part, fit_closed_form, sweep
 from hf_knn.fit.sweep import train_probes
-from hf_knn.training.arguments import HEAD
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
@@ -31,10 +30,6 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def model_with(head: str, classes: Any = CLASSES, **options: Any) -> KnnForImageClassification:
     return small_model(classes, **HEADS[head], **options)
-
-
-USUAL: dict[str, Any] = dict.fromkeys(HEAD._fields)
-"""No rates, which a head in closed form refuses."""
 
 
 def make_trainer(head: str, folder: Path, features: ImageFeatures, **options: Any) -> KnnTrainer:

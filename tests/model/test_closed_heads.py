@@ -14,7 +14,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from support.oracles import as_numpy
 from support.pictures import small_model
 from support.tiny import pixels, tiny_model
-from training.test_trainer import CLASSES, cloud, probe
+from training.test_trainer import CLASSES, USUAL, cloud, probe
 
 from hf_knn import KnnForImageClassification, KnnTrainer
 from hf_knn.core.backbone import KnnHead
@@ -42,7 +42,7 @@ HEADS: list[dict[str, Any]] = [
 
 def trained(folder: Path, rows: int = 90, class_weights: str = "none", **options: Any) -> Any:
     model = small_model(CLASSES, **options)
-    arguments = probe(folder, class_weights=class_weights)
+    arguments = probe(folder, class_weights=class_weights, **USUAL)
     KnnTrainer(model, arguments, train_dataset=cloud(rows)).train()
     return model.eval()
 
@@ -184,6 +184,7 @@ def test_random_features_come_to_their_kernel() -> None:
         set_random_map(head, axes, RandomMap("rbf", sharpness, 0.5), seed=1)
         wide = head.prepared(rows.double())[:, : 2**14].numpy()
         assert np.abs(wide @ wide.T - rbf_kernel(rows.numpy(), gamma=sharpness)).max() < 0.03
+    assert head.directions is not None
     again = head.directions.clone()
     set_random_map(head, axes, RandomMap("rbf", 2.0, 0.5), seed=1)
     assert torch.equal(again, head.directions)

@@ -13,9 +13,10 @@ from support.oracles import as_numpy
 from support.pictures import NAMES, picture, small_model
 from support.tiny import LABELS, all_files, pixels, tiny_model
 from torch import Tensor
-from training.test_trainer import CLASSES, cloud, probe
+from training.test_trainer import CLASSES, USUAL, cloud, probe
 
 from hf_knn import Datastore, KnnForImageClassification, KnnTrainer
+from hf_knn.core.config import CLOSED_FORM
 from hf_knn.data.decode import BadImageError
 from hf_knn.features.extract import ImageFeatures
 from hf_knn.fit import refit
@@ -35,9 +36,9 @@ def trained(head: str, folder: Path, rows: int = 90, **options: Any) -> Any:
     """A small model, trained on a cloud of features."""
     class_weights = options.pop("class_weights", "none")
     model = small_model(CLASSES, head=head, **options)
-    trainer = KnnTrainer(
-        model, probe(folder, class_weights=class_weights), train_dataset=cloud(rows)
-    )
+    usual = USUAL if head in CLOSED_FORM else {}
+    arguments = probe(folder, class_weights=class_weights, **usual)
+    trainer = KnnTrainer(model, arguments, train_dataset=cloud(rows))
     trainer.train()
     return model.eval()
 
@@ -119,9 +120,8 @@ def test_refit_is_a_training_on_the_rows_that_are_stored(
     fresh = small_model(CLASSES, head="ridge", **config)
     kept = model.datastore
     features = ImageFeatures(kept.features.float(), kept.labels, kept.ids, ["" for _ in kept.ids])
-    trainer = KnnTrainer(
-        fresh, probe(tmp_path, class_weights=class_weights), train_dataset=features
-    )
+    arguments = probe(tmp_path, class_weights=class_weights, **USUAL)
+    trainer = KnnTrainer(fresh, arguments, train_dataset=features)
     trainer.train()
     for name in ("head_regularizer", "head_temperature"):
         assert getattr(fresh.config, name) == pytest.approx(getattr(model.config, name), rel=1e-6)

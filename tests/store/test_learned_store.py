@@ -87,7 +87,8 @@ def test_changes_go_on_with_it(tmp_path: Path, mapped: bool, monkeypatch: Any) -
     store.relabel([4], [2])
     fresh = Datastore.from_features(store.features, store.labels, store.ids, index="flat")
     fresh.recenter(store.mean)
-    fresh.remap(store.learned_map and store.learned_map.weight)
+    assert store.learned_map is not None
+    fresh.remap(store.learned_map.weight)
     assert_same_answers(store, fresh)
     for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), store.subset(store.ids)):
         assert_same_answers(other, store)

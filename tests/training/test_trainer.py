@@ -56,6 +56,7 @@ from hf_knn.fit import measure as measure_module
 from hf_knn.fit.blend import TEMPERATURES, default_grid
 from hf_knn.fit.measure import HeldOut
 from hf_knn.fit.metrics import thresholds
+from hf_knn.training.arguments import HEAD
 
 CLASSES = NAMES[:3]
 QUIET: dict[str, Any] = {
@@ -70,6 +71,10 @@ QUIET: dict[str, Any] = {
     "weight_decay": 0.0,
     "seed": 42,
 }
+
+
+USUAL: dict[str, Any] = dict.fromkeys(HEAD._fields)
+"""No rates, which a head in closed form refuses."""
 
 
 def arguments(folder: Path, **options: Any) -> KnnTrainingArguments:
@@ -813,28 +818,35 @@ def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shots", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
-def test_few_labels_leave_the_fixed_cell(shots: int, tmp_path: Path) -> None:
+def test_few_labels_fix_k_and_temperature(shots: int, tmp_path: Path) -> None:
     model = small_model(CLASSES, k=3, knn_temperature=0.5, knn_weight=0.9, blend_temperature=2.0)
     trainer = KnnTrainer(model, probe(tmp_path), train_dataset=random_features([0, 1, 2] * shots))
     trainer.train()
     result = trainer.tune()
-    assert (result.criterion, result.has_few_labels) == ("fixed", True)
-    assert result.rows == (3 * shots if shots > 1 else 0)
-    assert (result.k, result.temperature, result.knn_weight) == (20, 0.14, 0.5)
+    held_out = 3 * shots if shots > 1 else 0
+    assert result.has_few_labels
+    assert (result.k, result.temperature) == (20, 0.14)
     config = model.config
     cell = (config.k, config.knn_temperature, config.knn_weight, config.blend_temperature)
-    assert cell == (20, 0.14, 0.5, 1.0)  # not clipped: the store may grow
+    assert cell == (20, 0.14, result.knn_weight, 1.0)  # not clipped: the store may grow
     assert f"({result.rows} on these; 16 a class are wanted)" in result.say("on these")
-    assert math.isnan(result.score) == (shots == 1)
     if shots > 1:
-        assert result.score == result.fixed.accuracy
-        assert result.fixed.k <= min(20, 3 * shots - 1)  # who could vote in a fold
+        assert (result.criterion, result.rows) == ("one_standard_error", -(-held_out // 2))
+        assert [cell.knn_weight for cell in result.table] == [0.0, 0.1, 0.2, 0.3, 0.5]
+        (k,) = {cell.k for cell in result.table}
+        assert k <= min(20, 3 * shots - 1)  # who could vote in a fold
+        assert "and λ alone is chosen" in result.say("")
         # whoever names a criterion gets what it says
         named = trainer.tune(criterion="log_likelihood")
         assert named.criterion == "log_likelihood"
         assert named.score == max(cell.log_likelihood for cell in named.table)
         assert named.has_few_labels
+        fixed = trainer.tune(criterion="fixed")
+        assert (fixed.rows, fixed.score) == (held_out, fixed.fixed.accuracy)
+        assert (fixed.k, fixed.temperature, fixed.knn_weight) == (20, 0.14, 0.5)
     else:
+        assert (result.criterion, result.rows, result.knn_weight) == ("fixed", 0, 0.5)
+        assert math.isnan(result.score)
         assert config.answer_thresholds == {}
         with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
             trainer.tune(criterion="accuracy")
