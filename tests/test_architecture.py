@@ -28,11 +28,7 @@ ONLY_IN = {
 }
 """What one module alone imports."""
 
-<<<<<<< HEAD
 MOST_FILES, MOST_LINES = 136, 500
-=======
-MOST_FILES, MOST_LINES = 130, 500
->>>>>>> metric
 """90 files held what 0.2 could; each capability since brings its own."""
 
 
