@@ -212,8 +212,10 @@ def inspect_checkpoint(
         return
     print_checkup(checkup, page)
     manifest = escape(f"{checkpoint}/{MANIFEST_NAME}")
+    through = "" if (learned := learned_map_of(store)) is None else f" Learned metric: {learned}."
     console.print(
-        f"All {len(store)} rows are what {manifest} promises, byte for byte.", highlight=False
+        f"All {len(store)} rows are what {manifest} promises, byte for byte.{through}",
+        highlight=False,
     )
     if checkup.findings and Path(checkpoint).is_dir():
         console.print(
@@ -248,11 +250,12 @@ def _facts(model: KnnForImageClassification, store: RowStore) -> dict[str, Any]:
     config = model.config
     facts: dict[str, Any] = {
         "rows": len(store), "width": store.dim, "stored as": store.dtype, "metric": store.metric,
-        "normalisation": store.normalization, "learned metric": str(learned_map_of(store) or ""),
-        "index": str(store.index), "k": config.k,
+        "normalisation": store.normalization, "index": str(store.index), "k": config.k,
         "temperature": config.knn_temperature, "λ": config.knn_weight, "head": config.head,
         "classes": config.classes, "backbone": getattr(config, "base_model", None) or "",
     }  # fmt: skip
+    if learned := learned_map_of(store):
+        facts["learned metric"] = str(learned)
     facts |= {f"source: {name}": value for name, value in store.source.items()}
     if isinstance(store, Datastore) and store.manifest is not None:  # the one that has files
         facts |= {f"sha256 of {blob.name}": blob.sha256 for blob in store.manifest.blobs}

@@ -35,6 +35,7 @@ _SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**
 _RESCORE_BYTES = 128 * 2**20
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
 _FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
+_PAIRS_PER_ROW = 100  # that are compared in the time in which a row is normalised
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
@@ -320,7 +321,12 @@ class Searcher:
         ids: [N] int64, unique.
         space: how rows are compared.
         first_pass: over the rows that `space` makes of them.
+
+    Attributes:
+        is_exact: whether the first pass is, so that the answer is the same without it.
     """
+
+    is_exact = True
 
     def __init__(self, features: Rows, ids: Ints, space: RowSpace, first_pass: FirstPass) -> None:
         self.features, self.ids, self.space, self.first_pass = features, ids, space, first_pass
@@ -358,11 +364,9 @@ class Searcher:
         count = k + (exclude_ids is not None) + self.first_pass.extra
         while len(pending):
             certain = []
-            # beyond a third, gathering candidates costs more than comparing with every row
-            every_row = 3 * count >= len(self.ids)
+            every_row = self._compares_every_row(len(pending), count)
             width = len(self.ids) if every_row else count
-            apart = 1 if every_row else max(1, queries.shape[1])  # each has candidates of its own
-            step = max(1, _RESCORE_BYTES // (8 * width * apart))
+            step = self._queries_at_once(width, every_row)
             for start in range(0, len(pending), step):
                 chunk = pending[start : start + step]
                 excluded = None if exclude_ids is None else exclude_ids[chunk]
@@ -372,6 +376,29 @@ class Searcher:
             pending = pending[~np.concatenate(certain)]
             count *= 4
         return similarities, positions
+
+    def _compares_every_row(self, queries: int, count: int) -> bool:
+        """Whether that takes less time than to gather candidates.
+
+        Each chunk of queries normalises its rows anew, and many chunks with many candidates each
+        normalise nearly all rows again and again.
+
+        Args:
+            queries: how many.
+            count: candidates of each; of a third of the rows it is so for a single query.
+        """
+        rows = len(self.ids)
+        if 3 * count >= rows or not self.is_exact:
+            return 3 * count >= rows
+        step, all_step = (self._queries_at_once(*of) for of in ((count, False), (rows, True)))
+        gathered = -(-queries // step) * min(step * count, rows) * _PAIRS_PER_ROW + queries * count
+        every = -(-queries // all_step) * rows * _PAIRS_PER_ROW + queries * rows
+        return every < gathered
+
+    def _queries_at_once(self, width: int, every_row: bool) -> int:
+        """How many queries are compared with `width` rows each before the next are looked at."""
+        apart = 1 if every_row else max(1, self.features.shape[1])  # candidates of their own
+        return max(1, _RESCORE_BYTES // (8 * width * apart))
 
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool

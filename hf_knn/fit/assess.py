@@ -1,12 +1,14 @@
 """From answers to a `Report`: every number with its interval, every class, every wrong answer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..core.search import Neighbors
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import as_row_store
@@ -19,7 +21,7 @@ from .intervals import (
     mean_of_shares,
     share_of,
 )
-from .measure import ALL_STORED_NOTE, STORED_NOTE, Heard, hear_voices, measure_heard
+from .measure import ALL_STORED_NOTE, STORED_NOTE, hear_voices, measure_heard
 from .metrics import (
     Labels,
     Scores,
@@ -57,21 +59,18 @@ def assess(
         notes: what to know, in sentences.
     """
     heard, names = hear_voices(model, features, device), model.config.class_names
-    measured, rest = measure_heard(heard, features.labels), heard.measurable
-    labels, count = features.labels.numpy(), len(features)
-    everything = {v: said.float().double().cpu().numpy() for v, said in heard.voices.items()}
-    voices = {voice: said[rest.numpy()] for voice, said in everything.items()}
-    left_out, kept = len(rest) < count, features.select(rest)
+    measured, rest = measure_heard(heard, features.labels), heard.measurable.numpy()
+    labels, kept = features.labels.numpy(), features.select(rest)
     wanted = kept.labels.numpy()
-    answers = {voice: answers_of(said) for voice, said in voices.items()}
-    confidence = np.exp(voices["blend"].max(axis=1)).clip(max=1.0)
-    cells = _confusion(wanted, answers["blend"])
+    voices = {voice: _listen(said, labels, rest) for voice, said in heard.voices.items()}
+    blend, answers = voices["blend"], {voice: said.answers for voice, said in voices.items()}
+    cells = _confusion(wanted, blend.answers)
     return Report(
         class_names=tuple(names),
         count=len(rest),
         stored=len(heard.stored),
-        voices={voice: _numbers(said, wanted) for voice, said in voices.items()},
-        with_stored={v: _numbers(said, labels) for v, said in everything.items() if left_out},
+        voices={voice: said.numbers for voice, said in voices.items()},
+        with_stored={v: said.with_stored for v, said in voices.items() if said.with_stored},
         comparisons=tuple(
             compare(first, second, answers[first] == wanted, answers[second] == wanted)
             for first, second in _PAIRS
@@ -79,14 +78,53 @@ def assess(
         ),
         classes=tuple(_classes(cells, len(names), _rows_by_class(model))),
         confusion=tuple(cells),
-        wrong=tuple(_wrong(model, kept, heard, rest.numpy(), voices, answers, confidence)),
+        wrong=tuple(_wrong(model, kept, heard.nearest, rest, voices)),
         reliability=measured.reliability,
-        chance_error=chance_calibration_error(confidence, bins_of(confidence)),
+        chance_error=chance_calibration_error(blend.confidence, bins_of(blend.confidence)),
         metrics={f"eval_{name}": value for name, value in measured.numbers.items()},
         facts=_facts(model),
-        notes=(*_notes(heard, count, names, voices["head"]), *notes),
+        notes=(*_notes(len(heard.stored), len(labels), names, voices["head"].unknown), *notes),
         gallery=Gallery(model.memory, pictures, stored_pictures),
     )
+
+
+class _Voice(NamedTuple):
+    """What is kept of a voice, whose [N, C] log-probabilities may be large.
+
+    Attributes:
+        numbers: see `Report.voices`.
+        with_stored: likewise of all rows; empty if none was left out.
+        answers: [n] to the rows that are not left out.
+        confidence: [n] of these answers, in [0, 1].
+        label_confidence: [n] what it gives their labels.
+        unknown: classes that it gives nothing at any row.
+    """
+
+    numbers: dict[str, Number]
+    with_stored: dict[str, Number]
+    answers: Labels
+    confidence: Scores
+    label_confidence: Scores
+    unknown: Labels
+
+
+def _listen(log_probs: Tensor, labels: Labels, rest: Labels) -> _Voice:
+    """Sums up a voice.
+
+    Args:
+        log_probs: [N, C].
+        labels: [N].
+        rest: [n] the rows that are not left out.
+    """
+    said, with_stored = log_probs.float().double().cpu().numpy(), {}  # as `measure` has them
+    if len(rest) < len(labels):
+        with_stored = _numbers(said, labels)
+        said, labels = said[rest], labels[rest]
+    return _Voice(
+        _numbers(said, labels), with_stored, answers_of(said),
+        np.exp(said.max(axis=1)).clip(max=1.0), np.exp(said[np.arange(len(labels)), labels]),
+        np.flatnonzero((said == -np.inf).all(axis=0)),
+    )  # fmt: skip
 
 
 def _numbers(log_probs: Scores, labels: Labels) -> dict[str, Number]:
@@ -143,16 +181,23 @@ def _how_bad(row: ClassRow) -> tuple[bool, float, int, int]:
 def _wrong(
     model: KnnForImageClassification,
     features: ImageFeatures,
-    heard: Heard,
-    places: NDArray[np.int64],
-    voices: dict[str, Scores],
-    answers: dict[str, Labels],
-    confidence: Scores,
+    nearest: Neighbors | None,
+    places: Labels,
+    voices: dict[str, _Voice],
 ) -> list[Wrong]:
-    labels = features.labels.numpy()
-    rows = np.flatnonzero(answers["blend"] != labels)
-    rows = rows[np.lexsort((features.ids.numpy()[rows], -confidence[rows]))]
-    near = [] if heard.nearest is None else [part[places[rows]].numpy() for part in heard.nearest]
+    """The rows that the blend answers wrong.
+
+    Args:
+        model: with the datastore.
+        features: n rows that are not left out.
+        nearest: of all rows; None without neighbours.
+        places: [n] among all rows.
+        voices: of the n rows.
+    """
+    labels, blend = features.labels.numpy(), voices["blend"]
+    rows = np.flatnonzero(blend.answers != labels)
+    rows = rows[np.lexsort((features.ids.numpy()[rows], -blend.confidence[rows]))]
+    near = [] if nearest is None else [part[places[rows]].numpy() for part in nearest]
     paths = _paths(model, near[2] if near else np.empty(0, np.int64))
     found = []
     for order, row in enumerate(rows.tolist()):
@@ -163,9 +208,9 @@ def _wrong(
         )
         found.append(Wrong(
             int(features.ids[row]), features.paths[row] if features.paths else "",
-            int(labels[row]), int(answers["blend"][row]), float(confidence[row]),
-            float(np.exp(voices["blend"][row, labels[row]])), int(answers["head"][row]),
-            int(answers["knn"][row]) if "knn" in answers else None, neighbors,
+            int(labels[row]), int(blend.answers[row]), float(blend.confidence[row]),
+            float(blend.label_confidence[row]), int(voices["head"].answers[row]),
+            int(voices["knn"].answers[row]) if "knn" in voices else None, neighbors,
         ))  # fmt: skip
     return found
 
@@ -204,13 +249,13 @@ def _facts(model: KnnForImageClassification) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _notes(heard: Heard, count: int, names: Sequence[str], head: Scores) -> list[str]:
-    stored, notes = len(heard.stored), []
+def _notes(stored: int, count: int, names: Sequence[str], unknown: Labels) -> list[str]:
+    notes = []
     if stored:
         notes.append(ALL_STORED_NOTE if stored == count else STORED_NOTE.format(stored, count))
-    unknown = [names[label] for label in np.flatnonzero((head == -np.inf).all(axis=0)).tolist()]
-    if unknown:
+    if len(unknown):
         more = len(unknown) - _NAMED
-        said = ", ".join(unknown[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+        said = ", ".join(names[label] for label in unknown[:_NAMED].tolist())
+        said += f" and {more:,} more" if more > 0 else ""
         notes.append(f"The head does not know {said}: only the neighbours find such pictures.")
     return notes

@@ -159,8 +159,7 @@ def choose_metric(
     rows = torch.cat(asked)
     right = [_right(parts, labels[rows], num_labels, kind, weighting) for parts in said]
     plain, learned = (float(one.mean()) for one in right)
-    gains = _by_owner(right[1] - right[0], None if groups is None else groups[rows])
-    error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    error = _error(_by_owner(right[1] - right[0], None if groups is None else groups[rows]))
     choice.is_kept = learned - plain > max(error, LEAST_GAIN)
     choice.plain, choice.learned, choice.error, choice.rows = plain, learned, error, len(rows)
     return choice
@@ -183,6 +182,11 @@ def _right(
         metric=metric, weighting=weighting,
     )  # fmt: skip
     return (votes.argmax(dim=1) == labels).double()
+
+
+def _error(gains: Tensor) -> float:
+    """Standard error of a mean."""
+    return float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
 
 
 def _by_owner(gains: Tensor, groups: Tensor | None) -> Tensor:
@@ -244,6 +248,17 @@ def train_map(store: Datastore, recipe: Recipe, seed: int) -> Tensor:
         weight = last @ turn
     learned = weight @ axes
     return learned / learned.abs().max()
+
+
+def learn_again(store: Datastore, seed: int = 0) -> None:
+    """Trains the map of a datastore anew on the rows that it has now, if it has a map.
+
+    Args:
+        store: is changed in place.
+        seed: of what is drawn.
+    """
+    if store.learned_map is not None and len(store):
+        store.remap(train_map(store, choose_recipe(store, seed), seed))
 
 
 def _drawn(store: Datastore, seed: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +327,7 @@ def _descent(rows: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[Te
         with torch.enable_grad():
             loss = _loss_of_own(rows[batch] @ weight.T, labels[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         yield weight.detach().clone()
 

@@ -1,5 +1,6 @@
 """Why an answer is what it is: who voted, what would change it, and is anything like it known."""
 
+import copy
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,8 @@ from torch.nn import functional
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..core.search import Neighbors
-from ..store.backend import RowStore, as_row_store
+from ..store.backend import RowStore, as_row_store, learned_map_of
+from ..store.datastore import Datastore
 from ..store.kinds import FLAT
 from .flips import Ballot, Doubles, margin_of, smallest_flip, vote_shares
 
@@ -85,7 +87,9 @@ class Explanation:
         margin: share of the vote of its first class minus that of its second, in [0, 1].
         flip: what would change the answer; None if no set as large as was looked for does.
         typicality: share of stored rows that lie as far from their nearest other row as this
-            picture from its nearest, in (0, 1]: a p-value of "like what was seen". None without.
+            picture from its nearest, in (0, 1]: a p-value of "like what was seen", always without
+            a learned map, which knows its rows. None without rows, or where they lie mapped on a
+            server.
         is_typical: False for "unlike anything seen": the p-value is below the level asked for.
         answers: False if it rather abstains, for the error rate asked for.
     """
@@ -105,25 +109,56 @@ class Explanation:
 class Calibration:
     """How near stored rows lie to their nearest other row, as long as the rows stay the same.
 
+    Without a learned map: rows that it was trained on lie nearer to one another than new pictures
+    do, so that a p-value behind it would not be one.
+
     Attributes:
+        plain: the rows without a map, or None where that would read all of them from a server.
         nearest: [M] ascending similarities, of at most 5,000 rows taken at random.
     """
 
     def __init__(self, store: RowStore) -> None:
-        self._seen = (store, *store.marks)
+        self._seen, self.plain = (store, *store.marks), _without_map(store)
+        self.nearest: Doubles = np.empty(0)
+        if self.plain is None:
+            return
         ids = store.ids
         generator = torch.Generator().manual_seed(0)
         rows = store.rows_of(ids[torch.randperm(len(ids), generator=generator)[:_CALIBRATED_ON]])
-        found = store.search(rows.features, 1, rows.ids).similarities
-        self.nearest: Doubles = np.sort(found.double().flatten().numpy())
+        found = self.plain.search(rows.features, 1, rows.ids).similarities
+        self.nearest = np.sort(found.double().flatten().numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model count again when they need to
+
+    def p_values(self, found: Neighbors, rows: Tensor, own: Tensor | None) -> list[float] | None:
+        """How typical pictures are, see `typicality`.
+
+        Args:
+            found: their neighbours in the datastore.
+            rows: [B, D] their features, if they have to be searched for without a map.
+            own: [B] ids of rows that are left out, or None.
+        """
+        if self.plain is None:
+            return None
+        if self.plain is not self._seen[0]:
+            found = self.plain.search(rows, 1, own)
+        return [typicality(nearest, self.nearest) for nearest in found.similarities[:, 0].tolist()]
 
     def is_of(self, store: RowStore) -> bool:
         """Whether rows and mean are those that were counted; nothing is read from a server."""
         now = (store, *store.marks)
         return len(now) == len(self._seen) and all(map(is_, now, self._seen))
+
+
+def _without_map(store: RowStore) -> RowStore | None:
+    if learned_map_of(store) is None:
+        return store
+    if not isinstance(store, Datastore):
+        return None
+    plain = copy.copy(store)
+    plain.remap(None)
+    return plain
 
 
 def _calibrated(model: "KnnForImageClassification", store: RowStore) -> Calibration:
@@ -168,11 +203,11 @@ def explain(
         None if votes is None else votes.exp().cpu(), wide, _paths_of(store, near),
         config.metric if store is None else store.metric,
     )  # fmt: skip
-    calibration = None
-    if store is not None and len(store) > 1:
-        calibration = _calibrated(model, store).nearest
+    p_values = None
+    if store is not None and wide is not None and len(store) > 1:
+        p_values = _calibrated(model, store).p_values(wide, store_part.float(), sample_ids)
     return [
-        _explain_one(config, answers, row, calibration, level, threshold)
+        _explain_one(config, answers, row, p_values and p_values[row], level, threshold)
         for row in range(len(features))
     ]
 
@@ -220,7 +255,7 @@ def _explain_one(
     config: KnnConfig,
     answers: _Answers,
     row: int,
-    calibration: Doubles | None,
+    p_value: float | None,
     level: float,
     threshold: float,
 ) -> Explanation:
@@ -249,7 +284,6 @@ def _explain_one(
         Voter(row_id, names[label], similarity, share, answers.paths[row_id])
         for row_id, label, similarity, share in zip(*columns, strict=False)
     ]
-    p_value = None if calibration is None else typicality(float(similarities[0]), calibration)
     return Explanation(
         **named,
         knn=_named(answers.knn[row], names),

@@ -142,7 +142,7 @@ def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> 
             count, dim, str(table.features.dtype).removeprefix("torch."), contents.metric,
             contents.normalization, contents.index.info, blobs,
             None if index is None else replace(FileRecord.of(index), name=FAISS_NAME),
-            contents.binding, contents.source, learned and learned.sha256,
+            contents.binding, contents.source, None if learned is None else learned.sha256,
         )  # fmt: skip
         text = manifest.to_json().encode()
         target = folder / MANIFEST_NAME

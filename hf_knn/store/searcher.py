@@ -304,6 +304,8 @@ class ApproximateSearcher(GrowingSearcher):
         index: over the rows that `space.index_rows` makes of them.
     """
 
+    is_exact = False
+
     def __init__(
         self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
     ) -> None:

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 612f3f7d1647d9128446beb3f8199212fb29931534976f4fe7873d472573b8af.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 664d3c0710cbdd8fff15b06c2232723316c820d557caf581ce013e9a2c856f50.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

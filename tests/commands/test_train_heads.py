@@ -84,7 +84,7 @@ def test_command_and_python_choose_alike(
     for name, value in weights[0].items():
         if name.startswith("head."):
             assert torch.equal(value, weights[1][name]), name
-    report = json.loads((tmp_path / "command" / "report.json").read_text())
+    report = json.loads((tmp_path / "command" / "train-report.json").read_text())
     assert report["head"] == json.loads(json.dumps(choice.as_json()))
     assert len(report["head"]["table"]) == (3 if pictures == "many" else 0)
 
@@ -93,7 +93,7 @@ def test_the_table_that_it_chose_by_is_printed(
     place: Path, without_kernel: None, tmp_path: Path
 ) -> None:
     done = train(place, tmp_path / "model")
-    report = json.loads((tmp_path / "model" / "report.json").read_text())
+    report = json.loads((tmp_path / "model" / "train-report.json").read_text())
     lines = done.stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if "Heads on pictures held out" in line)
     for column in ("head", "alone", "with neighbours", "λ", "log-likelihood"):
@@ -137,7 +137,7 @@ def test_an_option_that_one_head_uses_chooses_it(
     first = done.stdout.splitlines()[0]
     assert f"The head is {head}, which {named} asks for." in first
     assert json.loads((tmp_path / "model" / "config.json").read_text())["head"] == head
-    report = json.loads((tmp_path / "model" / "report.json").read_text())
+    report = json.loads((tmp_path / "model" / "train-report.json").read_text())
     assert report["head"] is None
     assert report["options"]["head"] == head
 

@@ -14,8 +14,11 @@ from hf_knn import Datastore, KnnForImageClassification
 from hf_knn.commands.checks import _facts
 from hf_knn.core.manifest import DatastoreError
 from hf_knn.core.search import normalize_rows
+from hf_knn.fit import refit
+from hf_knn.fit.metric import Recipe, choose_recipe, train_map
 from hf_knn.model.card import make_card
 from hf_knn.model.compare import compare
+from hf_knn.model.export import GraphModel
 
 WIDTH = 4
 HEADS = ["linear", "ridge"]
@@ -132,11 +135,14 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     store = model.datastore
     assert isinstance(store, Datastore)
     before, state = answers(model), model.fingerprint_rows()
-    weight = store.learned_map and store.learned_map.weight
+    assert store.learned_map is not None
+    weight = store.learned_map.weight
     model.teach(pixels(3, 50), ["ant", "bee", "new"])
     receipt = model.forget(ids=model.changes[-1].ids)
-    assert [note for note in receipt.notes if note.startswith("the learned map stays")] == [
-        "the learned map stays as it was, and holds a trace of the rows; train it anew without them"
+    said = [note for note in receipt.notes if note.startswith("the learned map stays")]
+    assert said == [
+        "the learned map stays as it was, and holds a trace of the rows; a training, or `hf-knn "
+        "refit` of a head in closed form, makes it anew"
     ]
     model.undo()
     model.undo()
@@ -150,6 +156,19 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     opened = KnnForImageClassification.from_pretrained(tmp_path).datastore
     assert opened is not None
     assert torch.equal(opened.learned_map.weight, weight)
+
+
+def test_refit_leaves_no_trace_of_what_was_forgotten() -> None:
+    model = mapped_model("ridge")
+    model.forget(label="cat")
+    refit(model)
+    store = model.datastore
+    assert isinstance(store, Datastore)
+    fresh = Datastore.from_features(store.features, store.labels, store.ids, index="flat")
+    wanted = train_map(fresh, choose_recipe(fresh, 0), 0)
+    assert store.learned_map is not None
+    assert torch.equal(store.learned_map.weight, wanted)
+    assert torch.equal(store.mean, fresh.mean)
 
 
 def test_a_plain_model_s_receipt_names_no_map() -> None:
@@ -200,7 +219,7 @@ def test_it_is_said(tmp_path: Path) -> None:
     assert "learned metric" not in make_card(tiny_model(), "mine")
 
 
-def test_reasons_and_p_values_are_of_mapped_rows() -> None:
+def test_reasons_are_of_mapped_rows_and_p_values_are_not() -> None:
     model = mapped_model()
     store = model.datastore
     assert isinstance(store, Datastore)
@@ -210,11 +229,41 @@ def test_reasons_and_p_values_are_of_mapped_rows() -> None:
     rows = normalize_rows(store.features.numpy(), mean, store.normalization, store.learned_map)
     query = normalize_rows(features.numpy(), mean, store.normalization, store.learned_map)[0]
     near = rows @ query
-    others = rows @ rows.T
+    plain = normalize_rows(store.features.numpy(), mean, store.normalization)
+    others = plain @ plain.T
     others[range(len(rows)), range(len(rows))] = -2
-    as_far = int((others.max(1) <= near.max() + 1e-9).sum())
-    found = model.explain(features=features)[0]
+    nearest = (plain @ normalize_rows(features.numpy(), mean, store.normalization)[0]).max()
+    as_far = int((others.max(1) <= nearest + 1e-9).sum())
+    explained = model.explain(features=features)
+    assert isinstance(explained, list)
+    found = explained[0]
     assert found.neighbors[0].row_id == int(store.ids[near.argmax()])
     assert found.neighbors[0].similarity == pytest.approx(near.max(), abs=1e-6)
     assert found.typicality == pytest.approx((1 + as_far) / (1 + len(rows)))
     assert len(LABELS) == model.config.classes
+
+
+def test_p_values_stay_valid_behind_a_map_that_knows_its_rows() -> None:
+    """New rows of the same kind: a fifth of them, more or less, has a p-value below a fifth."""
+    model, generator = tiny_model(rows=0), torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 4
+    rows = torch.randn(600, model.config.feature_dim, generator=generator)
+    rows[:, 0] += labels
+    store = Datastore.from_features(rows[:300], labels[:300], index="flat")
+    store.remap(train_map(store, Recipe(0.3, 30), 0))
+    model.datastore = store
+    model.config.learned_metric = True
+    found = model.explain(features=rows[300:])
+    assert isinstance(found, list)
+    low = [one.typicality for one in found if one.typicality is not None and one.typicality < 0.2]
+    assert 0.14 < len(low) / 300 < 0.26
+    assert len(found) == 300
+
+
+def test_the_graph_to_be_exported_maps_too() -> None:
+    model = mapped_model()
+    with torch.no_grad():
+        log_probs, _, ids, _ = GraphModel(model)(pixels(6, 3))
+    wanted = answers(model)
+    torch.testing.assert_close(log_probs, wanted["logits"], rtol=0, atol=1e-3)
+    assert torch.equal(ids[:, :5], wanted["ids"][:, :5])

@@ -223,6 +223,33 @@ def test_many_neighbours_are_found_without_comparing_every_row(
     assert not any(asked), "every row was compared"
 
 
+@pytest.mark.parametrize(("index", "is_exact"), [("flat", True), ("IVF16,Flat", False)])
+def test_rows_are_normalised_once_for_many_queries_with_many_neighbours(
+    index: str, is_exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored, queries = (torch.randn(n, 128, generator=generator) for n in (2000, 400))
+    store = Datastore.from_features(stored, [0] * 2000, index=index, min_recall=0.05)
+    store.build_index()
+    asked = []
+    real = search.Searcher._search_chunk
+
+    def watch(self: search.Searcher, *args: Any) -> Any:
+        asked.append(args[-1])
+        return real(self, *args)
+
+    monkeypatch.setattr(search.Searcher, "_search_chunk", watch)
+    monkeypatch.setattr(search, "_RESCORE_BYTES", 2**22)
+    hits = store.search(queries, 100)
+    assert set(asked) == {is_exact}
+    asked.clear()
+    alone = [store.search(query, 100) for query in queries[:30].split(1)]
+    assert set(asked) == {False}
+    for row, one in enumerate(alone):
+        assert torch.equal(one.ids[0], hits.ids[row])
+        assert torch.equal(one.similarities[0], hits.similarities[row])
+
+
 # leave-one-out in chunks
 
 
