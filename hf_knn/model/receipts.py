@@ -262,8 +262,8 @@ _MAP = (
     "of a head in closed form, makes it anew"
 )
 _AXES = (
-    "the principal axes of the kernel head stay as the training made them, of all rows that it had; "
-    "`hf-knn refit` makes them anew"
+    "the principal axes of the kernel head stay as the training made them, of all rows that it "
+    "had; `hf-knn refit` makes them anew"
 )
 
 _COMPACTION = "their bytes stay in the files of the server until it compacts them"

@@ -1,6 +1,7 @@
 """Ridge regression from products of rows, beside the one from sums over rows."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,13 @@ def test_many_rows_are_left_out_one_by_one_where_they_are_few_for_their_columns(
     monkeypatch.setattr(closed, "HEAD_FEATURES", 64 if is_wide else 16)
     monkeypatch.setattr(closed, "HEAD_COMPONENTS", 8)
     features = rows.float() if is_wide else rows.float()[:, :12]
-    made = []
-    monkeypatch.setattr(closed, "DualRidge", lambda *args: made.append(DualRidge(*args)) or made[0])
+    made: list[DualRidge] = []
+
+    def make(*args: Any) -> DualRidge:
+        made.append(DualRidge(*args))
+        return made[-1]
+
+    monkeypatch.setattr(closed, "DualRidge", make)
     fit = closed.fit_closed("kernel", features, labels, 60)
     assert bool(made) == is_wide
     assert bool(fit.fit.table) != is_alone
