@@ -38,6 +38,9 @@ _BLENDS = {"complementarity": "blend", "lowdata": "blend"}
 """The blend with the linear head, of protocols that have no other head."""
 
 _HEADS = ("heads", "lowdata_heads")
+_OTHERS = ("ridge", "kernel", "lda")
+"""The heads that are taken from these."""
+
 _ALL = "all pictures"
 _FEWEST = 5  # settings for a correlation
 _SCALE = "Squared errors are of probability vectors, times 100."
@@ -100,8 +103,8 @@ def _voice_of(protocol: str, arm: str) -> str:
     """The head of a blend with the neighbours; empty for any other arm."""
     if arm == _BLENDS.get(protocol):
         return "linear"
-    is_blend = protocol in _HEADS and arm.startswith("blend:") and arm.endswith("+knn")
-    return arm.removeprefix("blend:").removesuffix("+knn") if is_blend else ""
+    named = {f"blend:{head}+knn": head for head in _OTHERS}
+    return named.get(arm, "") if protocol in _HEADS else ""
 
 
 def _mean(setting: Setting, voice: str, arm: str, cells: Sequence[Cell]) -> Complement:

@@ -27,10 +27,10 @@ _LOSSES = (
     ("focal", "plain"), ("shuffled", "plain"), ("constant", "plain"),
 )  # fmt: skip
 _HEADS = (
-    ("auto", "linear"), ("auto", "blend:linear+knn"), ("auto", "ridge"),
+    ("auto", "trials"), ("auto", "blend:trials+knn"), ("auto", "ridge"),
     ("auto", "blend:ridge+knn"),
     *((f"blend:{head}+knn", head) for head in ("linear", "ridge", "kernel", "lda")),
-    *((head, "linear") for head in ("ridge", "kernel", "lda")),
+    *((head, "trials") for head in ("linear", "ridge", "kernel", "lda")),
 )  # fmt: skip
 _COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "knn": (*_VOICES, ("blend", "knn"), ("dino", "head")),
@@ -47,7 +47,7 @@ TESTED = frozenset(
     | {("linear", "reweighted", arm) for arm in ("plain", "shuffled", "constant")}
     | {("linear", "focal", "plain"), ("finetune", "blend", "head")}
     | {("lowdata", "blend", "head"), ("lowdata", "knn", "head"), ("robustness", "blend", "head")}
-    | {("heads", "auto", arm) for arm in ("blend:linear+knn", "blend:ridge+knn")}
+    | {("heads", "auto", arm) for arm in ("blend:trials+knn", "blend:ridge+knn")}
 )
 """What is asked across tasks, named beforehand: each further test costs the others power."""
 

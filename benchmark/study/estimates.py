@@ -26,7 +26,7 @@ GPU_SPEEDUP = 40.0
 _PICTURES = 10_000  # where nobody knows
 _WIDTH, _CLASSES = 768, 50
 _ARMS = {
-    "peers": 28, "linear": 7, "knn": 5, "heads": 10, "lowdata": 5, "lowdata_heads": 10,
+    "peers": 28, "linear": 7, "knn": 5, "heads": 12, "lowdata": 5, "lowdata_heads": 12,
     "lowdata_losses": 5, "robustness": 5,
 }  # fmt: skip
 

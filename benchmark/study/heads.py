@@ -1,7 +1,8 @@
 """The heads that `hf-knn train --head auto` chooses among, and what it chooses.
 
-Each is measured alone and beside the neighbours, at the cell that `compare_heads` gives it on what
-is held out; `auto` is the head and the cell that `compare_heads` takes.
+Each is fitted as the command does it, and measured alone and beside the neighbours, at the cell
+that `compare_heads` gives it on what is held out; `auto` is the head and the cell that it takes.
+Beside them stand the linear head and the blend of the other protocols, which have six trials.
 """
 
 from collections.abc import Callable
@@ -27,17 +28,26 @@ HEADS = ("linear", *CLOSED)
 
 
 def measure_heads(voices: Voices) -> dict[str, Arm]:
-    """Every head alone and beside the neighbours, the neighbours alone, and `auto`.
-
-    The linear head and its blend are those of the other protocols, with six trials.
-    """
-    arms = {"linear": voices.head} | {kind: closed_head(voices, kind) for kind in CLOSED}
+    """Every head alone and beside the neighbours, the neighbours alone, and `auto`."""
     choice = _compare(voices)
     cells = {str(score.head): score.best for score in choice.table}
-    beside = {kind: voices.at_cell(arms[kind], cells.get(kind, choice.result)) for kind in CLOSED}
-    arms |= {"knn": voices.knn, "blend:linear+knn": voices.blend}
-    arms |= {f"blend:{kind}+knn": arm for kind, arm in beside.items()}
-    return arms | {"auto": _chosen(voices, choice)}
+    arms = {head: _head(voices, head) for head in HEADS}
+    beside = {
+        f"blend:{head}+knn": voices.at_cell(arm, cells.get(head, choice.result))
+        for head, arm in arms.items()
+    }
+    arms |= {"trials": voices.head, "knn": voices.knn} | beside
+    return arms | {"blend:trials+knn": voices.blend, "auto": _chosen(voices, choice)}
+
+
+def linear_head(voices: Voices) -> Arm:
+    """The linear head of `hf-knn train`, one recipe, on the training pictures."""
+    if "linear" not in voices.fitted:
+        train = voices.split.train
+        with voices.phases.phase(FIT_HEADS):
+            fit = fit_linear(train.head, train.labels, voices.num_labels, seed=voices.seed)
+        voices.fitted["linear"] = _asked(voices, fit.log_probs, {})
+    return voices.fitted["linear"]
 
 
 def closed_head(voices: Voices, kind: str, cell: ClosedCell | None = None) -> Arm:
@@ -73,15 +83,13 @@ def _compare(voices: Voices) -> HeadChoice:
 
 def _chosen(voices: Voices, choice: HeadChoice) -> Arm:
     """What the model answers that has the head and the cell that were chosen."""
-    if choice.head == "linear":
-        train = voices.split.train
-        with voices.phases.phase(FIT_HEADS):
-            fit = fit_linear(train.head, train.labels, voices.num_labels, seed=voices.seed)
-        head = _asked(voices, fit.log_probs, {})
-    else:
-        head = closed_head(voices, str(choice.head), choice.fixed)
+    head = _head(voices, str(choice.head), choice.fixed)
     found = voices.at_cell(head, choice.result)
     return Arm(found.validation, found.test, {"head": str(choice.head), **found.chosen})
+
+
+def _head(voices: Voices, head: str, cell: ClosedCell | None = None) -> Arm:
+    return linear_head(voices) if head == "linear" else closed_head(voices, head, cell)
 
 
 def _asked(voices: Voices, answer: Callable[[Tensor], Tensor], chosen: dict[str, Any]) -> Arm:

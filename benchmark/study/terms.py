@@ -50,8 +50,8 @@ def _rows(
     head, knn, both = (part.double().exp() for part in (first, second, blend))
     places = labels.unsqueeze(1)
     head_own, knn_own, both_own = (p.gather(1, places).squeeze(1) for p in (head, knn, both))
-    head_own, both_own = head_own.clamp_min(FLOOR), both_own.clamp_min(FLOOR)
-    ratio = (1 - weight) + weight * knn_own / head_own
+    floored = head_own.clamp_min(FLOOR)
+    ratio = ((1 - weight) * head_own + weight * knn_own).clamp_min(FLOOR) / floored
     return {
         "disagreement": (knn - head).square().sum(1),
         "error_first": _squared_error(head, places),
@@ -59,8 +59,8 @@ def _rows(
         "error": _squared_error(both, places),
         "top1_first": head.argmax(1) == labels,
         "top1_second": knn.argmax(1) == labels,
-        "log_gain": torch.log(ratio.maximum(FLOOR / head_own)),
-        "log_gain_measured": both_own.log() - head_own.log(),
+        "log_gain": ratio.log(),
+        "log_gain_measured": both_own.clamp_min(FLOOR).log() - floored.log(),
     }
 
 

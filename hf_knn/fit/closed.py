@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -15,6 +16,7 @@ from ..data.splits import few_rows
 from ..model.closed_form import check_weighting, prepare_rows
 from ..model.ridge import RidgeState
 from ..model.scatter import rounding
+from .dual import DualRidge
 from .lda import fit_lda, within_scale
 from .ridge import RELATIVE_REGULARIZERS, RidgeFit, RidgeScore, fit_ridge, scale_of, score_sample
 
@@ -274,28 +276,37 @@ def _choose_regularizer(
     num_labels: int,
     start: float,
 ) -> RidgeFit:
-    """Uphill from a relative regulariser, scored on a sample of the rows that are left out."""
+    """Uphill from a relative regulariser, scored by leave-one-out.
+
+    All rows are left out where they are fewer than the columns, else a sample of them.
+    """
     state = _summed(head, features, labels, num_labels)
-    scale, gram = scale_of(state), state.centered_gram()
-    sample, own = _sample(features, labels, _MOST_LEFT_OUT)
-    rows = prepare_rows(head, sample)
-    grid = list(RELATIVE_REGULARIZERS)
+    grid, scale, system = list(RELATIVE_REGULARIZERS), scale_of(state), None
+    if len(labels) < head.classifier.in_features:
+        system = DualRidge(prepare_rows(head, features), labels, num_labels)
+        measure = system.score
+    else:
+        sample, own = _sample(features, labels, _MOST_LEFT_OUT)
+        measure = partial(
+            score_sample, state, state.centered_gram(), prepare_rows(head, sample), own
+        )
     table: dict[int, RidgeScore] = {}
 
     def score(place: int) -> float:
         if place not in table:
-            table[place] = score_sample(state, gram, rows, own, grid[place] * scale)
+            table[place] = measure(grid[place] * scale)
         return table[place].log_likelihood
 
-    best = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start)))
-    for step in (1, -1):
-        while 0 <= best + step < len(grid) and score(best + step) > score(best):
-            best += step
-    score(best)
-    chosen = table[best]
-    weight, bias = state.solve(chosen.regularizer)
+    best, temperature = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start))), 1.0
+    if bool((labels.bincount() > 1).any()):  # else no row can be left out
+        for step in (1, -1):
+            while 0 <= best + step < len(grid) and score(best + step) > score(best):
+                best += step
+        score(best)
+        temperature = table[best].temperature
+    weight, bias = (system or state).solve(grid[best] * scale)
     tried = [table[place] for place in sorted(table)]
-    return RidgeFit(weight, bias, chosen.temperature, chosen.regularizer, tried, state)
+    return RidgeFit(weight, bias, temperature, grid[best] * scale, tried, state)
 
 
 def _sample(features: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:

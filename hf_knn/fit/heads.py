@@ -27,6 +27,7 @@ from .grids import (
     ProbeGrid,
     ProbeSettings,
 )
+from .metric import learn_again
 from .ridge import RidgeFit
 from .sweep import ProbeChoice, ProbeHeads, ProbeScore, choose_probe, score_probes, train_probes
 from .voices import OwnVotes
@@ -105,8 +106,8 @@ def refit(model: KnnForImageClassification) -> RidgeFit:
     """Makes a closed-form head anew from the rows that are stored, as training on them would.
 
     What was taught and forgotten since the training left regulariser, temperature, mean and, of a
-    kernel head, the principal axes as they were: both voices are what a fit of all rows *with
-    those* would be. This chooses them anew.
+    kernel head, the principal axes as they were, and a learned map: both voices are what a fit of
+    all rows *with those* would be. This chooses them anew.
     k, temperature and λ of the blend stay; thresholds for `explain(max_error=…)` and numbers that
     were measured are gone, since they are of another head.
 
@@ -138,6 +139,7 @@ def refit(model: KnnForImageClassification) -> RidgeFit:
         )
     with store.changed() as fresh:
         fresh.recenter()
+        learn_again(fresh)
     head = copy.deepcopy(model.head)
     fit = _solve_anew(
         head, config, fresh.features, fresh.labels, fresh.mean, config.head_class_weighting, seed=0

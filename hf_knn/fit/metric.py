@@ -250,6 +250,17 @@ def train_map(store: Datastore, recipe: Recipe, seed: int) -> Tensor:
     return learned / learned.abs().max()
 
 
+def learn_again(store: Datastore, seed: int = 0) -> None:
+    """Trains the map of a datastore anew on the rows that it has now, if it has a map.
+
+    Args:
+        store: is changed in place.
+        seed: of what is drawn.
+    """
+    if store.learned_map is not None and len(store):
+        store.remap(train_map(store, choose_recipe(store, seed), seed))
+
+
 def _drawn(store: Datastore, seed: int) -> tuple[Tensor, Tensor]:
     """Rows [n, D] as they are compared without a map, and labels [n] numbered anew."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from ..store.hub import PAGE_NAME, REPORT_NAME
 from .gallery import Gallery
 from .intervals import SURENESS, Comparison, Number
 from .measure import WITHOUT_STORED
-from .report_page import write_report
+from .report_page import findings, write_report
 
 NOBODY = -1
 """The answer to a picture of which no voice knows any class."""
@@ -188,6 +188,7 @@ class Report:
             "metrics": _plain(self.metrics),
             "model": _plain(self.facts),
             "notes": list(self.notes),
+            "findings": findings(self),
         }
 
     def save(self, folder: str | Path) -> Path:

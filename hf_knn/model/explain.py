@@ -207,7 +207,9 @@ def explain(
     if store is not None and wide is not None and len(store) > 1:
         p_values = _calibrated(model, store).p_values(wide, store_part.float(), sample_ids)
     return [
-        _explain_one(config, answers, row, p_values and p_values[row], level, threshold)
+        _explain_one(
+            config, answers, row, None if p_values is None else p_values[row], level, threshold
+        )
         for row in range(len(features))
     ]
 

@@ -257,10 +257,13 @@ _PICTURE = "the picture of neighbours for the model card was removed: it may hav
 
 _MEAN = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
 
-_MAP = "the learned map stays as it was, and holds a trace of the rows; train it anew without them"
+_MAP = (
+    "the learned map stays as it was, and holds a trace of the rows; a training, or `hf-knn refit` "
+    "of a head in closed form, makes it anew"
+)
 _AXES = (
-    "the principal axes of the kernel head stay as they were made, also from these rows; `hf-knn "
-    "refit` makes them anew"
+    "the principal axes of the kernel head stay as the training made them, of all rows that it "
+    "had; `hf-knn refit` makes them anew"
 )
 
 _COMPACTION = "their bytes stay in the files of the server until it compacts them"

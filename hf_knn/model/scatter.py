@@ -19,6 +19,8 @@ from torch import Tensor
 _MOST_ROWS = 128
 """Beside a factor; more go into the matrix, and the factor is made again when it is needed."""
 
+_BLOCK = 512
+
 _LEAST = 1e-5
 """Eigenvalue of ``S + U' A^-1 U``, of which each power of ten below 1 costs a digit."""
 
@@ -186,7 +188,8 @@ class Scatter:
         Returns:
             [F, Q]; None where rows went without which too little is left.
         """
-        small = torch.addmm((self.signs * regularizer).diag(), self.rows, self.rows.T)
+        small = products(self.rows)
+        small.diagonal().add_(self.signs * regularizer)
         through = self.rows @ sides
         if bool((self.signs > 0).all()):
             lower, failed = torch.linalg.cholesky_ex(small)
@@ -209,6 +212,20 @@ class Scatter:
             self.matrix, self._is_own = self.matrix.clone(), True
         self._factor = None
         return self.matrix
+
+
+def products(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``, of which half is computed.
+
+    Args:
+        rows: [N, F].
+    """
+    found = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found[block, : block.stop] = rows[block] @ rows[: block.stop].T
+        found[:start, block] = found[block, :start].T
+    return found
 
 
 def solve_gram(gram: Tensor, cross: Tensor, regularizer: float) -> Tensor:

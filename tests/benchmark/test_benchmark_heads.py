@@ -8,7 +8,7 @@ from support.benchmark_cells import Plan, write_run
 from support.made_up_study import study_of
 
 from hf_knn import blend_log_probs, knn_log_probs
-from hf_knn.fit import LabelledRows, compare_heads, fit_closed
+from hf_knn.fit import LabelledRows, compare_heads, fit_closed, fit_linear
 from reporting.cells import Results, load_results
 from reporting.document import Grid
 from reporting.heads import (
@@ -21,7 +21,7 @@ from reporting.heads import (
     head_blocks,
 )
 from study.arms_of import Split, Voices
-from study.heads import CLOSED, measure_heads
+from study.heads import measure_heads
 from study.pool import Rows
 
 CLASSES = 4
@@ -45,8 +45,9 @@ def labelled(part: Rows) -> LabelledRows:
 
 def test_every_head_is_measured_alone_and_beside_the_neighbours(voices):
     arms = measure_heads(voices)
-    heads = ("linear", *CLOSED)
-    assert set(arms) == {*heads, "knn", "auto", *(f"blend:{head}+knn" for head in heads)}
+    voiced = (*HEADS, "trials")
+    assert set(arms) == {*voiced, "knn", "auto", *(f"blend:{head}+knn" for head in voiced)}
+    assert torch.equal(arms["trials"].test, voices.head.test)
     labels = voices.split.test.labels
     for name, arm in arms.items():
         total = arm.test.double().exp().sum(1)
@@ -54,12 +55,15 @@ def test_every_head_is_measured_alone_and_beside_the_neighbours(voices):
         assert accuracy_score(labels, arm.test.argmax(1)) > 0.5, name
 
 
-@pytest.mark.parametrize("kind", CLOSED)
-def test_a_closed_head_and_its_blend_are_those_of_the_package(kind, voices):
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_and_its_blend_are_those_of_the_package(kind, voices):
     train, validation, test = voices.split
     arms = measure_heads(voices)
-    fit = fit_closed(kind, train.head, train.labels, CLASSES, seed=0)
-    assert torch.equal(arms[kind].test, fit.log_probs(test.head))
+    if kind == "linear":
+        answer = fit_linear(train.head, train.labels, CLASSES, seed=0).log_probs
+    else:
+        answer = fit_closed(kind, train.head, train.labels, CLASSES, seed=0).log_probs
+    assert torch.equal(arms[kind].test, answer(test.head))
     choice = compare_heads(labelled(train), labelled(validation), CLASSES, seed=0)
     cell = next(score.best for score in choice.table if score.head == kind)
     near = voices.store.search(test.store, max(1, cell.k))
@@ -77,8 +81,7 @@ def test_auto_answers_as_the_head_that_was_chosen(voices):
     assert (auto.chosen["head"], auto.chosen["knn_weight"]) == (
         choice.head, choice.result.knn_weight,
     )  # fmt: skip
-    if choice.head != "linear":  # whose recipe is that of `hf-knn train`
-        torch.testing.assert_close(auto.test, arms[f"blend:{choice.head}+knn"].test)
+    torch.testing.assert_close(auto.test, arms[f"blend:{choice.head}+knn"].test)
 
 
 @pytest.mark.parametrize("shots", [1, 2])

@@ -51,6 +51,7 @@ def test_kept_it_is_stored_and_named(
     assert json.loads((output / "datastore.json").read_text())["format_version"] == 2
     model: Any = KnnForImageClassification.from_pretrained(output)
     assert str(model.datastore.learned_map) in (output / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)  # where the page goes
     found = hf_knn("inspect", output)
     assert found.exit_code in (0, 1), found.output
     assert str(model.datastore.learned_map) in found.output

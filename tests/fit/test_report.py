@@ -159,6 +159,7 @@ def test_all_wrong(tmp_path: Path) -> None:
     assert "0 % of 4 (at most 49 %)" in page
     assert [row["confused_with"] for row in found["classes"]] == ["bee", "cat", "dog", "ant"]
     assert findings(report)[-1].startswith("4 of 4 wrong answers are at least 90% sure")
+    assert found["findings"] == findings(report)
 
 
 def test_two_classes_one_of_them_without_a_picture_and_one_picture(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hf_knn import Datastore, KnnForImageClassification
 from hf_knn.commands.checks import _facts
 from hf_knn.core.manifest import DatastoreError
 from hf_knn.core.search import normalize_rows
-from hf_knn.fit.metric import Recipe, train_map
+from hf_knn.fit import refit
+from hf_knn.fit.metric import Recipe, choose_recipe, train_map
 from hf_knn.model.card import make_card
 from hf_knn.model.compare import compare
 from hf_knn.model.export import GraphModel
@@ -138,8 +139,10 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     weight = store.learned_map.weight
     model.teach(pixels(3, 50), ["ant", "bee", "new"])
     receipt = model.forget(ids=model.changes[-1].ids)
-    assert [note for note in receipt.notes if note.startswith("the learned map stays")] == [
-        "the learned map stays as it was, and holds a trace of the rows; train it anew without them"
+    said = [note for note in receipt.notes if note.startswith("the learned map stays")]
+    assert said == [
+        "the learned map stays as it was, and holds a trace of the rows; a training, or `hf-knn "
+        "refit` of a head in closed form, makes it anew"
     ]
     model.undo()
     model.undo()
@@ -153,6 +156,19 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     opened = KnnForImageClassification.from_pretrained(tmp_path).datastore
     assert opened is not None
     assert torch.equal(opened.learned_map.weight, weight)
+
+
+def test_refit_leaves_no_trace_of_what_was_forgotten() -> None:
+    model = mapped_model("ridge")
+    model.forget(label="cat")
+    refit(model)
+    store = model.datastore
+    assert isinstance(store, Datastore)
+    fresh = Datastore.from_features(store.features, store.labels, store.ids, index="flat")
+    wanted = train_map(fresh, choose_recipe(fresh, 0), 0)
+    assert store.learned_map is not None
+    assert torch.equal(store.learned_map.weight, wanted)
+    assert torch.equal(store.mean, fresh.mean)
 
 
 def test_a_plain_model_s_receipt_names_no_map() -> None:

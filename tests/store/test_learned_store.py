@@ -2,14 +2,16 @@
 
 import copy
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.stored import MANIFEST, blob_of, read_manifest, write_manifest
+from support.stored import MANIFEST, blob_of, content, read_manifest, write_manifest
 
 from hf_knn.core.learned import LearnedMap
 from hf_knn.core.manifest import DatastoreError, FileRecord, Manifest
@@ -172,6 +174,49 @@ def test_an_index_is_of_mapped_rows(tmp_path: Path, index: str, metric: str, tru
     exact.add(drawn(3, DIM, seed=8), [1, 1, 1])
     found, wanted = opened.search(QUERIES, 5).ids, exact.search(QUERIES, 5).ids
     assert (found == wanted).float().mean() > 0.9
+
+
+# ---- the format for ever -------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "datastore-v2"
+
+
+def golden_store() -> Datastore:
+    features = torch.tensor(
+        [[1.0, 2.0, -1.0], [0.0, -3.0, 0.5], [4.0, 0.25, 2.0], [-5.0, 1.0, 8.0]]
+    )
+    store = Datastore.from_features(
+        features, [0, 1, 1, 2], [7, 3, 2**40, 5], normalization="l2", paths=["a", "", "c.png", "d"]
+    )
+    store.source = {"dataset": "golden", "split": "train"}
+    store.remap(torch.tensor([[1.0, 0.5, -2.0], [0.0, 4.0, 0.25]]))
+    return store
+
+
+@pytest.mark.skipif(
+    "HF_KNN_WRITE_GOLDEN" not in os.environ,
+    reason="writes the golden files: only with a new format version",
+)
+@pytest.mark.usefixtures("without_faiss")
+def test_write_golden_files() -> None:
+    assert not GOLDEN.exists(), f"delete {GOLDEN} first"
+    golden_store().save(GOLDEN)
+
+
+@pytest.mark.usefixtures("without_faiss")  # the index's bytes depend on faiss's version
+def test_golden_files_load_and_save_to_the_same_bytes(tmp_path: Path) -> None:
+    copied = shutil.copytree(GOLDEN, tmp_path / "copied")  # a save may link to what was loaded
+    loaded = Datastore.load(copied)
+    assert loaded.learned_map is not None
+    assert loaded.learned_map.weight.tolist() == [[1.0, 0.5, -2.0], [0.0, 4.0, 0.25]]
+    # mapped: (4, 7.75), (-2.5, -11.875), (0.125, 1.5), (-20.5, 6)
+    found = loaded.search(torch.tensor([[1.0, 1.0, 1.0]]), 4)  # -> (-0.5, 4.25)
+    assert found.ids.tolist() == [[2**40, 7, 5, 3]]
+    wanted = [0.98002, 0.82895, 0.39111, -0.94778]
+    assert found.similarities[0].tolist() == pytest.approx(wanted, abs=1e-5)
+    loaded.save(tmp_path / "again")
+    golden_store().save(tmp_path / "anew")  # has no file to link, writes every byte
+    assert content(tmp_path / "again") == content(tmp_path / "anew") == content(GOLDEN)
 
 
 # ---- tampering ----------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ POOL, TEST = 400, 120
 KS, TEMPERATURES = [1, 5, 20, 50], [0.01, 0.07, 0.14, 0.5, 1.0]
 HEAD_STRENGTHS = {
     "linear": 2.2, "ridge": 2.3, "kernel": 2.4, "lda": 2.1, "knn": 1.8, "blend:linear+knn": 2.4,
-    "blend:ridge+knn": 2.5, "blend:kernel+knn": 2.55, "blend:lda+knn": 2.3, "auto": 2.6,
+    "trials": 2.2, "blend:trials+knn": 2.4, "blend:ridge+knn": 2.5, "blend:kernel+knn": 2.55,
+    "blend:lda+knn": 2.3, "auto": 2.6,
 }  # fmt: skip
 STRENGTHS: dict[str, dict[str, float]] = {
     "knn": {"head": 2.2, "knn": 1.8, "blend": 2.4, "fixed": 2.3, "dino": 1.7},
