@@ -8,7 +8,7 @@ import numpy as np
 from reporting.cells import Cell, Results
 from reporting.document import Block, Grid, Text
 from reporting.tables import values_of
-from reporting.words import MINUS, arm_name, percent, points
+from reporting.words import MINUS, arm_name, percent, plural, points
 
 HEADS = ("linear", "ridge", "kernel", "lda")
 AUTO, KNN, ALWAYS = "auto", "knn", "blend:ridge+knn"
@@ -85,7 +85,8 @@ def _reach(settings: Settings, which: str) -> str:
     linear, today = (_mean(settings, _top1(arm)) for arm in (TRIALS, TODAY))
     best = _mean(settings, _best(_others(settings)))
     return (
-        f"Auto reaches {percent(auto)} % on average over {len(settings)} settings{which}: "
+        f"Auto reaches {percent(auto)} % on average over {len(settings)} "
+        f"{plural(len(settings), 'setting')}{which}: "
         f"{points(auto - always, 2)} points against always ridge with k-NN ({percent(always)} %), "
         f"{points(auto - best, 2)} against the best arm of each setting chosen on test "
         f"({percent(best)} %), {points(auto - linear, 2)} against always the linear "

@@ -6,7 +6,7 @@ MINUS, DASH = "\u2212", "\u2013"
 _DROPPED = ("Cc", "Cf", "Cs", "Co")
 ARM_NAMES = {
     "fixed": "fixed blend",
-    "trials": "linear, six trials",
+    "trials": "six-trial linear",
     "knn_sklearn": "k-NN (scikit-learn)",
     "ncm": "nearest class mean",
     "kernel_ridge": "kernel ridge",
