@@ -20,7 +20,7 @@ PROTOCOLS = {
     "lowdata_heads": (
         "Which head, with few pictures?",
         "As above, everything chosen on folds of the few pictures. Below 3 per class auto compares "
-        "nothing: it takes ridge with a fixed regulariser and the fixed cell of the blend.",
+        "nothing: it takes ridge alone.",
     ),
     "lowdata_losses": (
         "Losses, few pictures",

@@ -267,7 +267,7 @@ class KnnTrainer(SavingTrainer):
         features = self.train_features or self._features_of(self.train_dataset)
         self.train_features = features
         fixed = None if choice is None else choice.fixed
-        if fixed is None:
+        if choice is not None and choice.table:
             choice = None  # of other rows
         if not criterion and not can_hold_out(features):
             return None, choice

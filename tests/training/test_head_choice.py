@@ -375,17 +375,18 @@ def test_stored_pictures_of_a_validation_set_are_not_compared_on(
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_below_three_labels_a_class_it_is_a_fixed_ridge(each: int, tmp_path: Path) -> None:
+def test_below_three_labels_a_class_it_is_a_ridge_alone(each: int, tmp_path: Path) -> None:
     rows = cloud(3 * each, spread=0.5)
     trainer = trainer_of(tmp_path, rows)
     trainer.train()
     choice, config = trainer.head_choice, trainer.model.config
     assert choice is not None
-    assert (choice.head, choice.fixed) == ("ridge", FIXED_CELL)
+    assert (choice.head, choice.fixed) == ("ridge", FIXED_CELL if each == 1 else None)
     assert "Too few labels" in choice.say()
     assert config.head == "ridge"
-    assert config.head_temperature == FIXED_CELL.temperature
-    wanted = fit_closed("ridge", rows.features, rows.labels, 3, cell=FIXED_CELL)
+    assert (config.head_temperature == FIXED_CELL.temperature) == (each == 1)
+    stored = trainer.model.datastore.features.float()  # what the head is fitted on
+    wanted = fit_closed("ridge", stored, rows.labels, 3, cell=choice.fixed)
     asked = cloud(30, seed=4).features
     with torch.no_grad():
         found = trainer.model.head(asked).log_softmax(1)
