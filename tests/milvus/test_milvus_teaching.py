@@ -91,7 +91,7 @@ def test_every_change_is_that_of_embedded_rows(head, uri, name, tmp_path, monkey
         torch.testing.assert_close(pair[0].logits, pair[1].logits, rtol=1e-5, atol=1e-5)
         if head == "ridge":
             weight = model.config.head_regularizer
-            solved = [one.memory.tally.ridge.solve(weight) for one in (model, other)]
+            solved = [one.memory.tally.state.solve(weight) for one in (model, other)]
             for wanted, found in zip(*solved, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
     other.datastore.verify()
