@@ -128,7 +128,13 @@ ASKING: list[tuple[tuple[object, ...], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "head", "named"), ASKING)
+@pytest.mark.parametrize(
+    ("options", "head", "named"),
+    [
+        pytest.param(*asking, marks=() if "--epochs" in asking[0] else pytest.mark.slow)
+        for asking in ASKING
+    ],
+)
 def test_an_option_that_one_head_uses_chooses_it(
     options: tuple[object, ...], head: str, named: str, place: Path, tmp_path: Path
 ) -> None:

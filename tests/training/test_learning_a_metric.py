@@ -48,7 +48,10 @@ def store_of(trainer: KnnTrainer) -> Datastore:
     return store
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "ridge", "lda", "kernel", "auto"])
+SLOWER = [pytest.param(head, marks=pytest.mark.slow) for head in ("linear", "mlp")]
+
+
+@pytest.mark.parametrize("head", ["ridge", "lda", "kernel", "auto", *SLOWER])
 def test_kept_whatever_the_head(head: str, tmp_path: Path) -> None:
     trainer = trained(tmp_path, hidden(), head)
     choice, store = trainer.metric_choice, store_of(trainer)
@@ -114,6 +117,7 @@ def test_folds_are_asked_with_maps_of_their_own(
     assert asked == 90
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_tuned_with_maps_of_its_folds(tmp_path: Path) -> None:
     features = hidden()
     first = trained(tmp_path, features)
