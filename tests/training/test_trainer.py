@@ -54,7 +54,7 @@ from hf_knn.data.splits import split_rows, stratified_folds
 from hf_knn.features.extract import ImageFeatures
 from hf_knn.fit import measure as measure_module
 from hf_knn.fit.blend import TEMPERATURES, default_grid
-from hf_knn.fit.measure import HeldOut
+from hf_knn.fit.held_out import HeldOut, choose_cell
 from hf_knn.fit.metrics import thresholds
 from hf_knn.training.arguments import HEAD
 
@@ -881,15 +881,15 @@ def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
 ) -> None:
     seen: dict[str, list[Tensor]] = {"chosen": [], "told": []}
 
-    def spied_tune(neighbors: Neighbors, head: Tensor, labels: Tensor, *args: Any, **kwargs: Any):
-        seen["chosen"].append(head)
-        return tune(neighbors, head, labels, *args, **kwargs)
+    def spied_choice(rows: HeldOut, *args: Any, **kwargs: Any):
+        seen["chosen"].append(rows.labels)
+        return choose_cell(rows, *args, **kwargs)
 
     def spied_thresholds(log_probs: Tensor, labels: Tensor, rates: Any) -> dict[str, float]:
         seen["told"].append(labels)
         return thresholds(log_probs, labels, rates)
 
-    monkeypatch.setattr(measure_module, "tune", spied_tune)
+    monkeypatch.setattr(measure_module, "choose_cell", spied_choice)
     monkeypatch.setattr(measure_module, "thresholds", spied_thresholds)
     rows = cloud(120)
     trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=rows)
