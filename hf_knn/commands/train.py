@@ -186,7 +186,7 @@ def _report(
     (options.output / TRAINING_NAME).write_text(json_text(report) + "\n", encoding="utf-8")
     page = None if measured is None else measured.save(options.output)
     how = "a validation set" if parts.validation is not None else "cross-validation"
-    console.print(result.say(f"on {how}"))
+    console.print(result.say(f"on {how}"), soft_wrap=True)
     if measured is not None:
         is_known = measured.stored and isinstance(parts.test, ImageFeatures)
         names = stored_names(model, parts.test) if is_known else []

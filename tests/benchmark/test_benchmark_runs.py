@@ -37,7 +37,7 @@ from study.phases import PEERS as PEERS_PHASE
 from study.pool import OpenBackbone
 from study.protocols import PROTOCOLS
 from study.runner import Options, Run
-from study.suites import make_cells
+from study.suites import SUITES, make_cells
 from study.twins import Twins, near_duplicates
 
 ROOT = Path(__file__).parents[2]
@@ -424,7 +424,7 @@ def test_two_ranks_give_the_numbers_of_one(launcher, place, tmp_path):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    assert len(arms_of(tmp_path / "one")) == 15
+    assert len(arms_of(tmp_path / "one")) == 3 * len(SUITES["offline"]["protocols"])
     assert arms_of(tmp_path / "one") == arms_of(tmp_path / "two")
     finished = [json.loads(p.read_text()) for p in (tmp_path / "two" / "cells").glob("*.json")]
     assert {document["provenance"]["world_size"] for document in finished} == {2}
