@@ -90,6 +90,8 @@ class TuneResult:
         wanted = f"{self.rows} {where}; {FEW_LABELS} a class are wanted"
         few = f"Too few labels to choose by ({wanted}), so"
         if self.criterion == Criterion.FIXED:
+            if self.has_few_labels and self.knn_weight == 0:
+                return f"{few} the head answers alone (λ = 0); the neighbours only explain."
             if self.has_few_labels:
                 return f"{few} the fixed cell is taken: {cell}."
             return f"The fixed cell, as asked for: {cell}."

@@ -261,6 +261,7 @@ def test_below_three_labels_a_class_nothing_is_compared(counts: Sequence[int], f
         assert ("by leave-one-out" in found.say()) == (fixed is None)
         assert (found.result.k, found.result.temperature, found.result.knn_weight) == (20, 0.14, 0)
         assert "Too few labels" in found.say()
+        assert "the head answers alone (λ = 0)" in found.result.say("rows held out")
 
 
 def test_few_labels_fix_k_and_temperature_but_not_head_and_weight() -> None:
