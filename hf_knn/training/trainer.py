@@ -225,8 +225,8 @@ class KnnTrainer(SavingTrainer):
         unless a criterion is named: on so few, chance would choose. λ is 0.5 where no row can be
         held out, and 0 beside a head of fewer than 3 labels a class, see `head_choice`.
 
-        Half of the rows are chosen on; on the others, which nothing was chosen on, thresholds for
-        `explain(max_error=…)` are found.
+        Half of the rows are chosen on, and thresholds for `explain(max_error=…)` found on the others.
+        Few are all chosen on; then each half is judged by what the other would choose.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
