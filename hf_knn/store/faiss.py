@@ -105,9 +105,6 @@ class FaissFlat:
         self.index.add(rows)
         self.rounding = float32_rounding(rows.shape[1])
 
-    def __repr__(self) -> str:
-        return "faiss flat"
-
     def add(self, rows: Singles) -> None:
         """See `GrowingFirstPass.add`."""
         self.index.add(rows)

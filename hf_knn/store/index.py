@@ -27,6 +27,7 @@ from .quickest import build_quickest, quickest_for_batches
 from .recall import RECALL_K, Queries, RecallTest
 from .searcher import (
     ApproximateSearcher,
+    GrowingFirstPass,
     GrowingSearcher,
     IndexSpace,
     PlacedFirstPass,
@@ -186,6 +187,7 @@ def build_searcher(
         if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, space.width)
             return GrowingSearcher(features, ids, space, flat), info, stored
+        first_pass: GrowingFirstPass
         if placement == Placement():
             first_pass = build_quickest(features, space)
         else:

@@ -79,9 +79,6 @@ class FloatFormat:
         self.rounding = 0.0 if dtype == torch.float32 else 2.0**-8
         self.extra = 12 if dtype == torch.float32 else 44
 
-    def __repr__(self) -> str:
-        return str(self.products).removeprefix("torch.")
-
     def code(self, vectors: Tensor) -> Coded:
         """See `NumberFormat.code`."""
         codes = vectors.to(self.products)
@@ -114,9 +111,6 @@ class Int8Format:
     """
 
     products, rounding, extra = torch.int32, 0.0, 44
-
-    def __repr__(self) -> str:
-        return "int8"
 
     def code(self, vectors: Tensor) -> Coded:
         """See `NumberFormat.code`."""
@@ -185,9 +179,6 @@ class Products:
         self.rest = rows[:0]  # the rows of it
         self.count = 0
         self.add(rows)
-
-    def __repr__(self) -> str:
-        return f"{self.format} products"
 
     def add(self, rows: Singles) -> None:
         """See `GrowingFirstPass.add`."""

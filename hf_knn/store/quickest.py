@@ -137,7 +137,7 @@ def choose(times: Times) -> tuple[str, str]:
     return single, batch
 
 
-def build_quickest(features: Rows, space: RowSpace) -> GrowingFirstPass:
+def build_quickest(features: Rows, space: RowSpace) -> "Quickest":
     """The fastest for these rows.
 
     One with short numbers must also leave few rows in doubt: that depends on how near to each other
@@ -149,7 +149,7 @@ def build_quickest(features: Rows, space: RowSpace) -> GrowingFirstPass:
     """
     made = contenders()
     if len(features) < FEWEST_ROWS:
-        return _filled(made[_FLOAT32], features, space)
+        return Quickest({_FLOAT32: _filled(made[_FLOAT32], features, space)}, _FLOAT32, _FLOAT32)
     times = dict(times_of(len(features), space.width + space.is_l2))
     built: dict[str, GrowingFirstPass] = {}
     while True:
@@ -164,33 +164,36 @@ def build_quickest(features: Rows, space: RowSpace) -> GrowingFirstPass:
             first_pass.extra = max(extra or 0, first_pass.extra)
             built[name] = first_pass
         else:
-            single, batch = (built[name] for name in names)
-            return batch if single is batch else BySize(single, batch)
+            return Quickest({name: built[name] for name in names}, *names)
 
 
-class BySize:
-    """Two first passes over the same rows: for few queries, and for many.
+class Quickest:
+    """One or two first passes over the same rows.
 
     Args:
-        few: for few queries at once.
-        many: for more.
+        inside: the first passes, by name.
+        few: the name of that for few queries at once.
+        many: the name of that for more.
     """
 
-    def __init__(self, few: GrowingFirstPass, many: GrowingFirstPass) -> None:
-        self.few, self.many, self.extra = few, many, max(few.extra, many.extra)
+    def __init__(self, inside: dict[str, GrowingFirstPass], few: str, many: str) -> None:
+        self.inside, self.few, self.many = inside, few, many
+        self.extra = max(first_pass.extra for first_pass in inside.values())
 
     def __repr__(self) -> str:
+        if self.few == self.many:
+            return self.few
         return f"{self.few} for up to {_FEW_QUERIES} queries, {self.many} for more"
 
     def add(self, rows: Singles) -> None:
         """See `GrowingFirstPass.add`."""
-        self.few.add(rows)
-        self.many.add(rows)
+        for first_pass in self.inside.values():
+            first_pass.add(rows)
 
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         chosen = self.few if len(queries) <= _FEW_QUERIES else self.many
-        return chosen.candidates(queries, count)
+        return self.inside[chosen].candidates(queries, count)
 
 
 def extra_needed(first_pass: GrowingFirstPass, features: Rows, space: RowSpace) -> int | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_knn.store import quickest
 from hf_knn.store.datastore import Datastore
+from hf_knn.store.faiss import FaissFlat
 from hf_knn.store.products import Products
-from hf_knn.store.quickest import BySize, Milliseconds
+from hf_knn.store.quickest import Milliseconds, Quickest
 
 ROWS, WIDTH = 700, 16
 CONTENDERS = ("float32", "bfloat16", "int8", "faiss")
@@ -52,9 +53,13 @@ def let_win(monkeypatch: pytest.MonkeyPatch, single: str, batch: str) -> None:
 
 
 def kinds_of(store: Datastore) -> list[str]:
-    first_pass = store.build_index().first_pass
-    parts = [first_pass.few, first_pass.many] if isinstance(first_pass, BySize) else [first_pass]
-    return [str(part).split()[0] for part in parts]
+    first_pass = store.build_index().index
+    assert isinstance(first_pass, Quickest)
+    for name, inside in first_pass.inside.items():
+        assert type(inside) is (FaissFlat if name == "faiss" else Products)
+    assert str(first_pass).startswith(first_pass.few)
+    assert str(first_pass).endswith(first_pass.many if len(first_pass.inside) == 1 else "for more")
+    return list(first_pass.inside)
 
 
 def test_each_is_measured_for_both_kinds_of_call() -> None:
@@ -201,7 +206,7 @@ def test_as_many_candidates_are_asked_for_as_the_rows_need(monkeypatch: pytest.M
 def test_few_rows_are_not_worth_a_measurement(measured: list[tuple[int, int]]) -> None:
     few = quickest.FEWEST_ROWS - 1
     store = Datastore.from_features(normal(0, few, 4), [0] * few, index="flat")
-    assert isinstance(store.build_index().first_pass, Products)
+    assert kinds_of(store) == ["float32"]
     assert_nearest(store.search(normal(1, 3, 4), 5), store, normal(1, 3, 4), 5)
     assert measured == []
 
