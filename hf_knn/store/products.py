@@ -225,7 +225,9 @@ class Products:
         coded = self.format.code(torch.from_numpy(queries)[:, None])
         # bounds are in units of the scale of each query: what a row lost weighs that much more
         weight = ((1 + coded.lost) / coded.scale)[:, None]
-        room = torch.empty(max(_PRODUCTS, len(queries) * _BLOCK_ROWS), dtype=self.format.products)
+        longest = max(len(slab.coded.codes) for slab in self.whole + self.last)
+        at_once = min(longest, max(_PRODUCTS // len(queries), _BLOCK_ROWS))  # rows
+        room = torch.empty(len(queries) * at_once, dtype=self.format.products)
         last = self.last[0] if self.last else None
         survivors = Survivors(len(queries), count, len(self.members))
         for slab in self.whole + self.last:
