@@ -400,12 +400,13 @@ class Searcher:
             self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
+        own = np.arange(len(queries))[:, None]
         order = nearest_first(similarities, self.ids[candidates], k)
-        best = np.take_along_axis(similarities, order, axis=1)
+        best = similarities[own, order]
         # what the first pass left out must score less than the k-th place
         limit = reach[:, -1] if self.is_exact else -np.inf
         certain = self.space.as_score(best[:, -1], queries, length) > limit
-        return best, np.take_along_axis(candidates, order, axis=1), certain
+        return best, candidates[own, order], certain
 
     def _rescore(
         self, queries: Floats, candidates: Ints, chosen: NDArray[np.bool_], similarities: Floats
@@ -466,16 +467,15 @@ def _widened(features: NDArray) -> Floats:
 
 def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
     """Runs a task for each of `count` numbers; numpy lets go of the interpreter meanwhile."""
-    threads = min(torch.get_num_threads(), count) if pairs > _PAIRS_FOR_THREADS else 1
+    threads = max(1, min(torch.get_num_threads(), count)) if pairs > _PAIRS_FOR_THREADS else 1
 
-    def run(span: Ints) -> None:
-        for number in span:
-            task(int(number))
+    def run(first: int) -> None:
+        for number in range(first, count, threads):
+            task(number)
 
-    spans = np.array_split(np.arange(count), max(1, threads))
     if threads < 2:
-        run(spans[0])
+        run(0)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, span) for span in spans]:
+        for done in [pool.submit(run, first) for first in range(threads)]:
             done.result()

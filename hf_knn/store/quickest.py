@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 FEWEST_ROWS = 256
 """Fewer are mostly compared one by one, whatever the first pass."""
 
-_FEWEST_COMPARED, _MOST_VALUES = 1024, 2**24
+_FEWEST_COMPARED, _MOST_VALUES = 1024, 2**23
 """Rows, and values in them, that the first passes are compared with."""
 
-_BATCH, _ROUNDS = 128, 3
+_BATCH, _ROUNDS = 64, 3
 _FEW_QUERIES = 8
 """So many queries are searched as one is; more are a batch."""
 

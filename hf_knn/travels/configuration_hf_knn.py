@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 ab808d980b870209c857d8595db77db779ea7557f0e7e4f8c6f5fbb4dbcfdab3.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 930e4591ddc36e861609d6e2bb2ff6a1ce7aa0e3e568a6f087708374485e1eaa.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
