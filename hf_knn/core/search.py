@@ -34,7 +34,7 @@ _SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**
 
 _PAIRS_AT_ONCE = 2**22
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while they are compared
-_CANDIDATES_PER_ROW = 3  # what it costs to gather one, in rows that are compared in their order
+_CANDIDATES_PER_ROW = 6  # what it costs to gather one, in rows that are compared in their order
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed

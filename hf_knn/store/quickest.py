@@ -261,13 +261,18 @@ def measure(made: dict[str, Make], rows: int, width: int) -> Times:
 
 def _machine() -> list[object]:
     """What the times depend on."""
-    versions = []
+    return [platform.machine(), _processor(), torch.get_num_threads(), *_versions(), _REVISION]
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    found = []
     for package in ("torch", "numpy", "faiss-cpu", "faiss-gpu"):
         try:
-            versions.append(version(package))
+            found.append(version(package))
         except PackageNotFoundError:
-            versions.append("")
-    return [platform.machine(), _processor(), torch.get_num_threads(), *versions, _REVISION]
+            found.append("")
+    return tuple(found)
 
 
 @functools.cache

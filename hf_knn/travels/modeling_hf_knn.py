@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 930e4591ddc36e861609d6e2bb2ff6a1ce7aa0e3e568a6f087708374485e1eaa.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7871d1d59ea13348692aa434fa7a1b912d732b7d7b6f06841a6ee9ea613eca01.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1007,7 +1007,7 @@ _SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**
 
 _PAIRS_AT_ONCE = 2**22
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while they are compared
-_CANDIDATES_PER_ROW = 3  # what it costs to gather one, in rows that are compared in their order
+_CANDIDATES_PER_ROW = 6  # what it costs to gather one, in rows that are compared in their order
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed

@@ -89,8 +89,8 @@ def test_another_size_width_or_machine_is_measured_again(
     quickest.times_of(3000, WIDTH)
     quickest.times_of(5000, WIDTH)
     quickest.times_of(3000, WIDTH + 1)
-    for name, value in (("_processor", lambda: "other"), ("version", lambda package: "99.0")):
-        monkeypatch.setattr(quickest, name, value)
+    for name, value in (("_processor", "other"), ("_versions", ("99.0",))):
+        monkeypatch.setattr(quickest, name, lambda value=value: value)
         quickest.times_of(3000, WIDTH)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     quickest.times_of(3000, WIDTH)

@@ -53,6 +53,7 @@ def force(name: str, patch: pytest.MonkeyPatch, block: int = 64) -> None:
     patch.setattr(products, "_SLAB_BLOCKS", 2)
     patch.setattr(products, "_PRODUCTS", 4 * block)
     patch.setattr(products, "_QUERIES", block // 20)
+    patch.setattr(search, "_CANDIDATES_PER_ROW", 1)
     patch.setattr(search, "_PAIRS_AT_ONCE", 10 * block)
     patch.setattr(search, "_COMPARE_BYTES", 64 * block)
 
