@@ -620,9 +620,9 @@ def test_a_query_far_beyond_all_rows_is_searched_in_the_index(
     compared: list[int] = []
     rescore = Searcher._rescore
 
-    def watch(self: Searcher, asked: NDArray, candidates: NDArray) -> NDArray:
+    def watch(self: Searcher, asked: NDArray, candidates: NDArray, *others: NDArray) -> None:
         compared.append(candidates.shape[1])
-        return rescore(self, asked, candidates)
+        rescore(self, asked, candidates, *others)
 
     monkeypatch.setattr(Searcher, "_rescore", watch)
     queries = normal(7, 20, WIDTH).double() * factor
