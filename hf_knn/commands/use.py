@@ -217,7 +217,7 @@ def cache_entries() -> dict[Path, CacheEntry]:
     places = {
         "features": [path for path in features.glob("*") if path != keys],
         "graph": list((root / "graphs").glob("*")),
-        "choices": [root / "backends"],
+        "choices": [root / "backends", root / "search"],
         "keys": [keys],
     }
     found = {

@@ -44,7 +44,9 @@ _HOPELESS = 3.0
 _WORTH_MEMORY = 1.25
 """How much faster one must be to be kept beside the other."""
 
-_K, _ASKED, _MOST_EXTRA = 20, 32, 256
+_K, _ASKED = 20, 32
+_FEWEST_EXTRA, _MOST_EXTRA, _ROWS_PER_EXTRA = 44, 256, 300
+"""So many rows in doubt are compared in the time that a short number saves for these rows."""
 
 _FLOAT32 = "float32"
 _REVISION = 1
@@ -204,7 +206,8 @@ def extra_needed(first_pass: GrowingFirstPass, features: Rows, space: RowSpace) 
         features: [N, D] stored raw features, some of which are searched for.
         space: how they are compared.
     """
-    count = min(len(features), _K + _MOST_EXTRA)
+    most = max(_FEWEST_EXTRA, min(len(features) // _ROWS_PER_EXTRA, _MOST_EXTRA))
+    count = min(len(features), _K + most)
     asked = np.linspace(0, len(features) - 1, _ASKED).astype(np.int64)
     queries = space.normalize(features[asked])
     scaled, length = space.first_pass_queries(queries)

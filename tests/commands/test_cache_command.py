@@ -29,7 +29,8 @@ def filled(knn_cache: Path) -> Path:
     for seed in (0, 1):
         rows = dataset_of(LABELS, broken=[3] if seed else [])
         extract_features(small_model(seed=seed), rows, on_bad_image="skip", progress=False)
-    for place in ("graphs/abc/graph.onnx", "backends/one.json", "tasks/openmoji/data.arrow"):
+    others = ("graphs/abc/graph.onnx", "backends/one.json", "search/one.json")
+    for place in (*others, "tasks/openmoji/data.arrow"):
         path = knn_cache / place
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x" * 1000)
@@ -52,6 +53,8 @@ def test_it_lists_what_there_is(filled: Path) -> None:
     entries = cache("--json")["entries"]
     assert [entry["kind"] for entry in entries].count("features") == 2
     assert {entry["kind"] for entry in entries} == {"features", "graph", "choices", "keys"}
+    choices = {entry["name"] for entry in entries if entry["kind"] == "choices"}
+    assert choices == {"backends", "search"}
     assert sorted(entry["rows"] for entry in entries if entry["kind"] == "features") == [3, 4]
     for entry in entries:
         if entry["kind"] == "features":
@@ -76,7 +79,7 @@ def test_it_clears_what_is_old_and_only_that(filled: Path) -> None:
 def test_it_clears_everything_that_can_be_computed_again(filled: Path) -> None:
     cleared = cache("--clear", "--json")
     assert cleared["cleared"]
-    assert len(cleared["entries"]) == 5
+    assert len(cleared["entries"]) == 6
     assert cache("--json")["entries"] == []
     assert (filled / "tasks" / "openmoji" / "data.arrow").is_file()
     found = extract_features(small_model(), dataset_of(LABELS), progress=False)
