@@ -16,7 +16,7 @@ from ..checkup.examine import open_picture
 from ..core.backbone import hash_tensors
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
-from ..data.decode import decode_image, limits_of_process
+from ..data.decode import BadImageError, decode_image, limits_of_process
 from ..data.sources import STANDARD_INPUT, Picture, SourceRows, find_sources
 from ..data.walk import StoredPictures
 from ..features.backends import check_backend
@@ -227,11 +227,11 @@ class _Run:
         if self.options.json_output:
             if self.summary.answered:
                 print_json(documents)
-        elif self.options.explain or (self.prints_whole and self.options.page is None):
-            for answer in shown if self.options.page is None else []:
-                self._print_whole(answer)
-        elif not self.prints_whole:
+        elif not self.prints_whole and not self.options.explain:
             self._print_lines(shown)
+        elif self.options.page is None:
+            for answer in shown:
+                self._print_whole(answer)
 
     def _document(self, answer: Answer) -> dict[str, Any]:
         name = self.pictures[answer.number].name
@@ -312,9 +312,8 @@ class _Run:
         count = self.summary.answered
         chosen = self.summary.least_sure
         answerer = Answerer(self.model, self.options.max_error, explain=True, judge=False)
-        sections = [
-            self._section(answer, show) for part in stream(chosen) for answer in answerer(part)
-        ]
+        answers = [answer for part in stream(chosen) for answer in answerer(part)]
+        sections = [section for answer in answers for section in self._sections(answer, show)]
         lead = [f"{count} pictures, answered by {self.checkpoint}.", *self.remarks]
         if count > len(chosen):
             lead.insert(1, f"Shown are the {len(chosen)} that it is least sure of.")
@@ -330,12 +329,17 @@ class _Run:
         write_page(page, "Answers and their reasons", sections, lead)
         console.print(f"Written: {escape(page)}", soft_wrap=True)
 
-    def _section(self, answer: Answer, show: Callable[[Voter], str | None]) -> Section:
-        picture = self.pictures[answer.number]
-        image = decode_image(self.rows.source_of(answer.number))
-        assert answer.explanation is not None
+    def _sections(self, answer: Answer, show: Callable[[Voter], str | None]) -> Iterator[Section]:
+        """What the page says of one picture; nothing if it has gone meanwhile."""
+        picture, why = self.pictures[answer.number], answer.explanation
+        if why is None:
+            return
+        try:
+            image = decode_image(self.rows.source_of(answer.number))
+        except (BadImageError, OSError):
+            return
         name = Path(picture.name).name if picture.rows is None else picture.name
-        return _section(name, image, answer.explanation, self.options, show)
+        yield _section(name, image, why, self.options, show)
 
 
 def _standard_input() -> bytes:
