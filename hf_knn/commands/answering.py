@@ -369,7 +369,7 @@ class Summary:
     broken: int = 0
     first_broken: Row | None = None
     doubts: dict[str, int] = field(default_factory=dict)
-    _least: list[tuple[float, int, str]] = field(default_factory=list)
+    _least: list[tuple[float, int]] = field(default_factory=list)
 
     def see(self, row: Row) -> None:
         """Hears of the next one."""
@@ -385,7 +385,7 @@ class Summary:
         counted.probability += probability
         for doubt in doubts:
             self.doubts[doubt] = self.doubts.get(doubt, 0) + 1
-        one = (-probability, -number, row["path"])
+        one = (-probability, -number)
         keep = heapq.heappush if len(self._least) < KEPT else heapq.heappushpop
         keep(self._least, one)
 
@@ -397,12 +397,12 @@ class Summary:
     @property
     def least_sure(self) -> list[int]:
         """The pictures with the lowest probability, 100 at most, in their order."""
-        return sorted(-number for _, number, _ in self._least)
+        return sorted(-number for _, number in self._least)
 
     @property
-    def most_doubtful(self) -> str:
-        """The picture with the lowest probability of all, by its name."""
-        return max(self._least)[2] if self._least else ""
+    def most_doubtful(self) -> int:
+        """The picture with the lowest probability of all that were answered, by its number."""
+        return -max(self._least)[1]
 
     def as_json(self) -> dict[str, Any]:
         """For other programs."""

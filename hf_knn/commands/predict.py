@@ -54,6 +54,9 @@ from .console import (
 )
 
 _TILES = 24
+_FEW = 5
+"""Sources that a command is repeated with."""
+
 _MOST_JSON = 10_000
 """Pictures whose answers are held in memory."""
 
@@ -298,10 +301,18 @@ class _Run:
                 f"[yellow]{are} not readable{where}; the first: {escape(first['path'])}: "
                 f"{escape(first['error'])}[/]", soft_wrap=True, highlight=False,
             )  # fmt: skip
-        words = [self.checkpoint, summary.most_doubtful, "--explain"]
-        if options.output is None:
-            words = [self.checkpoint, *self.sources, "-o", "answers.csv"]
-        console.print(f"Next: {typed('predict', *words)}", soft_wrap=True)
+        console.print(f"Next: {self._next()}", soft_wrap=True)
+
+    def _next(self) -> str:
+        """What one would type now."""
+        if self.options.output is not None:
+            picture = self.pictures[self.summary.most_doubtful]
+            if picture.rows is None:
+                return typed("predict", self.checkpoint, picture.name, "--explain")
+            return "the same command with --html page.html shows those it is least sure of."
+        if len(self.sources) > _FEW:
+            return "the same command with -o answers.csv keeps every answer."
+        return typed("predict", self.checkpoint, *self.sources, "-o", "answers.csv")
 
     def _write_page(self, page: Path, stream: FeatureStream) -> None:
         """The reasons of all pictures, or of those that it is least sure of."""

@@ -466,6 +466,13 @@ def test_one_picture_in_a_folder_is_shown_whole(tmp_path: Path) -> None:
     assert "nearest training pictures" in screen(tmp_path / "one").stdout
 
 
+def test_the_next_command_can_be_typed(tmp_path: Path) -> None:
+    assert "Next: the same command with -o answers.csv" in screen(*FILES[:6]).stdout
+    dataset_of([0, 1]).to_parquet(tmp_path / "some.parquet")
+    said = screen(tmp_path / "some.parquet", "-o", tmp_path / "answers.csv").stdout
+    assert "Next: the same command with --html page.html" in said
+
+
 @pytest.mark.parametrize(
     ("words", "match"), [(["in", "--overwrite"], "-o with --overwrite"), ([], "Missing argument")]
 )

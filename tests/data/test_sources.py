@@ -1,6 +1,8 @@
 """What can name pictures to be answered, and what a web address may do."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -136,6 +138,20 @@ def test_datasets_and_their_splits(kind: str, here: Path) -> None:
     batch = read_batch(SourceRows(alone), [2, 1, 0], _processor())
     assert batch.rows == [2, 0]
     assert [bad.row for bad in batch.bad] == [1]
+
+
+def test_a_row_of_a_dataset_has_the_same_key_in_another_process(here: Path) -> None:
+    dataset_of([0, 1, 2]).to_parquet("some.parquet")
+    code = (
+        "from hf_knn.data.sources import find_sources\n"
+        "print(*(one.key() for one in find_sources(['some.parquet'], bytes).pictures), sep='\\n')"
+    )
+    keys = [one.key() for one in found("some.parquet").pictures]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == keys
 
 
 def test_labels_of_a_dataset_are_not_looked_at(here: Path) -> None:
