@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,9 +158,12 @@ class Answerer:
             blend = output.logits.exp().cpu()
             head = output.head_logits.float().softmax(-1).cpu()
             knn = None if output.knn_log_probs is None else output.knn_log_probs.exp().cpu()
-        found, explained, typical = output.neighbors, None, None
+        found = output.neighbors
+        explained: list[Explanation] = []
+        typical: Sequence[float | None] | None = None
         if self._explain:
-            explained = self._model.explain(features=features, max_error=self._max_error)
+            reasons = self._model.explain(features=features, max_error=self._max_error)
+            explained = reasons if isinstance(reasons, list) else [reasons]
             typical = [each.typicality for each in explained]
         elif self._judge:
             typical = typicality_of(self._model, features, found)
@@ -173,7 +176,7 @@ class Answerer:
                 )),
             )._replace(
                 typicality=None if typical is None else typical[row],
-                explanation=None if explained is None else explained[row],
+                explanation=explained[row] if explained else None,
             )  # fmt: skip
 
 
