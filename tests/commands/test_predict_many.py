@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.commands import hf_knn
@@ -131,7 +132,8 @@ def test_an_approximate_index_is_asked_for_one_picture_at_a_time(
 
     monkeypatch.setattr(type(model), "forward", watched)
     features = features_of(model, [made / file for file in FILES[:3]])
-    part = answering.Encoded(features, [0, 2, 3], [batches.BadRow(1, 1, "", "why")], None)
+    bad = [batches.BadRow(1, 1, "", "why")]
+    part = answering.Encoded(features, [0, 2, 3], bad, np.empty((3, 16), np.uint8))
     for spec, wanted in (("flat", [3]), ("HNSW8,Flat", [1, 1, 1])):
         monkeypatch.setattr(answering, "FLAT", model.datastore.index.spec if spec == "flat" else "")
         sizes.clear()
