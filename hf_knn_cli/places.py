@@ -5,6 +5,7 @@ says in one sentence what it is instead, and what to do.
 """
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -33,6 +34,7 @@ _HUB_URL = re.compile(
 )
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _A_CHECKPOINT = "a checkpoint folder or a Hub id"
+_ANSWERS = (".csv", ".jsonl", ".parquet")
 _ORDER = "name the checkpoint first, then the pictures"
 
 
@@ -127,18 +129,37 @@ def local_pictures(place: Path) -> Path:
     return Path(found)
 
 
-def picture_files(files: list[Path]) -> list[Path]:
-    """Pictures to classify: files."""
-    wanted = "a picture to classify"
-    found = [_expanded(file, wanted) for file in files]
-    for file in found:
-        if not os.path.exists(file):
-            _refuse_missing(file, wanted, "a file that is there")
-        if _is_checkpoint(Path(file)):
-            refuse(file, wanted, "it is a checkpoint; name one checkpoint, and it first")
-        if os.path.isdir(file):
-            refuse(file, wanted, f"it is a folder; name its files: {Path(file) / '*'}")
-    return [*map(Path, found)]
+def picture_sources(sources: list[str]) -> list[str]:
+    """Pictures to classify, by whatever names them: only here an address is one."""
+    return [*map(_picture_source, sources)]
+
+
+def _picture_source(source: str) -> str:
+    wanted = "a picture to classify, or what names some"
+    is_web = re.match(r"https?://[^/]", source, re.IGNORECASE)
+    path = source.partition("?")[0].partition("#")[0]
+    if is_web and (not _HUB_URL.match(source) or path.lower().endswith(tuple(PICTURE_SUFFIXES))):
+        return source
+    place = _expanded(source, wanted)
+    if place == "-" or os.path.exists(place):
+        if _is_checkpoint(Path(place)):
+            refuse(place, wanted, "it is a checkpoint; name one checkpoint, and it first")
+    elif glob.has_magic(place):
+        if next(glob.iglob(place, recursive=True), None) is None:
+            refuse(place, wanted, "nothing fits it; check the folder, and the ending of the names")
+    else:
+        _check_name(place, wanted)
+        _check_dataset(place, wanted)
+    return place
+
+
+def answer_file(file: Path | None) -> Path | None:
+    """A file for answers, of a kind that can be written; None stays None."""
+    place = new_file(file)
+    if place is not None and place.suffix.lower() not in _ANSWERS:
+        refuse(place, "a file for answers", f"it ends in {place.suffix or 'nothing'}; end it in "
+               f"{', '.join(_ANSWERS)}")  # fmt: skip
+    return place
 
 
 def stored_pictures(folder: Path | None) -> Path | None:

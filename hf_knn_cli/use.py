@@ -20,7 +20,7 @@ from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
-WHY, REPORT = "Reasons", "Report"
+WHY, REPORT, FILE = "Reasons", "Report", "Answers in a file"
 """Groups of options in `--help`."""
 
 app = typer.Typer()
@@ -118,16 +118,53 @@ def tune(
 @reads_pictures
 def predict(
     checkpoint: CheckpointArgument,
-    images: Annotated[
-        list[Path], typer.Argument(callback=places.picture_files, help="Pictures to classify.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            callback=places.picture_sources,
+            help="Pictures to classify: files, folders, patterns in quotes ('in/**/*.jpg'), web "
+            "addresses, a text or csv of paths, - for paths from standard input, a parquet file, a "
+            "saved dataset or a Hub dataset id.",
+        ),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes shown per picture.")] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=places.answer_file,
+            rich_help_panel=FILE,
+            help="Write all answers into this .csv, .jsonl or .parquet, one row for each picture; "
+            "a run that was stopped goes on when the same command is typed again.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            rich_help_panel=FILE,
+            help="Replace the file of -o, and what an unlike run left unfinished.",
+        ),
+    ] = False,
+    split: Annotated[
+        str | None, typer.Option(help="Which split of a dataset; all if left out.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Classes shown per picture: 5; with -o as two more columns.",
+        ),
+    ] = None,
     neighbors: Annotated[
         int | None,
         typer.Option(
             min=0, help="Neighbours shown per picture, of the k that vote; 5, on a page 24."
         ),
     ] = None,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
     explain: Annotated[
         bool,
@@ -140,7 +177,8 @@ def predict(
         typer.Option(
             callback=places.new_file,
             rich_help_panel=WHY,
-            help="Write the reasons with pictures into this file.",
+            help="Write the reasons with pictures into this file; of more than 100 pictures, those "
+            "it is least sure of.",
         ),
     ] = None,
     stored: Annotated[
@@ -160,17 +198,30 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Classify pictures, show the neighbours that voted, and say why."""
+    """Classify one picture or many, show the neighbours that voted, and say why.
+
+    A picture that cannot be read gets a row with the reason, and the others are answered. The exit
+    code is 0 as long as one picture could be read.
+
+    A file or address that is named twice is answered once. The addresses are http or https; of
+    each at most 64 MiB (or --max-bytes) are fetched, in at most a minute. No other command fetches
+    any.
+
+    In a csv, a ' stands before a text that begins with = + - @ ' or a tab, so that no spreadsheet
+    takes it for a formula: leave it out when you read the file. Lists are written as in JSON.
+    """
     if stored and not html:
         raise typer.BadParameter("Expected --html with --pictures; name the file to write.")
+    if overwrite and not output:
+        raise typer.BadParameter("Expected -o with --overwrite; name the file to write.")
+    from hf_knn.commands.answering import PredictOptions
     from hf_knn.commands.console import run
-    from hf_knn.commands.predict import PredictOptions, predict_images
+    from hf_knn.commands.predict import predict_pictures
 
     options = PredictOptions(
-        top, neighbors, explain or html is not None or max_error is not None, html, stored,
-        max_error, json_output,
-    )  # fmt: skip
-    run(partial(predict_images, checkpoint, images, options), json_output=json_output)
+        top, neighbors, explain, html, stored, max_error, json_output, output, overwrite, split
+    )
+    run(partial(predict_pictures, checkpoint, sources, options), json_output=json_output)
 
 
 @app.command()

@@ -1,203 +1,375 @@
-"""`hf-knn predict`: answers and who voted; with `--explain` or `--html` also why."""
+"""`hf-knn predict`: answers to one picture or many, and who voted; if asked, also why."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.table import Table
-from torch import Tensor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import logging as transformers_logging
 
 from ..checkup.examine import open_picture
-from ..data.decode import read_picture
+from ..core.backbone import hash_tensors
+from ..core.manifest import MANIFEST_NAME
+from ..core.reading import HubFiles
+from ..data.decode import BadImageError, decode_image, limits_of_process
+from ..data.sources import STANDARD_INPUT, Picture, SourceRows, find_sources
 from ..data.walk import StoredPictures
+from ..features.backends import check_backend
+from ..features.encoders import AUTO
+from ..features.extract import FeatureStream, progress_bars
 from ..fit.html import Fact, Group, Section, Tile, Tone, thumbnail, webp_uri, write_page
 from ..fit.html import Table as PageTable
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
-from ..model.pictures import Thumbnails, features_of
-from .console import as_called, console, escape, open_checkpoint, print_json, right
+from ..model.pictures import Thumbnails
+from .answering import (
+    KEPT,
+    Answer,
+    Answerer,
+    PredictOptions,
+    Summary,
+    cut,
+    document_of,
+    doubts_of,
+    flip_text,
+    notices,
+    row_of,
+)
+from .answers import AnswerFile, Row, open_answers
+from .console import (
+    Terminal,
+    as_called,
+    console,
+    escape,
+    open_checkpoint,
+    print_json,
+    right,
+    say_what_was_left_out,
+    typed,
+)
 
-_ROWS, _TILES = 5, 24
+_TILES = 24
+_FEW = 5
+"""Sources that a command is repeated with."""
+
+_MOST_JSON = 10_000
+"""Pictures whose answers are held in memory."""
+
 _CHANGED = (
     "The threshold for this error rate was found before the model was taught or made to forget; "
     "`hf-knn tune` finds it anew."
 )
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """What `hf-knn predict` was asked.
+def predict_pictures(checkpoint: str, sources: Sequence[str], options: PredictOptions) -> None:
+    """Classifies pictures: prints the answers or writes them, and says why if that is asked.
 
-    Attributes:
-        top: classes shown per picture, >= 1.
-        neighbors: neighbours shown per picture, >= 0; None is 5, and 24 on a page.
-        explain: also say why.
-        page: an HTML file to write; None prints.
-        pictures: folder that the stored paths are relative to; None shows no stored picture.
-        max_error: error rate at which it abstains; None always answers.
-        json_output: print JSON instead.
-    """
-
-    top: int
-    neighbors: int | None = None
-    explain: bool = False
-    page: Path | None = None
-    pictures: Path | None = None
-    max_error: float | None = None
-    json_output: bool = False
-
-    @property
-    def shown_neighbors(self) -> int:
-        """How many on the screen, and in JSON."""
-        return _ROWS if self.neighbors is None else self.neighbors
-
-
-def predict_images(checkpoint: str, images: Sequence[Path], options: PredictOptions) -> None:
-    """Classifies pictures, shows the neighbours that voted, and says why if that is asked.
+    A picture that cannot be read is an answer with its reason, and the others are answered.
 
     Args:
         checkpoint: a folder or a Hub id.
-        images: picture files.
+        sources: what names pictures, see `find_sources`.
         options: see `PredictOptions`.
 
     Raises:
-        ValueError: if a picture cannot be decoded, for an error rate without a threshold, a folder
-            that is not there, or a damaged checkpoint.
+        ValueError: if no picture at all can be read, for an error rate without a threshold, a
+            source or a folder that is not there, a file of another run, or a damaged checkpoint.
         OSError: if something is not there or cannot be written.
     """
     if options.pictures is not None and not options.pictures.is_dir():
         raise ValueError(f"Expected {options.pictures} to be the folder of the stored pictures.")
-    model = open_checkpoint(checkpoint)
-    stored = None if options.pictures is None else StoredPictures(options.pictures)
-    seen: dict[int, bool] = {}
-    show = partial(_stored, stored, model.thumbnails, seen)
-    answers, reasons, sections = [], [], []
-    for number, path in enumerate(images):
-        image = read_picture(path, number)
-        features = features_of(model, [image])
-        answers.append(_answer(model, path, features, options))
-        if options.explain:
-            found = model.explain(features=features, max_error=options.max_error)
-            explanation = found[0] if isinstance(found, list) else found
-            _add_reasons(answers[-1], explanation)
-            reasons.append(explanation)
-            if options.page is not None:
-                sections.append(_section(path, image, explanation, options, show))
-    remarks = [_CHANGED] if options.max_error is not None and model.changes else []
-    if options.page is not None:
+    found = find_sources(sources, _standard_input, options.split)
+    say_what_was_left_out(found.notes)
+    count = len(found.pictures)
+    is_printed = options.output is None and not options.json_output
+    if options.json_output and options.output is None and count > _MOST_JSON:
+        raise ValueError(
+            f"Expected at most {_MOST_JSON} pictures with --json, but got {count}; write a line of "
+            "JSON for each with -o answers.jsonl."
+        )
+    if is_printed and count > KEPT:
+        console.print(
+            f"{count} pictures; the first {KEPT} are shown. -o answers.csv keeps every answer, and "
+            "goes on where it was stopped."
+        )
+    _Run(checkpoint, sources, found.pictures, options).go()
+
+
+class _Run:
+    """One call of the command.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        sources: as they were named.
+        pictures: what they name, at least one.
+        options: what was asked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        sources: Sequence[str],
+        pictures: Sequence[Picture],
+        options: PredictOptions,
+    ) -> None:
+        self.checkpoint, self.sources, self.options = checkpoint, sources, options
+        self.pictures, self.rows = pictures, SourceRows(pictures)
+        self.model = open_checkpoint(checkpoint)
+        self.names = self.model.config.class_names
+        is_one = len(pictures) == 1 and options.output is None
+        # one picture, and JSON, say why as soon as one of these is asked for
+        wants_reasons = options.page is not None or options.max_error is not None
+        self.prints_whole = options.json_output or is_one
+        self.explains = options.explain or (
+            wants_reasons and options.output is None and self.prints_whole
+        )
+        judge = options.output is not None or not self.prints_whole
+        self.answerer = Answerer(
+            self.model, options.max_error, explain=self.explains, judge=judge
+        )  # fmt: skip
+        self.summary = Summary()
+        self.remarks = [_CHANGED] if options.max_error is not None and self.model.changes else []
+
+    def go(self) -> None:
+        """Answers all pictures and tells the answers."""
+        options = self.options
+        if options.output is not None:
+            stream = self._into_file(options.output)
+        else:
+            stream = FeatureStream(self.model, self.rows)
+            self._to_screen(stream)
+        self._refuse_none()
+        if options.page is not None:
+            self._write_page(options.page, stream)
+        if len(self.pictures) > 1 or options.output is not None:
+            self._tell()
+        for remark in self.remarks if options.page is None else []:
+            console.print(f"\n[yellow]{escape(as_called(remark))}[/]", soft_wrap=True)
+
+    def _answered(self, stream: FeatureStream, numbers: list[int]) -> Iterator[list[Answer]]:
+        """The answers part by part, with a bar."""
+        total, is_shown = len(self.pictures), len(self.pictures) > 1
+        with progress_bars(), transformers_logging.tqdm(
+            total=total, initial=total - len(numbers), desc="Answering", unit="img",
+            disable=not is_shown,
+        ) as bar:  # fmt: skip
+            for part in stream(numbers):
+                answers = self.answerer(part)
+                yield answers
+                bar.update(len(answers))
+
+    # ---- a file ---------------------------------------------------------------------------------
+
+    def _into_file(self, output: Path) -> FeatureStream:
+        options = self.options
+        keys = [picture.key() for picture in self.pictures]
+        facts = {
+            "checkpoint": _fingerprint(self.checkpoint, self.model),
+            "columns (--top, --explain)": [column.name for column in options.columns],
+            "--top": options.top,
+            "--neighbors": options.shown_neighbors,
+            "--max-error": options.max_error,
+            "--max-pixels or --max-bytes": list(limits_of_process()),
+        }
+        backend = check_backend(None)
+        asked = {"--backend": None if backend == AUTO else backend}
+        with open_answers(
+            output, options.columns, facts, asked, overwrite=options.overwrite
+        ) as file:  # fmt: skip
+            stream = FeatureStream(self.model, self.rows, file.settled.get("--backend"))
+            file.begin({"--backend": stream.backend})
+            missing = [number for number, key in enumerate(keys) if key not in file]
+            if len(missing) < len(keys):
+                done = len(keys) - len(missing)
+                console.print(f"Going on: {done} of {len(keys)} pictures were answered before.")
+            try:
+                for answers in self._answered(stream, missing):
+                    file.add((keys[answer.number], self._row(answer)) for answer in answers)
+            except KeyboardInterrupt:
+                self._say_kept(file)
+                raise
+            file.finish(keys, self.summary.see)
+        console.print(f"Written: {escape(output)}", soft_wrap=True)
+        return stream
+
+    def _say_kept(self, file: AnswerFile) -> None:
+        Terminal(stderr=True).print(
+            f"\nKept: {len(file)} of {len(self.pictures)} answers, in {escape(file)}. The same "
+            "command goes on from there.", soft_wrap=True,
+        )  # fmt: skip
+
+    def _row(self, answer: Answer) -> Row:
+        row = row_of(
+            answer, self.pictures[answer.number].name, self.names, self.answerer.threshold
+        )  # fmt: skip
+        why = answer.explanation
+        if why is not None:
+            row["margin"], row["notices"] = why.margin, notices(why)
+            if why.flip is not None:
+                row["flip_ids"], row["flip_answer"] = why.flip.row_ids, why.flip.answer
+        return cut(row, self.options)
+
+    # ---- the screen -----------------------------------------------------------------------------
+
+    def _to_screen(self, stream: FeatureStream) -> None:
+        """Prints or collects the answers; of many, the first are shown."""
+        shown: list[Answer] = []
+        documents: list[dict[str, Any]] = []
+        for answers in self._answered(stream, [*range(len(self.pictures))]):
+            for answer in answers:
+                self.summary.see(self._row(answer))
+                if self.options.json_output:
+                    documents.append(self._document(answer))
+                elif len(shown) < KEPT:
+                    shown.append(answer)
+        if self.options.json_output:
+            if self.summary.answered:
+                print_json(documents)
+        elif not self.prints_whole and not self.options.explain:
+            self._print_lines(shown)
+        elif self.options.page is None:
+            for answer in shown:
+                self._print_whole(answer)
+
+    def _document(self, answer: Answer) -> dict[str, Any]:
+        name = self.pictures[answer.number].name
+        return document_of(self.model, name, answer, self.options)
+
+    def _print_whole(self, answer: Answer) -> None:
+        document = self._document(answer)
+        if answer.error:
+            if len(self.pictures) > 1:  # one alone is the error of the command
+                console.print(f"\n[bold]{escape(document['image'])}[/]: {escape(answer.error)}")
+        elif answer.explanation is not None:
+            _print_reasons(document, answer.explanation, self.options)
+        else:
+            _print_answer(document)
+
+    def _print_lines(self, answers: Sequence[Answer]) -> None:
+        table = Table("picture", "answer", right("probability"), "unsure")
+        for row in map(self._row, answers):
+            if row["error"] is not None:
+                table.add_row(escape(row["path"]), "-", "-", f"[red]{escape(row['error'])}[/]")
+                continue
+            table.add_row(
+                escape(row["path"]), escape(row["answer"]), f"{row['probability']:.1%}",
+                ", ".join(doubts_of(row)),
+            )  # fmt: skip
+        console.print(table)
+        rest = len(self.pictures) - len(answers)
+        if rest:
+            console.print(f"… and {rest} more.")
+
+    # ---- all of them ----------------------------------------------------------------------------
+
+    def _refuse_none(self) -> None:
+        first = self.summary.first_broken
+        if self.summary.answered or first is None:
+            return
+        if len(self.pictures) == 1:
+            raise ValueError(f"Expected {first['path']} to be readable, but {first['error']}.")
+        raise ValueError(
+            f"Expected at least one picture that can be read, but none of {len(self.pictures)} "
+            f"can; {first['path']}: {first['error']}."
+        )
+
+    def _tell(self) -> None:
+        """The classes, what could not be read, and what to do next."""
+        summary, options = self.summary, self.options
+        if options.json_output:
+            if options.output is not None:
+                print_json(summary.as_json() | {"output": str(options.output)})
+            return
+        table = Table("answer", right("pictures"), right("mean probability"), right("unsure"))
+        for name, one in summary.by_size()[:KEPT]:
+            mean = f"{one.probability / one.pictures:.1%}"
+            table.add_row(escape(name), str(one.pictures), mean, str(one.doubtful))
+        console.print(table)
+        said = [f"{summary.answered} of {summary.seen} pictures were answered."]
+        said += [f"{count} {doubt}." for doubt, count in summary.doubts.items()]
+        console.print(escape(" ".join(said)), soft_wrap=True, highlight=False)
+        first = summary.first_broken
+        if first is not None:
+            are = "1 was" if summary.broken == 1 else f"{summary.broken} were"
+            where = "" if options.output is None else ", see the column error"
+            console.print(
+                f"[yellow]{are} not readable{where}; the first: {escape(first['path'])}: "
+                f"{escape(first['error'])}[/]", soft_wrap=True, highlight=False,
+            )  # fmt: skip
+        console.print(f"Next: {self._next()}", soft_wrap=True)
+
+    def _next(self) -> str:
+        """What one would type now."""
+        if self.options.output is not None:
+            picture = self.pictures[self.summary.most_doubtful]
+            if picture.rows is None:
+                return typed("predict", self.checkpoint, picture.name, "--explain")
+            return "the same command with --html page.html shows those it is least sure of."
+        if len(self.sources) > _FEW:
+            return "the same command with -o answers.csv keeps every answer."
+        return typed("predict", self.checkpoint, *self.sources, "-o", "answers.csv")
+
+    def _write_page(self, page: Path, stream: FeatureStream) -> None:
+        """The reasons of all pictures, or of those that it is least sure of."""
+        stored = self.options.pictures
+        seen: dict[int, bool] = {}
+        found = None if stored is None else StoredPictures(stored)
+        show = partial(_stored, found, self.model.thumbnails, seen)
+        count = self.summary.answered
+        chosen = self.summary.least_sure
+        answerer = Answerer(self.model, self.options.max_error, explain=True, judge=False)
+        answers = [answer for part in stream(chosen) for answer in answerer(part)]
+        sections = [section for answer in answers for section in self._sections(answer, show)]
+        lead = [f"{count} pictures, answered by {self.checkpoint}.", *self.remarks]
+        if count > len(chosen):
+            lead.insert(1, f"Shown are the {len(chosen)} that it is least sure of.")
+        if self.summary.broken:
+            lead.insert(1, f"{self.summary.broken} more could not be read.")
         if stored is not None and not all(seen.values()):
             missed = (
                 f"Stored pictures of this page: {sum(seen.values())} of {len(seen)} found under "
-                f"{options.pictures}; pass the folder that their paths are relative to."
+                f"{stored}; pass the folder that their paths are relative to."
             )
-            remarks.append(missed)
+            lead.append(missed)
             console.print(f"[yellow]{escape(missed)}[/]", soft_wrap=True)
-        lead = [f"{len(images)} pictures, answered by {checkpoint}.", *remarks]
-        write_page(options.page, "Answers and their reasons", sections, lead)
-        console.print(f"Written: {escape(options.page)}", soft_wrap=True)
-    if options.json_output:
-        print_json(answers)
-    elif options.page is None and options.explain:
-        for answer, explanation in zip(answers, reasons, strict=True):
-            _print_reasons(answer, explanation, options)
-    elif options.page is None:
-        for answer in answers:
-            _print_answer(answer)
-    for remark in remarks if options.page is None else []:
-        console.print(f"\n[yellow]{escape(as_called(remark))}[/]", soft_wrap=True)
+        write_page(page, "Answers and their reasons", sections, lead)
+        console.print(f"Written: {escape(page)}", soft_wrap=True)
+
+    def _sections(self, answer: Answer, show: Callable[[Voter], str | None]) -> Iterator[Section]:
+        """What the page says of one picture; nothing if it has gone meanwhile."""
+        picture, why = self.pictures[answer.number], answer.explanation
+        if why is None:
+            return
+        try:
+            image = decode_image(self.rows.source_of(answer.number))
+        except (BadImageError, OSError):
+            return
+        name = Path(picture.name).name if picture.rows is None else picture.name
+        yield _section(name, image, why, self.options, show)
 
 
-def notices(explanation: Explanation) -> list[str]:
-    """What one should know before one believes an answer, in sentences."""
-    said = []
-    if not explanation.answers:
-        said.append("Not sure enough for the error rate asked for: better ask somebody.")
-    if not explanation.is_typical:
-        said.append(
-            f"Unlike anything seen: only {explanation.typicality:.1%} of the stored pictures are "
-            "as far from their nearest."
-        )
-    head, knn = next(iter(explanation.head)), next(iter(explanation.knn), None)
-    if knn is not None and head != knn:
-        said.append(f"Head and neighbours disagree: {head} and {knn}.")
-    return said
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise ValueError(f"Expected paths from the standard input for {STANDARD_INPUT}, but it is "
+                         "closed; name the pictures.")  # fmt: skip
+    if sys.stdin.isatty():
+        Terminal(stderr=True).print("Paths of pictures, one a line; end with Ctrl-D.")
+    return sys.stdin.buffer.read()
 
 
-def flip_text(explanation: Explanation) -> str:
-    """What would change the answer, in a sentence."""
-    flip = explanation.flip
-    if flip is None:
-        return (
-            f"No set of up to {len(explanation.neighbors)} stored pictures was found without which "
-            "the answer would be another one."
-        )
-    count = len(flip.row_ids)
-    rows = "1 stored picture" if count == 1 else f"{count} stored pictures"
-    least = "" if flip.is_smallest else " (a smaller set may do)"
-    return f"Without {rows} the answer would be {flip.answer}{least}."
-
-
-def _add_reasons(answer: dict[str, Any], explanation: Explanation) -> None:
-    """What `--explain` adds to an answer, by the names that it has without."""
-    shares = {voter.row_id: voter.share for voter in explanation.neighbors}
-    for row in answer["neighbors"]:
-        row["share"] = shares.get(row["id"], 0.0)
-    flip = explanation.flip
-    answer |= {
-        "answers": explanation.answers,
-        "margin": explanation.margin,
-        "typicality": explanation.typicality,
-        "is_typical": explanation.is_typical,
-        "flip": None if flip is None else flip._asdict(),
-        "notices": notices(explanation),
-    }
-
-
-def _answer(
-    model: KnnForImageClassification, path: Path, features: Tensor, options: PredictOptions
-) -> dict[str, Any]:
-    with torch.inference_mode():
-        output = model(features=features.to(model.device), return_neighbors=True)
-    names = model.config.class_names
-    probabilities = output.logits[0].exp()
-    head = output.head_logits[0].float().softmax(-1)
-    votes = None if output.knn_log_probs is None else output.knn_log_probs[0].exp()
-    order = probabilities.argsort(descending=True, stable=True)  # as explanations have it
-    classes = order[: options.top].tolist()
-    answer: dict[str, Any] = {
-        "image": str(path),
-        "answer": names[classes[0]],
-        "classes": [
-            {
-                "label": names[c],
-                "probability": float(probabilities[c]),
-                "head": float(head[c]) if c < len(head) else None,
-                "knn": None if votes is None else float(votes[c]),
-            }
-            for c in classes
-        ],
-        "neighbors": [],
-    }
-    if output.neighbors is not None and model.datastore is not None:
-        found = output.neighbors
-        columns = (found.labels, found.similarities, found.ids)
-        rows = zip(
-            *(column[0, : options.shown_neighbors].tolist() for column in columns), strict=True
-        )
-        answer["neighbors"] = [
-            {
-                "label": names[label],
-                "similarity": similarity,
-                "id": row_id,
-                "path": model.datastore.path_of(row_id),
-            }
-            for label, similarity, row_id in rows
-        ]
-    return answer
+def _fingerprint(checkpoint: str, model: KnnForImageClassification) -> str:
+    """A name of everything in a checkpoint that an answer depends on."""
+    total = hashlib.sha256(hash_tensors(sorted(model.state_dict().items())).encode())
+    files = HubFiles(checkpoint, {})
+    for name in (CONFIG_NAME, MANIFEST_NAME, IMAGE_PROCESSOR_NAME):
+        path = files.resolve(name)
+        total.update(b"-" if path is None else hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def _print_answer(answer: dict[str, Any]) -> None:
@@ -231,7 +403,7 @@ def _print_reasons(
     for notice in answer["notices"]:
         console.print(f"[yellow]{escape(notice)}[/]")
     table = Table("", "blend", "head", "neighbours")
-    for cells in _class_rows(explanation, options.top):
+    for cells in _class_rows(explanation, options.shown_classes):
         table.add_row(*map(escape, cells))
     console.print(table)
     if explanation.neighbors:
@@ -260,7 +432,7 @@ def _share(voice: dict[str, float], name: str) -> str:
 
 
 def _section(
-    path: Path,
+    name: str,
     image: Image.Image,
     explanation: Explanation,
     options: PredictOptions,
@@ -268,7 +440,7 @@ def _section(
 ) -> Section:
     probability = explanation.probabilities[explanation.answer]
     flip = set() if explanation.flip is None else set(explanation.flip.row_ids)
-    own = Tile(explanation.answer, thumbnail(image, 224), [f"{probability:.1%}"], alt=path.name)
+    own = Tile(explanation.answer, thumbnail(image, 224), [f"{probability:.1%}"], alt=name)
     count = _TILES if options.neighbors is None else options.neighbors
     shown = explanation.neighbors[:count]
     tiles = [_tile(voter, explanation.answer, flip, show(voter)) for voter in shown]
@@ -279,7 +451,7 @@ def _section(
         tone = Tone.NEUTRAL if explanation.is_typical else Tone.BAD
         share = f"{explanation.typicality:.1%}"
         facts.append(Fact(share, "of the stored pictures are as unlike the others", tone))
-    rows = _class_rows(explanation, options.top)
+    rows = _class_rows(explanation, options.shown_classes)
     groups = [Group([own], "The picture")]
     if tiles:
         rest = len(explanation.neighbors) - len(tiles)
@@ -287,7 +459,7 @@ def _section(
         groups.append(Group(tiles, f"Who voted, nearest first{more}"))
     text = [*notices(explanation), *([flip_text(explanation)] if explanation.neighbors else [])]
     return Section(
-        f"{path.name}: {explanation.answer}", text, facts, groups=groups,
+        f"{name}: {explanation.answer}", text, facts, groups=groups,
         tables=[PageTable(("class", "blend", "head", "neighbours"), rows, numeric=(1, 2, 3))],
     )  # fmt: skip
 

@@ -215,8 +215,15 @@ def _decode_rows(
         except (BadImageError, OSError) as error:
             path = (item[IMAGE] or {}).get("path") or ""
             is_unread = getattr(error, "is_unread", False)
-            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, str(error), is_unread))
+            bad.append(BadRow(place, int(item[SAMPLE_ID]), path, _reason(error), is_unread))
     return good, bad
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture cannot be used; the system's own words name the file once more."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"the file cannot be read ({error.strerror})"
+    return str(error)
 
 
 def pixels_of(images: Sequence[Any], processor: Any, **options: Any) -> Tensor:
@@ -358,8 +365,14 @@ class KnnCollator:
 
 
 def cell_source(entry: dict[str, Any] | None) -> bytes | str:
-    """What is to be decoded of one undecoded cell of a dataset: its bytes, or the file's path."""
+    """What is to be decoded of one undecoded cell of a dataset: its bytes, or the file's path.
+
+    A cell of a picture that lies elsewhere has `fetch`, which gets its bytes.
+    """
     if entry is None:
         raise BadImageError("the row has no picture")
+    if entry.get("fetch") is not None:
+        fetched: bytes = entry["fetch"]()
+        return fetched
     source: bytes | str = entry["bytes"] if entry.get("bytes") is not None else entry["path"]
     return source

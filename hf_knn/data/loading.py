@@ -157,6 +157,15 @@ def read_source(source: str | Path, splits: bool | None = None, **options: Any) 
     return _source_of_columns(_load_saved(path), source)
 
 
+def read_pictures(source: str | Path) -> dict[str, Dataset]:
+    """The splits of a parquet file, a saved folder or a Hub id, each with its `image` alone."""
+    path = find_local(source)
+    found = _load_from_hub(str(source), {}) if path is None else _load_saved(path)
+    columns = {str(name): (rows, _find_images(rows)) for name, rows in found.items()}
+    alone = {n: _rename(rows.select_columns(c), IMAGE, c) for n, (rows, c) in columns.items()}
+    return {name: rows.cast_column(IMAGE, Image(decode=False)) for name, rows in alone.items()}
+
+
 def from_files(place: Path, label: str) -> Source:
     """One picture, or all below a folder, under one label, as `load_splits` returns them.
 

@@ -40,6 +40,7 @@ _MARKS = {  # the longer first: the mark of UTF-32 begins as that of UTF-16 does
 _DRIVE = re.compile(r"/[A-Za-z]:/")
 _WRITTEN = re.compile(r"[^\s,;]")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_WEB = re.compile(r"https?://[^/]", re.IGNORECASE)
 
 
 class Table(NamedTuple):
@@ -72,13 +73,19 @@ def is_table(path: str | Path) -> bool:
     return Path(path).suffix.lower() in _SUFFIXES
 
 
-def read_table(path: Path) -> Table:
+def is_address(place: str) -> bool:
+    """Whether a place is on the web: http or https."""
+    return _WEB.match(place) is not None
+
+
+def read_table(path: Path, *, with_addresses: bool = False) -> Table:
     """Reads a list of pictures.
 
     Args:
         path: of a file with a line per picture. The separator is a comma, a semicolon or a tab. The
             first line names the columns, or there is none: then one column holds paths of pictures
             and at most one more their labels. The text is UTF-8, UTF-16 or cp1252.
+        with_addresses: whether pictures may be named by http or https.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -106,7 +113,7 @@ def read_table(path: Path) -> Table:
         notes.append(f"The column {names[labels]} of {path.name} is empty: no picture has a label.")
         labels = None
     table = Table(
-        places=_local(path, rows, columns[places]),
+        places=_local(path, rows, columns[places], with_addresses),
         labels=None if labels is None else columns[labels],
         splits=None if splits is None else columns[splits],
         columns=dict(zip(names, columns, strict=True)),
@@ -355,10 +362,12 @@ def _need_every_cell(
         _refuse(path, f"line {line} names no {kind}", "complete or delete it")
 
 
-def _local(path: Path, rows: _Rows, places: list[str]) -> list[str]:
-    """Paths with `/`, whatever system wrote them."""
+def _local(path: Path, rows: _Rows, places: list[str], with_addresses: bool) -> list[str]:
+    """Paths with `/`, whatever system wrote them; addresses as they are."""
     return [
-        place if "\\" not in place and ":" not in place else _one_local(path, line, place)
+        place
+        if ("\\" not in place and ":" not in place) or (with_addresses and is_address(place))
+        else _one_local(path, line, place)
         for line, place in zip(rows.lines, places, strict=True)
     ]
 

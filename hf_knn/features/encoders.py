@@ -227,7 +227,8 @@ def encode_rows(
         waiting = encoder.encode(batch.pixel_values)
         return lambda: Encoded(waiting(), numbers, bad, contents)
 
-    if encoder.streams > 1:  # each thread takes a batch all the way: no core waits for another
+    # each thread takes a batch all the way: no core waits for another; a single one has all cores
+    if encoder.streams > 1 and len(batches) > 1:
         with one_torch_thread():
             yield from in_order(lambda wanted: start(read(wanted))(), batches, encoder.streams)
         return

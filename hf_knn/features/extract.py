@@ -31,9 +31,18 @@ from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
 from ..store.folders import cache_root, short_name
 from ..store.products import has_fast_bfloat16
-from .backends import SAMPLE, check_backend, choose_backend, open_encoder
+from .backends import FEWEST_ROWS, SAMPLE, check_backend, choose_backend, open_encoder
 from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, key_list
-from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Work, encode_rows
+from .encoders import (
+    AUTO,
+    COMPILE,
+    PRECISIONS,
+    TORCH,
+    Encoded,
+    Encoder,
+    Work,
+    encode_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +336,58 @@ def _check_options(batch_size: int, precision: str, on_bad_image: str) -> None:
         raise ValueError(f"Expected `on_bad_image` to be fail or skip, but got {on_bad_image!r}.")
 
 
+class FeatureStream:
+    """Features of pictures as they come, kept nowhere: for more of them than memory holds.
+
+    Args:
+        model: whose backbone makes them, in `eval()` mode.
+        rows: N pictures, as `encode_rows` takes them.
+        backend: as for `extract_features`.
+
+    Attributes:
+        backend: the one that was chosen.
+
+    Raises:
+        ValueError: without an image processor, or for a backend that cannot run this model.
+        ImportError: for one that is not installed.
+    """
+
+    def __init__(
+        self, model: KnnForImageClassification, rows: Any, backend: str | None = None
+    ) -> None:
+        wanted = check_backend(backend)
+        if wanted == AUTO and len(rows) < FEWEST_ROWS:
+            wanted = TORCH  # and nothing is measured: nor need the weights have a name
+        processor = model.image_processor
+        if processor is None:
+            raise ValueError(
+                "Expected a checkpoint with an image processor to read pictures, but it has none; "
+                "copy its preprocessor_config.json again."
+            )
+        self._work = Work(
+            model.backbone, model.config, "" if wanted == TORCH else mark_of(model.backbone),
+            "fp32", _BATCH, settings_of(processor), lambda _: len(rows), True,
+            partial(_sample, rows, processor),
+        )  # fmt: skip
+        self.backend = choose_backend(wanted, self._work)
+        self._rows, self._processor = rows, processor
+        self._encoder: Encoder | None = None
+
+    def __call__(self, numbers: list[int]) -> Iterator[Encoded]:
+        """Decodes and encodes some rows, while others are read ahead.
+
+        Args:
+            numbers: of the rows, in the order wanted.
+
+        Yields:
+            Some of them at a time; see `encode_rows`.
+        """
+        if numbers:
+            self._encoder = self._encoder or open_encoder(self.backend, self._work)
+            yield from encode_rows(self._rows, numbers, self._processor, self._encoder)
+
+
+_BATCH = 32
 _ANSWERS = 100_000
 """Pictures that a server is expected to answer: worth the export of a graph."""
 

@@ -161,6 +161,26 @@ def _without_map(store: RowStore) -> RowStore | None:
     return plain
 
 
+def typicality_of(
+    model: "KnnForImageClassification", features: Tensor, found: Neighbors | None
+) -> list[float] | None:
+    """How typical pictures are; see `Explanation.typicality`.
+
+    Args:
+        model: what answers.
+        features: [B, D], as in `pooler_output`.
+        found: their neighbours, as the model returns them; None without a datastore.
+
+    Returns:
+        B numbers in (0, 1]; None where it is unknown.
+    """
+    store = model.datastore
+    if store is None or found is None or len(store) < 2:
+        return None
+    rows = split_features(features.to(model.device), model.config)[1].float()
+    return _calibrated(model, as_row_store(store)).p_values(found, rows, None)
+
+
 def _calibrated(model: "KnnForImageClassification", store: RowStore) -> Calibration:
     """The calibration of the rows, counted once for all who ask."""
     with model.once:
@@ -189,7 +209,7 @@ def explain(
     """
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be in (0, 1), but got {level}.")
-    config, threshold = model.config, _threshold(model.config, max_error)
+    config, threshold = model.config, answer_threshold(model.config, max_error)
     store = model.datastore
     store = as_row_store(store) if store is not None and len(store) else None
     with torch.inference_mode():
@@ -302,7 +322,16 @@ def _named(probabilities: Tensor, names: list[str]) -> dict[str, float]:
     return {names[n]: p for n, p in zip(order.tolist(), probabilities[order].tolist(), strict=True)}
 
 
-def _threshold(config: KnnConfig, max_error: float | None) -> float:
+def answer_threshold(config: KnnConfig, max_error: float | None) -> float:
+    """The probability from which a model answers.
+
+    Args:
+        config: of the model.
+        max_error: the error rate asked for; None always answers.
+
+    Raises:
+        ValueError: for an error rate that no threshold was found for.
+    """
     if max_error is None:
         return 0.0
     known = config.answer_thresholds

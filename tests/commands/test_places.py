@@ -82,7 +82,12 @@ URL = "https://huggingface.co/org/name"
         ("teach model ./foxes --label fox", "foxes to be a picture, a folder"),
         ("teach model foxes", "foxes to be a picture, a folder"),
         ("teach model model", "is a checkpoint"),
-        ("predict model pics", "pics .*is a folder; name its files"),
+        ("predict model 'pics/*/*.png'", "nothing fits it"),
+        ("predict model ./nothing", "nothing to be a picture to classify, or what names some"),
+        ("predict model file:///etc/cat.jpg", "name the path alone"),
+        ("predict model ftp://example.org/cat.jpg", "download it"),
+        (f"predict model {URL}", "by its id: org/name"),
+        ("predict model org/no-such", "org/no-such .*cache of the Hub does not hold"),
         ("predict model cat.jpg cta.jpg", "cta.jpg .*did you mean cat.jpg"),
         ("predict model model", "one checkpoint, and it first"),
         ("predict model cat.jpg --html x.html --pictures nowhere", "folder of the stored pictures"),
@@ -95,6 +100,10 @@ URL = "https://huggingface.co/org/name"
         ("doctor pics --backbone model -o cat.jpg", "cat.jpg to be a folder"),
         ("tune model pics --plot pics", "pics to be a file to write, but it is a folder"),
         ("predict model cat.jpg --html cat.jpg/x.html", "place that can be written"),
+        ("predict model cat.jpg -o pics", "pics to be a file to write, but it is a folder"),
+        ("predict model cat.jpg -o answers.xlsx", r"ends in \.xlsx; end it in \.csv, \.jsonl"),
+        ("predict model cat.jpg -o answers", "it ends in nothing"),
+        ("predict model cat.jpg -o cat.jpg/x.csv", "place that can be written"),
         ("forget model --ids 1 --backup pics", "pics not to exist yet"),
         # backbones
         ("train pics --backbone pics", "pics to be a backbone.*no config.json"),
@@ -126,7 +135,11 @@ def test_places_that_are_right_pass(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert places.pictures("pics") == "pics"
     assert places.pictures("notes.txt") == "notes.txt"
     assert places.local_pictures(Path("~/cat.jpg")) == here / "cat.jpg"
-    assert places.picture_files([Path("cat.jpg")]) == [Path("cat.jpg")]
+    web = "https://huggingface.co/datasets/org/name/resolve/main/cat.jpg?download=true"
+    sources = ["~/cat.jpg", "pics", "pics/*/*.jpg", "-", "notes.txt", web, "http://10.0.0.1/x"]
+    assert places.picture_sources(sources) == [f"{here}/cat.jpg", *sources[1:]]
+    assert places.answer_file(Path("new/answers.CSV")) == Path("new/answers.CSV")
+    assert places.answer_file(None) is None
     assert places.backbone("vit") == "vit"
     assert places.backbone("efficientnet_lite0") == "efficientnet_lite0"
     assert places.code_of("org/name") == "org/name"
