@@ -222,7 +222,11 @@ def milvus(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
     index: Annotated[
         str,
-        typer.Option(help="flat (exact), ivf_flat, hnsw or autoindex; their recall is measured."),
+        typer.Option(
+            help="flat (exact), ivf_flat, ivf_sq8, hnsw, hnsw_sq or autoindex; on a server, which "
+            "Milvus Lite is not, also scann, ivf_rabitq and ivf_rabitq_fastscan. Their recall is "
+            "measured."
+        ),
     ] = "flat",
 ) -> Command:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""

@@ -16,6 +16,7 @@ from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
+from ..store.backend import even_parts
 from .blend import Criterion, TuneResult, head_alone, untuned
 from .choice import FEWEST_LABELS, HeadChoice
 from .held_out import (
@@ -217,7 +218,7 @@ def hear_voices(
     voices: dict[str, list[Tensor]] = {voice: [] for voice in _VOICES}
     classes, nearest = model.config.classes, []
     with evaluating(model):
-        for rows in torch.arange(len(features)).split(_ROWS):
+        for rows in even_parts(len(features), -(-len(features) // _ROWS)):
             output = model(features=features.features[rows].to(device), return_neighbors=True)
             if output.neighbors is not None:
                 nearest.append([part[:, :NEAREST].cpu() for part in output.neighbors])

@@ -23,7 +23,7 @@ from ..core.votes import PROBABILITY_FLOOR, blend_log_probs, knn_log_probs
 from ..data.splits import Fold
 from ..features.extract import ImageFeatures
 from ..model.ridge import RidgeState
-from ..store.backend import SearchBackend
+from ..store.backend import SearchBackend, even_parts
 from ..store.datastore import Datastore
 from ..store.folders import write_durably
 from .blend import default_grid, tune
@@ -176,7 +176,7 @@ class OwnVotes(NamedTuple):
         _, queries = split_features(features.features, config)
         cell = cell or _choose(store, queries, features, config)
         parts = []
-        for rows in torch.arange(len(features)).split(_ROWS):
+        for rows in even_parts(len(features), -(-len(features) // _ROWS)):
             neighbors = store.search(queries[rows], cell[0], exclude_ids=features.ids[rows])
             parts.append(own_log_probs(neighbors, features.labels[rows], store, config, cell))
         order = features.ids.argsort()

@@ -13,10 +13,9 @@ from ..core.manifest import DatastoreError
 from ..core.rows import Values, as_features, as_whole_numbers, check_row_numbers, shown
 from ..store.casting import TOO_COARSE, Centers, fits_float16
 from ..store.table import StoredRows, check_paths, sum_of
+from .about import CHANGING, About
 from .collection import (
-    CHANGING,
     ROW_FIELDS,
-    About,
     MilvusCollection,
     check_rows,
     decode_rows,
@@ -263,7 +262,8 @@ def _upsert(collection: MilvusCollection, about: About, rows: StoredRows) -> Non
     step, space = rows_per_call(about.dim, BATCH_ROWS), space_of(collection, about)
     for start in range(0, len(rows.ids), step):
         part = rows.part(slice(start, start + step))
-        collection.upsert(encode_rows(part, space.first_pass_rows(part.features)))
+        vectors = space.first_pass_rows(part.features).astype(about.vectors)
+        collection.upsert(encode_rows(part, vectors))
 
 
 def _to_storage(added: Tensor, collection: MilvusCollection, about: About) -> NDArray:

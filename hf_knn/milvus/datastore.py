@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from ..core.manifest import Binding, IndexInfo
 from ..core.rows import Values
 from ..core.search import Neighbors, check_request
+from ..store.backend import even_parts
 from ..store.datastore import Datastore
 from ..store.index import MIN_RECALL
 from ..store.kinds import FLAT
@@ -27,9 +28,11 @@ from ..store.remote import (
 )
 from ..store.table import StoredRows
 from . import changes, load
-from .collection import ROW_FIELDS, About, MilvusCollection, decode_rows, rows_per_call
+from .about import About
+from .collection import ROW_FIELDS, MilvusCollection, decode_rows, rows_per_call
+from .kinds import tuned
 from .pending import write_pending
-from .search import effort_name, rows_where, search_collection
+from .search import rows_where, search_collection
 from .server import PATIENCE, TIMEOUT, MilvusServer, check_exists
 
 _PAGE = 16_384
@@ -104,7 +107,9 @@ class MilvusDatastore:
             patience: seconds for which a call is tried again.
             batch_size: rows per call, >= 1; fewer where rows are wide.
             progress: show a progress bar.
-            index: `flat` (exact), `ivf_flat`, `hnsw` or `autoindex` (what the server chooses).
+            index: `flat` (exact), `ivf_flat`, `ivf_sq8`, `hnsw`, `hnsw_sq` or `autoindex` (what
+                the server chooses); on a server, which Milvus Lite is not, also `scann`,
+                `ivf_rabitq` (Milvus 2.6) and `ivf_rabitq_fastscan` (3.0).
             min_recall: an approximate index is searched as hard as this recall at 20 takes,
                 measured on a sample of the rows; in (0, 1].
 
@@ -225,8 +230,7 @@ class MilvusDatastore:
     def index(self) -> IndexInfo:
         """How it is searched, with the recall that was measured when the rows were loaded."""
         about, name = self._about, self._about.index.lower()
-        effort = effort_name(about.index)
-        parameters = {effort: about.effort} if effort else {}
+        parameters = tuned(about.index, about.effort)
         return IndexInfo(name, name, parameters, about.recall, about.measured_on)
 
     @property
@@ -364,8 +368,7 @@ class MilvusDatastore:
         """The neighbours of each stored row among the others, in the order of the ids."""
         with tqdm(total=len(self), unit=" rows", desc="neighbours", disable=not progress) as bar:
             for rows in self.blocks():
-                for start in range(0, len(rows.ids), batch_size):
-                    part = slice(start, start + batch_size)
+                for part in even_parts(len(rows.ids), -(-len(rows.ids) // batch_size)):
                     yield self.search(rows.features[part], k, rows.ids[part])
                 bar.update(len(rows.ids))
 

@@ -21,22 +21,26 @@ from ..store.recall import Queries, RecallTest
 from ..store.remote import DatastoreReference
 from ..store.searcher import IndexSpace
 from ..store.table import StoredRows, sum_of
+from .about import CHANGING, LOADING, WHOLE, About
 from .collection import (
-    CHANGING,
-    LOADING,
     ROW_FIELDS,
-    WHOLE,
-    About,
     MilvusCollection,
-    MilvusIndex,
     check_rows,
     decode_rows,
     encode_rows,
-    index_of,
     rows_per_call,
 )
+from .kinds import (
+    FLOAT32,
+    MilvusIndex,
+    build_parameters,
+    check_offered,
+    index_of,
+    set_effort,
+    vector_dtype,
+)
 from .maps import map_of, write_map
-from .search import build_parameters, search_collection, set_effort
+from .search import search_collection
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +90,13 @@ def space_of(collection: MilvusCollection, about: About) -> IndexSpace:
     return IndexSpace(*compared, map_of(collection, about), nothing, about.largest)
 
 
-def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
+def describe(store: Datastore, index: str = MilvusIndex.FLAT, vectors: str = FLOAT32) -> About:
     """The record about a collection that shall hold a datastore's rows.
 
     Args:
         store: the datastore.
         index: of a `MilvusIndex`.
+        vectors: what Milvus keeps the vectors in, see `kinds.vector_dtype`.
 
     Raises:
         ValueError: for rows that Milvus cannot hold.
@@ -117,6 +122,7 @@ def describe(store: Datastore, index: str = MilvusIndex.FLAT) -> About:
         next_id=int(store.ids.max()) + 1 if len(store) else 0,
         has_paths=store.paths is not None,
         index=index,
+        vectors=vectors,
         source=dict(store.source),
         learned_map="" if learned is None else learned.sha256,
         map_width=0 if learned is None else learned.width,
@@ -139,11 +145,15 @@ def load_rows(store: Datastore, collection: MilvusCollection, plan: LoadPlan) ->
         The record, which now says `whole`.
 
     Raises:
-        ValueError: for a collection that holds, or shall hold, other rows.
+        ValueError: for a collection that holds, or shall hold, other rows, or an index that the
+            server does not have.
         DatastoreError: if what was read back is not what was written.
         DatastoreConnectionError: if the server does not answer; call again.
     """
-    wanted, known = describe(store, plan.index), collection.read_about()
+    server = collection.server
+    check_offered(plan.index, server.version, server.uri)
+    vectors = vector_dtype(store.dtype, store.metric, server.version)
+    wanted, known = describe(store, plan.index, vectors), collection.read_about()
     if known is not None and known.state == CHANGING:
         raise DatastoreError(f"Expected {collection} to be whole, but {INTERRUPTED[CHANGING]}.")
     if known is not None and known.fingerprint != wanted.fingerprint:
@@ -159,12 +169,14 @@ def load_rows(store: Datastore, collection: MilvusCollection, plan: LoadPlan) ->
         )
     if known is not None and known.state == WHOLE and collection.has_rows():
         return known
+    if known is not None:  # another version may have begun it, and its collection stands
+        wanted = dataclasses.replace(wanted, vectors=known.vectors)
     if store.learned_map is not None:
         collection.create_about()
         write_map(collection, store.learned_map)
     space = space_of(collection, wanted)
-    parameters = build_parameters(wanted.index, wanted.count)
-    collection.create(wanted, space.width + space.is_l2, parameters)
+    width = space.width + space.is_l2
+    collection.create(wanted, width, build_parameters(wanted.index, wanted.count, width))
     present = _ids_in(collection)
     missing = np.flatnonzero(~np.isin(store.ids.numpy(), present))
     if len(store) - len(missing) != len(present):
@@ -174,7 +186,7 @@ def load_rows(store: Datastore, collection: MilvusCollection, plan: LoadPlan) ->
         )
     if len(present):
         logger.info("%s holds %d of %d rows already.", collection, len(present), len(store))
-    _write(store, collection, space, missing, plan)
+    _write(store, collection, wanted, missing, plan)
     collection.flush()
     check_content(collection, wanted)
     if plan.index != MilvusIndex.FLAT and len(store) > 1:
@@ -324,11 +336,11 @@ def _ids_in(collection: MilvusCollection) -> np.ndarray:
 def _write(
     store: Datastore,
     collection: MilvusCollection,
-    space: IndexSpace,
+    about: About,
     missing: np.ndarray,
     plan: LoadPlan,
 ) -> None:
-    step = rows_per_call(store.dim, plan.batch_size)
+    step, space = rows_per_call(store.dim, plan.batch_size), space_of(collection, about)
     done = len(store) - len(missing)
     is_missing = np.zeros(len(store), bool)
     is_missing[missing] = True
@@ -340,7 +352,7 @@ def _write(
             rows, wanted = store.rows(part), is_missing[part]
             if not wanted.any():
                 continue
-            vectors = space.first_pass_rows(rows.features)
+            vectors = space.first_pass_rows(rows.features).astype(about.vectors)
             encoded = encode_rows(rows, vectors)
             collection.upsert([row for row, new in zip(encoded, wanted, strict=True) if new])
             bar.update(int(wanted.sum()))

@@ -8,7 +8,8 @@ import torch
 
 from ..core.learned import LearnedMap
 from ..core.manifest import DatastoreError
-from .collection import ABOUT_FIELDS, VECTOR, About, MilvusCollection
+from .about import ABOUT_FIELDS, VECTOR, About
+from .collection import MilvusCollection
 
 _VALUES = 12_000
 """Of float32, whose base64 is short enough for one field."""

@@ -31,8 +31,9 @@ from ..store.remote import (
     read_manifest,
 )
 from ..store.table import StoredRows
+from .about import About
 from .changes import Reversal, take_back
-from .collection import About, MilvusCollection
+from .collection import MilvusCollection
 from .server import DatastoreConnectionError, DatastoreRefusalError, MilvusServer, check_exists
 
 _FORMAT = "hf_knn.pending_change.1"

@@ -1,113 +1,36 @@
-"""How a collection is searched: by which index, how hard, and what is compared here.
+"""How a collection is searched: what Milvus is asked for, and what is compared here.
 
-Milvus compares float32 vectors, so its order among nearly equal rows is its own. It is asked for
-some rows more than wanted; their stored features are compared here in float64, as those of rows in
-memory are. If a row that it left out could still belong to the answer it is asked for more of them,
-and in the end all rows are read. With an approximate index that is so only where it returns too
-few.
+Milvus compares vectors in float32 or float16, so its order among nearly equal rows is its own. It
+is asked for some rows more than wanted; their stored features are compared here in float64, as
+those of rows in memory are. If a row that it left out could still belong to the answer it is asked
+for more of them, and in the end all rows are read. With an approximate index that is so only where
+it returns too few.
 """
 
 import logging
-import math
-from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.manifest import DatastoreError
 from ..core.rows import Values, as_whole_numbers
-from ..core.search import Floats, Ints, RowSpace, float32_rounding, nearest_first
+from ..core.search import Floats, Ints, RowSpace, Singles, float32_rounding, nearest_first
 from ..store.backend import NOBODY, Hits
 from ..store.faiss import limits
-from ..store.index import MIN_RECALL
 from ..store.table import StoredRows
+from .about import About
 from .collection import (
     LARGEST_ANSWER,
     ROW_FIELDS,
-    About,
     MilvusCollection,
-    MilvusIndex,
     decode_rows,
     rows_per_call,
 )
+from .kinds import FLOAT32, MilvusIndex, search_parameters
 
 logger = logging.getLogger(__name__)
 
-_EFFORT = {MilvusIndex.IVF_FLAT: "nprobe", MilvusIndex.HNSW: "ef"}
-_LEAST_EFFORT = {MilvusIndex.IVF_FLAT: 4, MilvusIndex.HNSW: 64}
-_LARGEST_EF = 4096
-_HNSW = {"M": 16, "efConstruction": 200}
 _EXTRA, _WIDEN = 12, 4
-
-
-def build_parameters(kind: str, count: int) -> dict[str, int]:
-    """What an index is built with.
-
-    Args:
-        kind: of a `MilvusIndex`.
-        count: rows that it shall hold.
-    """
-    if kind == MilvusIndex.HNSW:
-        return dict(_HNSW)
-    return {"nlist": _lists(count)} if kind == MilvusIndex.IVF_FLAT else {}
-
-
-def search_parameters(kind: str, effort: int, wanted: int) -> dict[str, int]:
-    """What an index is searched with.
-
-    Args:
-        kind: of a `MilvusIndex`.
-        effort: see `set_effort`.
-        wanted: how many rows are asked for, which `ef` must not be below.
-    """
-    if kind == MilvusIndex.HNSW:
-        return {"ef": max(effort, wanted)}
-    return {_EFFORT[MilvusIndex(kind)]: effort} if kind in _EFFORT else {}
-
-
-def effort_name(kind: str) -> str:
-    """What the effort of an index is called; empty for one without."""
-    return _EFFORT.get(MilvusIndex(kind), "")
-
-
-def set_effort(
-    kind: str,
-    count: int,
-    measure: Callable[[int], tuple[float, str]],
-    min_recall: float = MIN_RECALL,
-) -> tuple[int, float, str]:
-    """The smallest effort tried whose recall is enough; it is doubled until then.
-
-    Args:
-        kind: of a `MilvusIndex`, not `FLAT`.
-        count: rows in the index.
-        measure: from an effort to the recall, and what it was measured on.
-        min_recall: in (0, 1].
-
-    Returns:
-        The effort (0 for an index without), its recall, and what that was measured on.
-
-    Raises:
-        ValueError: if no effort is enough, with what was reached.
-    """
-    largest = {MilvusIndex.IVF_FLAT: _lists(count), MilvusIndex.HNSW: _LARGEST_EF}
-    most = largest.get(MilvusIndex(kind), 0)
-    effort = min(_LEAST_EFFORT.get(MilvusIndex(kind), 0), most)
-    while True:
-        recall, measured_on = measure(effort)
-        logger.info("%s, effort %d: recall %.4f on %s", kind, effort, recall, measured_on)
-        if recall >= min_recall:
-            return effort, recall, measured_on
-        if effort >= most:
-            raise ValueError(
-                f"Expected recall {min_recall:g} of the index {kind} in Milvus, but it reached "
-                f"{recall:.4f} on {measured_on}; load again with a smaller `min_recall`, or under "
-                "another name with index='flat'."
-            )
-        effort = min(2 * effort, most)
-
-
-def _lists(count: int) -> int:
-    return max(1, min(65_536, round(4 * math.sqrt(count)), count))
 
 
 def rows_where(labels: Values | None, split: str | None) -> str:
@@ -195,12 +118,14 @@ def _ask(
     count: int,
 ) -> tuple[Hits, np.ndarray]:
     """The best of what Milvus proposes, and for which queries nothing nearer was left out."""
-    vectors, length = space.first_pass_queries(queries)
-    parameters = search_parameters(about.index, about.effort, count)
+    exact, length = space.first_pass_queries(queries)
+    vectors = exact.astype(about.vectors)
+    parameters = search_parameters(about.index, about.effort, count, about.count)
     replies = collection.search(vectors, count, where, ROW_FIELDS, parameters)
     # fewer than were asked for are all there are
     last = [reply[-1]["distance"] if len(reply) >= count else -np.inf for reply in replies]
     limit = limits(np.array(last, np.float32), float32_rounding(vectors.shape[1]))
+    limit += _lost(exact, vectors)
     found = {hit["entity"]["id"]: hit["entity"] for reply in replies for hit in reply}
     rows = decode_rows(list(found.values()), about)
     place = {row_id: i for i, row_id in enumerate(rows.ids.tolist())}
@@ -212,6 +137,23 @@ def _ask(
         return hits, hits.ids[:, -1] != NOBODY
     score = space.as_score(hits.similarities[:, -1], queries, length)
     return hits, (score > limit) | np.isneginf(limit)
+
+
+def _lost(exact: Singles, vectors: NDArray) -> Floats:
+    """[B] how far a product may be off since rows and queries are kept in a shorter dtype.
+
+    Args:
+        exact: [B, D'] queries of length 1.
+        vectors: the same as they are sent, in the dtype that the rows have on the server.
+    """
+    if vectors.dtype == FLOAT32:
+        return np.zeros(len(exact))
+    lost = np.linalg.norm(exact.astype(np.float64) - vectors, axis=1)
+    kept = np.finfo(vectors.dtype)
+    # half of the last place of each value, or of the smallest step, of a row of length at most 1
+    of_row = float(kept.eps) / 2 + float(kept.smallest_subnormal) / 2 * exact.shape[1] ** 0.5
+    of_product: Floats = lost + of_row * (1 + lost)
+    return of_product
 
 
 def _compare(

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,6 +91,11 @@ class MilvusServer:
     def is_local(self) -> bool:
         """Whether Milvus Lite serves a file in this process."""
         return self.uri.endswith(LOCAL_ENDING)
+
+    @cached_property
+    def version(self) -> str:
+        """What the server says it is, such as `v2.6.1`, or `milvus_lite-3.2.2` at any address."""
+        return str(self.call("get_server_version"))
 
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         """Calls a method of the client.

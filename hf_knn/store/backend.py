@@ -1,5 +1,6 @@
 """What a datastore is to those who use one, wherever its rows lie."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -280,6 +281,19 @@ def check_alike(one: RowStore, other: RowStore) -> None:
             raise ValueError(f"Expected both to have {name} {mine!r}, but got {theirs!r}.")
     if one.digest and other.digest and one.digest != other.digest:
         raise ValueError("Expected rows of the same backbone, but the other's is another one.")
+
+
+def even_parts(count: int, parts: int) -> list[slice]:
+    """Cuts some queries into parts of about one length.
+
+    A last part of a few would be another kind of call to an index that has one for batches.
+
+    Args:
+        count: of the queries.
+        parts: how many.
+    """
+    edges = [count * part // parts for part in range(parts + 1)] if parts else []
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 NOBODY = -1

@@ -22,7 +22,7 @@ from ..core.rows import Values, as_whole_numbers
 from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
 from . import changes, disk
-from .backend import check_alike, check_split
+from .backend import check_alike, check_split, even_parts
 from .disk import Contents, OpenedFiles
 from .hub import PushTarget, find_manifest, push_alone
 from .index import MIN_RECALL, Placement, RowIndex
@@ -293,8 +293,7 @@ class Datastore:
         """The neighbours of each row among the others, in row order, chunk by chunk."""
         table = self._rows()  # the rows of now, whatever is changed between two chunks
         with tqdm(total=len(table), unit=" rows", desc="neighbours", disable=not progress) as bar:
-            for start in range(0, len(table), batch_size):
-                part = slice(start, start + batch_size)
+            for part in even_parts(len(table), -(-len(table) // batch_size)):
                 yield self.search(table.features[part], k, table.ids[part])
                 bar.update(len(table.ids[part]))
 

@@ -1,5 +1,11 @@
-"""Exact search over rows that are divided over ranks: queries and answers travel, rows never do."""
+"""Search over rows that are divided over ranks: queries and answers travel, rows never do.
 
+Each rank has an index of its own rows, as large and of the kind that pays for these: a rank waits
+for its own rows alone. How often they miss together is measured over all ranks, and said once.
+"""
+
+import logging
+from collections.abc import Callable
 from typing import Self, TypeVar
 
 import numpy as np
@@ -10,11 +16,17 @@ from torch import Tensor
 
 from ..core.manifest import DatastoreError
 from ..core.rows import Values
-from ..core.search import Neighbors, Request, check_request
-from .backend import Hits
+from ..core.search import Floats, Neighbors, Request, TorchFirstPass, check_request
+from .backend import NOBODY, Hits, even_parts
 from .casting import Centers, fits_float16, sums_of, widened
 from .changes import checked_rows
 from .datastore import Datastore
+from .index import MIN_RECALL
+from .kinds import FLAT
+from .recall import RECALL_K, ROWS, Queries, queries_for
+from .searcher import nearest_in_blocks, recall_of
+
+logger = logging.getLogger(__name__)
 
 QUERY_BLOCK = 1024
 """Queries of one rank per exchange, which bounds the memory."""
@@ -27,26 +39,33 @@ Group = dist.ProcessGroup | None
 
 Fact = TypeVar("Fact")
 
+Nearest = Callable[[Floats, int], Hits]
+"""From queries [B, D] and k to the nearest of this rank's rows."""
+
 
 class ShardedDatastore:
     """The rows of all ranks as one datastore; each rank keeps its own.
 
-    Answers are those of one `Datastore` with all rows and the same mean, bit for bit. Every method
-    that says *collective* must be called by all ranks of the group, and so must the constructor; a
-    bad argument of one rank is an error on all. Bring rows with `from_features`; the constructor
-    takes ready shards.
+    With exact shards (`index="flat"`) answers are those of one `Datastore` with all rows and the
+    same mean, bit for bit; with others some rows may be missed, see `recall`. Every method that
+    says *collective* must be called by all ranks of the group, and so must the constructor; a bad
+    argument of one rank is an error on all. Bring rows with `from_features`; the constructor takes
+    ready shards, and builds and measures their indexes where they are approximate.
 
     Args:
-        shard: this rank's rows, searched exactly (`index="flat"`); it may be empty.
+        shard: this rank's rows; it may be empty.
         group: the process group; None is the default one.
 
     Attributes:
         shard: this rank's rows.
+        recall: share of the 20 nearest of all rows that was found when the datastore was made, for
+            rows or for queries unlike them, whichever was worse; None where all shards are exact.
+        measured_on: which of them that was.
 
     Raises:
         RuntimeError: before `torch.distributed.init_process_group`.
-        ValueError: for shards of another width, metric, normalisation, mean or learned map, an
-            approximate index, or an id that two ranks have; on all ranks.
+        ValueError: for shards of another width, metric, normalisation, mean, learned map or index
+            asked for, an index that cannot be built, or an id that two ranks have; on all ranks.
     """
 
     def __init__(self, shard: Datastore, group: Group = None) -> None:
@@ -61,6 +80,12 @@ class ShardedDatastore:
         self._verify_shards()
         self._check_shards()
         self._refuse_shared_ids()
+        self.recall: float | None = None
+        self.measured_on: str | None = None
+        if self._is_approximate():
+            self._build()  # after which one may know that an exact search is no slower
+        if self._is_approximate():
+            self.recall, self.measured_on = self._measure()
 
     @classmethod
     def from_features(
@@ -71,6 +96,9 @@ class ShardedDatastore:
         metric: str = "cosine",
         normalization: str = "l2_centered",
         group: Group = None,
+        *,
+        index: str = FLAT,
+        min_recall: float = MIN_RECALL,
     ) -> Self:
         """Makes a datastore of the rows that each rank brings. Collective.
 
@@ -87,9 +115,13 @@ class ShardedDatastore:
             metric: see `Datastore.from_features`; the same on all ranks.
             normalization: see `Datastore.from_features`; the same on all ranks.
             group: the process group; None is the default one.
+            index: see `Datastore.from_features`; the same on all ranks. `auto` chooses for the rows
+                of each rank, so that a small shard may be exact beside a large one that is not.
+            min_recall: recall at 20 that each rank's index is set to reach among its own rows.
 
         Raises:
-            ValueError: for bad rows of any rank; on all ranks.
+            ValueError: for bad rows of any rank, or an index that its rows are too few for; on all
+                ranks.
         """
         problem, nothing = "", torch.empty(0, dtype=torch.int64)
         rows, row_labels, numbers = torch.empty(0, 1), nothing, nothing
@@ -110,9 +142,16 @@ class ShardedDatastore:
         all_fit = all(_exchange(fits, group))  # one datastore has one dtype
         stored = rows.to(torch.float16 if all_fit else widened(), copy=True)
         mean = _common_mean(stored, group)
-        shard = Datastore(
-            stored, row_labels, numbers, mean, metric=metric, normalization=normalization
-        )
+        parts, shard = (stored, row_labels, numbers, mean), None
+        try:
+            shard = Datastore(
+                *parts, metric=metric, normalization=normalization, index=index,
+                min_recall=min_recall,
+            )  # fmt: skip
+        except (ValueError, ImportError) as error:
+            problem = str(error)
+        _raise_any(_exchange(problem, group))
+        assert shard is not None
         return cls(shard, group)
 
     def count(self) -> int:
@@ -149,27 +188,84 @@ class ShardedDatastore:
         if len({fact[3] for fact in facts}) > 1:
             raise ValueError(f"Expected one `k`, but got {[fact[3] for fact in facts]} by rank.")
         width = request.width(sum(fact[2] for fact in facts))
-        most = max(fact[1] for fact in facts)
-        blocks = (self._search_block(request, i, width) for i in range(0, most, QUERY_BLOCK))
-        parts = [Hits.none(0, width), *blocks]
-        found = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        found = self._answer(request, width, [fact[1] for fact in facts], self._nearest)
         return Neighbors(*(torch.from_numpy(values) for values in found)).rounded(queries)
 
-    def _search_block(self, request: Request, start: int, width: int) -> Hits:
-        """The answers to some queries of each rank, of which this rank keeps its own."""
-        mine = request.queries[start : start + QUERY_BLOCK].astype(np.float64)
-        everyone = _gather_rows(torch.from_numpy(mine), self.group)
-        # one more than wanted, since the excluded row may lie here or elsewhere
-        hits = self.shard.nearest(torch.cat(everyone), request.k + 1)
-        columns = [_gather_columns(part, self.group) for part in hits]
-        before = sum(len(part) for part in everyone[: dist.get_rank(self.group)])
-        own = slice(before, before + len(mine))
-        similarities, labels, ids = (column[own].numpy() for column in columns)
-        found = Hits(similarities.copy(), labels, ids)
-        if request.excluded is not None:
-            excluded = request.excluded[start : start + QUERY_BLOCK, None]
-            found.similarities[(found.ids == excluded) & (excluded >= 0)] = -np.inf
-        return found.best_with(Hits.none(len(mine), 0), width)
+    def _answer(self, request: Request, width: int, counts: list[int], nearest: Nearest) -> Hits:
+        """The answers to this rank's queries.
+
+        Args:
+            request: of this rank; k is that of all ranks.
+            width: how many neighbours each query gets.
+            counts: queries of each rank; they are cut evenly, so that a call has many or all.
+            nearest: asks this rank's rows about the queries of all ranks, in one call per block.
+        """
+        rank, blocks = dist.get_rank(self.group), [Hits.none(0, width)]
+        cuts = [even_parts(count, -(-max(counts) // QUERY_BLOCK)) for count in counts]
+        for parts in zip(*cuts, strict=True):
+            mine = torch.from_numpy(request.queries[parts[rank]].astype(np.float64))
+            everyone = _gather_rows(mine, [part.stop - part.start for part in parts], self.group)
+            # one more than wanted, since the excluded row may lie here or elsewhere
+            hits = nearest(torch.cat(everyone).numpy(), request.k + 1)
+            found = _gather_hits(hits, [len(rows) for rows in everyone], self.group)
+            if request.excluded is not None:
+                excluded = request.excluded[parts[rank], None]
+                found.similarities[(found.ids == excluded) & (excluded >= 0)] = -np.inf
+            blocks.append(found.best_with(Hits.none(len(mine), 0), width))
+        columns = zip(*blocks, strict=True)
+        return Hits(*(np.concatenate(column) for column in columns))
+
+    def _nearest(self, queries: Floats, k: int) -> Hits:
+        """By the index of the shard."""
+        return Hits(*(part.numpy() for part in self.shard.nearest(queries, k)))
+
+    def _truly_nearest(self, queries: Floats, k: int) -> Hits:
+        """Exact, also where the index of the shard is not."""
+        if self.shard.index.spec == FLAT:
+            return self._nearest(queries, k)
+        searcher, width = self.shard.build_index(), min(k, len(self.shard) - 1)
+        features, ids, space = searcher.features, searcher.ids, searcher.space
+        nobody = np.full(len(queries), -1)
+        places = nearest_in_blocks(features, ids, space, TorchFirstPass, queries, width, nobody)
+        similarities = np.empty(places.shape)
+        for i, query in enumerate(space.normalize(queries)):
+            similarities[i] = space.compare(space.normalize(features[places[i]]), query)
+        return Hits(similarities, self.shard.labels.numpy()[places], ids[places])
+
+    def _is_approximate(self) -> bool:
+        return any(spec != FLAT for spec in _exchange(self.shard.index.spec, self.group))
+
+    def _build(self) -> None:
+        problem = ""
+        try:
+            self.shard.build_index()
+        except ValueError as error:
+            problem = str(error)
+        _raise_any(_exchange(problem, self.group))
+
+    def _measure(self) -> tuple[float, str]:
+        """The worst recall over all ranks, and of which kind of queries; each rank brings some."""
+        shard, total = self.shard, self.count()
+        if total < 2:  # nothing is missed
+            return 1.0, ROWS
+        nothing = Queries(ROWS, np.empty((0, shard.dim)), np.empty(0, np.int64))
+        mine = [nothing]
+        if len(shard):
+            mine = queries_for(shard.build_index().features, shard.ids.numpy())
+        kinds = max(_exchange([queries.kind for queries in mine], self.group), key=len)
+        k, worst = min(RECALL_K, total - 1), (1.0, ROWS)
+        for i, kind in enumerate(kinds):
+            asked = mine[i] if i < len(mine) else nothing
+            request = Request(asked.features, k, asked.own)
+            counts = _exchange(len(asked.own), self.group)
+            found = self._answer(request, k, counts, self._nearest).ids
+            wanted = self._answer(request, k, counts, self._truly_nearest).ids
+            share = recall_of(found, wanted) if len(found) else 0.0
+            recall = sum(_exchange(share * len(found), self.group)) / sum(counts)
+            worst = min(worst, (recall, kind), key=lambda pair: pair[0])
+        if dist.get_rank(self.group) == 0:
+            logger.info("%d rows on all ranks: recall@%d %.4f on %s", total, k, *worst)
+        return worst
 
     def _verify_shards(self) -> None:
         problem = ""
@@ -181,20 +277,16 @@ class ShardedDatastore:
 
     def _check_shards(self) -> None:
         shard = self.shard
-        names = ("width", "metric", "normalization", "mean", "learned map", "index")
+        names = ("width", "metric", "normalization", "mean", "learned map", "index asked for")
         learned = shard.learned_map
         mine = (
             shard.dim, shard.metric, shard.normalization, shard.mean.numpy().tobytes(),
-            learned and learned.sha256, shard.index.spec,
+            learned and learned.sha256, shard.index.requested,
         )  # fmt: skip
         facts = _exchange(mine, self.group)
         other = [name for i, name in enumerate(names) if len({fact[i] for fact in facts}) > 1]
         if other:
             raise ValueError(f"Expected shards of one {', '.join(other)}, but the ranks differ.")
-        if shard.index.spec != "flat":
-            raise ValueError(
-                f"Expected shards with index='flat', which search exactly, but got {shard.index}."
-            )
 
     def _refuse_shared_ids(self) -> None:
         """Compares the ids of all ranks, block by block, so that nobody holds all of them."""
@@ -202,7 +294,8 @@ class ShardedDatastore:
         rank = dist.get_rank(self.group)
         counts = _exchange(len(ids), self.group)
         for start in range(0, max(counts), _ID_BLOCK):
-            blocks = _gather_rows(ids[start : start + _ID_BLOCK], self.group)
+            parts = [max(0, min(_ID_BLOCK, count - start)) for count in counts]
+            blocks = _gather_rows(ids[start : start + _ID_BLOCK], parts, self.group)
             others = [block for i, block in enumerate(blocks) if i != rank]
             shared = torch.cat([shared, *(block[torch.isin(block, ids)] for block in others)])
         by_rank = _exchange(shared[:10].tolist(), self.group)
@@ -244,22 +337,32 @@ def _raise_any(problems: list[str]) -> None:
         raise ValueError(" ".join(found))
 
 
-def _gather_rows(mine: Tensor, group: Group) -> list[Tensor]:
-    """Tensors [n, …] of all ranks, whose lengths may differ."""
-    counts = _exchange(len(mine), group)
+def _gather_rows(mine: Tensor, counts: list[int], group: Group) -> list[Tensor]:
+    """Tensors [n, …] of all ranks, whose lengths are given."""
     padded = mine.new_zeros(max(counts), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = _gather(padded, group)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def _gather_columns(mine: Tensor, group: Group) -> Tensor:
-    """[B, K] of all ranks side by side; -inf or -1 where a rank has fewer columns."""
-    widths = _exchange(mine.shape[1], group)
-    missing: float = -torch.inf if mine.is_floating_point() else -1
-    padded = mine.new_full((len(mine), max(widths)), missing)
-    padded[:, : mine.shape[1]] = mine
-    return torch.cat(_gather(padded, group), dim=1)
+def _gather_hits(mine: Hits, counts: list[int], group: Group) -> Hits:
+    """What all ranks found for the queries of this one, side by side.
+
+    Args:
+        mine: what this rank found for the queries of all ranks, in their order.
+        counts: queries of each rank.
+        group: the ranks.
+    """
+    width, missing = max(_exchange(mine.ids.shape[1], group)), (-np.inf, NOBODY, NOBODY)
+    packed = torch.empty(3, sum(counts), width, dtype=torch.int64)
+    for place, values, nothing in zip(packed, mine, missing, strict=True):
+        padded = np.full(place.shape, nothing, values.dtype)
+        padded[:, : values.shape[1]] = values
+        place.copy_(torch.from_numpy(padded.view(np.int64)))  # the bits of float64, in one message
+    before = sum(counts[: dist.get_rank(group)])
+    own = slice(before, before + counts[dist.get_rank(group)])
+    found = torch.cat([part[:, own] for part in _gather(packed, group)], dim=2).numpy()
+    return Hits(found[0].view(np.float64), found[1], found[2])
 
 
 def _gather(mine: Tensor, group: Group) -> list[Tensor]:

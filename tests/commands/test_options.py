@@ -19,7 +19,7 @@ from hf_knn import KnnConfig, KnnTrainingArguments
 from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
 from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
-from hf_knn.milvus.collection import MilvusIndex
+from hf_knn.milvus.kinds import MilvusIndex
 from hf_knn.training.arguments import FINE_TUNING, HEAD
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions

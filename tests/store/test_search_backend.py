@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_knn import Datastore, MilvusDatastore, SearchBackend
 from hf_knn.core.search import Neighbors
-from hf_knn.store.backend import RowStore, as_row_store, check_split
+from hf_knn.store.backend import RowStore, as_row_store, check_split, even_parts
 from hf_knn.store.table import StoredRows
 
 ROWS, DIM = 200, 5
@@ -193,3 +193,28 @@ def test_splits():
 def test_similarities_beyond_float32_are_its_largest():
     huge = Neighbors(torch.tensor([[-1e300]], dtype=torch.float64), *[torch.zeros(1, 1)] * 2)
     assert huge.rounded(queries()).similarities.item() == -torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 0), (0, 3), (1, 1), (10, 3), (4097, 2), (7, 7)])
+def test_queries_are_cut_into_parts_of_one_length(count: int, parts: int) -> None:
+    cut = even_parts(count, parts)
+    assert len(cut) == parts
+    assert [row for part in cut for row in range(count)[part]] == list(range(count))
+    lengths = [part.stop - part.start for part in cut]
+    assert max(lengths, default=0) - min(lengths, default=0) <= 1
+
+
+def test_leave_one_out_has_no_last_call_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    search = Datastore.search
+
+    def counted(self: Datastore, queries: Tensor, *rest: Any, **options: Any) -> Neighbors:
+        asked.append(len(queries))
+        return search(self, queries, *rest, **options)
+
+    monkeypatch.setattr(Datastore, "search", counted)
+    features = torch.randn(131, 4, generator=torch.Generator().manual_seed(0))
+    store = Datastore.from_features(features, torch.zeros(131).long())
+    found = torch.cat([hits.ids for hits in store.leave_one_out(3, 65)])
+    assert asked == [43, 44, 44]
+    assert torch.equal(found, search(store, features, 3, store.ids).ids)

@@ -1,10 +1,14 @@
 """What each rank does in store/test_distributed_search.py: searches over shards, written down."""
 
+import json
+import logging
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faiss
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from hf_knn import Datastore
 from hf_knn.store import ShardedDatastore
+from hf_knn.store import index as indexes
 from hf_knn.store import sharded as distributed_search
 
 DIM = 5
@@ -116,7 +121,9 @@ def mistakes(rank: int) -> list[str]:
     doubled = ids.clone()
     doubled[-1] = rows.ids[0] if rank == 1 else ids[-1]
     own_mean = Datastore.from_features(features, labels, ids)
-    lists = Datastore(good.shard.features, labels, ids, good.mean, index="IVF2,Flat")
+    lists = Datastore(
+        good.shard.features, labels, ids, good.mean, index="flat" if rank else "IVF2,Flat"
+    )
     numbered = make(features, labels)
     assert numbered.shard.ids.tolist() == list(range(30 * rank, 30 * rank + 30))
     wide = torch.zeros(1, DIM + rank)
@@ -126,10 +133,83 @@ def mistakes(rank: int) -> list[str]:
         refused(lambda: make(features[:, : DIM - rank], labels, ids)),
         refused(lambda: ShardedDatastore(own_mean)),
         refused(lambda: ShardedDatastore(lists)),
+        refused(lambda: make(features, labels, ids, index="IVF16,Flat" if rank else "flat")),
+        refused(lambda: make(features, labels, ids, index="IVF999,Flat")),
         refused(lambda: good.search(wide, 3)),
         refused(lambda: good.search(features, 3 + rank)),
         refused(lambda: good.search(features, 0 if rank == 0 else 3)),
     ]
+
+
+MANY, WIDE, ASKED = 4000, 4, 150
+
+
+def scattered_rows() -> Rows:
+    """Rows and, behind them, queries; the first rank has a fifth."""
+    generator = torch.Generator().manual_seed(7)
+    centers = torch.randn(40, WIDE, generator=generator)
+    which = torch.randint(0, 40, (MANY + ASKED,), generator=generator)
+    features = centers[which] + torch.randn(MANY + ASKED, WIDE, generator=generator)
+    ids = torch.randperm(5 * MANY, generator=generator)[:MANY]
+    return Rows(features, which, ids, MANY // 5, {})
+
+
+LISTS, BY_OWN_ROWS = "IVF16,Flat", "auto"
+
+
+class Said(logging.Handler):
+    """What was said about all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def approximate(rank: int, index: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Answers of shards with indexes, and what is stated about them."""
+    rows, said = scattered_rows(), Said()
+    logger = logging.getLogger("hf_knn.store.sharded")
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    features, labels, ids = (mine(v[:MANY], rows.cut, rank) for v in rows[:3])
+    assert features is not None
+    assert labels is not None
+    assert ids is not None
+    sharded = ShardedDatastore.from_features(features, labels, ids, index=index, min_recall=0.9)
+    logger.removeHandler(said)
+    facts: dict[str, Any] = {
+        "recall": sharded.recall, "measured_on": sharded.measured_on, "said": said.lines,
+        "spec": sharded.shard.index.spec, "calls": [],
+    }  # fmt: skip
+    nearest = Datastore.nearest
+
+    def counted(self: Datastore, queries: Any, k: int, exclude_ids: Any = None) -> Any:
+        facts["calls"].append(len(queries))
+        return nearest(self, queries, k, exclude_ids)
+
+    Datastore.nearest = counted  # type: ignore[method-assign]
+    queries = mine(rows.features[MANY:], ASKED // 3, rank)
+    assert queries is not None
+    own = torch.full((len(queries),), -1)
+    found = sharded.search(queries, 20, own)
+    Datastore.nearest = nearest  # type: ignore[method-assign]
+    return {f"{index}/{name}": value.contiguous() for name, value in found._asdict().items()}, facts
+
+
+def approximate_all(rank: int, folder: Path) -> None:
+    """By a kind that is named, and by what pays for the rows of each rank."""
+    faiss.omp_set_num_threads(1)  # two ranks of many threads wait for one another
+    distributed_search.QUERY_BLOCK = 64
+    answers, facts = approximate(rank, LISTS)
+    home = sys.modules[indexes.choose_index.__module__]
+    home.LARGEST_EXACT = 1000  # type: ignore[attr-defined]
+    more, facts_of_auto = approximate(rank, BY_OWN_ROWS)
+    save_file(answers | more, folder / f"approximate-{rank}.safetensors")
+    said = {LISTS: facts, BY_OWN_ROWS: facts_of_auto}
+    (folder / f"approximate-{rank}.json").write_text(json.dumps(said))
 
 
 def work_as(rank: int, world: int, folder: Path) -> None:
@@ -143,4 +223,5 @@ def work_as(rank: int, world: int, folder: Path) -> None:
     distributed_search._ID_BLOCK = 16
     save_file(answer_all(rank), folder / f"answers-{rank}.safetensors")
     (folder / f"mistakes-{rank}.txt").write_text("\n".join(mistakes(rank)))
+    approximate_all(rank, folder)
     dist.destroy_process_group()
