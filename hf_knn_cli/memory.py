@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from . import places
-from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage, SplitsOption
+from .choices import (
+    LARGEST_SEED,
+    BackendOption,
+    FindingsOption,
+    IdsOption,
+    JsonOption,
+    OnBadImage,
+    SplitsOption,
+    kinds_option,
+)
 from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
@@ -69,15 +78,9 @@ def teach(
 
 
 @app.command()
-@hand_over
 def forget(
     checkpoint: ChangedCheckpoint,
-    ids: Annotated[
-        list[int],
-        typer.Option(
-            "--ids", default_factory=list, show_default=False, help="Id of a row; repeat it."
-        ),
-    ],
+    ids: IdsOption,
     paths: Annotated[
         list[str],
         typer.Option(
@@ -87,7 +90,12 @@ def forget(
             help="Path of a picture as the datastore knows it; repeat it.",
         ),
     ],
+    kinds: Annotated[
+        list[str],
+        kinds_option("With --from, which findings; else exact_duplicate,near_duplicate"),
+    ],
     label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
+    findings: FindingsOption = None,
     recenter: Annotated[
         bool,
         typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
@@ -99,23 +107,29 @@ def forget(
         ),
     ] = None,
     json_output: JsonOption = False,
-) -> Command:
+) -> None:
     """Forget pictures: no byte of their rows stays, and a head in closed form never saw them."""
-    from hf_knn.commands.memory import forget_rows
+    from hf_knn.commands.console import run
+    from hf_knn.commands.rows import Wanted, forget_rows
 
-    return forget_rows
+    wanted = Wanted(ids, paths, label, findings, kinds)
+    command = partial(forget_rows, checkpoint, wanted, recenter, backup)
+    run(partial(command, json_output), json_output=json_output)
 
 
 @app.command()
 @hand_over
 def relabel(
     checkpoint: ChangedCheckpoint,
-    label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
-    ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
+    ids: IdsOption,
+    label: Annotated[
+        str | None, typer.Option(help="The class they get; a new name makes a class.")
+    ] = None,
+    findings: FindingsOption = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Give stored pictures another label."""
-    from hf_knn.commands.memory import relabel_rows
+    """Give stored pictures another label: that of --label, or what a csv suggests for each."""
+    from hf_knn.commands.rows import relabel_rows
 
     return relabel_rows
 
@@ -140,6 +154,15 @@ def undo(
     from hf_knn.commands.memory import undo_change
 
     return undo_change
+
+
+@app.command()
+@hand_over
+def log(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> Command:
+    """Say what was taught, forgotten and relabelled since the training, the newest last."""
+    from hf_knn.commands.memory import show_log
+
+    return show_log
 
 
 @app.command()

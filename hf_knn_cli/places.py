@@ -194,6 +194,21 @@ def new_folder(folder: Path) -> Path:
     return Path(place)
 
 
+def findings_csv(file: Path | None) -> Path | None:
+    """A csv of findings to be read; None stays None. A folder means the one in it."""
+    if file is None:
+        return None
+    wanted = "a findings.csv"
+    place = _expanded(file, wanted)
+    if os.path.isdir(place) and os.path.isfile(os.path.join(place, "findings.csv")):
+        return Path(place, "findings.csv")
+    if not os.path.exists(place):
+        _refuse_missing(place, wanted, "what `hf-knn inspect` or `hf-knn doctor` wrote")
+    if os.path.isdir(place):
+        refuse(place, wanted, "it is a folder without one; name the csv")
+    return Path(place)
+
+
 def new_report(folder: Path | None) -> Path | None:
     """A folder to write a report into; None stays None."""
     return None if folder is None else new_folder(folder)

@@ -219,9 +219,9 @@ def inspect_checkpoint(
     )
     if checkup.findings and Path(checkpoint).is_dir():
         console.print(
-            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]"
-            f"{typed('relabel', checkpoint, '--ids', 'ID', '--label', 'CLASS')}[/], or [bold]"
-            f"{typed('forget', checkpoint, '--ids', 'ID')}[/]",
+            f"Next: look at the page, delete from {CSV_NAME} what is right as it is, then [bold]"
+            f"{typed('relabel', checkpoint, '--from', output / CSV_NAME)}[/], or [bold]"
+            f"{typed('forget', checkpoint, '--from', output / CSV_NAME)}[/]",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""`hf-knn teach | forget | relabel | undo | refit | merge | diff | milvus`: each whole or not."""
+"""`hf-knn teach | undo | refit | merge | diff | milvus`: each whole or not."""
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
-from ..core.reading import CONTENTS_NAME
+from ..core.reading import CONTENTS_NAME, HubFiles
 from ..data.batches import RowPictures
 from ..data.loading import from_files
-from ..data.walk import nfc
 from ..features.extract import extract_features, progress_bars
 from ..fit.heads import refit
 from ..fit.measure import rows_but
@@ -24,7 +23,7 @@ from ..milvus.pending import settle, whole_or_not
 from ..model.compare import Difference, compare
 from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
-from ..model.receipts import Change, Receipt, Scope
+from ..model.receipts import CHANGES_NAME, Change, Receipt, Scope, history, load_changes
 from ..model.stored import StoredOtherwiseError
 from ..model.versions import exchange_versions, goes_back_to_training
 from ..store.advice import install, needs
@@ -48,7 +47,7 @@ from .console import (
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
 
-_CLASSES_NAME = "classes.json"
+CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
 
 
@@ -98,7 +97,7 @@ def teach_pictures(
             model.keep_thumbnails(RowPictures(rows, ids, taken.tolist()))
         return receipt
 
-    receipt = _change(checkpoint, change, json_output)
+    receipt = change_checkpoint(checkpoint, change, json_output)
     if json_output:
         return
     if receipt.scope == Scope.NOTHING:
@@ -109,79 +108,6 @@ def teach_pictures(
             f"{typed('undo', checkpoint)}",
             soft_wrap=True,
         )
-
-
-def forget_rows(
-    checkpoint: Path,
-    ids: list[int],
-    paths: list[str],
-    label: str | None,
-    recenter: bool,
-    backup: Path | None,
-    json_output: bool,
-) -> None:
-    """Removes rows from a checkpoint.
-
-    Args:
-        checkpoint: a folder.
-        ids: of rows.
-        paths: of pictures, as `predict` and `inspect` show them.
-        label: every row of a class; alone.
-        recenter: make the mean that centres rows anew.
-        backup: a folder for the rows, to be merged again; None keeps nothing.
-        json_output: print the receipt as JSON.
-
-    Raises:
-        ValueError: for rows that are not there; nothing is changed.
-    """
-
-    def change(model: KnnForImageClassification) -> Receipt:
-        store = _store(model, checkpoint)
-        wanted = torch.tensor([*ids, *_ids_of_paths(store, paths)], dtype=torch.int64)
-        if (label is None) != (len(wanted) > 0):
-            raise ValueError("Expected what to forget: --ids or --path, or else --label.")
-        names = model.config.class_names
-        if label is not None:
-            numbers = {nfc(name): number for number, name in enumerate(names)}
-            if nfc(label) not in numbers:
-                raise ValueError(
-                    f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
-                )
-            wanted = store.ids_labelled(numbers[nfc(label)])
-        if backup is not None:
-            if backup.exists():
-                raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
-            store.subset(wanted).save(backup)
-            prints = model.memory.contents
-            if prints is not None:
-                prints.only(wanted.tolist()).save(backup)
-            text = json.dumps(names, ensure_ascii=False)
-            (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
-        return model.forget(wanted, recenter=recenter)
-
-    _change(checkpoint, change, json_output)
-    if json_output:
-        return
-    console.print(
-        "Note: features that were computed on this machine are cached apart from the checkpoint; "
-        f"[bold]{typed('cache', '--clear')}[/] removes them.",
-        soft_wrap=True,
-    )
-    if backup is not None:
-        again = typed("merge", checkpoint, backup)
-        console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
-
-
-def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool) -> None:
-    """Gives rows of a checkpoint another label.
-
-    Args:
-        checkpoint: a folder.
-        ids: of rows.
-        label: a class, or a new one.
-        json_output: print the receipt as JSON.
-    """
-    _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
 
 
 def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
@@ -204,6 +130,51 @@ def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
         else:
             receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
     _say(receipt, json_output)
+
+
+def show_log(checkpoint: str, json_output: bool) -> None:
+    """Says what was changed in a checkpoint since it was trained, the newest last.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        json_output: print JSON.
+
+    Raises:
+        ValueError: for receipts that cannot be read.
+        OSError: if a Hub id cannot be reached.
+    """
+    folder = Path(checkpoint)
+    files = HubFiles(checkpoint, {})
+    path = folder / CHANGES_NAME if folder.is_dir() else files.resolve(CHANGES_NAME)
+    entries = history(load_changes(path) if path is not None and path.is_file() else [])
+    if json_output:
+        print_json([
+            {"number": one.number, "in_words": str(one), "takes_back": one.takes_back,
+             "is_taken_back": one.is_taken_back} | asdict(one.receipt) for one in entries
+        ])  # fmt: skip
+        return
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    for one in entries:
+        day, _, time = one.receipt.at.partition("T")
+        when = escape(f"{day} {time[:5]} UTC")
+        mark = " [dim](taken back)[/]" if one.is_taken_back else ""
+        say(f"{one.number:>3}  {when}  {escape(one)}{mark}")
+    if not entries:
+        say("Nothing was changed since it was trained.")
+    if not folder.is_dir():
+        return
+    undo = f"[bold]{typed('undo', checkpoint)}[/]"
+    left = [one for one in entries
+            if not one.is_taken_back and one.receipt.action != Change.UNDO]  # fmt: skip
+    last = left[-1] if left else None
+    if is_pending(folder):
+        say(f"The last change was interrupted: {undo} takes it back first.")
+    elif goes_back_to_training(folder):
+        say(f"{undo} exchanges this version and the one before the last training.")
+    elif last is not None and last.receipt.action == Change.FORGET:
+        say(f"Number {last.number} cannot be taken back: no byte of those rows was kept here.")
+    elif last is not None and last.receipt.action != Change.EXCHANGE:
+        say(f"{undo} takes number {last.number} back.")
 
 
 def refit_head(checkpoint: Path) -> None:
@@ -251,10 +222,10 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
             known = Contents.load(kept if kept.is_file() else None)
             return model.merge(store, _classes_of(Path(other)), known)
         second = open_checkpoint(other)
-        rows, names = _store(second, Path(other)), second.config.class_names
+        rows, names = store_of(second, Path(other)), second.config.class_names
         return model.merge(rows, names, second.memory.contents)
 
-    _change(checkpoint, change, json_output)
+    change_checkpoint(checkpoint, change, json_output)
 
 
 def show_difference(first: str, second: str, json_output: bool) -> None:
@@ -285,10 +256,16 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
     return Receipt.nothing(Change.UNDO, len(store), state, ["nothing else was undone"])
 
 
-def _change(
+def change_checkpoint(
     checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
 ) -> Receipt:
-    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
+    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile.
+
+    Args:
+        checkpoint: a folder.
+        change: changes the model and returns the receipt.
+        json_output: print the receipt as JSON.
+    """
     with changing(checkpoint) as folder:
         receipt = _changed(checkpoint, folder, change)
     return _say(receipt, json_output)
@@ -305,7 +282,7 @@ def _changed(
     if was_interrupted:
         Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
     model = open_checkpoint(checkpoint)
-    store = _store(model, checkpoint)
+    store = store_of(model, checkpoint)
     if store.location is not None and not isinstance(store, MilvusDatastore):
         raise ValueError(
             f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
@@ -341,8 +318,7 @@ def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
     if rows > _SHOWN:
         return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
     commands = [
-        f"`hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} "
-        f"--label {shlex.quote(label)}`"
+        f"`hf-knn relabel {place} --ids {','.join(map(str, ids))} --label {shlex.quote(label)}`"
         for label, ids in error.moves.items()
     ]
     return (
@@ -371,26 +347,24 @@ def _of_label(pictures: Path, label: str) -> Any:
     return found.splits["train"]
 
 
-def _store(model: KnnForImageClassification, place: Path) -> RowStore:
+def store_of(model: KnnForImageClassification, place: Path) -> RowStore:
+    """The rows of a model.
+
+    Args:
+        model: that was opened.
+        place: its checkpoint.
+
+    Raises:
+        ValueError: if it has none.
+    """
     if model.datastore is None:
         raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
     return model.datastore
 
 
-def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
-    known = dict(zip(map(nfc, store.paths or []), store.ids.tolist(), strict=False))
-    missing = [path for path in paths if nfc(path) not in known]
-    if missing:
-        raise ValueError(
-            f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
-            "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
-        )
-    return [known[nfc(path)] for path in paths]
-
-
 def _classes_of(folder: Path) -> list[str] | None:
     """The classes of a backup; None for a datastore that does not say what its numbers mean."""
-    path = folder / _CLASSES_NAME
+    path = folder / CLASSES_NAME
     return read_json(path) if path.is_file() else None
 
 

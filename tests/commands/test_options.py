@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
+from hf_knn.checkup.findings import OF_ONE_PICTURE
 from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
 from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
 from hf_knn.milvus.collection import MilvusIndex
 from hf_knn.training.arguments import FINE_TUNING, HEAD
+from hf_knn_cli.choices import FINDING_KINDS
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 
@@ -101,6 +103,7 @@ def test_choices_in_the_text_of_a_help_are_those_of_the_package() -> None:
     assert {str(index).lower() for index in MilvusIndex} <= set(helps["milvus", "index"])
     with pytest.raises(ValueError, match="one of ") as refusal:
         KnnConfig(pooling=NOT_OFFERED)
+    assert FINDING_KINDS == OF_ONE_PICTURE
     poolings = set(re.findall(r"'(\w+)'", str(refusal.value))) - {NOT_OFFERED}
     assert poolings <= set(helps["train", "pooling"])
 
