@@ -93,17 +93,19 @@ def _kinds(texts: list[str]) -> list[str]:
     return kinds
 
 
-def kinds_option(what: str) -> Any:
+def kinds_option(what: str, panel: str | None = None) -> Any:
     """Declares which findings a command takes.
 
     Args:
         what: it does with them, and with which if none are named.
+        panel: of the help that lists it.
     """
     return typer.Option(
         "--kind",
         default_factory=list,
         show_default=False,
         callback=_kinds,
+        rich_help_panel=panel,
         help=f"{what}; of {', '.join(FINDING_KINDS)}.",
     )
 

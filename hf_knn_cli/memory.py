@@ -78,6 +78,7 @@ def teach(
 
 
 @app.command()
+@reads_pictures
 def forget(
     checkpoint: ChangedCheckpoint,
     ids: IdsOption,
@@ -92,10 +93,28 @@ def forget(
     ],
     kinds: Annotated[
         list[str],
-        kinds_option("With --from, which findings; else exact_duplicate,near_duplicate"),
+        kinds_option(
+            "With --from or --duplicates, which findings; else exact_duplicate,near_duplicate"
+        ),
     ],
     label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
     findings: FindingsOption = None,
+    duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates", help="Look for copies and keep one of each group; asks before it does."
+        ),
+    ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            callback=places.stored_pictures,
+            help="With --duplicates: the folder that the stored paths are relative to, to compare "
+            "pixels; else features are compared.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     recenter: Annotated[
         bool,
         typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
@@ -109,12 +128,22 @@ def forget(
     json_output: JsonOption = False,
 ) -> None:
     """Forget pictures: no byte of their rows stays, and a head in closed form never saw them."""
+    if duplicates and (ids or paths or label is not None or findings):
+        raise typer.BadParameter("Expected --duplicates alone, without --ids, --path, --label, "
+                                 "--from; it finds the rows itself.")  # fmt: skip
+    if (root or yes) and not duplicates:
+        raise typer.BadParameter("Expected --pictures and --yes with --duplicates only.")
     from hf_knn.commands.console import run
-    from hf_knn.commands.rows import Wanted, forget_rows
+    from hf_knn.commands.rows import Wanted, forget_duplicates, forget_rows
 
-    wanted = Wanted(ids, paths, label, findings, kinds)
-    command = partial(forget_rows, checkpoint, wanted, recenter, backup)
-    run(partial(command, json_output), json_output=json_output)
+    last = (recenter, backup, json_output)
+    if duplicates:
+        command = partial(forget_duplicates, checkpoint, root, kinds, yes, *last)
+    else:
+        command = partial(
+            forget_rows, checkpoint, Wanted(ids, paths, label, findings, kinds), *last
+        )
+    run(command, json_output=json_output)
 
 
 @app.command()
@@ -138,6 +167,9 @@ def relabel(
 @hand_over
 def undo(
     checkpoint: ChangedCheckpoint,
+    steps: Annotated[
+        int, typer.Argument(min=1, help="How many steps; `hf-knn log` lists the changes.")
+    ] = 1,
     training: Annotated[
         bool,
         typer.Option(
@@ -147,10 +179,13 @@ def undo(
     ] = False,
     json_output: JsonOption = False,
 ) -> Command:
-    """Take the last change back, also a training; one that was interrupted first, and no other.
+    """Take the last change back, also a training; one that was interrupted comes first.
 
+    Of several steps all are taken, or none where one of them forgot rows.
     After a training was taken back, undo puts the later version back again.
     """
+    if training and steps > 1:
+        raise typer.BadParameter("Expected --training alone; it leaves no step out.")
     from hf_knn.commands.memory import undo_change
 
     return undo_change
@@ -249,6 +284,6 @@ def milvus(
     ] = "flat",
 ) -> Command:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
-    from hf_knn.commands.memory import move_to_milvus
+    from hf_knn.commands.use import move_to_milvus
 
     return move_to_milvus

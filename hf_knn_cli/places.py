@@ -116,6 +116,22 @@ def pictures(name: str) -> str:
     return place
 
 
+def pictures_if_named(name: str | None) -> str | None:
+    """Pictures as above; None stays None."""
+    return None if name is None else pictures(name)
+
+
+def quarantine(folder: Path | None) -> Path | None:
+    """A folder that files were moved into; None stays None."""
+    if folder is None:
+        return None
+    wanted = "the folder that --move-to named"
+    place = _expanded(folder, wanted)
+    if not os.path.exists(place):
+        _refuse_missing(place, wanted, "the one that the files were moved into")
+    return Path(place)
+
+
 def local_pictures(place: Path) -> Path:
     """Pictures on this machine: a folder, one picture, or a file that lists them."""
     wanted = "a picture, a folder of pictures or a csv"

@@ -158,6 +158,23 @@ def write_csv(path: Path, findings: Sequence[Finding], pictures: Pictures) -> No
         writer.writerows(_line(finding, pictures) for finding in in_order(findings))
 
 
+def csv_line(finding: Finding, pictures: Pictures) -> str:
+    """A finding as it stands in the csv, without the end of the line.
+
+    Args:
+        finding: about one of the pictures.
+        pictures: what it is about.
+    """
+    return as_csv(_line(finding, pictures))
+
+
+def as_csv(cells: Sequence[str]) -> str:
+    """Cells in one line of a csv, without its end; line breaks in them become spaces."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="").writerow([" ".join(cell.splitlines()) for cell in cells])
+    return file.getvalue()
+
+
 def _line(finding: Finding, pictures: Pictures) -> list[str]:
     one, label = finding.picture, finding.label
     place = [finding.split, "", "", ""]

@@ -1,4 +1,4 @@
-"""`hf-knn teach | undo | refit | merge | diff | milvus`: each whole or not."""
+"""`hf-knn teach | undo | log | refit | merge | diff`: each change whole or not."""
 
 import shlex
 from collections.abc import Callable
@@ -25,11 +25,10 @@ from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import CHANGES_NAME, Change, Receipt, Scope, history, load_changes
 from ..model.stored import StoredOtherwiseError
-from ..model.versions import exchange_versions, goes_back_to_training
-from ..store.advice import install, needs
+from ..model.versions import check_steps, exchange_versions, goes_back_to_training
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.remote import LOCAL_ENDING, DatastoreReference, is_pending, read_manifest
+from ..store.remote import is_pending, read_manifest
 from .console import (
     Terminal,
     as_called,
@@ -110,26 +109,61 @@ def teach_pictures(
         )
 
 
-def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
-    """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
+def undo_change(checkpoint: Path, steps: int, training: bool, json_output: bool) -> None:
+    """Takes the last changes of a checkpoint back; an interrupted one is the first of them.
 
-    If nothing was changed since the last training, the version before that takes its place again,
-    if it is kept; called once more, the two are exchanged again.
+    Where nothing was changed since the last training, one more step puts the version before that in
+    its place again, if it is kept; called once more, the two are exchanged again.
 
     Args:
         checkpoint: a folder.
+        steps: how many, from 1; all of them are possible, or none is taken.
         training: go back to the version before the last training, whatever was changed since.
-        json_output: print the receipt as JSON.
+        json_output: print the receipt as JSON; of several steps, a list.
 
     Raises:
-        ValueError: if there is nothing to take back.
+        ValueError: if there is less to take back.
     """
     with changing(checkpoint) as folder:
-        if not is_pending(folder) and (training or goes_back_to_training(folder)):
-            receipt = exchange_versions(folder)
+        if training and not is_pending(folder):
+            receipts = [exchange_versions(folder)]
         else:
-            receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
-    _say(receipt, json_output)
+            receipts = _taken_back(checkpoint, folder, steps)
+    if json_output:
+        print_json(asdict(receipts[0]) if steps == 1 else [asdict(one) for one in receipts])
+        return
+    for receipt in receipts:
+        say_receipt(receipt, json_output)
+
+
+def _taken_back(checkpoint: Path, folder: Path, steps: int) -> list[Receipt]:
+    """The receipts of some steps back; the caller holds the lock of the folder."""
+    if steps == 1:
+        if not is_pending(folder) and goes_back_to_training(folder):
+            return [exchange_versions(folder)]
+        return [changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)]
+    receipts = []
+    if is_pending(folder):
+        receipts.append(changed(checkpoint, folder, lambda model: model.undo(), _nothing_else))
+        steps -= 1
+    path = folder / CHANGES_NAME
+    count = check_steps(folder, load_changes(path) if path.is_file() else [], steps)
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if isinstance(model.datastore, MilvusDatastore):
+            raise ValueError(
+                "Expected one step at a time for rows in Milvus, which are changed for all who "
+                "refer to them; call undo again after each."
+            )
+        receipts.extend(model.undo() for _ in range(count))
+        return receipts[-1]
+
+    if count:
+        last = changed(checkpoint, folder, change)
+        receipts[-1] = last
+    if count < steps:
+        receipts.append(exchange_versions(folder))
+    return receipts
 
 
 def show_log(checkpoint: str, json_output: bool) -> None:
@@ -267,17 +301,27 @@ def change_checkpoint(
         json_output: print the receipt as JSON.
     """
     with changing(checkpoint) as folder:
-        receipt = _changed(checkpoint, folder, change)
-    return _say(receipt, json_output)
+        receipt = changed(checkpoint, folder, change)
+    return say_receipt(receipt, json_output)
 
 
-def _changed(
+def changed(
     checkpoint: Path,
     folder: Path,
     change: Callable[[KnnForImageClassification], Receipt],
     after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
 ) -> Receipt:
-    """The receipt of a change, which is saved then; the caller holds the lock of the folder."""
+    """The receipt of a change, which is saved then.
+
+    Args:
+        checkpoint: a folder.
+        folder: the same without links; the caller holds its lock.
+        change: changes the model; where its receipt says that nothing was, nothing is saved.
+        after_settling: called instead, if an interrupted change was taken back.
+
+    Raises:
+        ValueError: for rows that cannot be changed as one with the folder.
+    """
     was_interrupted = settle(folder)
     if was_interrupted:
         Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
@@ -298,8 +342,13 @@ def _changed(
     return model.changes[-1]  # the save may have noted something
 
 
-def _say(receipt: Receipt, json_output: bool) -> Receipt:
-    """Prints what was done."""
+def say_receipt(receipt: Receipt, json_output: bool) -> Receipt:
+    """Prints what was done.
+
+    Args:
+        receipt: of a change.
+        json_output: print it as JSON.
+    """
     if json_output:
         print_json(asdict(receipt))
         return receipt
@@ -407,57 +456,3 @@ def _difference_table(found: Difference) -> Table:
     table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
     table.add_row("head", "same" if found.same_head else "changed")
     return table
-
-
-def move_to_milvus(
-    checkpoint: Path,
-    uri: str,
-    collection: str,
-    token: str | None,
-    batch_size: int,
-    index: str = "flat",
-) -> None:
-    """Loads the rows of a checkpoint into Milvus and saves the checkpoint with a reference.
-
-    The checkpoint is changed when all rows were read back; until then it is as it was, and the
-    command may be called again to go on.
-
-    Args:
-        checkpoint: a folder whose rows lie beside the model.
-        uri: of the server, or a file of Milvus Lite.
-        collection: name for the rows.
-        token: of the server; None takes `MILVUS_TOKEN`.
-        batch_size: rows per call.
-        index: see `MilvusDatastore.from_datastore`.
-
-    Raises:
-        ValueError: for another folder, or one whose rows lie elsewhere.
-        ImportError: without pymilvus.
-        OSError: if the server does not answer, or something cannot be written.
-    """
-    lite = {"milvus_lite": "milvus-lite"} if uri.endswith(LOCAL_ENDING) else {}
-    needs({"pymilvus": "pymilvus"} | lite, "hf-knn milvus", install("milvus"))
-    manifest = checkpoint / MANIFEST_NAME
-    with changing(checkpoint):  # or a row that is taught meanwhile would be lost
-        if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
-            raise ValueError(
-                f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
-            )
-        model = open_checkpoint(checkpoint)
-        if not isinstance(model.datastore, Datastore):
-            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-        with progress_bars():
-            store = MilvusDatastore.from_datastore(
-                model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
-            )
-        model.datastore = store
-        model.save_pretrained(checkpoint)
-    console.print(
-        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
-        f"searched by {escape(str(store.index))}. "
-        f"{escape(str(checkpoint))} holds a reference to them, and no rows."
-    )
-    console.print(
-        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} "
-        f"{typed('predict', checkpoint, 'PICTURE.jpg')}[/]", soft_wrap=True,
-    )  # fmt: skip

@@ -3,18 +3,31 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
-from ..checkup.findings import STORED, Kind, Line, harmless, kinds_of, read_csv
+from ..checkup.examine import pictures_of, stored_copies
+from ..checkup.findings import (
+    STORED,
+    Finding,
+    Kind,
+    Line,
+    Pictures,
+    harmless,
+    in_order,
+    kinds_of,
+    read_csv,
+)
 from ..data.walk import nfc
 from ..model.modeling import KnnForImageClassification
 from ..model.receipts import Change, Receipt
 from ..store.backend import RowStore
-from .console import console, escape, typed
-from .memory import CLASSES_NAME, change_checkpoint, store_of
+from .checks import watching
+from .console import agreed, changing, console, escape, print_json, typed
+from .memory import CLASSES_NAME, change_checkpoint, changed, say_receipt, store_of
 
 _SHOWN = 20
 
@@ -93,6 +106,99 @@ def forget_rows(
     change_checkpoint(checkpoint, change, json_output)
     if not json_output:
         say_what_is_left(checkpoint, backup)
+
+
+def forget_duplicates(
+    checkpoint: Path,
+    root: Path | None,
+    kinds: Sequence[str],
+    yes: bool,
+    recenter: bool,
+    backup: Path | None,
+    json_output: bool,
+) -> None:
+    """Keeps one of each group of stored copies, the one that was stored first.
+
+    Copies under several labels stay: either may be the right one.
+
+    Args:
+        checkpoint: a folder.
+        root: the folder of the pictures, to compare their pixels; None compares features.
+        kinds: `COPIES`, or one of them; empty takes both.
+        yes: do not ask.
+        recenter: make the mean that centres rows anew.
+        backup: a folder for the rows, to be merged again; None keeps nothing.
+        json_output: print the receipt as JSON, with what was `kept` for each row.
+
+    Raises:
+        ValueError: if nobody can be asked, or the checkpoint was changed meanwhile; nothing is
+            changed.
+    """
+    wanted = kinds_of(kinds) or [*COPIES]
+    if not set(wanted) <= set(COPIES):
+        raise ValueError(f"Expected --kind of {[*map(str, COPIES)]} with --duplicates.")
+    if json_output and not yes:
+        raise ValueError("Expected --yes with --json, since nobody can be asked then.")
+    seen: list[tuple[Pictures, list[Finding], str]] = []
+
+    def look(model: KnnForImageClassification) -> Receipt:
+        store = store_of(model, checkpoint)
+        pictures = pictures_of(store, model.config.class_names)
+        with watching(not json_output) as watch:
+            found = stored_copies(store, pictures, root, watch)
+        seen.append((pictures, found, model.fingerprint_rows()))
+        return _nothing(model, Change.FORGET, "no row is a copy of another one")
+
+    with changing(checkpoint) as folder:  # not held while somebody thinks about an answer
+        receipt = changed(checkpoint, folder, look)
+    pictures, found, state = seen[0]
+    copies = [one for one in in_order(found) if one.kind in wanted]
+    _say_copies(pictures, copies, sum(one.kind == Kind.CONFLICT for one in found))
+    ids = [int(pictures.ids[one.picture]) for one in copies]
+    if copies and not agreed(f"Forget {len(ids)} rows?", yes):
+        console.print("Nothing was changed.")
+        return
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if model.fingerprint_rows() != state:
+            raise ValueError(
+                f"Expected {checkpoint} as it was looked at, but its rows were changed meanwhile; "
+                "call this command again."
+            )
+        return forget_ids(model, ids, recenter, backup)
+
+    if copies:
+        with changing(checkpoint) as folder:
+            receipt = changed(checkpoint, folder, change)
+    if json_output:
+        kept = {str(row): int(pictures.ids[one.others[0]])
+                for row, one in zip(ids, copies, strict=True)}  # fmt: skip
+        print_json(asdict(receipt) | {"kept": kept})
+        return
+    say_receipt(receipt, json_output)
+    if copies:
+        say_what_is_left(checkpoint, backup)
+
+
+def _say_copies(pictures: Pictures, copies: Sequence[Finding], conflicts: int) -> None:
+    """Which rows are kept and which are to go, and why."""
+    table = Table("keep", "forget", "label", "why", title="Of each group the first that was stored "
+                  "is kept", title_justify="left")  # fmt: skip
+    for one in copies[:_SHOWN]:
+        kept, copy = (
+            f"{pictures.ids[p]} {pictures.paths[p]}" for p in (one.others[0], one.picture)
+        )
+        table.add_row(*map(escape, (kept, copy, pictures.label_of(one.picture), one.detail)))
+    if copies:
+        console.print(table)
+    if len(copies) > _SHOWN:
+        console.print(f"… and {len(copies) - _SHOWN:,} more.")
+    if conflicts:
+        groups = "One group of copies has" if conflicts == 1 else f"{conflicts} groups have"
+        console.print(
+            f"{groups} several labels and stays as it is: decide on one with `hf-knn relabel`.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def forget_ids(

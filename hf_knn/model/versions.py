@@ -1,6 +1,8 @@
 """What a checkpoint folder holds before a training replaces it, and the way back afterwards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -157,6 +159,40 @@ def goes_back_to_training(folder: Path) -> bool:
     """Whether the last thing done to a checkpoint was a training, or the undoing of one."""
     left = standing(read_changes(_file(folder, CHANGES_NAME)))
     return (folder / BEFORE_NAME).is_dir() and (not left or left[-1].action == Change.EXCHANGE)
+
+
+def check_steps(folder: Path, changes: Sequence[Receipt], steps: int) -> int:
+    """Refuses to go back further than somebody can.
+
+    Args:
+        folder: of a checkpoint.
+        changes: all its receipts, oldest first.
+        steps: how many are wanted, from 1.
+
+    Returns:
+        How many of them are changes; the rest, at most one, is the last training.
+
+    Raises:
+        ValueError: if there are fewer steps, or rows were forgotten in one of them.
+    """
+    left = [*reversed(standing(changes))]
+    left = [*takewhile(lambda receipt: receipt.action != Change.EXCHANGE, left)]
+    has_version = (folder / BEFORE_NAME).is_dir()
+    kept = " and the version before a training" if has_version else ""
+    if steps > len(left) + has_version:
+        raise ValueError(
+            f"Expected at most {len(left) + has_version} steps back ({len(left)} changes{kept}), "
+            f"but got {steps}; nothing was changed (`hf-knn log` lists the changes)."
+        )
+    for place, receipt in enumerate(left[:steps]):
+        if receipt.action == Change.FORGET:
+            raise ValueError(
+                f"Expected {steps} changes that can be taken back, but step {place + 1} forgot "
+                f"{len(receipt.ids)} rows, and no byte of them was saved; nothing was changed. "
+                "Merge a backup, or go back to before the training (`hf-knn undo CHECKPOINT "
+                "--training`)."
+            )
+    return min(steps, len(left))
 
 
 def exchange_versions(folder: Path) -> Receipt:

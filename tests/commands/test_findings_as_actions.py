@@ -1,15 +1,18 @@
-"""`hf-knn relabel | forget --from findings.csv`, and ids as they are typed."""
+"""`hf-knn relabel | forget --from findings.csv`, `forget --duplicates`, and ids as typed."""
 
 import csv
 import json
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.commands import hf_knn, wide_terminal  # noqa: F401
-from support.pictures import random_features, small_model
+from support.pictures import encoded, picture, random_features, small_model
 
 from hf_knn import Datastore, KnnForImageClassification
 
@@ -164,6 +167,113 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     assert said in refusal("forget", folder, *(word.format(table=table) for word in words))
     assert len(labels_in(folder)) == ROWS
+
+
+# ---- forget --duplicates ------------------------------------------------------------------------
+
+
+def answered(monkeypatch: pytest.MonkeyPatch, *answers: bool) -> list[str]:
+    """Somebody at a terminal; what they were asked."""
+    asked: list[str] = []
+    left = list(answers)
+
+    def confirm(text: str, **_: Any) -> bool:
+        asked.append(text)
+        return left.pop(0)
+
+    monkeypatch.setattr("hf_knn.commands.console.typer.confirm", confirm)
+    monkeypatch.setattr("hf_knn.commands.console.sys", AtTerminal)
+    return asked
+
+
+class AtTerminal:
+    stdin = SimpleNamespace(isatty=lambda: True)
+    stdout, stderr = sys.stdout, sys.stderr
+
+
+def test_one_of_each_group_is_kept_when_somebody_agrees(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = labels_in(folder)
+    assert "pass --yes to do it" in refusal("forget", folder, "--duplicates")
+    assert "--yes with --json" in refusal("forget", folder, "--duplicates", "--json")
+    assert labels_in(folder) == before
+    from hf_knn.commands.rows import forget_duplicates
+
+    asked = answered(monkeypatch, False, True)
+    look = partial(forget_duplicates, folder, None, [], False, False, None, json_output=False)
+    look()
+    assert labels_in(folder) == before
+    look()
+    assert asked == ["Forget 1 rows?"] * 2
+    assert set(before) - set(labels_in(folder)) == {1007}
+
+
+def test_what_is_kept_is_said_and_copies_under_two_labels_stay(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = KnnForImageClassification.from_pretrained(folder)
+    rows = model.datastore.rows_of(torch.tensor([1020, 1021]))
+    features = torch.from_numpy(rows.features).float()
+    own = [CLASSES[label] for label in rows.labels.tolist()]
+    model.teach(features=features.repeat(2, 1), labels=own * 2, ids=[1, 2, 3, 4])
+    model.relabel([4], [own[0]])
+    model.save_pretrained(folder)
+    done = hf_knn("forget", folder, "--duplicates", "--yes", "--backup", tmp_path / "kept")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "Of each group the first that was stored is kept" in said
+    assert "1004 bee/4.png" in said
+    assert "The same pixels as bee/4.png" in said
+    assert "One group of copies has several labels" in said
+    assert set(labels_in(folder)) & {1, 2, 3, 4, 1007, 1020, 1021} == {4, 1020, 1021}
+    again = receipt_of("forget", folder, "--duplicates", "--yes")
+    assert (again["scope"], again["kept"]) == ("nothing", {})
+    assert len(receipt_of("merge", folder, tmp_path / "kept")["ids"]) == 4
+    assert sorted(receipt_of("forget", folder, "--duplicates", "--yes")["kept"].values())[-1] > 1000
+
+
+def test_pixels_decide_where_they_are_there(folder: Path, tmp_path: Path) -> None:
+    """All rows are of pictures of their own: that two have the same features proves nothing."""
+    root = tmp_path / "pictures"
+    for row in range(ROWS):
+        place = root / CLASSES[row % 3] / f"{row}.png"
+        place.parent.mkdir(exist_ok=True, parents=True)
+        place.write_bytes(encoded(picture(row % 3, row)))
+    words = ["forget", folder, "--duplicates", "--yes", "--pictures", root]
+    found = receipt_of(*words)
+    assert 1007 not in found["ids"]
+    (root / "ant" / "0.png").unlink()
+    assert f"only {ROWS - 1} of {ROWS} can be opened" in refusal(*words)
+
+
+def test_rows_that_changed_while_somebody_thought_stay(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_knn.commands.rows import forget_duplicates
+
+    def confirm(text: str, **_: Any) -> bool:
+        model = KnnForImageClassification.from_pretrained(folder)
+        model.forget([1004])  # what would have been kept
+        model.save_pretrained(folder)
+        return True
+
+    answered(monkeypatch)
+    monkeypatch.setattr("hf_knn.commands.console.typer.confirm", confirm)
+    with pytest.raises(ValueError, match="were changed meanwhile"):
+        forget_duplicates(folder, None, [], False, False, None, json_output=False)
+    assert 1007 in labels_in(folder)
+
+
+@pytest.mark.parametrize("words", [["--duplicates", "--ids", "1000"], ["--ids", "1000", "--yes"]])
+def test_options_of_duplicates_go_with_it_alone(words: list[str], folder: Path) -> None:
+    assert hf_knn("forget", folder, *words).exit_code == 2
+    assert len(labels_in(folder)) == ROWS
+
+
+def test_only_copies_are_duplicates(folder: Path) -> None:
+    said = refusal("forget", folder, "--duplicates", "--kind", "outlier", "--yes")
+    assert "with --duplicates" in said
 
 
 # ---- relabel --from -----------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
     }
 
 
-READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo"}
+READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo", "forget"}
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
