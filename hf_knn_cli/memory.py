@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from .choices import (
     IdsOption,
     JsonOption,
     OnBadImage,
+    Span,
     SplitsOption,
     kinds_option,
 )
@@ -140,9 +141,9 @@ def forget(
     if duplicates:
         command = partial(forget_duplicates, checkpoint, root, kinds, yes, *last)
     else:
-        command = partial(
-            forget_rows, checkpoint, Wanted(ids, paths, label, findings, kinds), *last
-        )
+        spans = cast(list[Span], ids)  # by its callback
+        wanted = Wanted(spans, paths, label, findings, kinds)
+        command = partial(forget_rows, checkpoint, wanted, *last)
     run(command, json_output=json_output)
 
 
@@ -181,7 +182,8 @@ def undo(
 ) -> Command:
     """Take the last change back, also a training; one that was interrupted comes first.
 
-    Of several steps all are taken, or none where one of them forgot rows.
+    Of several steps all are taken, or none where one of them forgot rows; beyond the changes each
+    is a version that a training replaced (`hf-knn train --keep`).
     After a training was taken back, undo puts the later version back again.
     """
     if training and steps > 1:

@@ -238,7 +238,6 @@ def _backbone_if_looked_at(context: typer.Context, name: str) -> str:
 
 @app.command()
 @reads_pictures
-@hand_over
 def doctor(
     kinds: Annotated[
         list[str], kinds_option("With --move-to, which; else broken,exact_duplicate", panel=MOVING)
@@ -302,7 +301,7 @@ def doctor(
     ] = None,
     backend: BackendOption = None,
     json_output: JsonOption = False,
-) -> Command:
+) -> None:
     """Check pictures before training: broken, doubled, mislabelled, strange, too few.
 
     Nothing is changed, unless --move-to says so; --undo takes that back. The exit code is 0
@@ -315,10 +314,17 @@ def doctor(
         raise typer.BadParameter("Expected --move-to with --kind and --from; name a new folder.")
     from hf_knn.checkup.doctor import DoctorOptions
     from hf_knn.commands.checks import diagnose_pictures, put_files_back
+    from hf_knn.commands.console import run
 
     if undo is not None:
-        return lambda **_: put_files_back(undo, json_output)
-    return lambda undo, **options: diagnose_pictures(DoctorOptions(**options))
+        run(put_files_back, undo, json_output, json_output=json_output)
+        return
+    assert pictures is not None  # or --undo was named
+    options = DoctorOptions(
+        pictures, output, backbone, batch_size, limit, group_by, seed, json_output, splits,
+        move_to, kinds, findings,
+    )  # fmt: skip
+    run(diagnose_pictures, options, json_output=json_output)
 
 
 @app.command()

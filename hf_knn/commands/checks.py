@@ -71,6 +71,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     """
     if options.move_to is not None:
         check_quarantine(options.pictures, options.move_to)
+    moved: dict[str, Any] | None = None
     if options.findings is not None:
         lines = read_csv(options.findings)
         moved = _move(options, [(line.kind, line.path, "named in a csv") for line in lines])
@@ -101,7 +102,6 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         page = write_page(options.output / PAGE_NAME, f"Check of {name}", sections, lead, picking)
     if not options.json_output:
         print_checkup(checkup, page)
-    moved = None
     if options.move_to is not None:
         found = [one for one in in_order(checkup.findings) if one.picture >= 0]
         paths = checkup.pictures.paths

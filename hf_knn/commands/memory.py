@@ -162,7 +162,7 @@ def _taken_back(checkpoint: Path, folder: Path, steps: int) -> list[Receipt]:
         last = changed(checkpoint, folder, change)
         receipts[-1] = last
     if count < steps:
-        receipts.append(exchange_versions(folder))
+        receipts.append(exchange_versions(folder, steps - count))
     return receipts
 
 

@@ -1,7 +1,7 @@
 """Check boxes of a page: what is chosen becomes commands, or a csv, to copy into a terminal.
 
 One small script in the page does it, named by its hash in the page's policy, so that no other one
-runs. It sends nothing: what it writes stands in two boxes of text. Without scripts no box is shown.
+runs. It sends nothing: what it writes stands in boxes of text. Without scripts no box is shown.
 """
 
 import base64
@@ -23,19 +23,20 @@ PICK_STYLE = """
 .picked label { display: block; font-size: .85rem; color: var(--soft); }
 .picked textarea { display: block; width: 100%; font: .8rem/1.4 ui-monospace, monospace;
   background: var(--paper); color: var(--ink); border: 1px solid var(--line); }
-.picked button { margin: .4rem .4rem 0 0; font: inherit; min-height: 32px; }
-.picking .picked[hidden], .picked [hidden] { display: none; }
+.picked button { margin: .2rem .4rem .5rem 0; font: inherit; font-size: .85rem;
+  min-height: 28px; }
+.picking .picked[hidden] { display: none; }
 html:has(.picking) { scroll-padding-bottom: 46vh; }
 @media print { .picking .picked, .picking .pick { display: none; } }
 """
 
-PICK_SCRIPT = """
+PICK_SCRIPT = r"""
 "use strict";
 const all = [...document.querySelectorAll(".pick input")];
-const [panel, count, commands, csv, copy, clear] = ["picked", "picked-count", "picked-commands",
-  "picked-csv", "picked-copy", "picked-clear"].map(id => document.getElementById(id));
-const quoted = text => /^[\\w@%+=:,./-]+$/.test(text) ? text
-  : "'" + text.replaceAll("'", "'\\\\''") + "'";
+const panel = document.getElementById("picked"), count = document.getElementById("picked-count");
+const texts = [...panel.querySelectorAll("textarea")];
+const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text
+  : "'" + text.replaceAll("'", "'\\''") + "'";
 const spans = texts => {
   const ids = [...new Set(texts)].map(BigInt).sort((a, b) => a < b ? -1 : a > b ? 1 : 0);
   const found = [];
@@ -45,35 +46,33 @@ const spans = texts => {
   }
   return found.map(([a, b]) => a === b ? `${a}` : b - a === 1n ? `${a},${b}` : `${a}-${b}`);
 };
+const write = {
+  csv: (chosen, header) =>
+    [header, ...new Set(chosen.map(one => one.line))].join("\n") + "\n",
+  move: (chosen, command) =>
+    `${command} --kind ${[...new Set(chosen.map(one => one.kind))].join(",")}`,
+  forget: (chosen, command) => `${command} --ids=${spans(chosen.map(one => one.id))}`,
+  relabel: (chosen, command) => [...new Set(chosen.map(one => one.label))].map(label => {
+    const its = chosen.filter(one => one.label === label).map(one => one.id);
+    return `${command} --ids=${spans(its)} --label=${label ? quoted(label) : "CLASS"}`;
+  }).join("\n"),
+};
 const show = () => {
   const chosen = all.filter(box => box.checked).map(box => box.dataset);
-  const {forget, relabel, move, header} = panel.dataset, lines = [];
-  if (chosen.length && forget) {
-    const ids = chosen.map(one => one.id);
-    lines.push(`${forget} --ids=${spans(ids)}`);
-    for (const label of new Set(chosen.map(one => one.label))) {
-      const its = chosen.filter(one => one.label === label).map(one => one.id);
-      lines.push(`${relabel} --ids=${spans(its)} --label=${label ? quoted(label) : "CLASS"}`);
-    }
-  } else if (chosen.length) {
-    lines.push(`${move} --kind ${[...new Set(chosen.map(one => one.kind))].join(",")}`);
-    csv.value = [header, ...new Set(chosen.map(one => one.line))].join("\\n") + "\\n";
-  }
-  const boxes = chosen.length === 1 ? "box" : "boxes";
-  count.textContent = `${chosen.length} ${boxes} chosen`;
-  commands.value = lines.join("\\n");
+  for (const text of texts)
+    text.value = chosen.length ? write[text.name](chosen, text.dataset.begins) : "";
+  count.textContent = `${chosen.length} ${chosen.length === 1 ? "box" : "boxes"} chosen`;
   panel.hidden = !chosen.length;
 };
 for (const box of all) box.addEventListener("change", show);
-clear.addEventListener("click", () => {
+for (const text of texts) text.nextElementSibling.addEventListener("click", () => {
+  text.select();
+  document.execCommand("copy");
+});
+document.getElementById("picked-clear").addEventListener("click", () => {
   for (const box of all) box.checked = false;
   show();
   all[0].focus();
-});
-copy.addEventListener("click", () => {
-  const text = csv.closest("label").hidden ? commands : csv;
-  text.select();
-  document.execCommand("copy");
 });
 document.body.classList.add("picking");
 show();
@@ -145,20 +144,23 @@ def pick_panel(picking: Picking) -> str:
     Args:
         picking: what becomes of chosen pictures.
     """
-    commands = (picking.forget, picking.relabel, picking.move)
-    forget, relabel, move = map(_printable, commands)
-    data = _data(forget=forget, relabel=relabel, move=move, header=picking.header)
-    csv = "" if picking.move else " hidden"
-    what = "csv" if picking.move else "commands"
+    texts = {
+        "csv": ("Save this as chosen.csv", picking.header),
+        "move": ("Then, to move them aside, in a terminal", picking.move),
+        "relabel": ("To give them another label, in a terminal", picking.relabel),
+        "forget": ("Or to forget them", picking.forget),
+    }
+    boxes = "".join(
+        f'<div><label for="picked-{name}">{label}:</label><textarea id="picked-{name}" '
+        f'name="{name}" rows="2" readonly{_data(begins=_printable(begins))}></textarea>'
+        f'<button type="button" aria-label="Copy: {label.lower()}">Copy</button></div>'
+        for name, (label, begins) in texts.items()
+        if begins
+    )
     return (
-        f'<section id="picked" class="picked" aria-labelledby="picked-title" hidden{data}>'
+        '<section id="picked" class="picked" aria-labelledby="picked-title" hidden>'
         '<h2 id="picked-title">Chosen</h2><p id="picked-count" role="status"></p>'
-        f'<label{csv}>Save this as chosen.csv:<textarea id="picked-csv" rows="4" readonly>'
-        "</textarea></label>"
-        '<label>Then, in a terminal, what you want of this:<textarea id="picked-commands" rows="3" '
-        "readonly></textarea></label>"
-        f'<button type="button" id="picked-copy">Copy the {what}</button>'
-        '<button type="button" id="picked-clear">Choose none</button></section>'
+        f'{boxes}<button type="button" id="picked-clear">Choose none</button></section>'
         f"<script>{PICK_SCRIPT}</script>"
     )
 

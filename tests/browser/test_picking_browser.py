@@ -40,12 +40,14 @@ def test_rows_become_commands_by_keyboard(shown: Any, tmp_path: Path) -> None:
     for _ in range(len(tiles)):
         shown.keyboard.press("Tab")
         shown.keyboard.press("Space")
-    said = shown.locator("#picked-commands").input_value().splitlines()
     large = f"{2**60},{2**60 + 1}"
-    assert said[0] == f"forget F --ids=-5,3,17,20-22,{large}"
-    assert said[1] == f"relabel F --ids=-5,3,20-22,{large} --label=CLASS"
-    assert shlex.split(said[2]) == ["relabel", "F", "--ids=17", "--label=it's"]
-    assert not shown.locator("#picked-csv").is_visible()
+    # two boxes: what is copied and pasted must not both forget and relabel
+    forget = shown.get_by_label("Or to forget them", exact=False).first.input_value()
+    assert forget == f"forget F --ids=-5,3,17,20-22,{large}"
+    said = shown.locator("#picked-relabel").input_value().splitlines()
+    assert said[0] == f"relabel F --ids=-5,3,20-22,{large} --label=CLASS"
+    assert shlex.split(said[1]) == ["relabel", "F", "--ids=17", "--label=it's"]
+    assert shown.locator("textarea").count() == 2
     assert shown.locator("#picked-count").inner_text() == "9 boxes chosen"
     shown.get_by_role("button", name="Choose none").press("Enter")
     assert not shown.locator("#picked").is_visible()
@@ -68,7 +70,7 @@ def test_files_become_a_csv_that_doctor_takes(shown: Any, tmp_path: Path) -> Non
     text = shown.locator("#picked-csv").input_value()
     (line,) = csv.DictReader(io.StringIO(text))
     assert line["path"] == 'bee/a "copy", x.png'
-    command = shlex.split(shown.locator("#picked-commands").input_value())
+    command = shlex.split(shown.locator("#picked-move").input_value())
     (tmp_path / "chosen.csv").write_text(text, encoding="utf-8")
     places = {"chosen.csv": str(tmp_path / "chosen.csv"), "quarantine": str(tmp_path / "aside")}
     done = hf_knn(*(places.get(word, word) for word in command[1:]))

@@ -155,7 +155,8 @@ def test_limits_are_heard_of_during_one_command(
     picture.parent.mkdir()
     picture.write_bytes(b"is not looked at")
     pictures = str(picture if command == "predict" else picture.parent)
-    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": []}
+    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": [],
+              "forget": [model]}  # fmt: skip
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):
         call += ["--backbone", model]
@@ -170,7 +171,7 @@ def test_limits_are_heard_of_during_one_command(
 
 def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
     handed = [c for c in commands().values() if signature(c).return_annotation == Command]
-    assert len(handed) == 15
+    assert len(handed) == 14
     for command in handed:
         values = dict.fromkeys(name for name in signature(command).parameters if name not in LIMITS)
         function = unwrap(command)(**values)

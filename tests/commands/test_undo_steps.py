@@ -68,7 +68,7 @@ def test_more_steps_than_there_are_take_none(folder: Path) -> None:
     before = state_of(folder)
     done = hf_knn("undo", folder, 5)
     assert done.exit_code == 1
-    assert "at most 4 steps back (3 changes and the version before a training)" in done.stderr
+    assert "at most 4 steps back (3 changes and 1 kept versions)" in done.stderr
     assert state_of(folder) == before
     assert hf_knn("undo", folder, 0).exit_code == 2
     assert hf_knn("undo", folder, 2, "--training").exit_code == 2
@@ -99,3 +99,15 @@ def test_each_step_is_said(folder: Path) -> None:
     assert done.stdout.count("undo: ") == 3
     said = hf_knn("log", folder).stdout
     assert said.count("(taken back)") == 3
+
+
+def test_versions_further_back_are_further_steps(folder: Path) -> None:
+    model = opened(folder)
+    model.memory = model.memory.started_with(model.datastore)
+    model.config.k = 9
+    model.save_pretrained(folder, keep_replaced=2)  # k was 7 before, and 5 before that
+    receipts = undo(folder, 2)
+    assert [one["action"] for one in receipts] == ["undo of a training"]
+    assert opened(folder).config.k == 5
+    assert len(undo(folder, 2)) == 1
+    assert opened(folder).config.k == 7

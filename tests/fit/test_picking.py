@@ -66,10 +66,11 @@ def test_what_a_box_knows_is_data(tmp_path: Path) -> None:
     assert box["data-label"] == HOSTILE
     assert box["data-kind"] == "near_duplicate"
     assert box["data-line"] == 'a,"b\'c"'
-    (panel,) = [each for each in page.all("section") if each.get("id") == "picked"]
-    assert panel["data-header"] == HOSTILE
+    begins = {each["name"]: each["data-begins"] for each in page.all("textarea")}
+    assert begins == {"csv": HOSTILE, "relabel": "r", "forget": "f"}
     known = {values["id"] for _, values in page.tags if "id" in values}
     assert {*re.findall(r'"(picked[\w-]*)"', PICK_SCRIPT)} <= known
+    assert {each["for"] for each in page.all("label") if "for" in each} <= known
     assert all("readonly" in each for each in page.all("textarea"))
 
 
@@ -78,8 +79,7 @@ def test_nothing_that_a_terminal_obeys_gets_into_a_command(tmp_path: Path) -> No
     page = page_with(tmp_path / "p.html", Pick(evil, "1", evil, line=evil), Picking(evil, evil))
     (box,) = [each for each in page.all("input") if each["type"] == "checkbox"]
     assert (box["data-label"], box["aria-label"]) == ("", "choose fox?rm???")
-    (panel,) = [each for each in page.all("section") if each.get("id") == "picked"]
-    assert panel["data-forget"] == panel["data-relabel"] == "fox?rm???"
+    assert [each["data-begins"] for each in page.all("textarea")] == ["fox?rm???"] * 2
 
 
 def test_the_script_makes_no_markup_and_no_request() -> None:
