@@ -114,6 +114,13 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     words = ["train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
     words += [] if options.splits == "auto" else ["--splits", options.splits]
+    counts = checkup.counts()
+    if moved is None and picking is not None and any(counts.get(kind) for kind in MOVED):
+        aside = ("doctor", options.pictures, "--move-to", "quarantine", "--from", options.output)
+        console.print(
+            f"To move broken files and exact copies aside: [bold]{typed(*aside)}[/]",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
         f"{typed(*words)}[/]",

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -326,24 +326,19 @@ def ids_in(store: RowStore, spans: Sequence[Span]) -> list[int]:
     return [*found]
 
 
-@dataclass(frozen=True)
 class Stored:
     """Rows of a datastore, as the lines of a csv name them.
 
-    Attributes:
+    Args:
         store: the rows.
         names: of the classes.
     """
 
-    store: RowStore
-    names: Sequence[str]
-    _places: dict[int, int] = field(init=False)
-    _labels: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        places = {row: place for place, row in enumerate(self.store.ids.tolist())}
-        object.__setattr__(self, "_places", places)
-        object.__setattr__(self, "_labels", self.store.labels.tolist())
+    def __init__(self, store: RowStore, names: Sequence[str]) -> None:
+        self._paths = store.paths
+        self._labels = [names[label] for label in store.labels.tolist()]
+        self._places = {row: place for place, row in enumerate(store.ids.tolist())}
+        self._names = names
 
     def ids_of(self, lines: Sequence[Line]) -> list[int]:
         """The rows that are stored still, of those that lines name.
@@ -367,7 +362,7 @@ class Stored:
                 and for two suggestions for one row.
         """
         moves: dict[int, str] = {}
-        by_cell = {harmless(name): name for name in self.names}
+        by_cell = {harmless(name): name for name in self._names}
         for row, line in self._found(lines):
             wanted = by_cell.get(harmless(line.suggested), line.suggested)
             if moves.setdefault(row, wanted) != wanted:
@@ -375,7 +370,7 @@ class Stored:
                     f"Expected one suggested label for each row, but row {row} has "
                     f"{moves[row]!r} and, in line {line.number}, {wanted!r}; delete one of them."
                 )
-            now = self.names[self._labels[self._places[row]]]
+            now = self._labels[self._places[row]]
             if now != wanted and harmless(now) != line.label:
                 raise ValueError(
                     f"Expected the findings of this checkpoint as it is, but row {row} is labelled "
@@ -383,7 +378,7 @@ class Stored:
                     "`hf-knn inspect` again."
                 )
         return {row: label for row, label in moves.items()
-                if self.names[self._labels[self._places[row]]] != label}  # fmt: skip
+                if self._labels[self._places[row]] != label}  # fmt: skip
 
     def _found(self, lines: Sequence[Line]) -> list[tuple[int, Line]]:
         found, gone = [], 0
@@ -406,9 +401,8 @@ class Stored:
 
     def _check(self, line: Line, place: int) -> None:
         """Refuses a line about another picture: ids of two checkpoints are often the same."""
-        paths = self.store.paths
-        path = "" if paths is None else harmless(paths[place])
-        label = harmless(self.names[self._labels[place]])
+        path = "" if self._paths is None else harmless(self._paths[place])
+        label = harmless(self._labels[place])
         if path != line.path or (not path and line.label != label and line.suggested != label):
             raise ValueError(
                 f"Expected the findings of this checkpoint, but line {line.number} is about "

@@ -27,6 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     shutil.copy(root / "bee" / "3.png", root / "bee" / "copy.png")
     done = hf_knn("doctor", root, "--backbone", backbone, "-o", place / "out")
     assert done.exit_code == 0, done.output
+    assert f"hf-knn doctor {root} --move-to quarantine --from {place / 'out'}" in done.stdout
     return backbone, root, place / "out" / "findings.csv"
 
 
