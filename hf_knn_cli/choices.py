@@ -106,7 +106,7 @@ def kinds_option(what: str, panel: str | None = None) -> Any:
         show_default=False,
         callback=_kinds,
         rich_help_panel=panel,
-        help=f"{what}; of {', '.join(FINDING_KINDS)}.",
+        help=f"{what}. Kinds: {', '.join(FINDING_KINDS)}.",
     )
 
 

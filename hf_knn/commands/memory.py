@@ -20,6 +20,7 @@ from ..fit.heads import refit
 from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
+from ..model.before import kept_versions
 from ..model.compare import Difference, compare
 from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
@@ -201,6 +202,9 @@ def show_log(checkpoint: str, json_output: bool) -> None:
     left = [one for one in entries
             if not one.is_taken_back and one.receipt.action != Change.UNDO]  # fmt: skip
     last = left[-1] if left else None
+    kept = len(kept_versions(folder))
+    if kept > 1:
+        say(f"{kept} versions that trainings replaced are kept: behind the changes, a step each.")
     if is_pending(folder):
         say(f"The last change was interrupted: {undo} takes it back first.")
     elif goes_back_to_training(folder):

@@ -106,6 +106,8 @@ def test_versions_further_back_are_further_steps(folder: Path) -> None:
     model.memory = model.memory.started_with(model.datastore)
     model.config.k = 9
     model.save_pretrained(folder, keep_replaced=2)  # k was 7 before, and 5 before that
+    said = hf_knn("log", folder).stdout
+    assert "2 versions that trainings replaced are kept: behind the changes, a step each." in said
     receipts = undo(folder, 2)
     assert [one["action"] for one in receipts] == ["undo of a training"]
     assert opened(folder).config.k == 5
