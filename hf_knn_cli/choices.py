@@ -5,11 +5,13 @@ written here too: `tests/commands/test_options.py` compares the two.
 """
 
 import os
-from typing import Annotated, Literal
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .places import fail
+from .places import fail, findings_csv
 
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
@@ -42,6 +44,80 @@ Splits = Literal["auto", "none"]
 
 Criterion = Literal["one_standard_error", "accuracy", "mean_class", "log_likelihood", "fixed"]
 """What makes k, temperature and λ the best."""
+
+FINDING_KINDS = (
+    "broken", "not_read", "no_label", "cross_split_duplicate", "label_error", "exact_duplicate",
+    "near_duplicate", "outlier",
+)  # fmt: skip
+"""Findings about one picture, by which it may be moved or forgotten."""
+
+Span = tuple[int, int]
+_SPAN = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
+_IDS = "ids such as 3,17,20-40"
+
+
+def _spans(texts: list[str]) -> list[Span]:
+    """Ids as they are typed; of each part the first and the last."""
+    return [_span(part) for text in texts for part in text.split(",")]
+
+
+def _span(part: str) -> Span:
+    found = _SPAN.fullmatch(part)
+    if found is None:
+        fail(f"Expected {_IDS}, but got {part.strip() or 'nothing between two commas'!r}.")
+    first = int(found[1])
+    last = first if found[2] is None else int(found[2])
+    if last < first or max(-first, last) >= 2**63:
+        fail(f"Expected {_IDS}, the lower end first, but got {part.strip()!r}.")
+    return first, last
+
+
+IdsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--ids",
+        default_factory=list,
+        show_default=False,
+        callback=_spans,
+        help="Ids of rows, such as 3,17,20-40; of a span, those that are stored.",
+    ),
+]
+"""Becomes a list of spans."""
+
+
+def _kinds(texts: list[str]) -> list[str]:
+    kinds = [part.strip() for text in texts for part in text.split(",")]
+    for kind in kinds:
+        if kind not in FINDING_KINDS:
+            fail(f"Expected --kind to be some of {', '.join(FINDING_KINDS)}, but got {kind!r}.")
+    return kinds
+
+
+def kinds_option(what: str, panel: str | None = None) -> Any:
+    """Declares which findings a command takes.
+
+    Args:
+        what: it does with them, and with which if none are named.
+        panel: of the help that lists it.
+    """
+    return typer.Option(
+        "--kind",
+        default_factory=list,
+        show_default=False,
+        callback=_kinds,
+        rich_help_panel=panel,
+        help=f"{what}. Kinds: {', '.join(FINDING_KINDS)}.",
+    )
+
+
+FindingsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        callback=findings_csv,
+        help="A findings.csv of `hf-knn inspect`, perhaps with lines deleted or labels changed.",
+    ),
+]
 
 JsonOption = Annotated[
     bool,

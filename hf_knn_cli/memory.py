@@ -2,12 +2,22 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from . import places
-from .choices import LARGEST_SEED, BackendOption, JsonOption, OnBadImage, SplitsOption
+from .choices import (
+    LARGEST_SEED,
+    BackendOption,
+    FindingsOption,
+    IdsOption,
+    JsonOption,
+    OnBadImage,
+    Span,
+    SplitsOption,
+    kinds_option,
+)
 from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
@@ -69,15 +79,10 @@ def teach(
 
 
 @app.command()
-@hand_over
+@reads_pictures
 def forget(
     checkpoint: ChangedCheckpoint,
-    ids: Annotated[
-        list[int],
-        typer.Option(
-            "--ids", default_factory=list, show_default=False, help="Id of a row; repeat it."
-        ),
-    ],
+    ids: IdsOption,
     paths: Annotated[
         list[str],
         typer.Option(
@@ -87,7 +92,30 @@ def forget(
             help="Path of a picture as the datastore knows it; repeat it.",
         ),
     ],
+    kinds: Annotated[
+        list[str],
+        kinds_option(
+            "With --from or --duplicates, which findings; else exact_duplicate,near_duplicate"
+        ),
+    ],
     label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
+    findings: FindingsOption = None,
+    duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates", help="Look for copies and keep one of each group; asks before it does."
+        ),
+    ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            callback=places.stored_pictures,
+            help="With --duplicates: the folder that the stored paths are relative to, to compare "
+            "pixels; else features are compared.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     recenter: Annotated[
         bool,
         typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
@@ -99,23 +127,39 @@ def forget(
         ),
     ] = None,
     json_output: JsonOption = False,
-) -> Command:
+) -> None:
     """Forget pictures: no byte of their rows stays, and a head in closed form never saw them."""
-    from hf_knn.commands.memory import forget_rows
+    if duplicates and (ids or paths or label is not None or findings):
+        raise typer.BadParameter("Expected --duplicates alone, without --ids, --path, --label, "
+                                 "--from; it finds the rows itself.")  # fmt: skip
+    if (root or yes) and not duplicates:
+        raise typer.BadParameter("Expected --pictures and --yes with --duplicates only.")
+    from hf_knn.commands.console import run
+    from hf_knn.commands.rows import Wanted, forget_duplicates, forget_rows
 
-    return forget_rows
+    last = (recenter, backup, json_output)
+    if duplicates:
+        command = partial(forget_duplicates, checkpoint, root, kinds, yes, *last)
+    else:
+        spans = cast(list[Span], ids)  # by its callback
+        wanted = Wanted(spans, paths, label, findings, kinds)
+        command = partial(forget_rows, checkpoint, wanted, *last)
+    run(command, json_output=json_output)
 
 
 @app.command()
 @hand_over
 def relabel(
     checkpoint: ChangedCheckpoint,
-    label: Annotated[str, typer.Option(help="The class they get; a new name makes a class.")],
-    ids: Annotated[list[int], typer.Option("--ids", help="Id of a row; repeat it.")],
+    ids: IdsOption,
+    label: Annotated[
+        str | None, typer.Option(help="The class they get; a new name makes a class.")
+    ] = None,
+    findings: FindingsOption = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Give stored pictures another label."""
-    from hf_knn.commands.memory import relabel_rows
+    """Give stored pictures another label: that of --label, or what a csv suggests for each."""
+    from hf_knn.commands.rows import relabel_rows
 
     return relabel_rows
 
@@ -124,6 +168,9 @@ def relabel(
 @hand_over
 def undo(
     checkpoint: ChangedCheckpoint,
+    steps: Annotated[
+        int, typer.Argument(min=1, help="How many steps; `hf-knn log` lists the changes.")
+    ] = 1,
     training: Annotated[
         bool,
         typer.Option(
@@ -133,13 +180,26 @@ def undo(
     ] = False,
     json_output: JsonOption = False,
 ) -> Command:
-    """Take the last change back, also a training; one that was interrupted first, and no other.
+    """Take the last change back, also a training; one that was interrupted comes first.
 
+    Of several steps all are taken, or none where one of them forgot rows; beyond the changes each
+    is a version that a training replaced (`hf-knn train --keep`).
     After a training was taken back, undo puts the later version back again.
     """
+    if training and steps > 1:
+        raise typer.BadParameter("Expected --training alone; it leaves no step out.")
     from hf_knn.commands.memory import undo_change
 
     return undo_change
+
+
+@app.command()
+@hand_over
+def log(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> Command:
+    """Say what was taught, forgotten and relabelled since the training, the newest last."""
+    from hf_knn.commands.memory import show_log
+
+    return show_log
 
 
 @app.command()
@@ -230,6 +290,6 @@ def milvus(
     ] = "flat",
 ) -> Command:
     """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
-    from hf_knn.commands.memory import move_to_milvus
+    from hf_knn.commands.use import move_to_milvus
 
     return move_to_milvus

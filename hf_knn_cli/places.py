@@ -118,6 +118,22 @@ def pictures(name: str) -> str:
     return place
 
 
+def pictures_if_named(name: str | None) -> str | None:
+    """Pictures as above; None stays None."""
+    return None if name is None else pictures(name)
+
+
+def quarantine(folder: Path | None) -> Path | None:
+    """A folder that files were moved into; None stays None."""
+    if folder is None:
+        return None
+    wanted = "the folder that --move-to named"
+    place = _expanded(folder, wanted)
+    if not os.path.exists(place):
+        _refuse_missing(place, wanted, "the one that the files were moved into")
+    return Path(place)
+
+
 def local_pictures(place: Path) -> Path:
     """Pictures on this machine: a folder, one picture, or a file that lists them."""
     wanted = "a picture, a folder of pictures or a csv"
@@ -212,6 +228,21 @@ def new_folder(folder: Path) -> Path:
     if not _is_text(place):
         refuse(place, wanted, "its name is not UTF-8; choose another one")
     _check_writable(Path(place))
+    return Path(place)
+
+
+def findings_csv(file: Path | None) -> Path | None:
+    """A csv of findings to be read; None stays None. A folder means the one in it."""
+    if file is None:
+        return None
+    wanted = "a findings.csv"
+    place = _expanded(file, wanted)
+    if os.path.isdir(place) and os.path.isfile(os.path.join(place, "findings.csv")):
+        return Path(place, "findings.csv")
+    if not os.path.exists(place):
+        _refuse_missing(place, wanted, "what `hf-knn inspect` or `hf-knn doctor` wrote")
+    if os.path.isdir(place):
+        refuse(place, wanted, "it is a folder without one; name the csv")
     return Path(place)
 
 

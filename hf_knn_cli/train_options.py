@@ -52,6 +52,10 @@ class TrainOptions:
             "`hf-knn undo` brings it back.",
         ),
     ] = False
+    keep: Annotated[
+        int,
+        typer.Option(min=1, help="How many replaced versions to keep for `hf-knn undo`."),
+    ] = 1
     backbone: Annotated[
         str,
         typer.Option(

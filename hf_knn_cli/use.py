@@ -15,12 +15,13 @@ from .choices import (
     JsonOption,
     OnBadImage,
     SplitsOption,
+    kinds_option,
 )
 from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
-WHY, REPORT, FILE = "Reasons", "Report", "Answers in a file"
+WHY, REPORT, FILE, MOVING = "Reasons", "Report", "Answers in a file", "Moving files"
 """Groups of options in `--help`."""
 
 app = typer.Typer()
@@ -279,22 +280,33 @@ def export(
     return export_checkpoint
 
 
+def _backbone_if_looked_at(context: typer.Context, name: str) -> str:
+    """Where files are only moved, nobody needs a backbone; what says so comes first (eager)."""
+    known = context.params
+    is_idle = known.get("undo") or known.get("findings") or not known.get("pictures")
+    return name if is_idle else places.backbone(name)
+
+
 @app.command()
 @reads_pictures
-@hand_over
 def doctor(
+    kinds: Annotated[
+        list[str], kinds_option("With --move-to, which; else broken,exact_duplicate", panel=MOVING)
+    ],
     pictures: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            callback=places.pictures,
+            callback=places.pictures_if_named,
+            is_eager=True,
+            show_default=False,
             help="Pictures as for `train`; without labels less is looked for.",
         ),
-    ],
+    ] = None,
     output: ReportFolder = Path("knn-doctor"),
     backbone: Annotated[
         str,
         typer.Option(
-            callback=places.backbone,
+            callback=_backbone_if_looked_at,
             help="As for `train`; its features are kept and used again there.",
         ),
     ] = DEFAULT_BACKBONE,
@@ -311,17 +323,59 @@ def doctor(
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and --limit.")
     ] = 0,
+    move_to: Annotated[
+        Path | None,
+        typer.Option(
+            callback=places.new_report,
+            rich_help_panel=MOVING,
+            help="Move the files of some findings into this folder, with a journal.",
+        ),
+    ] = None,
+    findings: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            callback=places.findings_csv,
+            is_eager=True,
+            rich_help_panel=MOVING,
+            help="With --move-to: do not look again, take what this findings.csv names.",
+        ),
+    ] = None,
+    undo: Annotated[
+        Path | None,
+        typer.Option(
+            callback=places.quarantine,
+            is_eager=True,
+            rich_help_panel=MOVING,
+            help="Put all files back that --move-to moved into this folder; name no pictures.",
+        ),
+    ] = None,
     backend: BackendOption = None,
     json_output: JsonOption = False,
-) -> Command:
+) -> None:
     """Check pictures before training: broken, doubled, mislabelled, strange, too few.
 
-    Nothing is changed. The exit code is 0 whatever was found; --json has the counts.
+    Nothing is changed, unless --move-to says so; --undo takes that back. The exit code is 0
+    whatever was found; --json has the counts.
     """
+    if (pictures is None) == (undo is None):
+        raise typer.BadParameter("Expected PICTURES to check, or --undo and the folder that "
+                                 "files were moved into.")  # fmt: skip
+    if (kinds or findings) and not move_to:
+        raise typer.BadParameter("Expected --move-to with --kind and --from; name a new folder.")
     from hf_knn.checkup.doctor import DoctorOptions
-    from hf_knn.commands.checks import diagnose_pictures
+    from hf_knn.commands.checks import diagnose_pictures, put_files_back
+    from hf_knn.commands.console import run
 
-    return lambda **options: diagnose_pictures(DoctorOptions(**options))
+    if undo is not None:
+        run(put_files_back, undo, json_output, json_output=json_output)
+        return
+    assert pictures is not None  # or --undo was named
+    options = DoctorOptions(
+        pictures, output, backbone, batch_size, limit, group_by, seed, json_output, splits,
+        move_to, kinds, findings,
+    )  # fmt: skip
+    run(diagnose_pictures, options, json_output=json_output)
 
 
 @app.command()

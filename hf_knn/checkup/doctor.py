@@ -1,5 +1,6 @@
 """A check of labelled pictures before any training: from a source to what is wrong with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class DoctorOptions:
     seed: int = 0
     json_output: bool = False
     splits: str = "auto"
+    move_to: Path | None = None
+    kinds: Sequence[str] = ()
+    findings: Path | None = None
 
 
 @dataclass(frozen=True)

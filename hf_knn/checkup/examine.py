@@ -257,11 +257,8 @@ def inspect_datastore(
     if root is None:
         checkup.skipped.append("Pixels: without the folder of the pictures, features are compared.")
     else:
-        stored = StoredPictures(root)
-        found = check_root(stored, root, pictures)
-        if found == len(pictures):
-            with checkup.phase("decoding"):
-                prints = _prints_of_stored(stored, pictures, watch)
+        with checkup.phase("decoding"):
+            prints, found = prints_of_stored(root, pictures, watch)
         if prints is None:
             checkup.skipped.append(
                 "Pixels: not every picture of the datastore can be opened "
@@ -325,16 +322,58 @@ def decoded_or_none(picture: Path | bytes | None) -> Image.Image | None:
         return None
 
 
-def _prints_of_stored(
-    stored: StoredPictures, pictures: Pictures, watch: Watch
-) -> list[Print] | None:
-    """One per row; None as soon as one picture cannot be opened."""
+def prints_of_stored(
+    root: Path, pictures: Pictures, watch: Watch = unwatched
+) -> tuple[list[Print] | None, int]:
+    """Prints of the pictures of rows, if every one of them can be opened.
+
+    Args:
+        root: the folder that their paths are relative to.
+        pictures: the rows.
+        watch: told of the progress.
+
+    Returns:
+        One print per row, or None; and how many files were found.
+
+    Raises:
+        ValueError: if there is none of them.
+    """
+    stored = StoredPictures(root)
+    count = check_root(stored, root, pictures)
+    if count < len(pictures):
+        return None, count
     done = watch("Decoding", len(pictures))
     found = []
     for path in pictures.paths:
         image = open_picture(stored, path)
         if image is None:
-            return None
+            return None, count
         found.append(print_of(image))
         done(1)
-    return found
+    return found, count
+
+
+def stored_copies(
+    store: RowStore, pictures: Pictures, root: Path | None, watch: Watch = unwatched
+) -> list[Finding]:
+    """Rows that are there twice, as `inspect_datastore` finds them, and nothing else.
+
+    Args:
+        store: N rows.
+        pictures: what `pictures_of` makes of them.
+        root: as for `inspect_datastore`.
+        watch: told of the progress.
+
+    Raises:
+        ValueError: for a `root` whose pictures cannot all be opened.
+    """
+    features = store.features.float()
+    if root is None:
+        return duplicate_findings(feature_pairs(features), pictures)
+    prints, found = prints_of_stored(root, pictures, watch)
+    if prints is None:
+        raise ValueError(
+            f"Expected every stored picture under {root}, to compare their pixels, but only "
+            f"{found} of {len(pictures)} can be opened; leave --pictures out to compare features."
+        )
+    return duplicate_findings(find_pairs(prints, features, watch), pictures)

@@ -1,7 +1,8 @@
-"""What is wrong with a set of pictures, picture by picture, and how it is written to a csv."""
+"""What is wrong with pictures, one by one; its csv is written here, and read again."""
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,11 +22,12 @@ COLUMNS = (
 STORED = "datastore"
 """The split of rows that a datastore holds."""
 
+_SEPARATORS = ",;\t"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Kind(StrEnum):
-    """What can be wrong, the most urgent first."""
+    """What can be wrong, the most urgent first; by this name the csv and the commands call it."""
 
     BROKEN = "broken"
     UNREAD = "not_read"
@@ -39,6 +41,32 @@ class Kind(StrEnum):
     OUTLIER = "outlier"
     LOOK_ALIKE = "look_alike_classes"
     IMBALANCE = "imbalance"
+
+
+OF_ONE_PICTURE = (
+    Kind.BROKEN, Kind.UNREAD, Kind.NO_LABEL, Kind.CROSS_SPLIT, Kind.LABEL_ERROR, Kind.EXACT,
+    Kind.NEAR, Kind.OUTLIER,
+)  # fmt: skip
+"""The kinds that say of one picture that it may have to go; the others leave a decision."""
+
+
+def kinds_of(names: Iterable[str]) -> list[Kind]:
+    """Kinds by their names, as commands take them.
+
+    Args:
+        names: of kinds `OF_ONE_PICTURE`.
+
+    Raises:
+        ValueError: for another word.
+    """
+    wanted = list(names)
+    for name in wanted:
+        if name not in OF_ONE_PICTURE:
+            raise ValueError(
+                f"Expected kinds of findings to be one of {[*map(str, OF_ONE_PICTURE)]}, but got "
+                f"{name!r}."
+            )
+    return [Kind(name) for name in wanted]
 
 
 @dataclass(frozen=True)
@@ -130,6 +158,23 @@ def write_csv(path: Path, findings: Sequence[Finding], pictures: Pictures) -> No
         writer.writerows(_line(finding, pictures) for finding in in_order(findings))
 
 
+def csv_line(finding: Finding, pictures: Pictures) -> str:
+    """A finding as it stands in the csv, without the end of the line.
+
+    Args:
+        finding: about one of the pictures.
+        pictures: what it is about.
+    """
+    return as_csv(_line(finding, pictures))
+
+
+def as_csv(cells: Sequence[str]) -> str:
+    """Cells in one line of a csv, without its end; line breaks in them become spaces."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="").writerow([" ".join(cell.splitlines()) for cell in cells])
+    return file.getvalue()
+
+
 def _line(finding: Finding, pictures: Pictures) -> list[str]:
     one, label = finding.picture, finding.label
     place = [finding.split, "", "", ""]
@@ -142,10 +187,102 @@ def _line(finding: Finding, pictures: Pictures) -> list[str]:
     labels = [str(pictures.label_names[n]) if n >= 0 else "" for n in (label, finding.suggested)]
     others = " | ".join(f"{pictures.splits[i]}:{pictures.name_of(i)}" for i in finding.others)
     cells = [*place, *labels, f"{finding.score:.4f}", finding.detail, others]
-    return [str(finding.kind), *map(_harmless, cells)]
+    return [str(finding.kind), *map(harmless, cells)]
 
 
-def _harmless(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula, in UTF-8."""
+def harmless(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula, in UTF-8; compare it with cells of the csv.
+
+    Args:
+        cell: any text.
+    """
     text = cell.encode("utf-8", "replace").decode()
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a csv of findings, as it was written or as somebody edited it.
+
+    Attributes:
+        number: of the line in the file, from 1.
+        kind: what is wrong; any word.
+        split: of the picture.
+        sample_id: of the picture; None where a whole class is meant.
+        path: where it lies, made harmless.
+        label: that it had, made harmless.
+        suggested: that it should have, as it is meant; empty for none.
+    """
+
+    number: int
+    kind: str
+    split: str
+    sample_id: int | None
+    path: str
+    label: str
+    suggested: str
+
+
+_NEEDED = ("kind", "split", "sample_id", "path", "label", "suggested_label")
+
+
+def read_csv(path: Path) -> list[Line]:
+    """Reads a csv that `write_csv` wrote, also one that a spreadsheet or an editor saved again.
+
+    Args:
+        path: of the file, in UTF-8, its columns separated by commas, semicolons or tabs. Lines may
+            be missing, be in another order, and have other suggested labels.
+
+    Raises:
+        ValueError: if it is no such file, with the line and what to do.
+        OSError: if it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Expected {path} to be a csv of findings in UTF-8, but it is not ({error.reason} in "
+            f"byte {error.start}); save it as UTF-8."
+        ) from error
+    header = text.split("\n", 1)[0]
+    separator = max(_SEPARATORS, key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(
+            f"Expected {path} to be a csv of findings, but it has no column {missing[0]!r}; pass "
+            "the findings.csv that `hf-knn inspect` or `hf-knn doctor` wrote."
+        )
+    lines = []
+    try:
+        for cells in reader:
+            if None in cells or None in cells.values():
+                raise ValueError(
+                    f"Expected {path} to have {len(reader.fieldnames or ())} cells a line, but "
+                    f"line {reader.line_num} has another number; mend or delete it."
+                )
+            lines.append(_line_of(path, reader.line_num, cells))
+    except csv.Error as error:
+        raise ValueError(
+            f"Expected {path} to be a csv, but the quotes of line {reader.line_num} do not close "
+            f"({error}); mend them."
+        ) from error
+    return lines
+
+
+def _line_of(path: Path, number: int, cells: dict[str, str]) -> Line:
+    row = cells["sample_id"].strip()
+    try:
+        sample_id = int(row) if row else None
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a whole number as sample_id, but got {row!r} in line {number} of {path}; a "
+            "spreadsheet rounds long numbers: let it read that column as text."
+        ) from error
+    suggested = cells["suggested_label"]
+    if suggested.startswith("'") and suggested[1:].startswith(_FORMULA):
+        suggested = suggested[1:]
+    return Line(
+        number, cells["kind"].strip(), cells["split"].strip(), sample_id, cells["path"],
+        cells["label"], suggested,
+    )  # fmt: skip

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 from PIL import Image
 
 from ..fit.html import Drawing, Fact, Group, Section, Table, Tile, Tone, svg_uri, thumbnail
+from ..fit.picking import Pick
 from .examine import Checkup
-from .findings import STORED, Finding, Kind, Pictures, in_order
+from .findings import OF_ONE_PICTURE, STORED, Finding, Kind, Pictures, csv_line, in_order
 from .labels import counts_by_split
 from .svg import curve_svg
 
@@ -20,6 +22,9 @@ MOST_IN_A_GROUP = 8
 
 Show = Callable[[int], Image.Image | None]
 """From the number of a picture to the picture; None where it cannot be shown."""
+
+GivePick = Callable[[int], Pick | None]
+"""From the number of a picture to its check box; None for no box."""
 
 TITLES = {
     Kind.BROKEN: "Broken files",
@@ -64,16 +69,17 @@ ADVICE = {
 _DUPLICATES = (Kind.CROSS_SPLIT, Kind.GROUP_ACROSS, Kind.CONFLICT, Kind.EXACT, Kind.NEAR)
 
 
-def sections_of(checkup: Checkup, show: Show) -> list[Section]:
+def sections_of(checkup: Checkup, show: Show, *, picks: bool = False) -> list[Section]:
     """The parts of a page about a checkup.
 
     Args:
         checkup: done.
         show: gives the pictures.
+        picks: whether pictures have check boxes.
     """
     by_kind = groupby(in_order(checkup.findings), lambda finding: finding.kind)
     sections = [_summary(checkup)]
-    sections += [_section(kind, list(found), checkup, show) for kind, found in by_kind]
+    sections += [_section(kind, list(found), checkup, show, picks) for kind, found in by_kind]
     if checkup.pictures.label_names:
         sections.append(_classes(checkup))
     if checkup.curve is not None:
@@ -133,7 +139,14 @@ def _tone(kind: Kind, count: int) -> Tone:
     return Tone.NEUTRAL if kind in (Kind.NEAR, Kind.OUTLIER, Kind.IMBALANCE) else Tone.BAD
 
 
-def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> Section:
+def _section(
+    kind: Kind, found: list[Finding], checkup: Checkup, show: Show, picks: bool
+) -> Section:
+    of = {one.picture: one for one in found}
+
+    def pick(picture: int) -> Pick | None:
+        return _pick(kind, picture, of.get(picture), checkup.pictures) if picks else None
+
     heading, text = f"{TITLES[kind]} ({len(found):,})", [ADVICE[kind]]
     if kind is Kind.LABEL_ERROR:
         text.append(label_note(checkup))
@@ -145,9 +158,9 @@ def _section(kind: Kind, found: list[Finding], checkup: Checkup, show: Show) -> 
         return Section(heading, text, tables=[Table(("class", "what is wrong"), rows)])
     if kind in _DUPLICATES:
         bundles = _bundles(found)
-        groups = [_group(kind, *bundle, checkup, show) for bundle in bundles[:MOST_SHOWN]]
+        groups = [_group(kind, *bundle, checkup, show, pick) for bundle in bundles[:MOST_SHOWN]]
         return Section(heading, [*text, *_hidden(len(bundles), "groups")], groups=groups)
-    tiles = [_tile(one, checkup, show) for one in found[:MOST_SHOWN]]
+    tiles = [_tile(one, checkup, show, pick) for one in found[:MOST_SHOWN]]
     return Section(heading, [*text, *_hidden(len(found), "pictures")], tiles=tiles)
 
 
@@ -167,15 +180,21 @@ def _bundles(found: list[Finding]) -> list[tuple[int, list[int]]]:
     return list(bundles.items())
 
 
-def _group(kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Show) -> Group:
+def _group(
+    kind: Kind, kept: int, others: list[int], checkup: Checkup, show: Show, pick: GivePick
+) -> Group:
     pictures = checkup.pictures
     is_choice = kind in (Kind.CONFLICT, Kind.GROUP_ACROSS)
     tone = Tone.NEUTRAL if is_choice else Tone.GOOD
-    tiles = [_plain_tile(kept, "" if is_choice else "keep", tone, pictures, show)]
+    first = _plain_tile(kept, "" if is_choice else "keep", tone, pictures, show)
+    tiles = [replace(first, pick=pick(kept)) if is_choice else first]
     other = Tone.BAD if kind is Kind.CROSS_SPLIT else Tone.NEUTRAL
     role = "" if is_choice else "copy"
     shown = others[: MOST_IN_A_GROUP - 1]
-    tiles += [_plain_tile(picture, role, other, pictures, show) for picture in shown]
+    tiles += [
+        replace(_plain_tile(picture, role, other, pictures, show), pick=pick(picture))
+        for picture in shown
+    ]
     is_cut = len(shown) < len(others)
     return Group(tiles, f"{pictures.name_of(kept)} and {len(others)} more" if is_cut else "")
 
@@ -187,7 +206,7 @@ def _plain_tile(picture: int, role: str, tone: Tone, pictures: Pictures, show: S
     return Tile(label, _thumbnail(picture, show), lines, tone, alt=f"A picture of {label}")
 
 
-def _tile(finding: Finding, checkup: Checkup, show: Show) -> Tile:
+def _tile(finding: Finding, checkup: Checkup, show: Show, pick: GivePick) -> Tile:
     pictures, picture = checkup.pictures, finding.picture
     label = pictures.label_of(picture)
     lines = [pictures.name_of(picture), _place_of(picture, pictures)]
@@ -196,7 +215,19 @@ def _tile(finding: Finding, checkup: Checkup, show: Show) -> Tile:
         tone = Tone.BAD
         lines.insert(0, f"rather {pictures.label_names[finding.suggested]}?")
     alt = f"A picture labelled {label}"
-    return Tile(label, _thumbnail(picture, show), lines, tone, alt)
+    return Tile(label, _thumbnail(picture, show), lines, tone, alt, pick(picture))
+
+
+def _pick(kind: Kind, picture: int, finding: Finding | None, pictures: Pictures) -> Pick | None:
+    """What a check box chooses: a row by its id, a file by its line of the csv."""
+    name = f"{pictures.name_of(picture)}, {TITLES[kind].lower()}"
+    if pictures.splits[picture] == STORED:
+        suggested = -1 if finding is None else finding.suggested
+        label = str(pictures.label_names[suggested]) if suggested >= 0 else ""
+        return Pick(name, str(pictures.ids[picture]), label, str(kind))
+    if finding is None or kind not in OF_ONE_PICTURE:
+        return None
+    return Pick(name, kind=str(kind), line=csv_line(finding, pictures))
 
 
 def _place_of(picture: int, pictures: Pictures) -> str:
@@ -256,6 +287,6 @@ def _limits(checkup: Checkup) -> Section:
         "Copies that are mirrored, rotated, or cropped by more than about a twentieth of each side "
         "are not found. A label error is named only where both voices are sure, so many stay "
         "unnamed; the order of the csv's label errors is the order of their score.",
-        "Nothing was changed in your folder.",
+        "The check itself changes nothing in your folder.",
     ]
     return Section("What to know", [line for line in text if line])

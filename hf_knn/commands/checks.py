@@ -1,6 +1,6 @@
 """`hf-knn doctor | inspect | code`: what is wrong with pictures, stored rows, and code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,34 @@ from transformers.utils import CONFIG_NAME
 from .. import __version__
 from ..checkup.doctor import DoctorOptions, check_up, open_source
 from ..checkup.examine import Checkup, Watch, decoded_or_none, inspect_datastore, open_picture
-from ..checkup.findings import write_csv
+from ..checkup.findings import (
+    COLUMNS,
+    Kind,
+    as_csv,
+    harmless,
+    in_order,
+    kinds_of,
+    read_csv,
+    write_csv,
+)
 from ..checkup.report import TITLES, first_things, sections_of
 from ..checkup.svg import MOST_ROWS, map_svg, place_features
 from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
-from ..data.walk import StoredPictures
+from ..data.moving import Move, Moved, move_aside, put_back
+from ..data.places import is_saved
+from ..data.walk import StoredPictures, find_pictures
 from ..fit.html import Drawing, Section, plain, svg_uri, write_page
 from ..fit.html import Table as PageTable
+from ..fit.picking import Picking
 from ..model.code import code_hashes, compare_code, legacy_code, reader_of
 from ..model.modeling import KnnForImageClassification
 from ..store.backend import RowStore, learned_map_of
 from ..store.datastore import Datastore
 from .console import (
+    command_line,
     console,
     escape,
     open_checkpoint,
@@ -42,6 +55,9 @@ from .console import (
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
+MOVED = [Kind.BROKEN, Kind.EXACT]
+"""What is moved aside where no kinds are named: what nobody has to look at to be sure."""
+
 
 def diagnose_pictures(options: DoctorOptions) -> None:
     """Checks pictures, writes a page and a csv, and says what to do first.
@@ -50,9 +66,18 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         options: see `hf-knn doctor --help`.
 
     Raises:
-        ValueError: for pictures that cannot be used at all.
+        ValueError: for pictures that cannot be used at all, or moved.
         OSError: if something is not there, or the report cannot be written.
     """
+    if options.move_to is not None:
+        check_quarantine(options.pictures, options.move_to)
+    moved: dict[str, Any] | None = None
+    if options.findings is not None:
+        lines = read_csv(options.findings)
+        moved = _move(options, [(line.kind, line.path, "named in a csv") for line in lines])
+        if options.json_output:
+            print_json({"moved": moved})
+        return
     source = open_source(options)
     say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
@@ -72,22 +97,130 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     ]
     with checkup.phase("report"):
         write_csv(options.output / CSV_NAME, checkup.findings, checkup.pictures)
-        page = write_page(
-            options.output / PAGE_NAME, f"Check of {name}", sections_of(checkup, show), lead
-        )
+        picking = _picking_of_files(options.pictures)
+        sections = sections_of(checkup, show, picks=picking is not None)
+        page = write_page(options.output / PAGE_NAME, f"Check of {name}", sections, lead, picking)
+    if not options.json_output:
+        print_checkup(checkup, page)
+    if options.move_to is not None:
+        found = [one for one in in_order(checkup.findings) if one.picture >= 0]
+        paths = checkup.pictures.paths
+        moved = _move(options, [(one.kind, paths[one.picture], one.detail) for one in found])
     if options.json_output:
-        print_json(summary_of(checkup, page))
+        summary = summary_of(checkup, page)
+        print_json(summary if moved is None else summary | {"moved": moved})
         return
-    print_checkup(checkup, page)
     labels = "" if checkup.pictures.label_names else "give the pictures labels, "
     words = ["train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
     words += [] if options.splits == "auto" else ["--splits", options.splits]
+    counts = checkup.counts()
+    if moved is None and picking is not None and any(counts.get(kind) for kind in MOVED):
+        aside = ("doctor", options.pictures, "--move-to", "quarantine", "--from", options.output)
+        console.print(
+            f"To move broken files and exact copies aside: [bold]{typed(*aside)}[/]",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     console.print(
         f"Next: look at the page, act on {CSV_NAME}, {labels}then [bold]"
         f"{typed(*words)}[/]",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+
+
+def check_quarantine(pictures: str, folder: Path) -> None:
+    """Refuses to move files of what is no folder of files, or into that folder itself.
+
+    Args:
+        pictures: what is checked.
+        folder: where files would go.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    root = Path(pictures)
+    if not root.is_dir() or is_saved(root):
+        raise ValueError(
+            f"Expected a folder of picture files with --move-to, but {pictures} is none; move what "
+            f"{CSV_NAME} names yourself."
+        )
+    if folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"Expected a folder outside of {pictures} to move files into, but got {folder}: what "
+            "lies there would be read as pictures of a class again."
+        )
+
+
+def put_files_back(folder: Path, json_output: bool) -> None:
+    """Puts all files back that `--move-to` moved into a folder.
+
+    Args:
+        folder: the quarantine.
+        json_output: print JSON.
+
+    Raises:
+        ValueError: for a folder without a journal, or with a damaged one.
+        OSError: if it cannot be read or written.
+    """
+    found = put_back(folder)
+    if json_output:
+        print_json({
+            "put_back": [str(move.source) for move in found.done],
+            "left": [{"file": move.target, "reason": reason} for move, reason in found.left],
+        })  # fmt: skip
+        return
+    console.print(f"{len(found.done):,} files are where they were.")
+    _say_left(found, "not put back")
+
+
+def _move(options: DoctorOptions, found: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Moves the pictures of some kinds of findings aside; says so, or returns it for `--json`."""
+    assert options.move_to is not None  # it was asked for
+    kinds, root = kinds_of(options.kinds) or MOVED, Path(options.pictures).absolute()
+    listed = {harmless(path): path for path in find_pictures(str(root)).pictures}
+    wanted: dict[str, Move] = {}
+    outside = []
+    for kind, cell, detail in found:
+        path = listed.get(harmless(cell))
+        if kind not in kinds:
+            continue
+        if path is None:
+            outside.append(cell)
+        else:
+            wanted.setdefault(path, Move(root / path, f"{kind}/{path}", detail))
+    moved = move_aside(options.move_to, [*wanted.values()])
+    folder = options.move_to
+    if not options.json_output:
+        said = ", ".join(map(str, kinds))
+        console.print(f"Moved {len(moved.done):,} files into {escape(folder)} ({said}).",
+                      soft_wrap=True, highlight=False)  # fmt: skip
+        _say_left(moved, "not moved")
+        for path in outside:
+            console.print(f"[yellow]Not there:[/] {escape(path)}", soft_wrap=True)
+        if moved.done:
+            console.print(f"To put them back: [bold]{typed('doctor', '--undo', folder)}[/]",
+                          soft_wrap=True)  # fmt: skip
+    return {
+        "folder": str(folder),
+        "files": {str(move.source): move.target for move in moved.done},
+        "left": {str(move.source): reason for move, reason in moved.left}
+        | dict.fromkeys(outside, "it is not among the pictures"),
+    }
+
+
+def _picking_of_files(pictures: str) -> Picking | None:
+    """What becomes of chosen files; None where there are no files to move."""
+    root = Path(pictures)
+    if not root.is_dir() or is_saved(root):
+        return None
+    words = "doctor", pictures, "--from", "chosen.csv", "--move-to", "quarantine"
+    return Picking(move=command_line(*words), header=as_csv(COLUMNS))
+
+
+def _say_left(moved: Moved, what: str) -> None:
+    for move, reason in moved.left:
+        console.print(f"[yellow]{what.capitalize()}:[/] {escape(move.target)}: {escape(reason)}.",
+                      soft_wrap=True, highlight=False)  # fmt: skip
 
 
 @contextmanager
@@ -199,14 +332,17 @@ def inspect_checkpoint(
 
     facts = _facts(model, store)
     rows = [(fact, str(value)) for fact, value in facts.items() if value != ""]
-    sections = sections_of(checkup, show)
+    is_here = Path(checkpoint).is_dir()
+    words = "forget", "relabel"
+    picking = Picking(*(command_line(word, checkpoint) for word in words)) if is_here else None
+    sections = sections_of(checkup, show, picks=is_here)
     sections[1:1] = [drawing] if drawing else []
     sections.insert(-1, Section("Checkpoint", tables=[PageTable(("", ""), rows)]))
     name = plain(Path(checkpoint).name)
     with checkup.phase("report"):
         write_csv(output / CSV_NAME, checkup.findings, pictures)
         lead = _lead(root, model.thumbnails is not None)
-        page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [lead])
+        page = write_page(output / PAGE_NAME, f"What {name} remembers", sections, [lead], picking)
     if json_output:
         print_json(summary_of(checkup, page) | {"checkpoint": facts})
         return
@@ -219,9 +355,9 @@ def inspect_checkpoint(
     )
     if checkup.findings and Path(checkpoint).is_dir():
         console.print(
-            f"Next: look at the page; with the ids in {CSV_NAME}: [bold]"
-            f"{typed('relabel', checkpoint, '--ids', 'ID', '--label', 'CLASS')}[/], or [bold]"
-            f"{typed('forget', checkpoint, '--ids', 'ID')}[/]",
+            f"Next: look at the page, delete from {CSV_NAME} what is right as it is, then [bold]"
+            f"{typed('relabel', checkpoint, '--from', output / CSV_NAME)}[/], or [bold]"
+            f"{typed('forget', checkpoint, '--from', output / CSV_NAME)}[/]",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

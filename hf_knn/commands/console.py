@@ -116,7 +116,16 @@ def typed(*words: object) -> str:
     Args:
         words: of the command line.
     """
-    return escape(f"{called()} {shlex.join(map(str, words))}")
+    return escape(command_line(*words))
+
+
+def command_line(*words: object) -> str:
+    """The same as plain text.
+
+    Args:
+        words: of the command line.
+    """
+    return f"{called()} {shlex.join(map(str, words))}"
 
 
 def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> None:
@@ -168,6 +177,28 @@ def say_error(sentence: str) -> None:
     Terminal(stderr=True).print(
         f"[bold red]Error:[/] {escape(as_called(sentence))}", soft_wrap=True, highlight=False
     )
+
+
+def agreed(question: str, yes: bool) -> bool:
+    """Asks before something that cannot be taken back.
+
+    Args:
+        question: to answer with y or n.
+        yes: it was answered on the command line, by `--yes`.
+
+    Raises:
+        ValueError: if nobody sits at the terminal.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ValueError(
+            "Expected somebody to ask, but the input is no terminal; pass --yes to do it."
+        )
+    try:
+        return typer.confirm(as_called(question), err=True)
+    except typer.Abort as error:  # the end of the input, or Ctrl-C
+        raise KeyboardInterrupt from error
 
 
 def print_json(value: object) -> None:

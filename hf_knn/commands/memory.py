@@ -1,9 +1,9 @@
-"""`hf-knn teach | forget | relabel | undo | refit | merge | diff | milvus`: each whole or not."""
+"""`hf-knn teach | undo | log | refit | merge | diff`: each change whole or not."""
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,24 @@ from rich.table import Table
 
 from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
-from ..core.reading import CONTENTS_NAME
+from ..core.reading import CONTENTS_NAME, HubFiles
 from ..data.batches import RowPictures
 from ..data.loading import from_files
-from ..data.walk import nfc
 from ..features.extract import extract_features, progress_bars
 from ..fit.heads import refit
 from ..fit.measure import rows_but
 from ..milvus.datastore import MilvusDatastore
 from ..milvus.pending import settle, whole_or_not
+from ..model.before import kept_versions
 from ..model.compare import Difference, compare
 from ..model.contents import Contents
 from ..model.modeling import KnnForImageClassification
-from ..model.receipts import Change, Receipt, Scope
+from ..model.receipts import CHANGES_NAME, Change, Receipt, Scope, history, load_changes
 from ..model.stored import StoredOtherwiseError
-from ..model.versions import exchange_versions, goes_back_to_training
-from ..store.advice import install, needs
+from ..model.versions import check_steps, exchange_versions, goes_back_to_training
 from ..store.backend import RowStore
 from ..store.datastore import Datastore
-from ..store.remote import LOCAL_ENDING, DatastoreReference, is_pending, read_manifest
+from ..store.remote import is_pending, read_manifest
 from .console import (
     Terminal,
     as_called,
@@ -48,7 +47,7 @@ from .console import (
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
 
-_CLASSES_NAME = "classes.json"
+CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
 
 
@@ -98,7 +97,7 @@ def teach_pictures(
             model.keep_thumbnails(RowPictures(rows, ids, taken.tolist()))
         return receipt
 
-    receipt = _change(checkpoint, change, json_output)
+    receipt = change_checkpoint(checkpoint, change, json_output)
     if json_output:
         return
     if receipt.scope == Scope.NOTHING:
@@ -111,99 +110,109 @@ def teach_pictures(
         )
 
 
-def forget_rows(
-    checkpoint: Path,
-    ids: list[int],
-    paths: list[str],
-    label: str | None,
-    recenter: bool,
-    backup: Path | None,
-    json_output: bool,
-) -> None:
-    """Removes rows from a checkpoint.
+def undo_change(checkpoint: Path, steps: int, training: bool, json_output: bool) -> None:
+    """Takes the last changes of a checkpoint back; an interrupted one is the first of them.
+
+    Where nothing was changed since the last training, one more step puts the version before that in
+    its place again, if it is kept; called once more, the two are exchanged again.
 
     Args:
         checkpoint: a folder.
-        ids: of rows.
-        paths: of pictures, as `predict` and `inspect` show them.
-        label: every row of a class; alone.
-        recenter: make the mean that centres rows anew.
-        backup: a folder for the rows, to be merged again; None keeps nothing.
-        json_output: print the receipt as JSON.
-
-    Raises:
-        ValueError: for rows that are not there; nothing is changed.
-    """
-
-    def change(model: KnnForImageClassification) -> Receipt:
-        store = _store(model, checkpoint)
-        wanted = torch.tensor([*ids, *_ids_of_paths(store, paths)], dtype=torch.int64)
-        if (label is None) != (len(wanted) > 0):
-            raise ValueError("Expected what to forget: --ids or --path, or else --label.")
-        names = model.config.class_names
-        if label is not None:
-            numbers = {nfc(name): number for number, name in enumerate(names)}
-            if nfc(label) not in numbers:
-                raise ValueError(
-                    f"Expected one of the classes {names[:_SHOWN]}, but got {label!r}."
-                )
-            wanted = store.ids_labelled(numbers[nfc(label)])
-        if backup is not None:
-            if backup.exists():
-                raise ValueError(f"Expected {backup} not to exist yet; choose another folder.")
-            store.subset(wanted).save(backup)
-            prints = model.memory.contents
-            if prints is not None:
-                prints.only(wanted.tolist()).save(backup)
-            text = json.dumps(names, ensure_ascii=False)
-            (backup / _CLASSES_NAME).write_text(text + "\n", encoding="utf-8")
-        return model.forget(wanted, recenter=recenter)
-
-    _change(checkpoint, change, json_output)
-    if json_output:
-        return
-    console.print(
-        "Note: features that were computed on this machine are cached apart from the checkpoint; "
-        f"[bold]{typed('cache', '--clear')}[/] removes them.",
-        soft_wrap=True,
-    )
-    if backup is not None:
-        again = typed("merge", checkpoint, backup)
-        console.print(f"To bring the rows back: [bold]{again}[/]", soft_wrap=True)
-
-
-def relabel_rows(checkpoint: Path, ids: list[int], label: str, json_output: bool) -> None:
-    """Gives rows of a checkpoint another label.
-
-    Args:
-        checkpoint: a folder.
-        ids: of rows.
-        label: a class, or a new one.
-        json_output: print the receipt as JSON.
-    """
-    _change(checkpoint, lambda model: model.relabel(ids, [label] * len(ids)), json_output)
-
-
-def undo_change(checkpoint: Path, training: bool, json_output: bool) -> None:
-    """Takes the last change of a checkpoint back; an interrupted one, if there is one, and no more.
-
-    If nothing was changed since the last training, the version before that takes its place again,
-    if it is kept; called once more, the two are exchanged again.
-
-    Args:
-        checkpoint: a folder.
+        steps: how many, from 1; all of them are possible, or none is taken.
         training: go back to the version before the last training, whatever was changed since.
-        json_output: print the receipt as JSON.
+        json_output: print the receipt as JSON; of several steps, a list.
 
     Raises:
-        ValueError: if there is nothing to take back.
+        ValueError: if there is less to take back.
     """
     with changing(checkpoint) as folder:
-        if not is_pending(folder) and (training or goes_back_to_training(folder)):
-            receipt = exchange_versions(folder)
+        if training and not is_pending(folder):
+            receipts = [exchange_versions(folder)]
         else:
-            receipt = _changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)
-    _say(receipt, json_output)
+            receipts = _taken_back(checkpoint, folder, steps)
+    if json_output:
+        print_json(asdict(receipts[0]) if steps == 1 else [asdict(one) for one in receipts])
+        return
+    for receipt in receipts:
+        say_receipt(receipt, json_output)
+
+
+def _taken_back(checkpoint: Path, folder: Path, steps: int) -> list[Receipt]:
+    """The receipts of some steps back; the caller holds the lock of the folder."""
+    if steps == 1:
+        if not is_pending(folder) and goes_back_to_training(folder):
+            return [exchange_versions(folder)]
+        return [changed(checkpoint, folder, lambda model: model.undo(), _nothing_else)]
+    receipts = []
+    if is_pending(folder):
+        receipts.append(changed(checkpoint, folder, lambda model: model.undo(), _nothing_else))
+        steps -= 1
+    path = folder / CHANGES_NAME
+    count = check_steps(folder, load_changes(path) if path.is_file() else [], steps)
+
+    def change(model: KnnForImageClassification) -> Receipt:
+        if isinstance(model.datastore, MilvusDatastore):
+            raise ValueError(
+                "Expected one step at a time for rows in Milvus, which are changed for all who "
+                "refer to them; call undo again after each."
+            )
+        receipts.extend(model.undo() for _ in range(count))
+        return receipts[-1]
+
+    if count:
+        last = changed(checkpoint, folder, change)
+        receipts[-1] = last
+    if count < steps:
+        receipts.append(exchange_versions(folder, steps - count))
+    return receipts
+
+
+def show_log(checkpoint: str, json_output: bool) -> None:
+    """Says what was changed in a checkpoint since it was trained, the newest last.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        json_output: print JSON.
+
+    Raises:
+        ValueError: for receipts that cannot be read.
+        OSError: if a Hub id cannot be reached.
+    """
+    folder = Path(checkpoint)
+    files = HubFiles(checkpoint, {})
+    path = folder / CHANGES_NAME if folder.is_dir() else files.resolve(CHANGES_NAME)
+    entries = history(load_changes(path) if path is not None and path.is_file() else [])
+    if json_output:
+        print_json([
+            {"number": one.number, "in_words": str(one), "takes_back": one.takes_back,
+             "is_taken_back": one.is_taken_back} | asdict(one.receipt) for one in entries
+        ])  # fmt: skip
+        return
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    for one in entries:
+        day, _, time = one.receipt.at.partition("T")
+        when = escape(f"{day} {time[:5]} UTC")
+        mark = " [dim](taken back)[/]" if one.is_taken_back else ""
+        say(f"{one.number:>3}  {when}  {escape(one)}{mark}")
+    if not entries:
+        say("Nothing was changed since it was trained.")
+    if not folder.is_dir():
+        return
+    undo = f"[bold]{typed('undo', checkpoint)}[/]"
+    left = [one for one in entries
+            if not one.is_taken_back and one.receipt.action != Change.UNDO]  # fmt: skip
+    last = left[-1] if left else None
+    kept = len(kept_versions(folder))
+    if kept > 1:
+        say(f"{kept} versions that trainings replaced are kept: behind the changes, a step each.")
+    if is_pending(folder):
+        say(f"The last change was interrupted: {undo} takes it back first.")
+    elif goes_back_to_training(folder):
+        say(f"{undo} exchanges this version and the one before the last training.")
+    elif last is not None and last.receipt.action == Change.FORGET:
+        say(f"Number {last.number} cannot be taken back: no byte of those rows was kept here.")
+    elif last is not None and last.receipt.action != Change.EXCHANGE:
+        say(f"{undo} takes number {last.number} back.")
 
 
 def refit_head(checkpoint: Path) -> None:
@@ -251,10 +260,10 @@ def merge_stores(checkpoint: Path, other: str, json_output: bool) -> None:
             known = Contents.load(kept if kept.is_file() else None)
             return model.merge(store, _classes_of(Path(other)), known)
         second = open_checkpoint(other)
-        rows, names = _store(second, Path(other)), second.config.class_names
+        rows, names = store_of(second, Path(other)), second.config.class_names
         return model.merge(rows, names, second.memory.contents)
 
-    _change(checkpoint, change, json_output)
+    change_checkpoint(checkpoint, change, json_output)
 
 
 def show_difference(first: str, second: str, json_output: bool) -> None:
@@ -285,27 +294,43 @@ def _nothing_else(model: KnnForImageClassification) -> Receipt:
     return Receipt.nothing(Change.UNDO, len(store), state, ["nothing else was undone"])
 
 
-def _change(
+def change_checkpoint(
     checkpoint: Path, change: Callable[[KnnForImageClassification], Receipt], json_output: bool
 ) -> Receipt:
-    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile."""
+    """Opens, changes and saves a checkpoint as one: nobody else writes it meanwhile.
+
+    Args:
+        checkpoint: a folder.
+        change: changes the model and returns the receipt.
+        json_output: print the receipt as JSON.
+    """
     with changing(checkpoint) as folder:
-        receipt = _changed(checkpoint, folder, change)
-    return _say(receipt, json_output)
+        receipt = changed(checkpoint, folder, change)
+    return say_receipt(receipt, json_output)
 
 
-def _changed(
+def changed(
     checkpoint: Path,
     folder: Path,
     change: Callable[[KnnForImageClassification], Receipt],
     after_settling: Callable[[KnnForImageClassification], Receipt] | None = None,
 ) -> Receipt:
-    """The receipt of a change, which is saved then; the caller holds the lock of the folder."""
+    """The receipt of a change, which is saved then.
+
+    Args:
+        checkpoint: a folder.
+        folder: the same without links; the caller holds its lock.
+        change: changes the model; where its receipt says that nothing was, nothing is saved.
+        after_settling: called instead, if an interrupted change was taken back.
+
+    Raises:
+        ValueError: for rows that cannot be changed as one with the folder.
+    """
     was_interrupted = settle(folder)
     if was_interrupted:
         Terminal(stderr=True).print(_TAKEN_BACK, soft_wrap=True)
     model = open_checkpoint(checkpoint)
-    store = _store(model, checkpoint)
+    store = store_of(model, checkpoint)
     if store.location is not None and not isinstance(store, MilvusDatastore):
         raise ValueError(
             f"Expected rows beside the checkpoint or in Milvus, to change both as one, but got "
@@ -321,8 +346,13 @@ def _changed(
     return model.changes[-1]  # the save may have noted something
 
 
-def _say(receipt: Receipt, json_output: bool) -> Receipt:
-    """Prints what was done."""
+def say_receipt(receipt: Receipt, json_output: bool) -> Receipt:
+    """Prints what was done.
+
+    Args:
+        receipt: of a change.
+        json_output: print it as JSON.
+    """
     if json_output:
         print_json(asdict(receipt))
         return receipt
@@ -341,8 +371,7 @@ def _how_to_relabel(error: StoredOtherwiseError, checkpoint: Path) -> str:
     if rows > _SHOWN:
         return f"{error.problem} Nothing was changed; --relabel gives all {rows:,} the new label."
     commands = [
-        f"`hf-knn relabel {place} {' '.join(f'--ids {i}' for i in ids)} "
-        f"--label {shlex.quote(label)}`"
+        f"`hf-knn relabel {place} --ids {','.join(map(str, ids))} --label {shlex.quote(label)}`"
         for label, ids in error.moves.items()
     ]
     return (
@@ -371,26 +400,24 @@ def _of_label(pictures: Path, label: str) -> Any:
     return found.splits["train"]
 
 
-def _store(model: KnnForImageClassification, place: Path) -> RowStore:
+def store_of(model: KnnForImageClassification, place: Path) -> RowStore:
+    """The rows of a model.
+
+    Args:
+        model: that was opened.
+        place: its checkpoint.
+
+    Raises:
+        ValueError: if it has none.
+    """
     if model.datastore is None:
         raise ValueError(f"Expected {place} to hold a datastore, but it has none.")
     return model.datastore
 
 
-def _ids_of_paths(store: RowStore, paths: list[str]) -> list[int]:
-    known = dict(zip(map(nfc, store.paths or []), store.ids.tolist(), strict=False))
-    missing = [path for path in paths if nfc(path) not in known]
-    if missing:
-        raise ValueError(
-            f"Expected paths that the datastore knows, but it does not know {missing[:3]}; they "
-            "look like " + repr(next(iter(known), "nothing: it knows no paths")) + "."
-        )
-    return [known[nfc(path)] for path in paths]
-
-
 def _classes_of(folder: Path) -> list[str] | None:
     """The classes of a backup; None for a datastore that does not say what its numbers mean."""
-    path = folder / _CLASSES_NAME
+    path = folder / CLASSES_NAME
     return read_json(path) if path.is_file() else None
 
 
@@ -433,57 +460,3 @@ def _difference_table(found: Difference) -> Table:
     table.add_row("backbone", "same" if found.same_backbone else "[red]another one[/]")
     table.add_row("head", "same" if found.same_head else "changed")
     return table
-
-
-def move_to_milvus(
-    checkpoint: Path,
-    uri: str,
-    collection: str,
-    token: str | None,
-    batch_size: int,
-    index: str = "flat",
-) -> None:
-    """Loads the rows of a checkpoint into Milvus and saves the checkpoint with a reference.
-
-    The checkpoint is changed when all rows were read back; until then it is as it was, and the
-    command may be called again to go on.
-
-    Args:
-        checkpoint: a folder whose rows lie beside the model.
-        uri: of the server, or a file of Milvus Lite.
-        collection: name for the rows.
-        token: of the server; None takes `MILVUS_TOKEN`.
-        batch_size: rows per call.
-        index: see `MilvusDatastore.from_datastore`.
-
-    Raises:
-        ValueError: for another folder, or one whose rows lie elsewhere.
-        ImportError: without pymilvus.
-        OSError: if the server does not answer, or something cannot be written.
-    """
-    lite = {"milvus_lite": "milvus-lite"} if uri.endswith(LOCAL_ENDING) else {}
-    needs({"pymilvus": "pymilvus"} | lite, "hf-knn milvus", install("milvus"))
-    manifest = checkpoint / MANIFEST_NAME
-    with changing(checkpoint):  # or a row that is taught meanwhile would be lost
-        if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
-            raise ValueError(
-                f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
-            )
-        model = open_checkpoint(checkpoint)
-        if not isinstance(model.datastore, Datastore):
-            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
-        with progress_bars():
-            store = MilvusDatastore.from_datastore(
-                model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
-            )
-        model.datastore = store
-        model.save_pretrained(checkpoint)
-    console.print(
-        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
-        f"searched by {escape(str(store.index))}. "
-        f"{escape(str(checkpoint))} holds a reference to them, and no rows."
-    )
-    console.print(
-        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} "
-        f"{typed('predict', checkpoint, 'PICTURE.jpg')}[/]", soft_wrap=True,
-    )  # fmt: skip

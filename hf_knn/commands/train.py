@@ -141,8 +141,8 @@ def train_pictures(options: TrainOptions) -> None:
 def _check_output(options: TrainOptions, pictures: str | None = None) -> Occupant | None:
     """What will be replaced; see `check_free`."""
     if options.overwrite:
-        return occupant_of(options.output)
-    return check_free(options.output, pictures)
+        return occupant_of(options.output, options.keep)
+    return check_free(options.output, pictures, options.keep)
 
 
 def _save(trainer: KnnTrainer, options: TrainOptions, pictures: str) -> Occupant | None:
@@ -152,7 +152,7 @@ def _save(trainer: KnnTrainer, options: TrainOptions, pictures: str) -> Occupant
     mark_training(model.datastore, pictures)
     with exclusive_lock(options.output):
         replaced = _check_output(options, pictures)
-        model.save_pretrained(options.output, keep_replaced=True)
+        model.save_pretrained(options.output, keep_replaced=options.keep)
         trainer.args.write_json(options.output)
     return replaced
 

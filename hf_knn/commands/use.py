@@ -1,4 +1,4 @@
-"""`hf-knn tune | push | export | cache`: from a checkpoint to its use; tidying up."""
+"""`hf-knn tune | push | export | cache | milvus`: from a checkpoint to its use; tidying up."""
 
 import math
 import shlex
@@ -13,13 +13,18 @@ from typing import Any
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
+from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
 from ..features.cache import ABOUT_NAME, KEYS_FOLDER
 from ..features.extract import progress_bars
 from ..fit.plots import check_drawing, draw_tuning
+from ..milvus.datastore import MilvusDatastore
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.stored import shown
+from ..store.advice import install, needs
+from ..store.datastore import Datastore
 from ..store.folders import cache_root
+from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
 from ..training.trainer import KnnTrainer
 from .console import (
     changing,
@@ -267,3 +272,57 @@ def _cache_table(entries: list[CacheEntry]) -> Table:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def move_to_milvus(
+    checkpoint: Path,
+    uri: str,
+    collection: str,
+    token: str | None,
+    batch_size: int,
+    index: str = "flat",
+) -> None:
+    """Loads the rows of a checkpoint into Milvus and saves the checkpoint with a reference.
+
+    The checkpoint is changed when all rows were read back; until then it is as it was, and the
+    command may be called again to go on.
+
+    Args:
+        checkpoint: a folder whose rows lie beside the model.
+        uri: of the server, or a file of Milvus Lite.
+        collection: name for the rows.
+        token: of the server; None takes `MILVUS_TOKEN`.
+        batch_size: rows per call.
+        index: see `MilvusDatastore.from_datastore`.
+
+    Raises:
+        ValueError: for another folder, or one whose rows lie elsewhere.
+        ImportError: without pymilvus.
+        OSError: if the server does not answer, or something cannot be written.
+    """
+    lite = {"milvus_lite": "milvus-lite"} if uri.endswith(LOCAL_ENDING) else {}
+    needs({"pymilvus": "pymilvus"} | lite, "hf-knn milvus", install("milvus"))
+    manifest = checkpoint / MANIFEST_NAME
+    with changing(checkpoint):  # or a row that is taught meanwhile would be lost
+        if manifest.is_file() and isinstance(read_manifest(manifest), DatastoreReference):
+            raise ValueError(
+                f"Expected {checkpoint} to hold rows of its own, but it refers to Milvus already."
+            )
+        model = open_checkpoint(checkpoint)
+        if not isinstance(model.datastore, Datastore):
+            raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        with progress_bars():
+            store = MilvusDatastore.from_datastore(
+                model.datastore, uri, collection, token=token, batch_size=batch_size, index=index
+            )
+        model.datastore = store
+        model.save_pretrained(checkpoint)
+    console.print(
+        f"{len(store):,} rows lie in {escape(str(store.location))}, read back and compared, "
+        f"searched by {escape(str(store.index))}. "
+        f"{escape(str(checkpoint))} holds a reference to them, and no rows."
+    )
+    console.print(
+        f"Next: [bold]HF_KNN_MILVUS_URI={escape(store.collection.server.uri)} "
+        f"{typed('predict', checkpoint, 'PICTURE.jpg')}[/]", soft_wrap=True,
+    )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Reports as one HTML file: no script, no resource from elsewhere, every text escaped."""
+"""Reports as one HTML file: no resource from elsewhere, every text escaped.
+
+No script runs but that of the check boxes (`picking.py`), on pages that have some.
+"""
 
 import base64
 import html
@@ -10,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from PIL import Image
+
+from .picking import PICK_POLICY, PICK_STYLE, Pick, Picking, pick_box, pick_panel
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2126; --soft: #59636e;
@@ -115,6 +120,7 @@ class Tile:
         lines: more lines.
         tone: good, bad or neutral.
         alt: what a screen reader says of the picture; the title if empty.
+        pick: what a check box chooses; None for no box.
     """
 
     title: str
@@ -122,6 +128,7 @@ class Tile:
     lines: Sequence[str] = ()
     tone: str = Tone.NEUTRAL
     alt: str = ""
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True)
@@ -272,32 +279,42 @@ def plain(text: object) -> str:
 
 
 def write_page(
-    path: str | Path, title: str, sections: Sequence[Section], lead: Sequence[str] = ()
+    path: str | Path,
+    title: str,
+    sections: Sequence[Section],
+    lead: Sequence[str] = (),
+    picking: Picking | None = None,
 ) -> Path:
-    """Writes a page as one file that needs no network, no script and no other file.
+    """Writes a page as one file that needs no network and no other file.
 
     Args:
         path: the HTML file; folders are made.
         title: of the page.
         sections: in order; from three on they are listed at the top.
         lead: paragraphs before the first section.
+        picking: what becomes of pictures that are chosen; None if no tile has a check box.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for a picture that is not a data URI of an image, or a row that is not as wide
-            as its table.
+        ValueError: for a picture that is not a data URI of an image, a row that is not as wide as
+            its table, or check boxes without `picking`.
         OSError: if it cannot be written.
     """
-    text = render_page(title, sections, lead)
+    text = render_page(title, sections, lead, picking)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def render_page(title: str, sections: Sequence[Section], lead: Sequence[str] = ()) -> str:
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    lead: Sequence[str] = (),
+    picking: Picking | None = None,
+) -> str:
     """The text of the page that `write_page` writes; same arguments and errors."""
     body = [f"<header><h1>{_text(title)}</h1>{_paragraphs(lead)}</header>"]
     if len(sections) > 2:
@@ -308,14 +325,19 @@ def render_page(title: str, sections: Sequence[Section], lead: Sequence[str] = (
         body.append(f'<nav aria-label="Contents"><ul>{"".join(links)}</ul></nav>')
     parts = "\n".join(_section(number, section) for number, section in enumerate(sections))
     body.append(f"<main>\n{parts}\n</main>")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy, style = "default-src 'none'; img-src data:; style-src 'unsafe-inline'", PAGE_STYLE
+    if '<label class="pick">' in parts:  # a text cannot say that
+        if picking is None:
+            raise ValueError("Expected `picking` for tiles with check boxes, but got None.")
+        policy, style = f"{policy}; {PICK_POLICY}", style + PICK_STYLE
+        body.append(pick_panel(picking))
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{_text(title)}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>",
+            f"<title>{_text(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",
         ]
@@ -423,7 +445,8 @@ def _tile(tile: Tile, frame: str) -> str:
         picture = f'<img src="{_source(tile.picture)}" alt="{_text(tile.alt or tile.title)}">'
     lines = "".join(f"<span>{_text(line)}</span>" for line in tile.lines)
     caption = f"<figcaption><b>{mark}{_text(tile.title)}</b>{lines}</figcaption>"
-    return f'<li class="{tone}"><figure>{picture}{caption}</figure></li>'
+    box = "" if tile.pick is None else pick_box(tile.pick)
+    return f'<li class="{tone}"><figure>{picture}{caption}</figure>{box}</li>'
 
 
 def _paragraphs(texts: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ..model.card import VOICE_NAMES
 from .html import Drawing, Fact, Group, Heat, Section, Table, Tile, Tone, svg_uri, write_page
 from .intervals import percent
+from .picking import Pick, Picking
 from .svg import reliability_svg
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def write_report(report: "Report", path: Path) -> Path:
         f"{_pictures(report.count)} of {len(report.class_names):,} classes, asked about once. "
         "Whoever has this page sees the pictures in it."
     ]
-    return write_page(path, "How good this model is", sections, [*lead, *report.notes])
+    picking = Picking("hf-knn forget CHECKPOINT", "hf-knn relabel CHECKPOINT")
+    return write_page(path, "How good this model is", sections, [*lead, *report.notes], picking)
 
 
 def findings(report: "Report") -> list[str]:
@@ -186,7 +188,7 @@ def _errors(report: "Report", asked: dict[int, str], stored: dict[int, str]) -> 
         "The surest first, each with the stored pictures nearest to it. A frame says whether a "
         "neighbour has the label of the picture (✓) or that of the wrong answer (✗). Where the "
         "answer is right and the label is not, mend the label; where a neighbour has a wrong "
-        "label, hf-knn relabel changes it by its id."
+        "label, hf-knn relabel changes it by its id: choose it, and the command is below."
     ]
     if count > MOST_PICTURES:
         text.append(f"{count - MOST_PICTURES:,} more wrong answers are in report.json.")
@@ -222,7 +224,8 @@ def _neighbor(report: "Report", wrong: "Wrong", near: "Near", stored: dict[int, 
     lines = [f"similarity {near.similarity:.3f}", f"id {near.id}"]
     lines += [near.path] if near.path else []
     name = _name(report, near.label)
-    return Tile(name, stored.get(near.id), lines, tone, alt=f"A stored picture of {name}")
+    pick = Pick(f"{near.path or name}, id {near.id}", str(near.id))
+    return Tile(name, stored.get(near.id), lines, tone, f"A stored picture of {name}", pick)
 
 
 def _calibration(report: "Report") -> Section:

@@ -1,11 +1,13 @@
-"""The version before the last training: one, inside the checkpoint, never pushed, for `undo`.
+"""The versions before the last trainings, inside the checkpoint, never pushed, for `undo`.
 
-It is a whole checkpoint of hard links. What is forgotten is erased there as well: each row that may
-be of the same picture.
+Each is a whole checkpoint of hard links, with the one before it inside. What is forgotten is erased
+in all of them: each row that may be of the same picture.
 """
 
+import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +94,57 @@ def link_version(folder: Path, target: Path, names: Iterable[str]) -> None:
         link_or_copy(str((folder / name).resolve()), str(target / name))
 
 
-def keep_version(folder: Path, staging: Path) -> None:
-    """Keeps the version that a folder holds inside the one that will replace it.
+def kept_versions(folder: Path) -> list[Path]:
+    """The versions that a checkpoint keeps, the last one first.
+
+    Args:
+        folder: of the checkpoint; need not exist.
+    """
+    found = []
+    while (folder := folder / BEFORE_NAME).is_dir():
+        found.append(folder)
+    return found
+
+
+def keep_version(folder: Path, staging: Path, older: Sequence[Path] = ()) -> None:
+    """Keeps the version that a folder holds, and older ones, inside the one that will replace it.
 
     Args:
         folder: of a checkpoint; need not exist. One whose rows lie on a server is not kept.
         staging: of the new version.
+        older: versions that are kept further on, the last one first.
     """
     names = version_files(folder)
     if names and not refers_elsewhere(folder):
         link_version(folder, staging / BEFORE_NAME, names)
         (staging / BEFORE_NAME / _NOT_FOR_GIT).write_text("*\n", encoding="utf-8")
+        carry_versions(older, staging / BEFORE_NAME)
 
 
-def carry_version(folder: Path, staging: Path) -> None:
-    """Hands the version that is kept in a folder on to the one that will replace it."""
-    before = folder / BEFORE_NAME
-    if before.is_dir():
-        names = [path.name for path in before.iterdir() if path.is_file()]
-        link_version(before, staging / BEFORE_NAME, names)
+def carry_versions(versions: Sequence[Path], staging: Path) -> None:
+    """Hands versions that are kept on to the one that will replace the present one.
+
+    Args:
+        versions: their folders, the last one first.
+        staging: of the new version, which does not keep any yet.
+    """
+    for version in versions:
+        staging = staging / BEFORE_NAME
+        link_version(version, staging, [path.name for path in version.iterdir() if path.is_file()])
+
+
+def remove_version(version: Path) -> None:
+    """Removes a version that is kept; the one before it, which is inside of it, takes its place.
+
+    Args:
+        version: its folder, in a staging folder that nobody reads yet.
+    """
+    older = version.with_name(f"{version.name}.older")
+    if (version / BEFORE_NAME).is_dir():
+        os.rename(version / BEFORE_NAME, older)
+    shutil.rmtree(version)
+    if older.is_dir():
+        os.rename(older, version)
 
 
 def rows_alike(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from json import JSONDecodeError
@@ -53,9 +52,11 @@ from .backbones import same_weights, weight_marks
 from .before import (
     BEFORE_NAME,
     SHOWS_ROWS,
-    carry_version,
+    carry_versions,
     is_checkpoint_file,
     keep_version,
+    kept_versions,
+    remove_version,
     rows_alike,
     version_files,
 )
@@ -83,6 +84,7 @@ logger = logging.getLogger(__name__)
 STALE = "stale"
 """What a datastore that was forced onto other weights remembers as its maker."""
 
+_OLDER = "erased in an older version that is kept, too"
 _ERASED = "erased in the version before the last training too: {} of its rows"
 _ERASED_ALL = (
     "the version before the last training was erased too, since it may hold the same pictures; "
@@ -105,7 +107,7 @@ def write_checkpoint(
     folder: Path,
     save_weights: Callable[..., None],
     options: dict[str, Any],
-    keep_replaced: bool = False,
+    keep_replaced: int = 0,
 ) -> None:
     """Writes a model with its processor and datastore as one version.
 
@@ -114,7 +116,8 @@ def write_checkpoint(
         folder: where to.
         save_weights: `PreTrainedModel.save_pretrained` of the model.
         options: further options of `save_weights`.
-        keep_replaced: keep the version that is there, see `before`; else the one that is kept.
+        keep_replaced: how many versions to keep, that which is there and older ones, see
+            `before`; 0 keeps those that are kept.
 
     Raises:
         OSError: if something could not be written; the old version is intact.
@@ -137,7 +140,11 @@ def write_checkpoint(
     try:
         with replaced_folder(folder, is_owned) as staging:
             _refuse_pending(store, folder)
-            (keep_version if keep_replaced else carry_version)(folder, staging)
+            kept = kept_versions(folder)
+            if keep_replaced:
+                keep_version(folder, staging, kept[: keep_replaced - 1])
+            else:
+                carry_versions(kept, staging)
             note = _erase_forgotten(model, staging / BEFORE_NAME)
             memory = model.memory
             changes = (memory.remarked(note) if note and memory.receipts else memory).receipts
@@ -170,18 +177,25 @@ def write_checkpoint(
 
 
 def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
-    """Erases in the version before what was forgotten since the model was opened.
+    """Erases in the versions before what was forgotten since the model was opened.
 
     Args:
         model: that forgot it.
-        place: of that version, in a folder that nobody reads yet.
+        place: of the last version, in a folder that nobody reads yet; older ones are inside of it.
 
     Returns:
         What was erased; empty for nothing.
     """
-    memory = model.memory
-    if not place.is_dir() or not memory.gone:
+    if not place.is_dir() or not model.memory.gone:
         return ""
+    # each of them is asked about what this model forgot: one between may not have had the rows
+    older = _erase_forgotten(model, place / BEFORE_NAME)
+    own = _erase_in_one(model, place)
+    return own + (f"; {_OLDER}" if own else _OLDER) if older else own
+
+
+def _erase_in_one(model: "KnnForImageClassification", place: Path) -> str:
+    memory = model.memory
     for name in SHOWS_ROWS:
         (place / name).unlink(missing_ok=True)
     try:
@@ -193,7 +207,7 @@ def _erase_forgotten(model: "KnnForImageClassification", place: Path) -> str:
     if alike is not None and not len(alike):
         return ""
     if alike is None or len(alike) == len(earlier.datastore):
-        shutil.rmtree(place)
+        remove_version(place)
         return _ERASED_ALL
     earlier.forget(alike)
     earlier.save_pretrained(place)

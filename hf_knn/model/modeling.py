@@ -240,7 +240,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
-        keep_replaced: bool = False,
+        keep_replaced: int = False,
         **kwargs: Any,
     ) -> None:
         """Saves all as one version; a kill at any moment leaves the old version or the new one.
@@ -251,7 +251,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
                 `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
                 go to `push_to_hub`.
-            keep_replaced: keep the version that is there in `.before/`, for `hf-knn undo`.
+            keep_replaced: how many versions to keep in `.before/` for `hf-knn undo`; True is 1.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
         Raises:

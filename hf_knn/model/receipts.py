@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +49,12 @@ class Change(StrEnum):
 
 _DONE: dict[str, str] = {
     Change.TEACH: "taught", Change.MERGE: "merged", Change.FORGET: "forgotten",
+    Change.RELABEL: "relabelled",
+}  # fmt: skip
+
+
+_DID: dict[str, str] = {
+    Change.TEACH: "taught", Change.MERGE: "merged", Change.FORGET: "forgot",
     Change.RELABEL: "relabelled",
 }  # fmt: skip
 
@@ -114,13 +120,15 @@ class Receipt:
             notes=notes, skipped=list(skipped),
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        counts: dict[str, int] = {}
+    def named(self) -> str:
+        """How many pictures of which class; empty for none."""
         pairs = zip(self.old_labels, self.labels, strict=False)
         moved = [f"{old} → {new}" for old, new in pairs]
-        for label in moved + self.labels[len(moved) :]:
-            counts[label] = counts.get(label, 0) + 1
-        named = ", ".join(f"{count} of {label}" for label, count in counts.items())
+        counts = Counter(moved + self.labels[len(moved) :])
+        return ", ".join(f"{count} of {label}" for label, count in counts.items())
+
+    def __str__(self) -> str:
+        named = self.named()
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
         return (
             f"{self.action}: {named or 'no rows'}; {self.rows_before:,} → {self.rows_after:,} rows,"
@@ -145,6 +153,63 @@ def standing(changes: Sequence[Receipt]) -> list[Receipt]:
             found.append(receipt)
         elif found:  # receipts of long ago may be missing
             found.pop()
+    return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A change in the history of a model.
+
+    Attributes:
+        number: from 1, the oldest that is kept first.
+        receipt: of the change.
+        takes_back: the number of the change that this one took back; None for no undo, or if that
+            receipt is kept no more.
+        is_taken_back: whether a later one took it back.
+    """
+
+    number: int
+    receipt: Receipt
+    takes_back: int | None = None
+    is_taken_back: bool = False
+
+    def __str__(self) -> str:
+        receipt = self.receipt
+        count = len(receipt.ids)
+        pictures = f"{count:,} picture{'' if count == 1 else 's'}"
+        moved = len(receipt.old_labels)
+        said = f"{_DID.get(receipt.action, receipt.action)} {pictures}"
+        if receipt.action == Change.EXCHANGE:
+            said = "put back the version that was kept of a training"
+        elif receipt.action == Change.UNDO:
+            which = "an earlier one" if self.takes_back is None else f"number {self.takes_back}"
+            said = f"took back {which}, {pictures}"
+        elif receipt.action == Change.TEACH and moved:
+            said += f", {moved:,} of them by another label"
+        if named := receipt.named():
+            said += f": {named}"
+        if receipt.rows_before != receipt.rows_after:
+            said += f"; {receipt.rows_before:,} → {receipt.rows_after:,} rows"
+        if receipt.new_classes:
+            said += f"; new classes: {', '.join(receipt.new_classes)}"
+        return said
+
+
+def history(changes: Sequence[Receipt]) -> list[Entry]:
+    """What was done to a model since its training, in order, with what took back what.
+
+    Args:
+        changes: all receipts, oldest first.
+    """
+    found: list[Entry] = []
+    left: list[int] = []  # places of those that stand, as `standing` says
+    for number, receipt in enumerate(changes, 1):
+        place = left.pop() if receipt.action == Change.UNDO and left else None
+        if place is not None:
+            found[place] = replace(found[place], is_taken_back=True)
+        if receipt.action != Change.UNDO:
+            left.append(len(found))
+        found.append(Entry(number, receipt, None if place is None else place + 1))
     return found
 
 
@@ -201,13 +266,28 @@ def read_changes(path: Path | None) -> list[Receipt]:
     Args:
         path: of `changes.json`; None if there is none.
     """
-    if path is None:
+    try:
+        return [] if path is None else load_changes(path)
+    except ValueError as error:
+        logger.warning("%s", error)
         return []
+
+
+def load_changes(path: Path) -> list[Receipt]:
+    """The receipts of a checkpoint.
+
+    Args:
+        path: of `changes.json`.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
     try:
         return [_checked(Receipt(**entry)) for entry in read_json(path, _LARGEST_FILE)]
     except (ValueError, TypeError) as error:
-        logger.warning("Expected %s to hold receipts of changes, but: %r.", path.name, error)
-        return []
+        raise ValueError(
+            f"Expected {path.name} to hold receipts of changes, but: {error!r}."
+        ) from error
 
 
 def _checked(receipt: Receipt) -> Receipt:

@@ -1,6 +1,8 @@
 """What a checkpoint folder holds before a training replaces it, and the way back afterwards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +16,7 @@ from .before import (
     BEFORE_NAME,
     is_checkpoint_file,
     keep_version,
+    kept_versions,
     link_version,
     refers_elsewhere,
     version_files,
@@ -63,15 +66,16 @@ class Occupant:
         if not self.is_kept:
             said += " That version is not kept; its rows stay on the server."
         return said + (
-            f" The version before that one is gone; in it {self.lost}." if self.lost else ""
+            f" A version before that one is gone; in it {self.lost}." if self.lost else ""
         )
 
 
-def occupant_of(folder: Path) -> Occupant | None:
+def occupant_of(folder: Path, keep: int = 1) -> Occupant | None:
     """What a training into a folder would replace; None for nothing but a user's own files.
 
     Args:
         folder: it need not exist.
+        keep: how many versions will be kept.
 
     Raises:
         NotADirectoryError: if it is a file.
@@ -84,12 +88,12 @@ def occupant_of(folder: Path) -> Occupant | None:
     if not version_files(folder):
         return None
     try:
-        return _occupant(folder)
+        return _occupant(folder, keep)
     except (OSError, ValueError, SafetensorError) as error:
         return Occupant(f"it cannot be opened ({error})")
 
 
-def _occupant(folder: Path) -> Occupant:
+def _occupant(folder: Path, keep: int) -> Occupant:
     changes = read_changes(_file(folder, CHANGES_NAME))
     is_kept = not refers_elsewhere(folder)
     if is_pending(folder):
@@ -109,16 +113,18 @@ def _occupant(folder: Path) -> Occupant:
         problem = "its rows were changed since it was trained"
     else:
         problem = ""
-    lost = describe_changes(read_changes(_file(folder / BEFORE_NAME, CHANGES_NAME)))
+    dropped = [read_changes(_file(one, CHANGES_NAME)) for one in kept_versions(folder)[keep - 1 :]]
+    lost = next(filter(None, map(describe_changes, dropped)), "")
     return Occupant(problem, pictures, about, is_kept, lost)
 
 
-def check_free(folder: Path, pictures: str | None = None) -> Occupant | None:
+def check_free(folder: Path, pictures: str | None = None, keep: int = 1) -> Occupant | None:
     """Refuses to train into a folder where something would be lost.
 
     Args:
         folder: where the model will go; it need not exist.
         pictures: a hash of those to train on; None if it is not known yet.
+        keep: how many versions will be kept.
 
     Returns:
         What will be replaced; None for nothing.
@@ -127,7 +133,7 @@ def check_free(folder: Path, pictures: str | None = None) -> Occupant | None:
         ValueError: for a model that was changed since it was trained, or trained on other pictures.
         NotADirectoryError: if it is a file.
     """
-    found = occupant_of(folder)
+    found = occupant_of(folder, keep)
     if found is None:
         return None
     problem = found.problem
@@ -159,13 +165,48 @@ def goes_back_to_training(folder: Path) -> bool:
     return (folder / BEFORE_NAME).is_dir() and (not left or left[-1].action == Change.EXCHANGE)
 
 
-def exchange_versions(folder: Path) -> Receipt:
-    """Puts the version before the last training in its place again, and keeps the present one.
+def check_steps(folder: Path, changes: Sequence[Receipt], steps: int) -> int:
+    """Refuses to go back further than somebody can.
+
+    Args:
+        folder: of a checkpoint.
+        changes: all its receipts, oldest first.
+        steps: how many are wanted, from 1.
+
+    Returns:
+        How many of them are changes; the rest are trainings.
+
+    Raises:
+        ValueError: if there are fewer steps, or rows were forgotten in one of them.
+    """
+    left = [*reversed(standing(changes))]
+    left = [*takewhile(lambda receipt: receipt.action != Change.EXCHANGE, left)]
+    kept = len(kept_versions(folder))
+    if steps > len(left) + kept:
+        raise ValueError(
+            f"Expected at most {len(left) + kept} steps back ({len(left)} changes and {kept} kept "
+            "versions), "
+            f"but got {steps}; nothing was changed (`hf-knn log` lists the changes)."
+        )
+    for place, receipt in enumerate(left[:steps]):
+        if receipt.action == Change.FORGET:
+            raise ValueError(
+                f"Expected {steps} changes that can be taken back, but step {place + 1} forgot "
+                f"{len(receipt.ids)} rows, and no byte of them was saved; nothing was changed. "
+                "Merge a backup, or go back to before the training (`hf-knn undo CHECKPOINT "
+                "--training`)."
+            )
+    return min(steps, len(left))
+
+
+def exchange_versions(folder: Path, back: int = 1) -> Receipt:
+    """Puts a version before the last trainings in its place again, and keeps the present one.
 
     Called twice, it changes nothing. A kill at any moment leaves both as they were or exchanged.
 
     Args:
         folder: of a checkpoint, whose lock the caller holds.
+        back: which of the versions that are kept, 1 for the last one; the others stay, in order.
 
     Returns:
         The receipt, also kept in the version that is put back.
@@ -174,11 +215,14 @@ def exchange_versions(folder: Path) -> Receipt:
         ValueError: if no version is kept, or the rows of the present one lie on a server.
         OSError: if it could not be written; everything is as it was.
     """
-    before = folder / BEFORE_NAME
-    if not before.is_dir():
+    kept = kept_versions(folder)
+    if back > len(kept):
+        few = f"{len(kept)} only" if kept else "none"
         raise ValueError(
-            f"Expected {folder} to keep the version before a training, but it does not."
+            f"Expected {folder} to keep the version before a training, {back} of them, but it "
+            f"keeps {few}; `hf-knn train --keep` keeps more."
         )
+    before = kept.pop(back - 1)
     if refers_elsewhere(folder):
         raise ValueError(
             f"Expected rows beside {folder}, to be kept while the version before the last training "
@@ -196,7 +240,7 @@ def exchange_versions(folder: Path) -> Receipt:
     with replaced_folder(folder, is_owned) as staging:
         link_version(before, staging, names - {CHANGES_NAME})
         write_changes(model.changes, staging)
-        keep_version(folder, staging)
+        keep_version(folder, staging, kept)
         write_card(model, folder, staging)
     return receipt
 

@@ -4,6 +4,7 @@ Nothing here knows what the files mean; names and formats belong to the callers.
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ except ImportError as error:  # pragma: no cover
 _AT_FDCWD = -100
 
 _RENAME_EXCHANGE = _RENAME_SWAP = 2
+_RENAME_NO_REPLACE, _RENAME_EXCL = 1, 4
 """Of Linux and of macOS."""
 
 _WHOLE = ".whole"
@@ -436,14 +438,41 @@ def exchange(first: Path, second: Path) -> bool:
         first: an existing folder.
         second: another one, on the same file system.
     """
+    return _rename(first, second, _RENAME_EXCHANGE, _RENAME_SWAP) == 0
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Renames what nothing stands in the place of; on Linux and macOS in one step.
+
+    Args:
+        source: a file, a link or a folder.
+        target: where to, on the same file system.
+
+    Raises:
+        FileExistsError: if something is there; it stays.
+        OSError: if it cannot be renamed, by `EXDEV` to another file system.
+    """
+    error = _rename(source, target, _RENAME_NO_REPLACE, _RENAME_EXCL)
+    if error in (None, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # system or file system cannot
+        if os.path.lexists(target):
+            error = errno.EEXIST
+        else:
+            os.rename(source, target)
+            return
+    if error:
+        raise OSError(error, os.strerror(error), str(source), None, str(target))
+
+
+def _rename(first: Path, second: Path, on_linux: int, on_mac: int) -> int | None:
+    """Renames with a flag; returns the number of the error, 0 for none, None if nobody can."""
     if not sys.platform.startswith(("linux", "darwin")):
-        return False
+        return None
     library = ctypes.CDLL(None, use_errno=True)
     one, other = os.fsencode(first), os.fsencode(second)
     if hasattr(library, "renameat2"):
-        failed = library.renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE)
+        failed = library.renameat2(_AT_FDCWD, one, _AT_FDCWD, other, on_linux)
     elif hasattr(library, "renamex_np"):
-        failed = library.renamex_np(one, other, _RENAME_SWAP)
+        failed = library.renamex_np(one, other, on_mac)
     else:
-        return False
-    return bool(failed == 0)
+        return None
+    return (ctypes.get_errno() or errno.EINVAL) if failed else 0

@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 import hf_knn_cli
 from hf_knn import KnnConfig, KnnTrainingArguments
+from hf_knn.checkup.findings import OF_ONE_PICTURE
 from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
 from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
 from hf_knn.milvus.kinds import MilvusIndex
 from hf_knn.training.arguments import FINE_TUNING, HEAD
+from hf_knn_cli.choices import FINDING_KINDS
 from hf_knn_cli.forwarding import Command, fields_as_options, hand_over
 from hf_knn_cli.train_options import TrainOptions
 
@@ -101,6 +103,7 @@ def test_choices_in_the_text_of_a_help_are_those_of_the_package() -> None:
     assert {str(index).lower() for index in MilvusIndex} <= set(helps["milvus", "index"])
     with pytest.raises(ValueError, match="one of ") as refusal:
         KnnConfig(pooling=NOT_OFFERED)
+    assert FINDING_KINDS == OF_ONE_PICTURE
     poolings = set(re.findall(r"'(\w+)'", str(refusal.value))) - {NOT_OFFERED}
     assert poolings <= set(helps["train", "pooling"])
 
@@ -126,7 +129,7 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
     }
 
 
-READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo"}
+READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo", "forget"}
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
@@ -152,7 +155,8 @@ def test_limits_are_heard_of_during_one_command(
     picture.parent.mkdir()
     picture.write_bytes(b"is not looked at")
     pictures = str(picture if command == "predict" else picture.parent)
-    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": []}
+    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": [],
+              "forget": [model]}  # fmt: skip
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):
         call += ["--backbone", model]
@@ -167,7 +171,7 @@ def test_limits_are_heard_of_during_one_command(
 
 def test_the_functions_of_the_package_take_what_is_handed_to_them() -> None:
     handed = [c for c in commands().values() if signature(c).return_annotation == Command]
-    assert len(handed) == 15
+    assert len(handed) == 14
     for command in handed:
         values = dict.fromkeys(name for name in signature(command).parameters if name not in LIMITS)
         function = unwrap(command)(**values)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 import hf_knn_cli
 from hf_knn import KnnForImageClassification
-from hf_knn.commands.memory import forget_rows, teach_pictures
+from hf_knn.commands.memory import teach_pictures
+from hf_knn.commands.rows import Wanted, forget_rows
 from hf_knn.core.manifest import MANIFEST_NAME
 from hf_knn.model import receipts
 from hf_knn.model.receipts import CHANGES_NAME, read_changes, write_changes
@@ -193,7 +194,7 @@ def test_processes_that_teach_and_forget_at_once_lose_nothing(folder: Path, tmp_
         teach_pictures(folder, pictures / label, label, "fail", json_output=True)
 
     def forget(row_id: int) -> None:
-        forget_rows(folder, [row_id], [], None, False, None, json_output=True)
+        forget_rows(folder, Wanted([(row_id, row_id)]), False, None, json_output=True)
 
     errands = [Errand.start(partial(teach, label)) for label in ("a", "b", "c")]
     errands += [Errand.start(partial(forget, row_id)) for row_id in known[:3]]
@@ -320,7 +321,7 @@ def test_what_is_stored_under_another_label_is_refused_with_the_command(
     said = " ".join(done.output.split())
     assert "found 2 stored under another one: " in said
     assert f"0.png as 'fox' in row {ids[3]}, not" in said
-    chosen = ["--ids", str(ids[3]), "--ids", str(ids[4]), "--label", "it's a fox"]
+    chosen = ["--ids", f"{ids[3]},{ids[4]}", "--label", "it's a fox"]
     words = ["hf-knn", "relabel", str(folder), *chosen]
     assert "".join(shlex.join(words).split()) in "".join(done.output.split())
     receipt = receipt_of("teach", folder, other, "--relabel")

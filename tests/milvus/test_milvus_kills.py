@@ -17,7 +17,8 @@ from support.pictures import write_folder
 from support.tiny import tiny_model
 
 from hf_knn import Datastore, KnnForImageClassification, MilvusDatastore
-from hf_knn.commands.memory import forget_rows, teach_pictures
+from hf_knn.commands.memory import teach_pictures
+from hf_knn.commands.rows import Wanted, forget_rows
 from hf_knn.model.receipts import CHANGES_NAME, Change, Receipt, read_changes
 from hf_knn.store.remote import is_pending
 
@@ -81,7 +82,7 @@ class Campaign:
         """What a user types next."""
         taught = self.taught()
         if len(self.receipts) % 3 == 2:
-            forget_rows(self.folder, taught[:1], [], None, False, None, True)
+            forget_rows(self.folder, Wanted([(taught[0], taught[0])]), False, None, True)
         else:
             # the same picture each time, which would be left out
             teach_pictures(self.folder, self.picture, "elk", "fail", True, again=True)
