@@ -362,7 +362,7 @@ class Searcher:
         count = k + (exclude_ids is not None) + self.first_pass.extra
         while len(pending):
             certain = []
-            every_row = _CANDIDATES_PER_ROW * count >= len(self.ids)
+            every_row = self.compares_every_row(count)
             width = len(self.ids) if every_row else count
             step = max(1, _PAIRS_AT_ONCE // width)
             for start in range(0, len(pending), step):
@@ -374,6 +374,10 @@ class Searcher:
             pending = pending[~np.concatenate(certain)]
             count *= 4
         return similarities, positions
+
+    def compares_every_row(self, count: int) -> bool:
+        """Whether that takes less time than to gather so many candidates of each query."""
+        return _CANDIDATES_PER_ROW * count >= len(self.ids)
 
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool

@@ -109,6 +109,9 @@ def _reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: flo
     return limit
 
 
+RECALL_K = 20
+"""So many neighbours are asked for where a recall is measured."""
+
 _MOST_REMOVED, _MOST_ADDED = 0.3, 0.1
 _FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
 _EXACT_BLOCK = 262_144
@@ -251,6 +254,10 @@ class ApproximateSearcher(GrowingSearcher):
         found, limit = self.first_pass.candidates(self.space.index_queries(queries), count)
         is_row = (found >= 0) & (found < len(self.ids))  # an index that was read may say anything
         return np.where(is_row, found, -1), limit, np.ones(len(queries))
+
+    def compares_every_row(self, count: int) -> bool:
+        """See `Searcher.compares_every_row`: also of fewer candidates where the recall was so."""
+        return super().compares_every_row(max(count, RECALL_K + 1 + self.first_pass.extra))
 
     def take_in(self, added: NDArray) -> bool:
         """See `GrowingSearcher.take_in`."""

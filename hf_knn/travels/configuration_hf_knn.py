@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7871d1d59ea13348692aa434fa7a1b912d732b7d7b6f06841a6ee9ea613eca01.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 7871d1d59ea13348692aa434fa7a1b912d732b7d7b6f06841a6ee9ea613eca01.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -1224,7 +1224,7 @@ class Searcher:
         count = k + (exclude_ids is not None) + self.first_pass.extra
         while len(pending):
             certain = []
-            every_row = _CANDIDATES_PER_ROW * count >= len(self.ids)
+            every_row = self.compares_every_row(count)
             width = len(self.ids) if every_row else count
             step = max(1, _PAIRS_AT_ONCE // width)
             for start in range(0, len(pending), step):
@@ -1236,6 +1236,10 @@ class Searcher:
             pending = pending[~np.concatenate(certain)]
             count *= 4
         return similarities, positions
+
+    def compares_every_row(self, count: int) -> bool:
+        """Whether that takes less time than to gather so many candidates of each query."""
+        return _CANDIDATES_PER_ROW * count >= len(self.ids)
 
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool
