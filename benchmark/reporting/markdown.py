@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~#])")
 _TILES_IN_A_ROW = 4
 
 LONGEST_FOLDED = 200
-"""Rows of a folded table; a longer one is in the page alone: no site shows megabytes of Markdown."""
+"""Rows of a folded table; a longer one is in the page alone, as sites show no such Markdown."""
 
 
 def write_markdown(report: Report, folder: Path) -> Path:
