@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.manifest import MANIFEST_NAME
 from ..core.plain_json import read_json
-from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
+from ..features.cache import ABOUT_NAME, KEYS_FOLDER
 from ..features.extract import progress_bars
 from ..fit.plots import check_drawing, draw_tuning
 from ..milvus.datastore import MilvusDatastore
@@ -23,6 +23,7 @@ from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.stored import shown
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
+from ..store.folders import cache_root
 from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
 from ..training.trainer import KnnTrainer
 from .console import (
