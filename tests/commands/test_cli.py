@@ -162,7 +162,7 @@ def test_fine_tuning_from_a_config_file(backbone, pictures, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "Epoch 2 of 2: loss" in done.stdout  # what is typed wins
     assert "Epoch 3" not in done.stdout
-    assert "Too few labels to choose by (3 on a validation set" in done.stdout
+    assert "Too few labels to choose by (6 on a validation set" in done.stdout
     # a quarter of the 25 is what is chosen on: 8 of each class, and a lone cross
     assert rows_of(output) == {"train": 19, "validation": 6, "test": 60}
     assert not output.with_name("tuned.training").exists()

@@ -109,7 +109,7 @@ def test_tune_chooses_on_the_others_only(folder: Path, made: Path, mixed: Path, 
     assert done.exit_code == alone.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "18 of these 24 pictures are stored in the model, and nothing is chosen on them" in said
-    assert "(3 in these pictures" in said  # of the six others one half is chosen on
+    assert "(6 in these pictures" in said  # so few that all others are chosen on
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, other)]
     assert configs[0] == configs[1]
 

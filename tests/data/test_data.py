@@ -237,7 +237,7 @@ def test_a_csv_where_one_file_is_missing_has_a_bad_row(tmp_path: Path) -> None:
     batch = read_batch(rows, [0, 1], keep_images)
     assert batch.rows == [0]
     assert [(bad.row, bad.sample_id, Path(bad.path).name) for bad in batch.bad] == [(1, 1, "9.png")]
-    assert "9.png" in batch.bad[0].reason
+    assert "No such file" in batch.bad[0].reason
 
 
 def test_a_csv_that_names_a_folder_has_a_bad_row(tmp_path: Path) -> None:

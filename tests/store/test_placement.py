@@ -261,9 +261,9 @@ def test_leave_one_out_shows_progress_if_asked(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
     shown = list(store.leave_one_out(3, 20, progress=True))
     assert "50/50" in capsys.readouterr().err
-    assert (
-        [len(chunk.ids) for chunk in quiet] == [len(chunk.ids) for chunk in shown] == [20, 20, 10]
-    )
+    # no last chunk of a few rows
+    assert [len(chunk.ids) for chunk in quiet] == [16, 17, 17]
+    assert [len(chunk.ids) for chunk in shown] == [16, 17, 17]
 
 
 def test_leave_one_out_speaks_of_the_rows_that_it_began_with() -> None:
