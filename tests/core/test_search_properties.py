@@ -428,7 +428,7 @@ def test_one_reversed_row(shape: tuple[int, int]) -> None:
     assert_nearest(store.search(turned, 2), store, rows, 2)
 
 
-@pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=LONG)])
+@pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=LONG)])
 def test_any_search_equals_brute_force(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "RECALL_SAMPLE", 16)  # what is stated is not the matter here
     drawn: Counter[str] = Counter()

@@ -140,6 +140,7 @@ def test_datasets_and_their_splits(kind: str, here: Path) -> None:
     assert [bad.row for bad in batch.bad] == [1]
 
 
+@pytest.mark.slow
 def test_a_row_of_a_dataset_has_the_same_key_in_another_process(here: Path) -> None:
     dataset_of([0, 1, 2]).to_parquet("some.parquet")
     code = (

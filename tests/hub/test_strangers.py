@@ -49,6 +49,7 @@ def online() -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_ENDPOINT": os.environ["HF_ENDPOINT"]}
 
 
+@pytest.mark.slow
 def test_a_cold_load_takes_few_requests_and_a_stranger_pushes_back(
     hub: Hub, model: Any, site: Path, tmp_path: Path
 ) -> None:

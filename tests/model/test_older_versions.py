@@ -141,7 +141,7 @@ def forget_a_row(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("work", [go_back, forget_a_row])
-@pytest.mark.parametrize("stride", [61, pytest.param(9, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("stride", [181, pytest.param(9, marks=pytest.mark.faults)])
 def test_a_kill_at_any_step_leaves_all_versions_whole(
     folder: Path, work: Any, stride: int, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def left_behind(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_large_blocks_go_back_to_the_system() -> None:
     assert left_behind("told") < 12
