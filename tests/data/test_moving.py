@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from support.forks import outcome
 
-from hf_knn.data import moving
-from hf_knn.data.moving import JOURNAL_NAME, Move, move_aside, put_back
+from hf_knn.data import carrying
+from hf_knn.data.journal import JOURNAL_NAME, Move
+from hf_knn.data.moving import move_aside, put_back
 from hf_knn.store import folders
 
 
@@ -65,7 +66,7 @@ def here(source: Path, target: Path) -> None:
 def test_what_is_moved_aside_comes_back_as_it_was(
     rename: Callable[[Path, Path], None], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moving, "rename_new", rename)
+    monkeypatch.setattr(carrying, "rename_new", rename)
     before, folder = state_of(pictures), pictures.with_name("aside")
     found = move_aside(folder, some(pictures))
     assert found.left == []
@@ -130,13 +131,13 @@ def test_a_copy_that_is_not_the_original_is_not_believed(
         target.write_bytes(source.read_bytes()[:-1] + b"!")
 
     before, folder = state_of(pictures), pictures.with_name("aside")
-    monkeypatch.setattr(moving, "rename_new", over_there)
-    monkeypatch.setattr(shutil, "copy2", copy)
+    monkeypatch.setattr(carrying, "rename_new", over_there)
+    monkeypatch.setattr(shutil, "copyfile", copy)
     found = move_aside(folder, some(pictures)[:2])
     assert found.done == []
     assert "changed while it was copied" in found.left[0][1]
     assert state_of(pictures) == before
-    assert {*state_of(folder)} == {JOURNAL_NAME}
+    assert not folder.exists()
 
 
 def test_another_folder_is_refused(pictures: Path) -> None:
@@ -158,7 +159,7 @@ def test_a_journal_that_was_damaged_moves_nothing(line: str, pictures: Path) -> 
     before = state_of(folder)
     with (folder / JOURNAL_NAME).open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ValueError, match=r"journal of moved files|whole paths"):
+    with pytest.raises(ValueError, match="journal of moved files"):
         put_back(folder)
     assert state_of(folder) | {JOURNAL_NAME: 0} == before | {JOURNAL_NAME: 0}
 
@@ -211,7 +212,7 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Killed, then either called again or taken back: every file is where it belongs, once."""
-    monkeypatch.setattr(moving, "rename_new", rename)
+    monkeypatch.setattr(carrying, "rename_new", rename)
     before, place = state_of(pictures), pictures.parent
     folder, copy = place / "aside", place.with_name(f"{place.name}-copy")
     if is_back:
