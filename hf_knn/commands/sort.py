@@ -157,6 +157,7 @@ class _Run:
         self.tally = Tally()
         self.files: dict[str, tuple[str, Place]] = {}
         self.along = self.before = 0
+        self.is_first = True
         self.left: list[tuple[str, str]] = []
         self.broken: list[tuple[str, str]] = []
 
@@ -176,6 +177,7 @@ class _Run:
         self._tell()
 
     def _sort(self, folder: Folder) -> None:
+        self.is_first = not folder.journal.moves
         wanted = [path for path in self.paths if path not in folder.targets]
         missing = [path for path in wanted if not folder.has(path)]
         self.before = len(wanted) - len(missing)
@@ -285,7 +287,7 @@ class _Run:
     def _tell(self) -> None:
         """What went where, what stayed, and what to type next."""
         options = self.options
-        if self.broken and not (self.tally.pictures or self.before or self.left):
+        if self.broken and self.is_first and not (self.tally.pictures or self.left):
             first, reason = self.broken[0]
             raise ValueError(
                 f"Expected at least one picture that can be read, but none of {len(self.broken)} "

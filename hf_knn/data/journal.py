@@ -52,6 +52,7 @@ class Journal:
         self.pending: list[Move] = []
         self.made: list[str] = []
         self.above = 0
+        self._end = 0
 
     def read(self) -> None:
         """Reads what is there, up to the last whole line.
@@ -62,7 +63,8 @@ class Journal:
         if not self.path.is_file():
             return
         whole = self.path.read_bytes()
-        for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+        self._end = whole.rfind(b"\n") + 1
+        for number, line in enumerate(whole[: self._end].splitlines(), 1):
             try:
                 self._hear(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,11 +106,15 @@ class Journal:
             self._hear(done)
 
     def keep_only(self, moves: Sequence[Move]) -> None:
-        """Forgets all other files.
+        """Forgets all other files, and folders that are no more; without any, itself.
 
         Args:
             moves: that are left.
         """
+        if not moves:
+            self.path.unlink()
+            return
+        self.made = [name for name in self.made if (self.path.parent / name).is_dir()]
         entries: list[dict[str, Any]] = [
             {"above": self.above},
             *({"folder": name} for name in self.made),
@@ -116,7 +122,6 @@ class Journal:
         entries += [*map(_entry_of, moves), {"done": True, "never": []}]
         text = "".join(map(_line, entries))
         write_durably(self.path, lambda path: path.write_text(text, encoding="ascii"))
-        self.moves = [*moves]
 
     def _hear(self, entry: dict[str, Any]) -> None:
         if "done" in entry:
@@ -139,12 +144,14 @@ class Journal:
 
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Adds lines, which are on disk then; half a line of a kill is cut off."""
-        with self.path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write("".join(map(_line, entries)).encode("ascii"))
+        text = "".join(map(_line, entries)).encode("ascii")
+        with self.path.open("r+b" if self._end else "wb") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._end += len(text)
         fsync_path(self.path.parent)
 
 

@@ -274,11 +274,8 @@ def put_back(
         found.done.reverse()
         found.left.reverse()
         waiting = [move for move, _ in found.left if os.path.lexists(folder / move.target)]
+        _remove_empty(folder / name for name in lines.made)
         lines.keep_only(waiting)
-        made = [folder / name for name in lines.made]
-        _remove_empty(made)
-        if not waiting:
-            lines.path.unlink()
     if not waiting:
         place = folder.absolute()
         _remove_empty([place, *place.parents][: lines.above])
@@ -296,11 +293,13 @@ def _take_back(folder: Path, move: Move, found: Moved) -> None:
         if not os.path.lexists(source):
             found.left.append((move, "it is neither in the folder nor in its place"))
         return  # else it was never moved, or is back
-    if os.path.lexists(source) and is_same(source, target):  # a kill between two copies
+    if target.is_dir() and not target.is_symlink():
+        found.left.append((move, "a folder is in its place now"))
+    elif os.path.lexists(source) and is_same(source, target):  # a kill between two copies
         target.unlink()
         found.done.append(move)
-        return
-    _tried(move, target, source, found)
+    else:
+        _tried(move, target, source, found)
 
 
 def _remove_copy(move: Move, target: Path, found: Moved) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.forks import outcome
+from support.forks import die_at_step, outcome
 
 from hf_knn.data import carrying
 from hf_knn.data.journal import JOURNAL_NAME, Move
@@ -180,20 +180,6 @@ def test_another_file_system(pictures: Path) -> None:
 
 
 # ---- kills --------------------------------------------------------------------------------------
-
-
-def die_at_step(number: int, place: Path) -> None:
-    """The end of this process comes before it touches a path below a folder once more."""
-    left = number
-
-    def count(event: str, values: tuple[object, ...]) -> None:
-        nonlocal left
-        if values and isinstance(values[0], str | Path) and str(values[0]).startswith(str(place)):
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-
-    sys.addaudithook(count)
 
 
 def each_once(place: Path, before: dict[str, tuple[str | bytes, int]]) -> None:
