@@ -1,9 +1,9 @@
 """Heads and neighbours asked about rows that they have not seen: on folds, or on a validation set.
 
 Whatever is asked about a row was made from other rows: the head, the datastore and its mean, and
-the axes that a head projects on. From which confidence on answers are right can be told on rows
-only that nothing was chosen on. Cells are therefore chosen on one half of the rows, and each half is
-judged by what the other half chooses; with few labels that costs too much, so all are chosen on.
+the axes that a head projects on. From which confidence on answers are right can be told only of
+answers that their rows did not choose. Cells are therefore chosen on one half of the rows, and each
+half is judged by what the other half chooses; with few labels all are chosen on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
