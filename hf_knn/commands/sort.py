@@ -254,7 +254,7 @@ class _Run:
     def _say_before(self) -> None:
         promise, options = self.promise, self.options
         if promise.rate == NO_PROMISE:
-            console.print("Every picture is sorted by its best answer; nothing is promised.")
+            console.print("Sorted is by the best answer, however unsure; nothing is promised.")
         else:
             console.print(
                 f"Sorted is what has a probability of at least {percent(promise.threshold)}: at "
@@ -324,7 +324,7 @@ class _Run:
             "folders": self.tally.as_json(),
             "files": {
                 name: {"to": target, "answer": place.label, "probability": place.probability,
-                       "typicality": place.typicality}
+                       "p_value": place.typicality}
                 for name, (target, place) in self.files.items()
             },
             "along": self.along,
