@@ -21,7 +21,7 @@ BATCH_SIZES = (1, 7, 64, 1000)
 THREADS = (1, 2)
 COPIES = ("doubled", "500 equal")
 PER_SPACE, LONG = 240, 10_000
-"""Queries of each of the two stores in each of the five spaces: 4,000 in all, or 100,000."""
+"""Queries of each of the two stores in each of the five spaces: 2,400 in all, or 100,000."""
 
 APPROXIMATE = ("IVF16,Flat", "IVF16,SQ8", "HNSW8")
 in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
