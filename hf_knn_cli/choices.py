@@ -17,7 +17,8 @@ from .variables import set_during
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 
-DEFAULT_BACKBONE = "facebook/dinov2-small"
+DEFAULT_BACKBONE = "dinov2-s"
+"""What `train` and `doctor` take where nobody names one."""
 
 OnBadImage = Literal["skip", "fail"]
 """What to do at a picture that cannot be decoded."""

@@ -2,6 +2,7 @@
 
 import typer
 
+from .about import app as about
 from .caches import prepare_caches
 from .demo import app as demonstration
 from .everywhere import Commands, options_everywhere
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration):
+for part in (training, use, memory, demonstration, about):
     app.add_typer(part)
 app.callback()(options_everywhere)
 

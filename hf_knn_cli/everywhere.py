@@ -1,20 +1,28 @@
 """The options that every command takes, before its name or behind it, without naming them.
 
-The group of all commands adds them to each: `--version`, `--quiet`, `--verbose` and `--debug` to all,
-`--device` to those that compute features, which are those with a `--backend`.
+The group of all commands adds them to each: `--version`, `--quiet`, `--verbose` and `--debug` to
+all, `--device` to those that compute features, which are those with a `--backend`.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from typer._click.shell_completion import CompletionItem
 from typer.core import TyperArgument, TyperGroup
 
+from .completion import (
+    Completed,
+    complete_backbone,
+    complete_checkpoint,
+    complete_device,
+    complete_label,
+)
 from .places import fail
 from .terminal import command_typed
 from .variables import set_during
@@ -31,6 +39,15 @@ STOPPED = 130
 _OF_ALL = ("version", "quiet", "verbose", "debug")
 _GPU = re.compile(r"cuda:(\d+)")
 _KINDS = {str: "<text>", int: "<number>", float: "<number>", Path: "<path>"}
+
+
+_COMPLETED: dict[str, Callable[[typer.Context, str], Sequence[Completed]]] = {
+    "backbone": complete_backbone,
+    "device": complete_device,
+    **dict.fromkeys(("label", "labels"), complete_label),
+    **dict.fromkeys(("checkpoint", "model", "first", "second", "other"), complete_checkpoint),
+}
+"""What a shell is told of a parameter, by its name, in whichever command it is."""
 
 
 def _show_version(context: typer.Context, value: bool) -> None:
@@ -167,12 +184,14 @@ class Commands(TyperGroup):
         shared = {str(each.name): each for each in self.params}
         for each in self.params:
             each.metavar = _plain_kind(each)
+            _complete(each)
         for command in self.commands.values():
             names = {str(each.name) for each in command.params}
             of_this = [*_OF_ALL, "device"] if "backend" in names else [*_OF_ALL]
             for each in command.params:
                 each.callback = _silent_while_completing(each.callback)
                 each.metavar = _plain_kind(each)
+                _complete(each)
             command.help = _reflowed(command.help)
             command.params += [shared[name] for name in of_this if name not in names]
 
@@ -194,6 +213,26 @@ class Commands(TyperGroup):
                 f"{command_typed()}", file=sys.stderr,
             )  # fmt: skip
             raise typer.Exit(STOPPED) from error
+
+
+def _complete(parameter: Any) -> None:
+    """Tells the shell what a parameter may be, unless its command does."""
+    complete = _COMPLETED.get(str(parameter.name))
+    if complete is not None and parameter._custom_shell_complete is None:
+        parameter._custom_shell_complete = partial(_items, complete)
+
+
+def _items(
+    complete: Callable[[typer.Context, str], Sequence[Completed]],
+    context: Any,
+    _parameter: Any,
+    incomplete: str,
+) -> list[CompletionItem]:
+    found = complete(context, incomplete)
+    return [
+        CompletionItem(each) if isinstance(each, str) else CompletionItem(each[0], help=each[1])
+        for each in found
+    ]
 
 
 def _reflowed(text: str | None) -> str | None:

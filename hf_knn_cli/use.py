@@ -12,9 +12,9 @@ from .choices import (
     LARGEST_SEED,
     BackendOption,
     Criterion,
+    FailOnOption,
     JsonOption,
     OnBadImage,
-    FailOnOption,
     SplitsOption,
     kinds_option,
 )

@@ -13,8 +13,8 @@ def check_device(name: str) -> torch.device:
     """What a name means on this machine.
 
     Args:
-        name: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …; `auto` is an NVIDIA GPU if there is one, else
-            the processor.
+        name: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …; `auto` is an NVIDIA GPU if there is one,
+            else the processor.
 
     Raises:
         ValueError: for a device that there is not.
@@ -26,8 +26,8 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
-            f"Expected the device {name} to be there, but: {reason}; choose --device cpu, or install "
-            "PyTorch for your GPU (https://pytorch.org/get-started)."
+            f"Expected the device {name} to be there, but: {reason}; choose --device cpu, or "
+            "install PyTorch for your GPU (https://pytorch.org/get-started)."
         ) from error
 
 
