@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .places import fail, findings_csv
+from .variables import set_during
 
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 
-DEFAULT_BACKBONE = "facebook/dinov2-small"
+DEFAULT_BACKBONE = "dinov2-s"
+"""What `train` and `doctor` take where nobody names one."""
 
 OnBadImage = Literal["skip", "fail"]
 """What to do at a picture that cannot be decoded."""
@@ -50,6 +52,11 @@ FINDING_KINDS = (
     "near_duplicate", "outlier",
 )  # fmt: skip
 """Findings about one picture, by which it may be moved or forgotten."""
+
+ALL_KINDS = (
+    *FINDING_KINDS, "group_across_splits", "label_conflict", "look_alike_classes", "imbalance",
+)  # fmt: skip
+"""All findings of `hf-knn doctor`."""
 
 Span = tuple[int, int]
 _SPAN = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
@@ -91,6 +98,29 @@ def _kinds(texts: list[str]) -> list[str]:
         if kind not in FINDING_KINDS:
             fail(f"Expected --kind to be some of {', '.join(FINDING_KINDS)}, but got {kind!r}.")
     return kinds
+
+
+def _kinds_of_all(texts: list[str]) -> list[str]:
+    kinds = [part.strip() for text in texts for part in text.split(",")]
+    for kind in kinds:
+        if kind not in (*ALL_KINDS, "any"):
+            raise typer.BadParameter(f"Expected any, or some of {', '.join(ALL_KINDS)}, but got "
+                                     f"{kind!r}.")  # fmt: skip
+    return [*ALL_KINDS] if "any" in kinds else kinds
+
+
+FailOnOption = Annotated[
+    list[str],
+    typer.Option(
+        "--fail-on",
+        default_factory=list,
+        show_default=False,
+        callback=_kinds_of_all,
+        metavar="KINDS",
+        help="End with exit code 3 if one of these is found, to stop a script: "
+        f"{', '.join(ALL_KINDS)}, or any.",
+    ),
+]
 
 
 def kinds_option(what: str, panel: str | None = None) -> Any:
@@ -138,9 +168,7 @@ def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
     if chosen is not None and (backend is None or chosen in _GRAPHS):
         _check(chosen)
     if backend is not None:
-        before = os.environ.get("HF_KNN_BACKEND")
-        os.environ["HF_KNN_BACKEND"] = backend
-        context.call_on_close(lambda: _restore(before))
+        set_during(context, "HF_KNN_BACKEND", backend)
     return backend
 
 
@@ -154,13 +182,6 @@ def _check(backend: str) -> None:
             check_installed(backend)
     except (ValueError, ImportError) as error:
         fail(str(error))
-
-
-def _restore(before: str | None) -> None:
-    if before is None:
-        del os.environ["HF_KNN_BACKEND"]
-    else:
-        os.environ["HF_KNN_BACKEND"] = before
 
 
 SplitsOption = Annotated[

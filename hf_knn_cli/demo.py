@@ -7,6 +7,7 @@ import typer
 
 from . import places
 from .choices import Backend
+from .everywhere import device_named
 from .limits import reads_pictures
 
 app = typer.Typer()
@@ -15,6 +16,7 @@ app = typer.Typer()
 @app.command()
 @reads_pictures
 def demo(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(
@@ -48,6 +50,8 @@ def demo(
     ] = False,
 ) -> None:
     """Open a page to upload pictures, see why they are answered so, and teach new ones."""
+    if push is not None and device_named(context):
+        raise typer.BadParameter("Expected no --device with --push: a Space has its own hardware.")
     from hf_knn.commands.console import run
     from hf_knn.commands.demo import push_space, show_demo
 

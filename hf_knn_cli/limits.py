@@ -1,6 +1,5 @@
 """The limits of pictures, for every command that reads some."""
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
@@ -8,24 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .variables import set_during
+
 Command = Callable[..., None]
 
 
 def _by_variable(context: typer.Context, option: typer.CallbackParam, value: int | None) -> None:
     """Says a limit to whatever decodes a picture during this command, in every process of it."""
-    if value is None:
-        return
-    variable = f"HF_KNN_{str(option.name).upper()}"
-    before = os.environ.get(variable)
-    os.environ[variable] = str(value)
-    context.call_on_close(lambda: _restore(variable, before))
-
-
-def _restore(variable: str, before: str | None) -> None:
-    if before is None:
-        os.environ.pop(variable, None)
-    else:
-        os.environ[variable] = before
+    if value is not None:
+        set_during(context, f"HF_KNN_{str(option.name).upper()}", str(value))
 
 
 def _option(what: str, default: str) -> Any:

@@ -11,11 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from .backbones import Backbone, known_backbones
 from .caches import can_write
 from .terminal import as_called, one_line
 
@@ -192,19 +194,37 @@ def stored_pictures(folder: Path | None) -> Path | None:
 
 
 def backbone(name: str) -> str:
-    """What makes features: a Hub id, the name of a timm model or a folder."""
-    wanted = "a backbone: a Hub id, the name of a timm model or a folder"
+    """What makes features: a short name, a Hub id, the name of a timm model or a folder."""
+    wanted = "a backbone: a name that `hf-knn backbones` lists, a Hub id, a timm name or a folder"
     place = _expanded(name, wanted)
+    known = None if os.path.exists(place) else known_backbones().get(place)
+    if known is not None and known.is_offline:
+        _check_package(known)
+        return known.name
+    place = place if known is None else known.place
     if os.path.isdir(place):
         if not Path(place, _CONFIG).is_file():
             refuse(place, wanted, f"it has no {_CONFIG}; name one that `save_pretrained` wrote")
     elif os.path.exists(place):
         refuse(place, wanted, "it is a file; name the folder of the model")
     else:
+        near = difflib.get_close_matches(place, known_backbones(), 1, 0.75)
+        wanted += f" (did you mean {near[0]}?)" if near and known is None else ""
         _check_name(place.removeprefix("hf-hub:"), wanted)
-        if "/" in place and not place.startswith("hf-hub:"):
-            _config_on_hub(place, wanted)
+        if not place.startswith("hf-hub:"):
+            _config_on_hub(place if "/" in place else f"timm/{place}", wanted)
     return place
+
+
+def _check_package(known: Backbone) -> None:
+    modules = {"timm": "timm", known.place.replace("-", "_"): known.place}
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
+    if missing:
+        from hf_knn.store.advice import install  # which knows how this one was installed
+
+        fail(
+            f"The backbone {known.name} needs {' and '.join(missing)}; run `{install('offline')}`."
+        )
 
 
 def repo_id(name: str | None) -> str | None:

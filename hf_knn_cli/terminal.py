@@ -63,6 +63,11 @@ def called() -> str:
     return _typed(program)
 
 
+def command_typed() -> str:
+    """The command line of this process, to be typed again."""
+    return f"{called()} {shlex.join(map(clean, sys.argv[1:]))}".strip()
+
+
 def as_called(sentence: str) -> str:
     """A sentence whose `hf-knn …` in backticks is what can be typed here.
 

@@ -12,6 +12,7 @@ from .choices import (
     LARGEST_SEED,
     BackendOption,
     Criterion,
+    FailOnOption,
     JsonOption,
     OnBadImage,
     SplitsOption,
@@ -293,6 +294,7 @@ def doctor(
     kinds: Annotated[
         list[str], kinds_option("With --move-to, which; else broken,exact_duplicate", panel=MOVING)
     ],
+    fail_on: FailOnOption,
     pictures: Annotated[
         str | None,
         typer.Argument(
@@ -356,13 +358,16 @@ def doctor(
     """Check pictures before training: broken, doubled, mislabelled, strange, too few.
 
     Nothing is changed, unless --move-to says so; --undo takes that back. The exit code is 0
-    whatever was found; --json has the counts.
+    whatever was found, unless --fail-on names it: then it is 3. --json has the counts.
     """
     if (pictures is None) == (undo is None):
         raise typer.BadParameter("Expected PICTURES to check, or --undo and the folder that "
                                  "files were moved into.")  # fmt: skip
     if (kinds or findings) and not move_to:
         raise typer.BadParameter("Expected --move-to with --kind and --from; name a new folder.")
+    if fail_on and (findings or undo):
+        raise typer.BadParameter("Expected --fail-on where pictures are looked at, without --from "
+                                 "and --undo.")  # fmt: skip
     from hf_knn.checkup.doctor import DoctorOptions
     from hf_knn.commands.checks import diagnose_pictures, put_files_back
     from hf_knn.commands.console import run
@@ -373,7 +378,7 @@ def doctor(
     assert pictures is not None  # or --undo was named
     options = DoctorOptions(
         pictures, output, backbone, batch_size, limit, group_by, seed, json_output, splits,
-        move_to, kinds, findings,
+        move_to, kinds, findings, fail_on,
     )  # fmt: skip
     run(diagnose_pictures, options, json_output=json_output)
 

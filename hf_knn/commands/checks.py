@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,12 @@ from .console import (
     say_what_was_left_out,
     typed,
 )
+from .devices import device_of_process
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
+
+FOUND = 3
+"""The exit code of `hf-knn doctor` if it finds what `--fail-on` names."""
 
 MOVED = [Kind.BROKEN, Kind.EXACT]
 """What is moved aside where no kinds are named: what nobody has to look at to be sure."""
@@ -78,6 +83,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         if options.json_output:
             print_json({"moved": moved})
         return
+    options = replace(options, device=str(device_of_process()))
     source = open_source(options)
     say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
@@ -102,6 +108,9 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         page = write_page(options.output / PAGE_NAME, f"Check of {name}", sections, lead, picking)
     if not options.json_output:
         print_checkup(checkup, page)
+    counts = checkup.counts()
+    if any(counts.get(Kind(name)) for name in options.fail_on):
+        console.status_code = FOUND
     if options.move_to is not None:
         found = [one for one in in_order(checkup.findings) if one.picture >= 0]
         paths = checkup.pictures.paths
@@ -114,7 +123,6 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     words = ["train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
     words += [] if options.splits == "auto" else ["--splits", options.splits]
-    counts = checkup.counts()
     if moved is None and picking is not None and any(counts.get(kind) for kind in MOVED):
         aside = ("doctor", options.pictures, "--move-to", "quarantine", "--from", options.output)
         console.print(

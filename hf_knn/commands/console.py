@@ -35,6 +35,7 @@ from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exclusive_lock, restore
+from .devices import move_to_device
 from .errors import EXPECTED, STOPPED, sentence_of
 
 
@@ -46,11 +47,13 @@ class Terminal(Console):
 
     Attributes:
         documents: what `--json` prints when the command has done its work.
+        status_code: the exit code of a command that has done its work.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr)
         self.documents: list[object] = []
+        self.status_code = 0
 
     @property
     def file(self) -> IO[str]:
@@ -91,7 +94,7 @@ def escape(text: object) -> str:
 
 
 def open_checkpoint(name: str | Path) -> KnnForImageClassification:
-    """Opens a checkpoint; whatever is wrong with it, the error names it.
+    """Opens a checkpoint on the device of this command; whatever is wrong, the error names it.
 
     Args:
         name: a folder or a Hub id.
@@ -102,6 +105,7 @@ def open_checkpoint(name: str | Path) -> KnnForImageClassification:
     """
     try:
         model: KnnForImageClassification = KnnForImageClassification.from_pretrained(name)
+        move_to_device(model)
     except (AttributeError, TypeError, LookupError) as error:  # transformers believes its files
         raise ValueError(
             f"Expected {name} to be a checkpoint with settings that a model can be made of, but: "
@@ -148,11 +152,14 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
     for logger, level in zip(loggers, quiet.values(), strict=True):
         logger.setLevel(level)
     console.documents.clear()
+    console.status_code = 0
     try:
         with redirect_stdout(sys.stderr if json_output else sys.stdout):
             command(*args)
         for document in console.documents:
             _write_json(document)
+        if console.status_code:
+            raise typer.Exit(console.status_code)
     except typer.Exit:  # a RuntimeError
         raise
     except EXPECTED as error:

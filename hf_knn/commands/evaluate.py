@@ -35,6 +35,7 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .devices import trains_on_cpu
 
 MOST_NAMED = 20
 """Pictures that a message names."""
@@ -233,8 +234,9 @@ def silent_arguments(folder: str) -> KnnTrainingArguments:
         folder: of the trainer.
     """
     return KnnTrainingArguments(
-        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no"
-    )
+        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+        use_cpu=trains_on_cpu(),
+    )  # fmt: skip
 
 
 class _PicturesByPath(Mapping[int, Image.Image]):

@@ -49,6 +49,7 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .devices import move_to_device, trains_on_cpu
 from .evaluate import print_measured, stored_names
 from .heads import given_of, listed, print_choice, with_named_head
 
@@ -107,6 +108,7 @@ def train_pictures(options: TrainOptions) -> None:
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
         head=options.head, head_hidden_sizes=options.hidden,
     )  # fmt: skip
+    move_to_device(model)
     rows = splits if options.fine_tune else _extract(model, splits, options)
     _report_small_classes(_labels(rows["train"]), names)
     parts = _divide(rows, options)
@@ -377,6 +379,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
         "on_bad_image": options.on_bad_image,
         "seed": options.seed,
         "report_to": options.report_to,
+        "use_cpu": trains_on_cpu(),
         "logging_strategy": "epoch" if options.report_to or options.fine_tune else "no",
         "disable_tqdm": True,
     }

@@ -135,8 +135,9 @@ class KnnForImageClassification(core.KnnForImageClassification):
         """Puts a new head and no datastore on a pretrained backbone.
 
         Args:
-            backbone: a Hub id, a local folder, the name of a timm model, or a vision model; of a
-                k-NN checkpoint its backbone is taken.
+            backbone: a short name (`dinov2-s`, see `hf-knn backbones`), a Hub id, a local folder,
+                the name of a timm model, or a vision model; of a k-NN checkpoint its backbone is
+                taken.
             labels: the class names, or how many classes there are.
             pooling: how the backbone's output becomes a feature; None chooses `cls` where there is
                 a CLS token and `mean` elsewhere.
