@@ -65,16 +65,21 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
         The hex sha256 of each block.
     """
 
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := read(position, min(_READ_BYTES, end - position)):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
+    def hash_one(number: int) -> str:
+        start = number * HASH_BLOCK
+        return hash_block(read, start, start + HASH_BLOCK if number + 1 < count else sys.maxsize)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
+        return list(pool.map(hash_one, range(count)))
+
+
+def hash_block(read: Callable[[int, int], bytes | memoryview], start: int, end: int) -> str:
+    """Hashes the bytes between two positions, or up to the end; see `hash_read_blocks`."""
+    found = hashlib.sha256()
+    while piece := read(start, min(_READ_BYTES, end - start)):
+        found.update(piece)
+        start += len(piece)
+    return found.hexdigest()
 
 
 FORMAT = "hf_knn.datastore"
@@ -171,11 +176,15 @@ class FileRecord:
         found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
-                raise DatastoreError(
-                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
-                )
+                raise self.difference(number, theirs)
+
+    def difference(self, number: int, found: str) -> DatastoreError:
+        """The error for a block that has another hash."""
+        return DatastoreError(
+            f"Expected {self.name} to have sha256 {self.blocks[number][:12]}… in block {number} of "
+            f"{len(self.blocks)}, but got {found[:12]}…; the file is damaged or from another save, "
+            "download or save it again."
+        )
 
 
 @dataclass(frozen=True)
@@ -311,7 +320,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=_parse_index(fields.get("index")),
+            index=parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
@@ -470,7 +479,8 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
 
-def _parse_index(values: Any) -> IndexInfo:
+def parse_index(values: Any) -> IndexInfo:
+    """Checks the part of a JSON file that says which index there is; raises DatastoreError."""
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 664d3c0710cbdd8fff15b06c2232723316c820d557caf581ce013e9a2c856f50.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1e685a8c4fc53c9abf4154e5cc2f68bad6e382830103966cee2c0c00fece74f1.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 664d3c0710cbdd8fff15b06c2232723316c820d557caf581ce013e9a2c856f50.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1e685a8c4fc53c9abf4154e5cc2f68bad6e382830103966cee2c0c00fece74f1.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -254,6 +254,7 @@ def width_of(learned: LearnedMap | None, dim: int) -> int:
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
 
 Values = Tensor | NDArray | Sequence[int]
+_AT_ONCE = 8192  # rows that stay in the processor's cache
 
 def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> Tensor:
     """Brings features of any float dtype, device and layout to the CPU."""
@@ -287,7 +288,7 @@ def _as_tensor(values: NDArray, name: str) -> Tensor:
 
 def refuse_non_finite(rows: Tensor, name: str) -> None:
     """Refuses NaN, infinities and what float32 cannot hold."""
-    bad = ~rows.float().isfinite().all(dim=1)
+    bad = ~torch.cat([part.float().isfinite().all(dim=1) for part in rows.split(_AT_ONCE)])
     if bad.any():
         raise ValueError(
             f"Expected `{name}` to be finite numbers within float32's range, "
@@ -667,16 +668,20 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
 def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors."""
 
-    def hash_block(number: int) -> str:
-        found, position = hashlib.sha256(), number * HASH_BLOCK
-        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
-        while piece := read(position, min(_READ_BYTES, end - position)):
-            found.update(piece)
-            position += len(piece)
-        return found.hexdigest()
+    def hash_one(number: int) -> str:
+        start = number * HASH_BLOCK
+        return hash_block(read, start, start + HASH_BLOCK if number + 1 < count else sys.maxsize)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_block, range(count)))
+        return list(pool.map(hash_one, range(count)))
+
+def hash_block(read: Callable[[int, int], bytes | memoryview], start: int, end: int) -> str:
+    """Hashes the bytes between two positions, or up to the end; see `hash_read_blocks`."""
+    found = hashlib.sha256()
+    while piece := read(start, min(_READ_BYTES, end - start)):
+        found.update(piece)
+        start += len(piece)
+    return found.hexdigest()
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
@@ -741,11 +746,15 @@ class FileRecord:
         found = hash_read_blocks(read, len(self.blocks))
         for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
             if mine != theirs:
-                raise DatastoreError(
-                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
-                )
+                raise self.difference(number, theirs)
+
+    def difference(self, number: int, found: str) -> DatastoreError:
+        """The error for a block that has another hash."""
+        return DatastoreError(
+            f"Expected {self.name} to have sha256 {self.blocks[number][:12]}… in block {number} of "
+            f"{len(self.blocks)}, but got {found[:12]}…; the file is damaged or from another save, "
+            "download or save it again."
+        )
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -832,7 +841,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=_parse_index(fields.get("index")),
+            index=parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
@@ -968,7 +977,8 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-def _parse_index(values: Any) -> IndexInfo:
+def parse_index(values: Any) -> IndexInfo:
+    """Checks the part of a JSON file that says which index there is; raises DatastoreError."""
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
@@ -1413,11 +1423,13 @@ class FrozenDatastore:
         (folder / FAISS_NAME).unlink(missing_ok=True)  # made from the rows, and not copied
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
-def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor) -> None:
+def check_content(
+    features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor, *, reads_features: bool = True
+) -> None:
     """Refuses rows of a file that no datastore could have written."""
     try:
         check_row_numbers(labels, ids, len(features))
-        for part in features.parts:
+        for part in features.parts if reads_features else ():
             refuse_non_finite(part, "features")
         refuse_non_finite(mean.unsqueeze(0), "mean")
         if mean.shape != features.shape[1:]:
