@@ -24,18 +24,16 @@ from .votes import Metric
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+Read = Callable[[int, int], bytes | memoryview]
 _READ_BYTES = 2**20
 _SEEKING = threading.Lock()
 
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+    """The hex sha256 of a file, and of each block of `HASH_BLOCK` bytes; it is read once.
 
     Args:
         path: the file.
-
-    Returns:
-        The hex sha256 of the file and of each block.
     """
     whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
@@ -54,7 +52,7 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
         return file.read(count)
 
 
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+def hash_read_blocks(read: Read, count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors.
 
     Args:
@@ -65,21 +63,16 @@ def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int)
         The hex sha256 of each block.
     """
 
-    def hash_one(number: int) -> str:
-        start = number * HASH_BLOCK
-        return hash_block(read, start, start + HASH_BLOCK if number + 1 < count else sys.maxsize)
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := read(position, min(_READ_BYTES, end - position)):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_one, range(count)))
-
-
-def hash_block(read: Callable[[int, int], bytes | memoryview], start: int, end: int) -> str:
-    """Hashes the bytes between two positions, or up to the end; see `hash_read_blocks`."""
-    found = hashlib.sha256()
-    while piece := read(start, min(_READ_BYTES, end - start)):
-        found.update(piece)
-        start += len(piece)
-    return found.hexdigest()
+        return list(pool.map(hash_block, range(count)))
 
 
 FORMAT = "hf_knn.datastore"
@@ -164,27 +157,25 @@ class FileRecord:
         self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once.
+    def compare(self, read: Read, only: int | None = None) -> None:
+        """Compares the bytes of a file, or of one block, with the record; several blocks at once.
 
         Args:
             read: its bytes from a position on, at most so many.
+            only: the block, the positions of which count from its begin; None for the file.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
-                raise self.difference(number, theirs)
-
-    def difference(self, number: int, found: str) -> DatastoreError:
-        """The error for a block that has another hash."""
-        return DatastoreError(
-            f"Expected {self.name} to have sha256 {self.blocks[number][:12]}… in block {number} of "
-            f"{len(self.blocks)}, but got {found[:12]}…; the file is damaged or from another save, "
-            "download or save it again."
-        )
+        numbers = range(len(self.blocks)) if only is None else [only]
+        found = hash_read_blocks(read, len(numbers))
+        for number, theirs in zip(numbers, found, strict=True):
+            if (mine := self.blocks[number]) != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(self.blocks)}, but got {theirs[:12]}…; the file is damaged or from "
+                    "another save, download or save it again."
+                )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Each lies in a folder of its own below `indexes`, named by the hash of the manif
 decides the index: the index as faiss writes it, and a JSON with the hashes of its blocks and of
 pieces of the row files. It holds what was made of rows that were hashed, is ours alone (mode 0600),
 and no byte of it is parsed that was not hashed just before. Nobody needs it: what is missing,
-damaged, of another version of a library or of somebody else is built again.
+damaged, of another version of faiss or of somebody else is built again.
 """
 
 import functools
@@ -55,6 +55,7 @@ MOMENT = 0.5
 """Seconds that an index took to build at least, if it is kept."""
 
 _FORMAT = "hf_knn.kept-index"
+_MADE = 1  # to be raised where the rows of an index are made of stored ones in another way
 _LOCK_NAME = ".lock"
 
 
@@ -146,7 +147,7 @@ class Known:
     Attributes:
         info: which index it is, with its parameters and measured recall.
         largest: length of the longest row, see `RowSpace`.
-        made_by: the libraries that wrote it.
+        made_by: the version of faiss that wrote it.
         record: of the file with the index.
         pieces: by name of a row file, a hash of each of its pieces; empty where nobody saw it.
     """
@@ -193,7 +194,7 @@ class KeptIndex:
     def __init__(self, manifest: Manifest, info: IndexInfo, folder: Path) -> None:
         self.mark, self.folder, self.info = _mark(manifest), folder.absolute(), info
         self.rows = manifest.num_rows
-        facts = repr((_FORMAT, self.mark, sorted(asdict(info).items())))
+        facts = repr((_FORMAT, _MADE, self.mark, sorted(asdict(info).items())))
         self.key = hashlib.sha256(facts.encode()).hexdigest()
         self._known: Known | None = None
 
@@ -229,7 +230,7 @@ class KeptIndex:
             made_by: the version of faiss that will read it.
         """
         known = self.known()
-        if known is None or known.made_by != _makers(made_by):
+        if known is None or known.made_by != made_by:
             return None
         try:
             found = MappedIndex(self.place / INDEX_NAME, known.record)
@@ -264,7 +265,7 @@ class KeptIndex:
         facts = {
             "format": _FORMAT, "format_version": FORMAT_VERSION, "key": self.key,
             "manifest": self.mark, "folder": str(self.folder), "rows": self.rows,
-            "index": asdict(info), "largest": float(largest), "made_by": _makers(made_by),
+            "index": asdict(info), "largest": float(largest), "made_by": made_by,
             "pieces": {file.record.name: file.pieces for file in files},
         }  # fmt: skip
         root = self.place.parent
@@ -360,12 +361,6 @@ def _mark(manifest: Manifest) -> str:
     """What tells versions apart that are searched otherwise; backbone and source do not matter."""
     searched = replace(manifest, binding=None, source={}, faiss_index=None)
     return hashlib.sha256(searched.to_json().encode()).hexdigest()
-
-
-def _makers(made_by: str) -> str:
-    from .. import __version__  # which the package knows once all of it is imported
-
-    return f"hf_knn {__version__}, {made_by}"
 
 
 def _remove(places: Sequence[Path]) -> None:

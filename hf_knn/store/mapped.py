@@ -169,9 +169,11 @@ class RowFile:
         """Compares a block with the record; numbers of rows in it must be finite."""
         start = number * manifest.HASH_BLOCK
         stop, pieces = min(start + manifest.HASH_BLOCK, self.record.size), dict[int, str]()
-        found = manifest.hash_block(partial(self._read, start, pieces), 0, stop - start)
-        if found != self.record.blocks[number]:
-            raise self.record.difference(number, found)
+
+        def read(position: int, count: int) -> bytes:
+            return self._read(start, pieces, position, min(count, stop - start - position))
+
+        self.record.compare(read, number)
         self._refuse_non_finite(start, stop)
         self._are_whole(np.arange(start // PIECE, -(-stop // PIECE)), pieces)
         return True

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1e685a8c4fc53c9abf4154e5cc2f68bad6e382830103966cee2c0c00fece74f1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 f3eaaace5035500c4588e972e6b33525de631dd09578a49c7b28fea20cfd3896.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

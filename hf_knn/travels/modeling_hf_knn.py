@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1e685a8c4fc53c9abf4154e5cc2f68bad6e382830103966cee2c0c00fece74f1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 f3eaaace5035500c4588e972e6b33525de631dd09578a49c7b28fea20cfd3896.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -645,11 +645,12 @@ class KnnHead(nn.Module):
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+Read = Callable[[int, int], bytes | memoryview]
 _READ_BYTES = 2**20
 _SEEKING = threading.Lock()
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    """The hex sha256 of a file, and of each block of `HASH_BLOCK` bytes; it is read once."""
     whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK):
@@ -665,23 +666,19 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
         file.seek(position)
         return file.read(count)
 
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+def hash_read_blocks(read: Read, count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors."""
 
-    def hash_one(number: int) -> str:
-        start = number * HASH_BLOCK
-        return hash_block(read, start, start + HASH_BLOCK if number + 1 < count else sys.maxsize)
+    def hash_block(number: int) -> str:
+        found, position = hashlib.sha256(), number * HASH_BLOCK
+        end = position + HASH_BLOCK if number + 1 < count else sys.maxsize
+        while piece := read(position, min(_READ_BYTES, end - position)):
+            found.update(piece)
+            position += len(piece)
+        return found.hexdigest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_one, range(count)))
-
-def hash_block(read: Callable[[int, int], bytes | memoryview], start: int, end: int) -> str:
-    """Hashes the bytes between two positions, or up to the end; see `hash_read_blocks`."""
-    found = hashlib.sha256()
-    while piece := read(start, min(_READ_BYTES, end - start)):
-        found.update(piece)
-        start += len(piece)
-    return found.hexdigest()
+        return list(pool.map(hash_block, range(count)))
 
 FORMAT = "hf_knn.datastore"
 FORMAT_VERSION, MAPPED_VERSION = 1, 2  # the second, of a datastore with a learned map
@@ -741,20 +738,17 @@ class FileRecord:
         self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once."""
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
-                raise self.difference(number, theirs)
-
-    def difference(self, number: int, found: str) -> DatastoreError:
-        """The error for a block that has another hash."""
-        return DatastoreError(
-            f"Expected {self.name} to have sha256 {self.blocks[number][:12]}… in block {number} of "
-            f"{len(self.blocks)}, but got {found[:12]}…; the file is damaged or from another save, "
-            "download or save it again."
-        )
+    def compare(self, read: Read, only: int | None = None) -> None:
+        """Compares the bytes of a file, or of one block, with the record; several blocks at once."""
+        numbers = range(len(self.blocks)) if only is None else [only]
+        found = hash_read_blocks(read, len(numbers))
+        for number, theirs in zip(numbers, found, strict=True):
+            if (mine := self.blocks[number]) != theirs:
+                raise DatastoreError(
+                    f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
+                    f"{len(self.blocks)}, but got {theirs[:12]}…; the file is damaged or from "
+                    "another save, download or save it again."
+                )
 
 @dataclass(frozen=True)
 class IndexInfo:

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,11 @@ def test_what_is_built_in_a_moment_is_not_kept(
 
 def test_what_decides_the_index_tells_kept_ones_apart(tmp_path: Path, knn_cache: Path) -> None:
     """Rows, kind and metric do; the folder does not, nor does a note on where they came from."""
-    for name, options in {
+    kinds: dict[str, dict[str, Any]] = {
         "a": {}, "b": {"index": "IVF4,Flat"}, "c": {"seed": 1}, "d": {"normalization": "l2"},
-    }.items():  # fmt: skip
-        answer(stored(tmp_path / name, **options))  # type: ignore[arg-type]
+    }  # fmt: skip
+    for name, options in kinds.items():
+        answer(stored(tmp_path / name, **options))
     assert len(entries(knn_cache)) == 4
     store = Datastore.load(tmp_path / "b")
     store.source = {"dataset": "elsewhere"}
@@ -185,30 +187,29 @@ def test_nothing_of_it_lies_in_the_checkpoint(tmp_path: Path, knn_cache: Path) -
 # what is damaged, or not ours
 
 
+def flip(path: Path, seed: int) -> None:
+    place = random.Random(seed).randrange(path.stat().st_size)
+    path.write_bytes(flipped(path.read_bytes(), place, seed % 8))
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
 def damages(entry: Path, other: Path) -> dict[str, Callable[[], object]]:
-    index, about = entry / kept.INDEX_NAME, entry / kept.ABOUT_NAME
-
-    def flip(path: Path, seed: int) -> None:
-        place = random.Random(seed).randrange(path.stat().st_size)
-        path.write_bytes(flipped(path.read_bytes(), place, seed % 8))
-
-    found: dict[str, Callable[[], object]] = {
-        f"flip {path.name} {seed}": lambda path=path, seed=seed: flip(path, seed)
-        for path in (index, about)
-        for seed in range(12)
-    }
-    for path, others in ((index, other / index.name), (about, other / about.name)):
+    found: dict[str, Callable[[], object]] = {}
+    for name in (kept.INDEX_NAME, kept.ABOUT_NAME):
+        path = entry / name
+        size = path.stat().st_size
+        found |= {f"flip {name} {seed}": partial(flip, path, seed) for seed in range(12)}
         found |= {
-            f"cut {path.name}": lambda path=path: os.truncate(path, path.stat().st_size // 2),
-            f"empty {path.name}": lambda path=path: os.truncate(path, 0),
-            f"no {path.name}": lambda path=path: path.unlink(),
-            f"swapped {path.name}": lambda path=path, new=others: shutil.copy(new, path),
-            f"readable {path.name}": lambda path=path: path.chmod(0o644),
+            f"cut {name}": partial(cut, path, size // 2),
+            f"empty {name}": partial(cut, path, 0),
         }
-    return found | {
-        "swapped whole": lambda: [shutil.copy(path, entry) for path in other.iterdir()],
-        "zeros": lambda: index.write_bytes(bytes(index.stat().st_size)),
-    }
+        found |= {f"no {name}": path.unlink, f"readable {name}": partial(path.chmod, 0o644)}
+        found |= {f"swapped {name}": partial(shutil.copy, other / name, path)}
+        found |= {f"zeros {name}": partial(path.write_bytes, bytes(size))}
+    return found | {"swapped whole": partial(shutil.copytree, other, entry, dirs_exist_ok=True)}
 
 
 def test_what_is_damaged_is_not_parsed_but_built_again(
@@ -223,9 +224,12 @@ def test_what_is_damaged_is_not_parsed_but_built_again(
     good = {path.name: path.read_bytes() for path in entry.iterdir()}
     parsed: list[object] = []
     read = kept.MappedIndex.read
-    monkeypatch.setattr(
-        kept.MappedIndex, "read", lambda file, library: [parsed.append(1), read(file, library)][1]
-    )
+
+    def counting(file: kept.MappedIndex, library: Any) -> Any:
+        parsed.append(file)
+        return read(file, library)
+
+    monkeypatch.setattr(kept.MappedIndex, "read", counting)
     for name, damage in damages(entry, other).items():
         caplog.clear()
         damage()
@@ -516,9 +520,9 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(
                 lambda path: path.write_bytes(b"half an index")
             )
         elif moment == "about":
-            kept.signed_json = lambda _: die()  # type: ignore[attr-defined, assignment]
+            kept.signed_json = lambda _: str(die())
         else:
-            kept._make_room = lambda *_: die()  # type: ignore[assignment]
+            kept._make_room = lambda *_: die()
         answer(tmp_path / "store")
 
     assert outcome(search) == "ended by -9"
