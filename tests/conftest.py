@@ -4,6 +4,7 @@ The Hub libraries read their variables when they are imported, so these are set 
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -38,6 +39,15 @@ torch.set_num_threads(1)
 # in processes of their own: see test_hub.py and test_transformers_common.py
 _PLACES = {"hub": "HF_KNN_HUB_TESTS", "common_suite": "HF_KNN_COMMON_SUITE"}
 collect_ignore = [folder for folder, switch in _PLACES.items() if not os.environ.get(switch)]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now stays: each training collects garbage, and need not look there.
+
+    That was most of the time of a test that trains on a few rows.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 _BARS = {

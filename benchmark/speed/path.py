@@ -1,7 +1,8 @@
 """Whole paths: JPEG files to a tuned, saved model, and a taught picture to the next answer.
 
 Two models of the same head: one from features computed once, one from a loop that encodes every
-picture in every epoch, as a linear probe without a cache does. Both are run in full.
+picture in every epoch, as a linear probe without a cache does. Both are run in full. For many files
+the linear head and the one that is chosen where none is named are compared, each from no features.
 """
 
 import json
@@ -31,16 +32,22 @@ _BATCH, _HELD_OUT = 32, 0.2
 _LEARNING_RATE = 1e-3
 
 
-def arguments(folder: Path, epochs: int, **options: Any) -> KnnTrainingArguments:
+def arguments(folder: Path, epochs: int | None) -> KnnTrainingArguments:
+    """For a linear head of so many epochs; None leaves the head to be chosen."""
+    linear: dict[str, Any] = {} if epochs is None else {
+        "num_train_epochs": epochs, "learning_rate": _LEARNING_RATE,
+        "per_device_train_batch_size": _BATCH,
+    }  # fmt: skip
     return KnnTrainingArguments(
-        str(folder), freeze_backbone=True, num_train_epochs=epochs, learning_rate=_LEARNING_RATE,
-        per_device_train_batch_size=_BATCH, report_to=[], disable_tqdm=True, save_strategy="no",
-        logging_strategy="no", **options,
+        str(folder), freeze_backbone=True, report_to=[], disable_tqdm=True, save_strategy="no",
+        logging_strategy="no", **linear,
     )  # fmt: skip
 
 
-def ours(backbone: Path, train: Any, test: Any, epochs: int, output: Path) -> dict[str, float]:
-    """Seconds by phase to a tuned, saved checkpoint, and its accuracy."""
+def ours(
+    backbone: Path, train: Any, test: Any, epochs: int | None, output: Path
+) -> dict[str, float | str]:
+    """Seconds by phase to a tuned, saved checkpoint, its head and its accuracy."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -58,7 +65,7 @@ def ours(backbone: Path, train: Any, test: Any, epochs: int, output: Path) -> di
     lap("features of the training pictures")
     trainer = KnnTrainer(model, arguments(output, epochs), train_dataset=features)
     trainer.train()
-    lap("head and datastore")
+    lap("heads and datastore")
     trainer.tune()
     lap("tuning by cross-validation")
     model.save_pretrained(output)
@@ -66,9 +73,10 @@ def ours(backbone: Path, train: Any, test: Any, epochs: int, output: Path) -> di
     seconds["all to the saved checkpoint"] = sum(seconds.values())
     held_out = extract_features(model, test, progress=False)
     metrics = trainer.evaluate(held_out)
-    for voice in ("head", "knn", "blend"):
-        seconds[f"accuracy {voice}"] = metrics[f"eval_{voice}_top1"]
-    return seconds
+    accuracies = {
+        f"accuracy {voice}": metrics[f"eval_{voice}_top1"] for voice in ("head", "knn", "blend")
+    }
+    return {"head": str(model.config.head)} | seconds | accuracies
 
 
 def re_encoding(backbone: Path, train: Any, test: Any, epochs: int) -> dict[str, float]:
@@ -125,6 +133,17 @@ def teach_once(checkpoint: Path, picture: Path, rounds: int = 10) -> dict[str, f
     return {name: float(torch.tensor(values).median()) for name, values in found.items()}
 
 
+def _folder_of(count: int) -> Path:
+    return jpeg_folder(count, 20 if count < 1000 else 50)
+
+
+def _parts_of(count: int) -> Any:
+    from datasets import load_dataset
+
+    rows = load_dataset("imagefolder", data_dir=str(_folder_of(count)), split="train")
+    return rows.train_test_split(_HELD_OUT, seed=0, stratify_by_column="label")
+
+
 def main(
     pictures: Annotated[int, typer.Option(help="Files of the comparison.")] = 400,
     epochs: Annotated[int, typer.Option(help="Of both.")] = 20,
@@ -132,30 +151,31 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file.")] = Path("outputs/speed/path.json"),
 ) -> None:
     """Time whole paths in full, once each; graphs and choices of backends are made anew."""
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars
 
     disable_progress_bars()
     backbone = build_backbone("efficientnet-lite0")
-    folders = {
-        count: jpeg_folder(count, 20 if count < 1000 else 50) for count in (pictures, many) if count
-    }
     facts: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
-        os.environ["HF_KNN_CACHE"] = str(Path(scratch) / "cache")
-        for count, folder in folders.items():
-            shutil.rmtree(Path(scratch) / "cache", ignore_errors=True)
-            rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
-            parts = rows.train_test_split(_HELD_OUT, seed=0, stratify_by_column="label")
-            place = Path(scratch) / f"model-{count}"
-            seconds = ours(backbone, parts["train"], parts["test"], epochs, place)
-            facts[f"{len(parts['train'])} + {len(parts['test'])} files, hf_knn"] = seconds
-            if count == pictures:
-                peer = re_encoding(backbone, parts["train"], parts["test"], epochs)
-                facts[PEER] = peer
-                both = {PEER: [peer["all"]], "hf_knn": [seconds["all to the saved checkpoint"]]}
-                timings = timings_of(both, PEER)
-                picture = sorted(folder.rglob("*.jpg"))[0]
-                facts["milliseconds"] = teach_once(place, picture)
+        cache = Path(scratch) / "cache"
+        os.environ["HF_KNN_CACHE"] = str(cache)
+
+        def run(count: int, epochs: int | None, name: str) -> tuple[Any, Any, Path, float]:
+            shutil.rmtree(cache, ignore_errors=True)
+            parts = _parts_of(count)
+            place = Path(scratch) / f"model-{name}"
+            found = ours(backbone, parts["train"], parts["test"], epochs, place)
+            files = f"{len(parts['train'])} + {len(parts['test'])} files"
+            facts[f"{files}, {name}"] = found
+            return parts["train"], parts["test"], place, float(found["all to the saved checkpoint"])
+
+        train, test, place, seconds = run(pictures, epochs, "hf_knn")
+        facts[PEER] = peer = re_encoding(backbone, train, test, epochs)
+        timings = timings_of({PEER: [peer["all"]], "hf_knn": [seconds]}, PEER)
+        facts["milliseconds"] = teach_once(place, sorted(_folder_of(pictures).rglob("*.jpg"))[0])
+        if many:
+            linear = run(many, epochs, "a linear head")[3]
+            facts["chosen against linear"] = run(many, None, "the head that is chosen")[3] / linear
     print(json.dumps(facts, indent=2))
     title = f"{pictures} JPEG files to a tuned, saved model, {epochs} epochs"
     report(title, timings, PEER, output, **facts)

@@ -3,12 +3,12 @@
 All heads are asked about the same rows, held out in folds or a validation set, and the neighbours
 once for all. Each head takes the cell (k, temperature, λ) that `tune` gives it, where λ = 0 is the
 head alone; of the heads within one standard error of the best accuracy the one with the best
-log-likelihood is taken. Heads and cells are chosen on one half of the rows: on the other half,
-which nothing was chosen on, `choose_blend` finds thresholds for answers.
+log-likelihood is taken. Heads and cells are chosen on one half of the rows, or with few labels on
+all, see `held_out`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,9 +19,22 @@ from ..core.config import Head, Normalization
 from ..core.votes import ClassWeighting, Metric, Weighting
 from ..data.splits import Fold
 from ..store.datastore import Datastore
-from .blend import Cell, Criterion, TuneResult, untuned
+from .blend import Cell, Criterion, TuneResult, head_alone
 from .closed import ClosedCell, fit_closed
-from .held_out import Answer, Fit, HeldOut, LabelledRows, Store, ask, choose_cell, widest
+from .held_out import (
+    Answer,
+    Blended,
+    BlendOf,
+    Fit,
+    HeldOut,
+    LabelledRows,
+    Store,
+    ask,
+    choose_cell,
+    is_chosen_on_all,
+    judged_by_halves,
+    widest,
+)
 from .linear import fit_linear
 
 HEADS = (Head.LINEAR, Head.RIDGE, Head.KERNEL, Head.LDA)
@@ -38,9 +51,6 @@ with 1 and 2 labels a class: 31.1 and 43.1 %; ten times the regulariser had 30.1
 beside it 27.8 and 37.5. With 2 labels leave-one-out had 42.6 there, and with a backbone that was
 trained on the few 20.3 where the cell had 14.3 (openmoji), and 44.0 where it had 24.6 (glyphs).
 """
-
-
-_ALONE = replace(untuned(), knn_weight=0.0)
 
 
 class HeadScore(NamedTuple):
@@ -71,6 +81,8 @@ class HeadChoice:
         result: the cell of the head, with the table of all cells; where nothing was compared the
             fixed one at λ = 0.
         answers: what the head and the neighbours said about all rows held out; None likewise.
+        judged: what each half of them was told by what the other half chose, where all rows were
+            chosen on; None where a half was.
     """
 
     head: str
@@ -79,8 +91,9 @@ class HeadChoice:
     criterion: str | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     fixed: ClosedCell | None = None
-    result: TuneResult = field(default_factory=lambda: _ALONE, repr=False)
+    result: TuneResult = field(default_factory=head_alone, repr=False)
     answers: HeldOut | None = field(default=None, repr=False)
+    judged: Blended | None = field(default=None, repr=False)
 
     def say(self) -> str:
         """What was chosen and why, as a sentence."""
@@ -170,18 +183,36 @@ def compare_heads(
     k = widest(stored, len(asked.labels), num_labels)
     make = store or (lambda some: _store_of(some, metric, normalization))
     answers = ask(rows, held_out, fits, make, k, progress)
-    results = {
-        head: choose_cell(
-            answers.of(head).halves()[0], len(answers.labels), stored, num_labels, criterion,
-            metric=metric, weighting=weighting, progress=progress,
-        )
-        for head in fits
-    }  # fmt: skip
-    table = tuple(HeadScore(head, result.head, cell_of(result)) for head, result in results.items())
-    count = next(iter(results.values())).rows
-    best = best_of(table, count).head
-    chosen = HeadChoice(best, table, count, criterion, left_out)
-    return replace(chosen, result=results[best], answers=answers.of(best))
+    count = len(answers.labels)
+    heads_said = {head: answers.of(head) for head in fits}
+
+    def choose_cells(heads: Mapping[str, HeldOut], bars: bool = False) -> dict[str, TuneResult]:
+        return {
+            head: choose_cell(
+                said, count, stored, num_labels, criterion,
+                metric=metric, weighting=weighting, progress=bars,
+            )
+            for head, said in heads.items()
+        }  # fmt: skip
+
+    def choose(heads: Mapping[str, HeldOut]) -> tuple[str, TuneResult]:
+        cells = choose_cells(heads)
+        head = best_of(_table_of(cells), next(iter(cells.values())).rows).head
+        return head, cells[head]
+
+    is_few = is_chosen_on_all(count, num_labels, criterion)
+    halves = {head: said if is_few else said.halves()[0] for head, said in heads_said.items()}
+    results = choose_cells(halves, progress)
+    table, chosen_on = _table_of(results), next(iter(results.values())).rows
+    best = best_of(table, chosen_on).head
+    blend = BlendOf(num_labels, metric, weighting)
+    judged = judged_by_halves(heads_said, choose, blend) if is_few else None
+    chosen = HeadChoice(best, table, chosen_on, criterion, left_out)
+    return replace(chosen, result=results[best], answers=heads_said[best], judged=judged)
+
+
+def _table_of(results: Mapping[str, TuneResult]) -> tuple[HeadScore, ...]:
+    return tuple(HeadScore(head, result.head, cell_of(result)) for head, result in results.items())
 
 
 def has_too_few(labels: Tensor) -> bool:

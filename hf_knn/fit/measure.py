@@ -1,5 +1,6 @@
 """Head, neighbours and blend of a model, asked about rows that they have not seen."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,14 +11,22 @@ from torch.nn import functional
 from ..core.backbone import split_features
 from ..core.config import KnnConfig
 from ..core.search import Neighbors
-from ..core.votes import blend_log_probs, floor_log_probs, knn_log_probs, soften
+from ..core.votes import blend_log_probs, floor_log_probs, soften
 from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
-from .blend import Criterion, TuneResult, untuned
-from .choice import HeadChoice
-from .held_out import HeldOut, choose_cell, widest
+from .blend import Criterion, TuneResult, head_alone, untuned
+from .choice import FEWEST_LABELS, HeadChoice
+from .held_out import (
+    Blended,
+    BlendOf,
+    HeldOut,
+    choose_cell,
+    is_chosen_on_all,
+    judged_by_halves,
+    widest,
+)
 from .metrics import ERROR_RATES, complementarity, measure, reliability, thresholds
 from .temperature import fit_temperature
 
@@ -81,7 +90,9 @@ def choose_blend(
 
     Where something is chosen, that is on one half of the rows, since from which confidence on
     answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
-    other half. What is fixed leaves all of them for that.
+    other half. What is fixed leaves all of them for that. With few labels all are chosen on, and
+    each half is judged by what the other half chooses; with fewer than 3 a class the head answers
+    alone.
 
     Args:
         model: what was asked.
@@ -94,6 +105,8 @@ def choose_blend(
     """
     config = model.config
     known = choice.result if choice is not None and choice.criterion == criterion else None
+    if known is None and criterion is None and _are_too_few(model, held_out):
+        known = head_alone()
     if held_out is None:
         result = known or untuned()
         _set_cell(config, result)
@@ -101,8 +114,20 @@ def choose_blend(
         return result
     is_compared = choice is not None and bool(choice.table)
     is_fixed = criterion == Criterion.FIXED or (known is not None and not known.table)
+    count, stored = len(held_out.labels), 0 if model.datastore is None else len(model.datastore)
+    blend = BlendOf(config.classes, config.metric, config.knn_weighting)
+
+    def choose(heads: Mapping[str, HeldOut]) -> tuple[str, TuneResult]:
+        (said,) = heads.values()
+        cell = choose_cell(
+            said, count, stored, config.classes, criterion,
+            metric=config.metric, weighting=config.knn_weighting, progress=progress,
+        )  # fmt: skip
+        return config.head, cell
+
+    is_few = not calibrate and is_chosen_on_all(count, config.classes, criterion)
     rows = fresh = held_out
-    if calibrate or is_compared or not is_fixed:
+    if calibrate or (not is_few and (is_compared or not is_fixed)):
         rows, fresh = held_out.halves()
     if calibrate:
         temperature = _calibrate_head(model, rows)
@@ -110,40 +135,38 @@ def choose_blend(
             part._replace(head_log_probs=soften(part.head_log_probs, temperature))
             for part in (rows, fresh)
         )
-    count, stored = len(held_out.labels), 0 if model.datastore is None else len(model.datastore)
     if known is not None and not known.table:  # nothing was chosen, and nothing is
-        result = replace(known, rows=count)
+        result, is_few = replace(known, rows=count), False
     elif known is not None and not calibrate:
         result = known
     else:
-        result = choose_cell(
-            rows, count, stored, config.classes, criterion,
-            metric=config.metric, weighting=config.knn_weighting, progress=progress,
-        )  # fmt: skip
+        _, result = choose({config.head: rows})
     _set_cell(config, result)
     if calibrate:
         config.blend_temperature = fit_temperature(
-            floor_log_probs(_blend_of(config, rows)), rows.labels
+            floor_log_probs(blend.at(result, rows)), rows.labels
         )
-    sure = soften(_blend_of(config, fresh), config.blend_temperature)
-    config.answer_thresholds = thresholds(sure, fresh.labels, ERROR_RATES)
+    if is_few:
+        judged = None if known is None or choice is None else choice.judged
+        told = judged or judged_by_halves({config.head: held_out}, choose, blend)
+    else:
+        told = Blended(blend.at(result, fresh), fresh.labels)
+    sure = soften(told.log_probs, config.blend_temperature)
+    config.answer_thresholds = thresholds(sure, told.labels, ERROR_RATES)
     return result
+
+
+def _are_too_few(model: KnnForImageClassification, held_out: HeldOut | None) -> bool:
+    """Whether neither what is stored nor what is held out has 3 labels a class, on average."""
+    fewest, store = FEWEST_LABELS * model.config.classes, model.datastore
+    asked = 0 if held_out is None else len(held_out.labels)
+    return store is not None and max(len(store), asked) < fewest
 
 
 def _set_cell(config: KnnConfig, result: TuneResult) -> None:
     config.k, config.knn_temperature = result.k, result.temperature
     config.knn_weight, config.blend_temperature = result.knn_weight, 1.0
     config.num_tuned_labels = None
-
-
-def _blend_of(config: KnnConfig, rows: HeldOut) -> Tensor:
-    """[B, C] log-probabilities of the blend, before its temperature."""
-    near = rows.neighbors
-    votes = knn_log_probs(
-        near.similarities[:, : config.k], near.labels[:, : config.k], config.classes,
-        config.knn_temperature, metric=config.metric, weighting=config.knn_weighting,
-    )  # fmt: skip
-    return blend_log_probs(rows.head_log_probs, votes, config.knn_weight)
 
 
 class Heard(NamedTuple):

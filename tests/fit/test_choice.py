@@ -1,20 +1,31 @@
 """Heads compared on rows held out: the rule by hand, planted traps, and what is left alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_knn import Datastore
+from hf_knn import Datastore, Neighbors
 from hf_knn.data.splits import Fold, stratified_folds
 from hf_knn.fit import LabelledRows, compare_heads
 from hf_knn.fit import choice as choice_module
-from hf_knn.fit.blend import Cell
+from hf_knn.fit.blend import Cell, TuneResult, untuned
 from hf_knn.fit.choice import FIXED_CELL, HEADS, HeadChoice, HeadScore, best_of, has_too_few
-from hf_knn.fit.held_out import FEW_KNN_WEIGHTS, Answer, Fit, ask, parts_of
+from hf_knn.fit.held_out import (
+    FEW_KNN_WEIGHTS,
+    Answer,
+    Blended,
+    BlendOf,
+    Fit,
+    HeldOut,
+    ask,
+    judged_by_halves,
+    parts_of,
+)
 
 CLASSES = 4
 FAST = ("linear", "ridge", "lda")
@@ -312,3 +323,47 @@ def test_a_choice_says_what_it_is() -> None:
     report = found.as_json()
     assert report["chosen"] == "ridge"
     assert report["table"][1]["with_neighbors"]["knn_weight"] == 0.5
+
+
+def test_nothing_that_a_half_is_judged_by_has_seen_it() -> None:
+    """Labels of one half that are changed leave what is said of the other half as it was."""
+    near = Neighbors(torch.rand(20, 4), torch.arange(80).view(20, 4) % 3, torch.zeros(20, 4).long())
+    generator = torch.Generator().manual_seed(0)
+    said = {
+        head: torch.randn(20, 3, generator=generator).mul(scale).log_softmax(1)
+        for head, scale in (("sure", 4.0), ("unsure", 0.2))
+    }
+    labels = torch.arange(20) % 3
+    seen: list[Tensor] = []
+
+    def choose(heads: Mapping[str, HeldOut]) -> tuple[str, TuneResult]:
+        right = {name: rows.head_log_probs.argmax(1) == rows.labels for name, rows in heads.items()}
+        seen.append(next(iter(heads.values())).labels)
+        best = max(right, key=lambda name: float(right[name].double().mean()))
+        return best, replace(untuned(), knn_weight=float(right[best].double().mean()))
+
+    def judged(labels: Tensor) -> Blended:
+        heads = {name: HeldOut(near, rows, labels) for name, rows in said.items()}
+        return judged_by_halves(heads, choose, BlendOf(3))
+
+    plain = judged(labels)
+    first, second = HeldOut(near, torch.arange(20).unsqueeze(1), labels).halves()
+    changed = labels.clone()
+    changed[second.head_log_probs[:, 0]] += 1
+    other = judged(changed % 3)
+    assert torch.equal(plain.log_probs[:10], other.log_probs[:10])  # by what the first half chose
+    assert not torch.equal(plain.log_probs[10:], other.log_probs[10:])
+    assert torch.equal(plain.labels, torch.cat([second.labels, first.labels]))
+    assert [len(rows) for rows in seen] == [10] * 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_fewest_rows_are_judged(count: int) -> None:
+    near = Neighbors(
+        torch.rand(count, 1), torch.zeros(count, 1).long(), torch.zeros(count, 1).long()
+    )
+    rows = HeldOut(near, torch.zeros(count, 2).log_softmax(1), torch.zeros(count).long())
+    judged = judged_by_halves(
+        {"ridge": rows}, lambda heads: (next(iter(heads)), untuned()), BlendOf(2)
+    )
+    assert judged.log_probs.shape == ((0, 2) if count == 1 else (2, 2))

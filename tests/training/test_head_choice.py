@@ -304,18 +304,51 @@ def test_thresholds_are_found_where_nothing_was_chosen(
 
     monkeypatch.setattr(measure_module, "thresholds", spied)
     monkeypatch.setattr(choice_module, "choose_cell", spied_choice)
-    for count in (120, 24):  # few labels too
-        trainer = trainer_of(tmp_path, cloud(count))
-        trainer.train()
-        trainer.tune()
-        choice = trainer.head_choice
-        assert choice is not None
-        assert choice.answers is not None
-        first, second = choice.answers.halves()
-        assert {len(rows.labels) for rows in chosen[-3:]} == {len(first.labels)}
-        assert len(told[-1]) == len(second.labels) == count // 2
-        own = [rows for rows in chosen if torch.equal(rows.head_log_probs, first.head_log_probs)]
-        assert len(own) == 1
+    trainer = trainer_of(tmp_path, cloud(120))
+    trainer.train()
+    trainer.tune()
+    choice = trainer.head_choice
+    assert choice is not None
+    assert choice.answers is not None
+    first, second = choice.answers.halves()
+    assert {len(rows.labels) for rows in chosen[-3:]} == {len(first.labels)}
+    assert len(told[-1]) == len(second.labels) == 60
+    own = [rows for rows in chosen if torch.equal(rows.head_log_probs, first.head_log_probs)]
+    assert len(own) == 1
+
+
+def test_few_labels_are_all_chosen_on_and_judged_by_halves(
+    without_kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[HeldOut] = []
+    choose_cell, told = choice_module.choose_cell, []
+    thresholds = measure_module.thresholds
+
+    def spied_choice(rows: HeldOut, *args: Any, **options: Any) -> Any:
+        chosen.append(rows)
+        return choose_cell(rows, *args, **options)
+
+    def spied(log_probs: Tensor, labels: Tensor, rates: Any) -> Any:
+        told.append((log_probs, labels))
+        return thresholds(log_probs, labels, rates)
+
+    monkeypatch.setattr(choice_module, "choose_cell", spied_choice)
+    monkeypatch.setattr(measure_module, "thresholds", spied)
+    trainer = trainer_of(tmp_path, cloud(24))
+    trainer.train()
+    heads = 3  # linear, ridge, lda
+    assert [len(rows.labels) for rows in chosen] == [24] * heads + [12] * 2 * heads
+    result, choice = trainer.tune(), trainer.head_choice
+    assert choice is not None
+    assert choice.answers is not None
+    assert choice.judged is not None
+    assert (result.rows, choice.rows) == (24, 24)
+    first, second = choice.answers.halves()
+    log_probs, labels = told[-1]
+    # what the first half chose comes first, and is judged by the second
+    assert torch.equal(labels, torch.cat([second.labels, first.labels]))
+    assert torch.equal(labels, choice.judged.labels)
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(24))
 
 
 def test_tuning_goes_on_with_the_cell_that_was_compared(
