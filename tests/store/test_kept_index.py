@@ -520,7 +520,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(
                 lambda path: path.write_bytes(b"half an index")
             )
         elif moment == "about":
-            kept.signed_json = lambda _: str(die())
+            kept.shutil.disk_usage = lambda _: die()  # type: ignore[assignment]
         else:
             kept._make_room = lambda *_: die()
         answer(tmp_path / "store")
