@@ -102,7 +102,8 @@ def test_another_process_answers_alike_without_building(
 ) -> None:  # fmt: skip
     if where == "mapped":
         request.getfixturevalue("mapped_files")
-    options = {"metric": "l2", "normalization": "none"} if metric == "l2" else {}
+    options: dict[str, Any] = {"metric": metric}
+    options |= {"normalization": "none"} if metric == "l2" else {}
     first = Datastore.load(stored(tmp_path / "store", index, **options))
     wanted = tuple(first.search(QUERIES, K))
     forbid_building(monkeypatch)
@@ -508,6 +509,10 @@ def write_and_die(write: Callable[[Path], object]) -> Callable[[Path, Any], int]
     return half
 
 
+def dying(*_: object) -> Any:
+    die()
+
+
 @pytest.mark.parametrize("moment", ["index", "about", "rename"])
 def test_a_writer_that_is_killed_leaves_nothing_that_is_used(
     tmp_path: Path, knn_cache: Path, moment: str
@@ -520,9 +525,9 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(
                 lambda path: path.write_bytes(b"half an index")
             )
         elif moment == "about":
-            kept.shutil.disk_usage = lambda _: die()  # type: ignore[assignment]
+            kept.shutil.disk_usage = dying
         else:
-            kept._make_room = lambda *_: die()
+            kept._make_room = dying
         answer(tmp_path / "store")
 
     assert outcome(search) == "ended by -9"
