@@ -525,9 +525,9 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(
                 lambda path: path.write_bytes(b"half an index")
             )
         elif moment == "about":
-            kept.shutil.disk_usage = dying
+            kept.shutil.disk_usage = dying  # type: ignore[assignment]
         else:
-            kept._make_room = dying
+            kept._make_room = dying  # type: ignore[assignment]
         answer(tmp_path / "store")
 
     assert outcome(search) == "ended by -9"
