@@ -30,7 +30,7 @@ from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
 from ..store.folders import cache_root, short_name
-from ..store.searcher import has_fast_bfloat16
+from ..store.products import has_fast_bfloat16
 from .backends import SAMPLE, check_backend, choose_backend, open_encoder
 from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, key_list
 from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Work, encode_rows

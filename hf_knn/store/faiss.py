@@ -16,9 +16,9 @@ from .advice import install
 from .kept import IndexFile, MappedIndex, TrustedIndex
 
 
-def limits(last_scores: Singles, rounding: float) -> Floats:
-    """What rows left out can score at most, from the last score that was not left out."""
-    return last_scores.astype(np.float64) + rounding
+def limits(scores: Singles, rounding: float) -> Floats:
+    """What rows can score at most: of the last that was not left out, also what those can."""
+    return scores.astype(np.float64) + rounding
 
 
 def how_to_get_faiss() -> str:
@@ -104,7 +104,7 @@ class FaissFlat:
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         scores, positions = self.index.search(queries, count)
-        return positions, limits(scores[:, -1], self.rounding)
+        return positions, limits(scores, self.rounding)
 
 
 class FaissApproximate:
@@ -253,7 +253,7 @@ class FaissApproximate:
             with self._lock:
                 _faiss().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
                 _, positions = index.search(queries, count)
-        return positions, np.full(len(queries), -np.inf)
+        return positions, np.full(positions.shape, np.inf)
 
     def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
         """Searches on GPUs from now on, each of which holds a part of the rows.

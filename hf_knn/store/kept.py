@@ -201,7 +201,7 @@ class KeptIndex:
     @property
     def place(self) -> Path:
         """The folder of the index, which need not be there."""
-        return cache_root() / FOLDER / short_name(self.key)
+        return _root() / short_name(self.key)
 
     def known(self) -> Known | None:
         """What is known of it; None if it is not kept."""
@@ -311,7 +311,7 @@ def tidy() -> None:
     Whoever replaces a version calls it afterwards: of rows that were removed nothing is left. An
     index that is just written needs no waiting for: its writer looks for the version at the end.
     """
-    root = cache_root() / FOLDER
+    root = _root()
     if not root.is_dir():
         return
     try:
@@ -322,6 +322,13 @@ def tidy() -> None:
         pass  # whoever is writing cleared it first
     except OSError as error:
         logger.warning("Indexes in %s may still hold rows that were removed: %s", root, error)
+
+
+def _root() -> Path:
+    try:
+        return cache_root() / FOLDER
+    except RuntimeError:  # nobody's home: a place where nothing can be
+        return Path(os.devnull, FOLDER)
 
 
 def _entries(root: Path) -> Iterator[tuple[Path, Fields | None]]:

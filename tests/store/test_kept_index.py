@@ -137,7 +137,7 @@ def test_an_index_that_was_taken_over_takes_rows_in_and_loses_them(
 
 def test_an_exact_index_is_not_kept(tmp_path: Path, knn_cache: Path) -> None:
     answer(stored(tmp_path / "store", "flat"))
-    assert not knn_cache.exists()
+    assert not (knn_cache / kept.FOLDER).exists()
 
 
 def test_what_is_built_in_a_moment_is_not_kept(
@@ -145,7 +145,7 @@ def test_what_is_built_in_a_moment_is_not_kept(
 ) -> None:
     monkeypatch.setattr(row_index, "MOMENT", 1e6)
     answer(stored(tmp_path / "store"))
-    assert not knn_cache.exists()
+    assert not (knn_cache / kept.FOLDER).exists()
 
 
 def test_what_decides_the_index_tells_kept_ones_apart(tmp_path: Path, knn_cache: Path) -> None:
@@ -644,3 +644,15 @@ def test_the_limits_of_faiss_are_as_they_were(tmp_path: Path) -> None:
     answer(stored(tmp_path / "store"))
     answer(tmp_path / "store")
     assert faiss.get_deserialization_vector_byte_limit() == 2**40
+
+
+def test_where_nobody_is_at_home_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kept, "cache_root", nobody)
+    stored(tmp_path / "store", "IVF4,Flat")
+    assert same(answer(tmp_path / "store"), answer(tmp_path / "store"))
+    assert caplog.text.count("not kept") == 1
