@@ -82,6 +82,10 @@ SCRIPTS = (
         ("--rows", "200000", "--rounds", "3", "--queries", "200", "--data", "clusters"),
         in_folder=True, headline=("Datastore, auto",),
     ),
+    Script(
+        "opening", "opening.py", ("--rows", "150000", "--rounds", "2"), 150, ("--full",),
+        headline=("second process",),
+    ),
     Script("profile", "profiling.py", ("--pictures", "100", "--rows", "50000"), 80),
 )  # fmt: skip
 """The newest claims first: what the time does not reach is said in the page."""

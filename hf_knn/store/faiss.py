@@ -1,19 +1,19 @@
 """Search with faiss. The only file that imports it."""
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..core.lazy import Lock
-from ..core.manifest import DatastoreError, FileRecord, read_at
+from ..core.manifest import DatastoreError
 from ..core.search import Floats, Ints, Singles, float32_rounding
 from .advice import install
+from .kept import IndexFile, MappedIndex, TrustedIndex
 
 
 def limits(scores: Singles, rounding: float) -> Floats:
@@ -38,7 +38,6 @@ _CANDIDATES_IN_REACH = 4
 _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
 
-_REST_BYTES = 2**20
 _LIMITING = Lock()  # of the limits of faiss, which hold for the whole process
 
 _LARGEST_NUMBER = 4096
@@ -60,6 +59,11 @@ def has_faiss() -> bool:
     return _faiss() is not None
 
 
+def made_by() -> str:
+    """The library and its version."""
+    return f"faiss {_faiss().__version__}"
+
+
 def require_faiss(why: str) -> None:
     """Raises a clear error without faiss.
 
@@ -71,18 +75,6 @@ def require_faiss(why: str) -> None:
     """
     if not has_faiss():
         raise ImportError(f"faiss is not installed, and {why} needs it; {how_to_get_faiss()}.")
-
-
-class TrustedIndex(NamedTuple):
-    """A serialized index that native code may parse.
-
-    Attributes:
-        file: open for reading.
-        record: what it held when it was opened.
-    """
-
-    file: BinaryIO
-    record: FileRecord
 
 
 class FaissFlat:
@@ -121,12 +113,15 @@ class FaissApproximate:
     Args:
         index: a trained faiss index that holds the rows.
         parameters: search parameters (`nprobe`, `efSearch`).
+        source: the file that it looks into, so that it cannot grow; None for one in memory.
     """
 
     extra = 44
 
-    def __init__(self, index: Any, parameters: Mapping[str, int]) -> None:
-        self.index = index
+    def __init__(
+        self, index: Any, parameters: Mapping[str, int], source: MappedIndex | None = None
+    ) -> None:
+        self.index, self.source = index, source
         self.on_gpus: Any = None
         self._lock = Lock()
         self.parameters: dict[str, int] = {}
@@ -198,12 +193,12 @@ class FaissApproximate:
 
     @classmethod
     def from_file(
-        cls, trusted: TrustedIndex, spec: str, width: int, count: int, is_l2: bool
+        cls, file: IndexFile, spec: str, width: int, count: int, is_l2: bool
     ) -> "FaissApproximate":
         """Reads a serialized index, which is native code's work: for trusted files only.
 
         Args:
-            trusted: what `write` wrote.
+            file: what `write` wrote.
             spec: the factory string it must have been built from.
             width: D it must have.
             count: rows it must hold.
@@ -213,10 +208,10 @@ class FaissApproximate:
             DatastoreError: for a file that faiss cannot read within the limits, or another kind,
                 width, metric or number of rows.
         """
-        index = _read(trusted, count)
+        index = _read(file, count)
         wanted = empty_index(spec, width, count, is_l2)
-        _check_same_kind(trusted.record.name, index, wanted, count)
-        return cls(index, {})
+        _check_same_kind(file.record.name, index, wanted, count)
+        return cls(index, {}, file if isinstance(file, MappedIndex) else None)
 
     def write(self, path: Path) -> None:
         """Writes the index for users of faiss; rows are numbered in the order of the files."""
@@ -234,6 +229,11 @@ class FaissApproximate:
             raise NotImplementedError(str(error).splitlines()[-1]) from error
 
     def _append(self, rows: Singles) -> None:
+        if self.source is not None:  # faiss would abort the process
+            library = _faiss()
+            self.index = library.deserialize_index(library.serialize_index(self.index))
+            self.source = None
+            self.set_parameters(self.parameters)
         for index in (self.index, self.on_gpus):
             for start in range(0, len(rows) if index is not None else 0, _ADD_ROWS):
                 index.add(rows[start : start + _ADD_ROWS])
@@ -421,32 +421,15 @@ def _write(path: Path, index: Any) -> None:
         del writer  # what it still holds goes to the file now
 
 
-def _read(trusted: TrustedIndex, count: int) -> Any:
-    """Reads from the open file that was hashed, whatever has its name by now."""
-    file, record = trusted
-    found, position, library = hashlib.sha256(), 0, _faiss()
-
-    def read(size: int) -> bytes:
-        nonlocal position
-        piece = read_at(file, position, size)
-        position += len(piece)
-        found.update(piece)
-        return piece
-
-    with _deserialization_limits(record.size, count):
+def _read(source: IndexFile, count: int) -> Any:
+    with _deserialization_limits(source.record.size, count):
         try:
-            index = library.read_index(library.PyCallbackIOReader(read))
+            return source.read(_faiss())
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
-            raise DatastoreError(f"Expected {record.name} to be an index: {reason}") from error
-    while read(_REST_BYTES):
-        pass  # what faiss had no use for was promised too
-    if found.hexdigest() != record.sha256:
-        raise DatastoreError(
-            f"Expected {record.name} to be as it was opened, but it changed on disk since; open "
-            "the datastore again, without trust_faiss_index, and save it."
-        )
-    return index
+            raise DatastoreError(
+                f"Expected {source.record.name} to be an index: {reason}"
+            ) from error
 
 
 @contextmanager

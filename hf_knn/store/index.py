@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.manifest import IndexInfo
-from ..core.search import Ints, Rows, Singles
+from ..core.learned import LearnedMap
+from ..core.manifest import DatastoreError, IndexInfo
+from ..core.search import Floats, Ints, Rows, Singles
 from .faiss import (
     FaissApproximate,
-    TrustedIndex,
     empty_index,
     has_faiss,
     how_to_get_faiss,
+    made_by,
     read_flat,
     require_faiss,
 )
+from .kept import MOMENT, KeptIndex, TrustedIndex
 from .kinds import AUTO, FLAT, is_rebuildable
+from .mapped import files_behind
 from .quickest import build_quickest, quickest_for_batches
 from .recall import RECALL_K, Queries, RecallTest
 from .searcher import (
@@ -157,6 +160,7 @@ def build_searcher(
     min_recall: float,
     placement: Placement,
     trusted: TrustedIndex | None,
+    kept: KeptIndex | None,
 ) -> tuple[GrowingSearcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
@@ -170,6 +174,7 @@ def build_searcher(
         placement: where the first pass runs.
         trusted: an open file with the serialized index, to be read instead of building one; None
             builds it.
+        kept: where the index of these rows is kept, or to be kept; None for nowhere.
 
     Returns:
         The searcher, what was measured, and the lists to store (None for other kinds).
@@ -195,24 +200,46 @@ def build_searcher(
             rows = space.first_pass_rows(features)
             first_pass = PlacedFirstPass(rows, placement.devices, dtype)
         return GrowingSearcher(features, ids, space, first_pass), info, stored
-    started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
-    if trusted is not None:
-        index = FaissApproximate.from_file(trusted, info.spec, space.width, len(ids), space.is_l2)
-        done = "read"
-    else:
+    started = time.perf_counter()
+    index, info = _read(info, space, len(ids), trusted, kept)
+    is_built = index is None
+    if index is None:
         index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
-        done = "built"
-    seconds = time.perf_counter() - started
+    done, seconds = "built" if is_built else "read", time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
     searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
+    is_new = is_built and not is_rebuildable(info.spec)
     if info.recall is None or info.measured_on is None or is_new:
         info = _tune(searcher, index, info, min_recall)
+    if is_built and kept is not None and time.perf_counter() - started >= MOMENT:
+        kept.write(index.write, info, space.largest, made_by(), files_behind(features))
     gpus = [device.index for device in placement.devices if device.type == "cuda"]
     if gpus and not index.to_gpus(gpus, placement.float16):
         logger.warning("index %s cannot be searched on a GPU here; the CPU searches it.", info.spec)
     return searcher, info, stored
+
+
+def _read(
+    info: IndexInfo,
+    space: IndexSpace,
+    count: int,
+    trusted: TrustedIndex | None,
+    kept: KeptIndex | None,
+) -> tuple[FaissApproximate | None, IndexInfo]:
+    """The index of a file that was built from these rows, and what it is; None if there is none."""
+    facts = info.spec, space.width, count, space.is_l2
+    if trusted is not None:
+        return FaissApproximate.from_file(trusted, *facts), info
+    if kept is not None and (known := kept.known()) is not None:
+        try:
+            file = kept.open(made_by())
+            if file is not None:
+                return FaissApproximate.from_file(file, *facts), known.info
+        except DatastoreError as error:
+            kept.discard(error)
+    return None, info
 
 
 def _approximate(
@@ -277,6 +304,7 @@ class RowIndex:
         width: of the rows as they are compared.
         centroids: [n, D'] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these very rows, or None.
+        kept: where the index of these very rows is kept for other processes, or None.
         searcher: None until it is built.
     """
 
@@ -287,6 +315,7 @@ class RowIndex:
     placement: Placement = field(default_factory=Placement)
     centroids: Singles | None = None
     trusted: TrustedIndex | None = None
+    kept: KeptIndex | None = None
     searcher: GrowingSearcher | None = None
 
     @classmethod
@@ -324,7 +353,11 @@ class RowIndex:
 
     def of_width(self, width: int) -> Self:
         """The same for rows of another width, as they are compared; to be built anew."""
-        return replace(self, width=width, centroids=None, trusted=None, searcher=None)
+        return replace(self._apart(), width=width, centroids=None)
+
+    def _apart(self) -> Self:
+        """The same for other rows than those that files hold an index of; to be built anew."""
+        return replace(self, trusted=None, kept=None, searcher=None)
 
     def unbuilt(self) -> Self:
         """The same, to be built when needed."""
@@ -340,30 +373,33 @@ class RowIndex:
 
     def exact(self) -> Self:
         """An exact one at the same place, for some of the rows."""
-        return replace(self.unopened(), info=IndexInfo(FLAT, FLAT), centroids=None)
+        return replace(self._apart(), info=IndexInfo(FLAT, FLAT), centroids=None)
 
     def read(
-        self, info: IndexInfo, centroids: Singles | None, trusted: TrustedIndex | None
-    ) -> Self:
+        self, info: IndexInfo, centroids: Singles | None, trusted: TrustedIndex | None,
+        kept: KeptIndex | None,
+    ) -> Self:  # fmt: skip
         """The one that files describe, see the attributes."""
-        return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted)
+        return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted, kept=kept)
 
     def chosen_again(self, table: RowTable) -> Self:
         """To be built anew for a table, exact where its rows have become too few."""
         requested, count = self.info.requested, len(table)
         info = choose_index(requested, count, self.width, self.max_memory, fall_back=True)
-        return replace(self, info=info, centroids=None, trusted=None, searcher=None)
+        return replace(self._apart(), info=info, centroids=None)
 
     def forgotten(self, table: RowTable) -> tuple[Self, RowTable]:
         """For a table that it cannot follow; the table without the lists of its rows."""
         return self.chosen_again(table), table.with_lists(None)
 
-    def built(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
+    def built(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
         """With a searcher; the table with the lists of its rows, for an inverted file.
 
         Args:
             table: the rows.
-            space: how they are compared.
+            compared: how they are: mean [D], metric, normalisation, learned map.
 
         Raises:
             ValueError: for an index that cannot be built from these rows.
@@ -372,9 +408,11 @@ class RowIndex:
         stored = None
         if self.centroids is not None and table.lists is not None:
             stored = StoredLists(self.centroids, table.lists)
+        known = None if self.kept is None else self.kept.known()
+        space = IndexSpace(*compared, table.features, known.largest if known else None)
         searcher, info, lists = build_searcher(
             table.features, table.ids.numpy(), space, self.info, stored, self.min_recall,
-            self.placement, self.trusted,
+            self.placement, self.trusted, self.kept,
         )  # fmt: skip
         index = replace(self, info=info, searcher=searcher)
         if lists is None or table.lists is not None:
@@ -397,7 +435,7 @@ class RowIndex:
         if before.lists is not None:
             lists = np.concatenate([before.lists, self._lists_of(table, len(before))])
             table = replace(table, lists=lists)
-        return replace(self, trusted=None), table
+        return replace(self, trusted=None, kept=None), table
 
     def after_removing(self, table: RowTable, kept: NDArray[np.bool_]) -> tuple[Self, RowTable]:
         """In step with a table that has lost rows.
@@ -412,7 +450,7 @@ class RowIndex:
             table.features, table.ids.numpy(), kept
         ):
             return self.forgotten(table)
-        return replace(self, trusted=None), table
+        return replace(self, trusted=None, kept=None), table
 
     def ready_to_save(self) -> Self:
         """Without a searcher that still holds removed rows: none of their bytes may be written."""

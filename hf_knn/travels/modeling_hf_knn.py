@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 088f42d7c60e074e9be64cca25edbcafe41112bfd231b4ae1b0e51a644b4bd84.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -254,6 +254,7 @@ def width_of(learned: LearnedMap | None, dim: int) -> int:
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
 
 Values = Tensor | NDArray | Sequence[int]
+_AT_ONCE = 8192  # rows that stay in the processor's cache
 
 def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> Tensor:
     """Brings features of any float dtype, device and layout to the CPU."""
@@ -287,7 +288,7 @@ def _as_tensor(values: NDArray, name: str) -> Tensor:
 
 def refuse_non_finite(rows: Tensor, name: str) -> None:
     """Refuses NaN, infinities and what float32 cannot hold."""
-    bad = ~rows.float().isfinite().all(dim=1)
+    bad = ~torch.cat([part.float().isfinite().all(dim=1) for part in rows.split(_AT_ONCE)])
     if bad.any():
         raise ValueError(
             f"Expected `{name}` to be finite numbers within float32's range, "
@@ -644,11 +645,12 @@ class KnnHead(nn.Module):
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+Read = Callable[[int, int], bytes | memoryview]
 _READ_BYTES = 2**20
 _SEEKING = threading.Lock()
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    """The hex sha256 of a file, and of each block of `HASH_BLOCK` bytes; it is read once."""
     whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK):
@@ -664,7 +666,7 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
         file.seek(position)
         return file.read(count)
 
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+def hash_read_blocks(read: Read, count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors."""
 
     def hash_block(number: int) -> str:
@@ -736,15 +738,16 @@ class FileRecord:
         self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once."""
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
+    def compare(self, read: Read, only: int | None = None) -> None:
+        """Compares the bytes of a file, or of one block, with the record; several blocks at once."""
+        numbers = range(len(self.blocks)) if only is None else [only]
+        found = hash_read_blocks(read, len(numbers))
+        for number, theirs in zip(numbers, found, strict=True):
+            if (mine := self.blocks[number]) != theirs:
                 raise DatastoreError(
                     f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
+                    f"{len(self.blocks)}, but got {theirs[:12]}…; the file is damaged or from "
+                    "another save, download or save it again."
                 )
 
 @dataclass(frozen=True)
@@ -832,7 +835,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=_parse_index(fields.get("index")),
+            index=parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
@@ -968,7 +971,8 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-def _parse_index(values: Any) -> IndexInfo:
+def parse_index(values: Any) -> IndexInfo:
+    """Checks the part of a JSON file that says which index there is; raises DatastoreError."""
     fields = Fields(values, "index.")
     recall, parameters = fields.get("recall"), fields.get("parameters")
     if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
@@ -1411,11 +1415,13 @@ class FrozenDatastore:
         (folder / FAISS_NAME).unlink(missing_ok=True)  # made from the rows, and not copied
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
-def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor) -> None:
+def check_content(
+    features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor, *, reads_features: bool = True
+) -> None:
     """Refuses rows of a file that no datastore could have written."""
     try:
         check_row_numbers(labels, ids, len(features))
-        for part in features.parts:
+        for part in features.parts if reads_features else ():
             refuse_non_finite(part, "features")
         refuse_non_finite(mean.unsqueeze(0), "mean")
         if mean.shape != features.shape[1:]:
