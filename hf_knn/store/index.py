@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +13,16 @@ from numpy.typing import NDArray
 
 from ..core.manifest import IndexInfo
 from ..core.search import Ints, Rows, Singles
+from .approximate import LEAST, FaissApproximate, new_lists
+from .choice import choose_index, parse_memory, pays, was_refused, with_codes
 from .faiss import (
-    FaissApproximate,
     FaissFlat,
     TrustedIndex,
-    empty_index,
     has_faiss,
     how_to_get_faiss,
     read_flat,
-    require_faiss,
 )
-from .kinds import AUTO, FLAT, is_rebuildable
+from .kinds import AUTO, CODES, FLAT, FLOAT16, is_rebuildable
 from .recall import RECALL_K, Queries, RecallTest
 from .searcher import (
     ApproximateSearcher,
@@ -39,9 +37,6 @@ from .searcher import (
 from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
-
-LARGEST_EXACT = 100_000
-"""`auto` searches exactly up to this many rows."""
 
 MIN_RECALL = 0.99
 
@@ -100,57 +95,6 @@ class Placement:
         if len({found.type for found in devices}) != 1 or devices[0].type == "meta":
             raise ValueError(f"Expected `device` to be one kind that holds data, but got {device}.")
         return cls(tuple(devices), float16)
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes from a number or a text like `2GB`, `512MB` or `1.5 GiB`.
-
-    Args:
-        text: the limit.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(text).upper())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"Expected `max_memory` to be like '2GB', but got {text!r}.")
-    return int(float(found[1]) * units[found[2]])
-
-
-def choose_index(
-    requested: str, count: int, width: int, max_memory: int | None, *, fall_back: bool = False
-) -> IndexInfo:
-    """The index for a number of rows.
-
-    Args:
-        requested: `auto`, `flat` or a faiss factory string.
-        count: N.
-        width: D, values per row.
-        max_memory: bytes that the index may take; None for no limit.
-        fall_back: search exactly, with a message, where the rows are too few for the index.
-
-    Raises:
-        ImportError: for a faiss index without faiss.
-        ValueError: for a string that faiss does not understand, or too few rows for it.
-    """
-    if requested == FLAT or (requested == AUTO and (count <= LARGEST_EXACT or not has_faiss())):
-        return IndexInfo(requested, FLAT)
-    if requested != AUTO:
-        require_faiss(f"index={requested!r}")
-        spec = re.sub(r"(?<!\d)0+(?=\d)", "", requested)
-        try:
-            empty_index(spec, width, count, is_l2=False)
-        except ValueError as error:
-            if not fall_back:
-                raise
-            logger.warning("%s They are searched exactly.", error)
-            spec = FLAT
-        return IndexInfo(requested, spec)
-    lists = 2 ** round(np.log2(2 * count**0.5))
-    full = count * (4 * width + 8) + lists * 4 * width
-    codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
-    return IndexInfo(requested, f"IVF{lists},{codec}")
 
 
 def build_searcher(
@@ -220,9 +164,10 @@ def _approximate(
     if stored is not None:
         index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
         return index, stored
-    index = FaissApproximate.from_rows(info.spec, rows, is_l2)
-    centroids = index.centroids() if is_rebuildable(info.spec) else None
-    return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
+    if not is_rebuildable(info.spec):
+        return FaissApproximate.from_rows(info.spec, rows, is_l2), None
+    stored = StoredLists(*new_lists(info.spec, rows, is_l2))
+    return FaissApproximate.from_lists(info.spec, rows, *stored, is_l2), stored
 
 
 def _placed_first_pass(rows: Singles, placement: Placement) -> GrowingFirstPass:
@@ -249,7 +194,7 @@ def _say_once_that_faiss_is_missing() -> None:
 def _tune(
     searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
-    """Raises nprobe or efSearch until the recall on all samples is reached."""
+    """Doubles the parameter that helps most until the recall on all samples is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space
     first_pass = _exact_first_pass(len(ids))
 
@@ -259,27 +204,35 @@ def _tune(
     def find(queries: Queries, k: int) -> Ints:
         return searcher.search(queries.features, k, queries.own)[1]
 
-    test = RecallTest(features, ids, exact)
-    tunable = index.tunable()
-    value, largest = 0, 0
-    if tunable is not None:
-        name, largest = tunable
-        value = max(1, index.parameters.get(name, 1))
-        index.set_parameters({name: value})
-    while True:
-        recall, measured_on = test.worst(find)
-        if recall >= min_recall or value >= largest:
-            break
-        value = min(largest, 2 * value)
-        index.set_parameters({name: value})
-    found = replace(info, parameters=dict(index.parameters), recall=recall, measured_on=measured_on)
-    logger.info("index %s: %s", info.requested, found)
+    test, largest = RecallTest(features, ids, exact), index.tunable()
+
+    def measured(values: dict[str, int]) -> tuple[float, str]:
+        index.set_parameters(values)
+        return test.worst(find)
+
+    values = {name: index.parameters.get(name, LEAST[name]) for name in largest}
+    recall, measured_on = measured(values)
+    while recall < min_recall and (wider := _wider(values, largest)):
+        found = [(measured(each), each) for each in wider]
+        (recall, measured_on), values = max(found, key=lambda pair: pair[0][0])
+    index.set_parameters(values)
+    info = replace(info, parameters=values, recall=recall, measured_on=measured_on)
+    logger.info("index %s: %s", info.requested, info)
     if recall < min_recall:
         logger.warning(
             "index %s reaches recall@%d %.4f, below %.4f, on %s; index='flat' is exact.",
             info.spec, RECALL_K, recall, min_recall, measured_on,
         )  # fmt: skip
-    return found
+    return info
+
+
+def _wider(values: dict[str, int], largest: dict[str, int]) -> list[dict[str, int]]:
+    """The parameters with one of them doubled, for each that can be."""
+    return [
+        values | {name: min(2 * value, largest[name])}
+        for name, value in values.items()
+        if value < largest[name]
+    ]
 
 
 @dataclass(frozen=True)
@@ -321,7 +274,7 @@ class RowIndex:
         """The index for some rows.
 
         Args:
-            requested: `auto`, `flat` or a faiss factory string.
+            requested: `auto`, `auto:latency`, `flat` or a faiss factory string.
             count: of the rows.
             width: of the rows as they are compared.
             max_memory: such as `"2GB"`; None for no limit.
@@ -356,7 +309,11 @@ class RowIndex:
 
     def on(self, placement: Placement) -> Self:
         """The same, to be built where searches are to run."""
-        return replace(self, searcher=None, placement=placement)
+        info, is_gpu = self.info, any(device.type == "cuda" for device in placement.devices)
+        if is_gpu and info.requested == AUTO and info.spec.endswith(CODES):
+            # faiss has no such codes there; the lists are the same
+            info = IndexInfo(AUTO, info.spec.removesuffix(CODES) + FLOAT16)
+        return replace(self, info=info, searcher=None, placement=placement)
 
     def exact(self) -> Self:
         """An exact one at the same place, for some of the rows."""
@@ -396,10 +353,40 @@ class RowIndex:
             table.features, table.ids.numpy(), space, self.info, stored, self.min_recall,
             self.placement, self.trusted,
         )  # fmt: skip
+        if self.info.recall is None:
+            better = self._better(info, lists, table)
+            if better is not None:
+                return better[0].built(better[1], space)
         index = replace(self, info=info, searcher=searcher)
         if lists is None or table.lists is not None:
             return index, table
         return replace(index, centroids=lists.centroids), table.with_lists(lists.lists)
+
+    def _better(
+        self, info: IndexInfo, lists: StoredLists | None, table: RowTable
+    ) -> tuple[Self, RowTable] | None:
+        """What `auto` takes instead, to be built, once it knows how an index searches.
+
+        Args:
+            info: what was measured.
+            lists: of an inverted file.
+            table: the rows.
+        """
+        count = len(table)
+        coded = with_codes(info, count, self.width, self.max_memory)
+        if coded is not None and lists is not None and self.placement.devices == CPU:
+            logger.info("index %s: %s reads many rows, codes are compared first", AUTO, info)
+            index = replace(self, info=coded, centroids=lists.centroids, searcher=None)
+            return index, table.with_lists(lists.lists)
+        is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
+        if pays(info, self.min_recall) or not is_small:
+            return None
+        logger.info(
+            "index %s: %s would take as long as an exact search, which is taken instead",
+            info.requested, info,
+        )  # fmt: skip
+        exact = IndexInfo(info.requested, FLAT)
+        return replace(self, info=exact, centroids=None), table.with_lists(None)
 
     def after_adding(self, before: RowTable, table: RowTable) -> tuple[Self, RowTable]:
         """In step with rows that were appended.
@@ -410,7 +397,7 @@ class RowIndex:
         """
         searcher = self.searcher
         follows = searcher is not None and searcher.add(table.features, table.ids.numpy())
-        if not follows or self._is_outgrown(table):
+        if not follows or self._is_outgrown(len(before), table):
             if before.lists is not None:  # which lie in the files of these rows too
                 table = replace(table, shards=[Shard(shard.rows) for shard in table.shards])
             return self.forgotten(table)
@@ -439,11 +426,12 @@ class RowIndex:
         is_clean = self.searcher is None or not self.searcher.has_removed_rows
         return self if is_clean else self.unbuilt()
 
-    def _is_outgrown(self, table: RowTable) -> bool:
-        """Whether rows that were too few for the index have become enough."""
+    def _is_outgrown(self, before: int, table: RowTable) -> bool:
+        """Whether rows that are searched exactly, for now, may be too many for that."""
         if self.info.spec != FLAT or self.info.requested == FLAT:
             return False
-        return self.chosen_again(table).info.spec != FLAT
+        is_known = was_refused(self.info, before, len(table))
+        return not is_known and self.chosen_again(table).info.spec != FLAT
 
     def _lists_of(self, table: RowTable, start: int) -> Ints:
         """The lists of the rows from `start`, which the index has just taken in."""
