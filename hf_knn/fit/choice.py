@@ -19,7 +19,7 @@ from ..core.config import Head, Normalization
 from ..core.votes import ClassWeighting, Metric, Weighting
 from ..data.splits import Fold
 from ..store.datastore import Datastore
-from .blend import Cell, Criterion, TuneResult, untuned
+from .blend import Cell, Criterion, TuneResult, head_alone
 from .closed import ClosedCell, fit_closed
 from .held_out import (
     Answer,
@@ -51,9 +51,6 @@ with 1 and 2 labels a class: 31.1 and 43.1 %; ten times the regulariser had 30.1
 beside it 27.8 and 37.5. With 2 labels leave-one-out had 42.6 there, and with a backbone that was
 trained on the few 20.3 where the cell had 14.3 (openmoji), and 44.0 where it had 24.6 (glyphs).
 """
-
-
-_ALONE = replace(untuned(), knn_weight=0.0)
 
 
 class HeadScore(NamedTuple):
@@ -94,7 +91,7 @@ class HeadChoice:
     criterion: str | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     fixed: ClosedCell | None = None
-    result: TuneResult = field(default_factory=lambda: _ALONE, repr=False)
+    result: TuneResult = field(default_factory=head_alone, repr=False)
     answers: HeldOut | None = field(default=None, repr=False)
     judged: Blended | None = field(default=None, repr=False)
 

@@ -16,8 +16,8 @@ from ..features.extract import ImageFeatures
 from ..model.backbones import evaluating
 from ..model.modeling import KnnForImageClassification
 from ..model.stored import find_copies
-from .blend import Criterion, TuneResult, untuned
-from .choice import HeadChoice
+from .blend import Criterion, TuneResult, head_alone, untuned
+from .choice import FEWEST_LABELS, HeadChoice
 from .held_out import (
     Blended,
     BlendOf,
@@ -91,7 +91,8 @@ def choose_blend(
     Where something is chosen, that is on one half of the rows, since from which confidence on
     answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
     other half. What is fixed leaves all of them for that. With few labels all are chosen on, and
-    each half is judged by what the other half chooses.
+    each half is judged by what the other half chooses; with fewer than 3 a class the head answers
+    alone.
 
     Args:
         model: what was asked.
@@ -104,6 +105,8 @@ def choose_blend(
     """
     config = model.config
     known = choice.result if choice is not None and choice.criterion == criterion else None
+    if known is None and criterion is None and _are_too_few(model, held_out):
+        known = head_alone()
     if held_out is None:
         result = known or untuned()
         _set_cell(config, result)
@@ -151,6 +154,13 @@ def choose_blend(
     sure = soften(told.log_probs, config.blend_temperature)
     config.answer_thresholds = thresholds(sure, told.labels, ERROR_RATES)
     return result
+
+
+def _are_too_few(model: KnnForImageClassification, held_out: HeldOut | None) -> bool:
+    """Whether neither what is stored nor what is held out has 3 labels a class, on average."""
+    fewest, store = FEWEST_LABELS * model.config.classes, model.datastore
+    asked = 0 if held_out is None else len(held_out.labels)
+    return store is not None and max(len(store), asked) < fewest
 
 
 def _set_cell(config: KnnConfig, result: TuneResult) -> None:

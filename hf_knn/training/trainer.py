@@ -222,10 +222,10 @@ class KnnTrainer(SavingTrainer):
         On a validation set if there is one, without what of it is stored; else, with a frozen
         backbone, by cross-validation in which both voices of a fold come from its training part.
         Below 16 labels a class k and temperature are fixed (20, 0.14), and λ alone is chosen,
-        unless a criterion is named: on so few, chance would choose. λ is 0.5 where no row can be
-        held out, and 0 beside a head of fewer than 3 labels a class, see `head_choice`.
+        unless a criterion is named: on so few, chance would choose. λ is 0 below 3 labels a class,
+        and 0.5 where there are more and no row can be held out.
 
-        Half of the rows are chosen on, and thresholds for `explain(max_error=…)` found on the others.
+        Half of the rows are chosen on; thresholds for `explain(max_error=…)` come from the others.
         Few are all chosen on; then each half is judged by what the other would choose.
 
         Args:

@@ -817,7 +817,7 @@ def test_folds_do_not_depend_on_the_random_state_of_the_moment(tmp_path: Path) -
     assert tables[0] == tables[1]
 
 
-@pytest.mark.parametrize("shots", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shots", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_few_labels_fix_k_and_temperature(shots: int, tmp_path: Path) -> None:
     model = small_model(CLASSES, k=3, knn_temperature=0.5, knn_weight=0.9, blend_temperature=2.0)
     trainer = KnnTrainer(model, probe(tmp_path), train_dataset=random_features([0, 1, 2] * shots))
@@ -830,12 +830,16 @@ def test_few_labels_fix_k_and_temperature(shots: int, tmp_path: Path) -> None:
     cell = (config.k, config.knn_temperature, config.knn_weight, config.blend_temperature)
     assert cell == (20, 0.14, result.knn_weight, 1.0)  # not clipped: the store may grow
     assert f"({result.rows} on these; 16 a class are wanted)" in result.say("on these")
-    if shots > 1:
+    if shots < 3:
+        assert (result.criterion, result.rows, result.knn_weight) == ("fixed", held_out, 0)
+        assert "the head answers alone" in result.say("")
+    else:
         assert (result.criterion, result.rows) == ("one_standard_error", held_out)
         assert [cell.knn_weight for cell in result.table] == [0.0, 0.1, 0.2, 0.3, 0.5]
         (k,) = {cell.k for cell in result.table}
         assert k <= min(20, 3 * shots - 1)  # who could vote in a fold
         assert "and λ alone is chosen" in result.say("")
+    if shots > 1:
         # whoever names a criterion gets what it says
         named = trainer.tune(criterion="log_likelihood")
         assert named.criterion == "log_likelihood"
@@ -845,7 +849,6 @@ def test_few_labels_fix_k_and_temperature(shots: int, tmp_path: Path) -> None:
         assert (fixed.rows, fixed.score) == (held_out, fixed.fixed.accuracy)
         assert (fixed.k, fixed.temperature, fixed.knn_weight) == (20, 0.14, 0.5)
     else:
-        assert (result.criterion, result.rows, result.knn_weight) == ("fixed", 0, 0.5)
         assert math.isnan(result.score)
         assert config.answer_thresholds == {}
         with pytest.raises(ValueError, match=r"two pictures.*pass a validation set"):
