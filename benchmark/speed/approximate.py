@@ -19,7 +19,7 @@ from usearch.index import Index as UsearchIndex
 
 from hf_knn import Datastore
 
-K, BATCH = 20, 200
+K, BATCH, SIZES = 20, 200, (50_000, 250_000)
 PEER, FLOAT32, GRAPH = "Datastore, auto", "Datastore, float32 lists", "Datastore, auto:latency"
 LINKS, BUILD_WIDTH = 16, 100
 """Of both graphs; their widths of search are widened until they reach the recall."""
@@ -51,9 +51,6 @@ def main(
     for name, count in plans:
         path = output if len(plans) == 1 else output.with_stem(f"{output.stem}-{name}-{count}")
         _measure(name, count, queries, rounds, recall, latency, path)
-
-
-SIZES = (50_000, 250_000)
 
 
 def _measure(
@@ -93,7 +90,9 @@ def _measure(
         _say(timings, len(part), built, reached)
 
 
-def _say(timings: list[Timing], count: int, built: dict[str, Built], reached: dict) -> None:
+def _say(
+    timings: list[Timing], count: int, built: dict[str, Built], reached: dict[str, float]
+) -> None:
     """What each took, and how many times as fast `auto` was."""
     for timing in timings:
         index = built[timing.name]

@@ -194,7 +194,7 @@ def test_lists_of_other_rows_are_refused_before_they_are_looked_for(tmp_path: Pa
     saved(tmp_path, CODES)
     for bad in (ROWS, -2, 2**40):
         index = built(CODES)
-        lists = faiss.extract_index_ivf(index).invlists
+        lists: Any = faiss.extract_index_ivf(index).invlists
         faiss.rev_swig_ptr(lists.get_ids(1), lists.list_size(1))[0] = bad
         put(tmp_path, index)
         with pytest.raises(DatastoreError, match=r"ids in \[0, 300\)"):
