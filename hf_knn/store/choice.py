@@ -94,9 +94,23 @@ def with_codes(info: IndexInfo, count: int, width: int, max_memory: int | None) 
         return None
     number, nprobe = int(lists[1]), info.parameters["nprobe"]
     full = count * (2 * width + 8 + width // 8 + _CODE_BYTES) + number * 4 * width
-    if nprobe * count < MANY_READ * number or (max_memory is not None and full > max_memory):
+    if not MANY_READ / count <= nprobe / number <= _LARGEST_SHARE_OF_CODES:
+        return None
+    if max_memory is not None and full > max_memory:
         return None
     return IndexInfo(AUTO, f"IVF{number},{CODES}", {"nprobe": nprobe})
+
+
+def most_that_pays(info: IndexInfo, largest: dict[str, int]) -> dict[str, int]:
+    """How far the parameters of an index are raised.
+
+    Args:
+        info: which index.
+        largest: the largest sensible value of each parameter.
+    """
+    if info.requested != AUTO or not info.spec.endswith(CODES):
+        return largest
+    return largest | {"nprobe": int(_LARGEST_SHARE_OF_CODES * largest["nprobe"])}
 
 
 def pays(info: IndexInfo, min_recall: float) -> bool:

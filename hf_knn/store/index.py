@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from ..core.manifest import IndexInfo
 from ..core.search import Ints, Rows, Singles
 from .approximate import LEAST, FaissApproximate, new_lists
-from .choice import choose_index, parse_memory, pays, was_refused, with_codes
+from .choice import (
+    choose_index,
+    most_that_pays,
+    parse_memory,
+    pays,
+    was_refused,
+    with_codes,
+)
 from .faiss import (
     FaissFlat,
     TrustedIndex,
@@ -204,7 +211,7 @@ def _tune(
     def find(queries: Queries, k: int) -> Ints:
         return searcher.search(queries.features, k, queries.own)[1]
 
-    test, largest = RecallTest(features, ids, exact), index.tunable()
+    test, largest = RecallTest(features, ids, exact), most_that_pays(info, index.tunable())
 
     def measured(values: dict[str, int]) -> tuple[float, str]:
         index.set_parameters(values)
@@ -338,6 +345,8 @@ class RowIndex:
     def built(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
         """With a searcher; the table with the lists of its rows, for an inverted file.
 
+        Where `auto` chose, and now knows how its index searches, that may be another one.
+
         Args:
             table: the rows.
             space: how they are compared.
@@ -346,6 +355,27 @@ class RowIndex:
             ValueError: for an index that cannot be built from these rows.
             DatastoreError: for a trusted file of other rows or another kind.
         """
+        index, kept = self._build(table, space)
+        info, count = index.info, len(table)
+        if self.info.recall is not None:  # it was chosen before
+            return index, kept
+        coded = with_codes(info, count, self.width, self.max_memory)
+        if coded is not None and self.placement.devices == CPU:
+            logger.info("index %s: %s reads many rows, codes are tried", AUTO, info)
+            other, _ = replace(index, info=coded, searcher=None)._build(kept, space)
+            if pays(other.info, self.min_recall):
+                return other, kept
+        is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
+        if pays(info, self.min_recall) or not is_small:
+            return index, kept
+        logger.info(
+            "index %s: %s would take as long as an exact search, which is taken instead",
+            info.requested, info,
+        )  # fmt: skip
+        exact = IndexInfo(info.requested, FLAT)
+        return replace(index, info=exact, centroids=None)._build(kept.with_lists(None), space)
+
+    def _build(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
         stored = None
         if self.centroids is not None and table.lists is not None:
             stored = StoredLists(self.centroids, table.lists)
@@ -353,40 +383,10 @@ class RowIndex:
             table.features, table.ids.numpy(), space, self.info, stored, self.min_recall,
             self.placement, self.trusted,
         )  # fmt: skip
-        if self.info.recall is None:
-            better = self._better(info, lists, table)
-            if better is not None:
-                return better[0].built(better[1], space)
         index = replace(self, info=info, searcher=searcher)
         if lists is None or table.lists is not None:
             return index, table
         return replace(index, centroids=lists.centroids), table.with_lists(lists.lists)
-
-    def _better(
-        self, info: IndexInfo, lists: StoredLists | None, table: RowTable
-    ) -> tuple[Self, RowTable] | None:
-        """What `auto` takes instead, to be built, once it knows how an index searches.
-
-        Args:
-            info: what was measured.
-            lists: of an inverted file.
-            table: the rows.
-        """
-        count = len(table)
-        coded = with_codes(info, count, self.width, self.max_memory)
-        if coded is not None and lists is not None and self.placement.devices == CPU:
-            logger.info("index %s: %s reads many rows, codes are compared first", AUTO, info)
-            index = replace(self, info=coded, centroids=lists.centroids, searcher=None)
-            return index, table.with_lists(lists.lists)
-        is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
-        if pays(info, self.min_recall) or not is_small:
-            return None
-        logger.info(
-            "index %s: %s would take as long as an exact search, which is taken instead",
-            info.requested, info,
-        )  # fmt: skip
-        exact = IndexInfo(info.requested, FLAT)
-        return replace(self, info=exact, centroids=None), table.with_lists(None)
 
     def after_adding(self, before: RowTable, table: RowTable) -> tuple[Self, RowTable]:
         """In step with rows that were appended.

@@ -193,6 +193,28 @@ def test_auto_compares_codes_first_where_lists_read_many_rows(
 
 
 @pytest.mark.usefixtures("small_threshold")
+def test_auto_keeps_its_lists_where_codes_miss_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MANY_READ", 10)
+    real = Searcher.search
+    coded = []
+
+    def miss(self: Any, queries: NDArray, k: int, exclude_ids: Any) -> Any:
+        similarities, positions = real(self, queries, k, exclude_ids)
+        if getattr(getattr(self, "index", None), "spec", "").endswith(CODES):
+            coded.append(len(queries))
+            positions = np.zeros_like(positions)
+        return similarities, positions
+
+    monkeypatch.setattr(Searcher, "search", miss)
+    store = built(clustered(0), "auto")
+    assert coded, "codes were not tried"
+    assert store.index.spec == "IVF128,SQfp16"
+    assert stated(store) >= MIN_RECALL
+    queries = clustered(3, 20)
+    assert_sound(store.search(queries, 5), store, queries, 5)
+
+
+@pytest.mark.usefixtures("small_threshold")
 def test_auto_is_exact_where_most_lists_would_be_looked_into(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
