@@ -22,6 +22,9 @@ FIGURES = "figures"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~#])")
 _TILES_IN_A_ROW = 4
 
+LONGEST_FOLDED = 200
+"""Rows of a folded table; a longer one is in the page alone, as sites show no such Markdown."""
+
 
 def write_markdown(report: Report, folder: Path) -> Path:
     """Writes `report.md` and the folder `figures`.
@@ -76,6 +79,10 @@ def _block(block: Block, folder: Path) -> Iterator[str]:
 
 
 def _grid(grid: Grid) -> Iterator[str]:
+    if grid.folded and len(grid.rows) > LONGEST_FOLDED:
+        where = "in report.html, which the same command writes; the numbers are in results.parquet"
+        yield f"{escaped(grid.folded)}: {len(grid.rows):,} rows, {where}."
+        return
     if grid.folded:
         yield from (f"<details><summary>{escaped(grid.folded)}</summary>", "")
     if grid.caption:

@@ -98,7 +98,8 @@ def main(
     timings = compare(contestants, REFIT, rounds)
     oracle = refit_peer()
     wanted = torch.from_numpy(oracle.coef_) / 2  # its targets are -1 and 1
-    gap = float((ridge.head.classifier.weight.double() - wanted).abs().max() / wanted.abs().max())
+    weight = ridge.head.classifier.weight.detach().double()
+    gap = float((weight - wanted).abs().max() / wanted.abs().max())
     title = f"{rows:,} x {dim}, {classes} classes; largest relative difference of weights {gap:.1e}"
     if facts:
         title += (

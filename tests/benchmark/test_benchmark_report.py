@@ -18,12 +18,12 @@ from support.benchmark_cells import POOL, Plan, cell_name, cells_of, write_cell,
 from typer.testing import CliRunner
 
 from report import app
-from reporting import sections
+from reporting import markdown, sections
 from reporting.baseline import baseline_report, compare
 from reporting.build import build_report
 from reporting.cells import Results, Setting, load_results
 from reporting.clean import without_near_duplicates
-from reporting.document import Figures, Gallery, Grid, Text
+from reporting.document import Figures, Gallery, Grid, Report, Section, Text
 from reporting.markdown import write_markdown
 from reporting.page import render_html, write_html
 from reporting.pairs import (
@@ -322,6 +322,18 @@ def test_the_markdown_has_its_pictures_and_no_markup_of_strangers(written):
     widths = [len(re.split(r"(?<!\\)\|", line)) for line in tables]
     starts = [n for n, line in enumerate(tables) if line.startswith(("| ---", "| ---:"))]
     assert all(widths[n - 1] == widths[n] == widths[n + 1] for n in starts)
+
+
+@pytest.mark.parametrize("count", [markdown.LONGEST_FOLDED, markdown.LONGEST_FOLDED + 1])
+@pytest.mark.parametrize("folded", ["", "One by one"])
+def test_a_long_folded_table_is_in_the_page_alone(count, folded, tmp_path):
+    grid = Grid(["a"], [[f"cell {n}"] for n in range(count)], words=1, folded=folded)
+    report = Report("title", [], [Section("heading", [grid])])
+    text = write_markdown(report, tmp_path).read_text(encoding="utf-8")
+    is_left_out = bool(folded) and count > markdown.LONGEST_FOLDED
+    assert (f"cell {count - 1}" in text) != is_left_out
+    assert (f"One by one: {count:,} rows, in report.html" in text) == is_left_out
+    assert f"cell {count - 1}" in render_html(report)
 
 
 def test_drawings_beyond_the_most_are_said(results, monkeypatch):
