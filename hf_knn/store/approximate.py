@@ -38,9 +38,6 @@ _CANDIDATES_IN_REACH = 4
 _LARGEST_ON_GPU = 2048
 """faiss-gpu returns at most so many neighbours."""
 
-_FEW_MORE, _MANY_MORE = 12, 44
-"""Candidates beyond k of an index that compares in float16 or better, and of any other."""
-
 LEAST = {"nprobe": 1, "efSearch": 1, "k_factor": 4}
 """What the parameters are where nobody chose them."""
 
@@ -53,11 +50,10 @@ class FaissApproximate:
         spec: its factory string.
     """
 
+    extra = 44  # some of which may be rows that were removed since
+
     def __init__(self, index: Any, spec: str) -> None:
         self.index, self.spec = index, spec
-        self.extra = _MANY_MORE
-        if is_rebuildable(spec) and not spec.endswith("SQ8"):
-            self.extra = _FEW_MORE
         self.on_gpus: Any = None
         self._lock = Lock()
         self.parameters: dict[str, int] = {}

@@ -11,10 +11,10 @@ from .kinds import AUTO, CODES, FLAT, FLOAT16, LARGEST_EF, LATENCY
 
 logger = logging.getLogger(__name__)
 
-LARGEST_EXACT = 20_000
+LARGEST_EXACT = 100_000
 """`auto` searches exactly up to this many rows."""
 
-_LARGEST_SHARE, _LARGEST_SHARE_OF_CODES = 0.25, 0.5
+LARGEST_SHARE = 0.5
 """Of the lists that a search looks into; beyond it an exact search takes hardly longer."""
 
 MANY_READ = 2_000
@@ -94,7 +94,7 @@ def with_codes(info: IndexInfo, count: int, width: int, max_memory: int | None) 
         return None
     number, nprobe = int(lists[1]), info.parameters["nprobe"]
     full = count * (2 * width + 8 + width // 8 + _CODE_BYTES) + number * 4 * width
-    if not MANY_READ / count <= nprobe / number <= _LARGEST_SHARE_OF_CODES:
+    if not MANY_READ / count <= nprobe / number <= LARGEST_SHARE:
         return None
     if max_memory is not None and full > max_memory:
         return None
@@ -110,7 +110,7 @@ def most_that_pays(info: IndexInfo, largest: dict[str, int]) -> dict[str, int]:
     """
     if info.requested != AUTO or not info.spec.endswith(CODES):
         return largest
-    return largest | {"nprobe": int(_LARGEST_SHARE_OF_CODES * largest["nprobe"])}
+    return largest | {"nprobe": int(LARGEST_SHARE * largest["nprobe"])}
 
 
 def pays(info: IndexInfo, min_recall: float) -> bool:
@@ -123,8 +123,7 @@ def pays(info: IndexInfo, min_recall: float) -> bool:
     if info.recall is None or info.requested not in (AUTO, LATENCY):
         return True
     lists = re.search(r"IVF(\d+)", info.spec)
-    share = _LARGEST_SHARE_OF_CODES if info.spec.endswith(CODES) else _LARGEST_SHARE
-    most = share * int(lists[1]) if lists else LARGEST_EF
+    most = LARGEST_SHARE * int(lists[1]) if lists else LARGEST_EF
     effort = info.parameters.get("nprobe" if lists else "efSearch", 1)
     return info.recall >= min_recall and effort <= most
 

@@ -219,6 +219,7 @@ def test_auto_is_exact_where_most_lists_would_be_looked_into(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "MANY_READ", COUNT)
+    monkeypatch.setattr(choice, "LARGEST_SHARE", 0.1)
     rows = normal(0, COUNT + 200, WIDTH)  # no clusters: neighbours lie in any list
     with caplog.at_level(logging.INFO):
         store = built(rows[:COUNT], "auto")
@@ -235,7 +236,10 @@ def test_auto_is_exact_where_most_lists_would_be_looked_into(
 
 
 @pytest.mark.usefixtures("small_threshold")
-def test_a_limit_of_memory_is_kept_to_where_lists_hardly_pay() -> None:
+def test_a_limit_of_memory_is_kept_to_where_lists_hardly_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "LARGEST_SHARE", 0.1)
     store = built(normal(0, COUNT, WIDTH), "auto", max_memory=4 * WIDTH * COUNT - 1)
     assert store.index.spec.startswith("IVF128,")
 
