@@ -14,11 +14,12 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from ..core.plain_json import read_json
-from ..features.cache import ABOUT_NAME, KEYS_FOLDER, cache_root
+from ..features.cache import ABOUT_NAME, KEYS_FOLDER
 from ..features.extract import progress_bars
 from ..fit.plots import check_drawing, draw_tuning
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.stored import shown
+from ..store.folders import cache_root
 from ..training.trainer import KnnTrainer
 from .console import (
     changing,

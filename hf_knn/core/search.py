@@ -32,10 +32,9 @@ _FLOAT32_ROUNDING = 2.0**-24
 _SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
 """What torch's settings of float32 products let one of unit vectors be off."""
 
-_RESCORE_BYTES = 128 * 2**20
-_COMPARE_BYTES = 2**20  # rows that stay in the cache while each query is compared with them
-_FEW_MORE = 3  # times as many rows as asked for are compared rather than gathered
-_PAIRS_PER_ROW = 100  # that are compared in the time in which a row is normalised
+_PAIRS_AT_ONCE = 2**22
+_COMPARE_BYTES = 2**20  # rows that stay in the cache while they are compared
+_CANDIDATES_PER_ROW = 6  # what it costs to gather one, in rows that are compared in their order
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
@@ -134,9 +133,9 @@ class FirstPass(Protocol):
             count: how many, at most the number of rows.
 
         Returns:
-            Row positions [B, count] int64 (-1 where an approximate pass found fewer), and [B]
-            float64: no row that was left out has an exact inner product above that; -inf where
-            nothing is promised.
+            Row positions [B, count] int64 (-1 where an approximate pass found fewer), and float64
+            [B, count]: no row from that place on, nor one that was left out, has an exact inner
+            product above that; inf where nothing is promised.
         """
         ...
 
@@ -157,7 +156,7 @@ class TorchFirstPass:
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         scores, positions = best_of_blocks(self.blocks, torch.from_numpy(queries), count)
-        return positions.numpy(), scores[:, -1].double().numpy() + self.rounding + shortcut()
+        return positions.numpy(), scores.double().numpy() + self.rounding + shortcut()
 
 
 def best_of_blocks(blocks: Sequence[Tensor], queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -296,13 +295,13 @@ class RowSpace:
         scores = (similarities + squares) / (2 * self.scale**2 * length)
         return scores - 1e-14 * squares / (self.scale**2 * length)
 
-    def compare(self, rows: Floats, query: Floats) -> Floats:
-        """Similarity of one query with [K, D] normalised rows, each pair by itself."""
+    def compare(self, rows: Floats, queries: Floats) -> Floats:
+        """[K, D] normalised rows with one query [D], or [K, D] each with its own: [K]."""
         # [1, D] by [D, 1] for each row is one dot product of BLAS, by itself, also in numpy 1
         if self.is_l2:
-            rows = rows - query
+            rows = rows - queries
             return -np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
-        return np.matmul(rows[:, None, :], query[:, None])[:, 0, 0]
+        return np.matmul(rows[:, None, :], queries[..., None])[:, 0, 0]
 
     def largest_length(self, features: Rows) -> float:
         """Of the rows, once they are normalised."""
@@ -339,12 +338,11 @@ class Searcher:
             count: how many.
 
         Returns:
-            Positions [B, count] int64, -1 for none; [B] what a row that was left out can score at
-            most; and [B] the length that each query had for the first pass.
+            Positions [B, count] int64, -1 for none; [B, count] what a row from there on can score
+            at most; and [B] the length that each query had for the first pass.
         """
         scaled, length = self.space.first_pass_queries(queries)
-        candidates, limit = self.first_pass.candidates(scaled, count)
-        return candidates, limit, length
+        return *self.first_pass.candidates(scaled, count), length
 
     def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
         """Finds the k nearest rows.
@@ -364,9 +362,9 @@ class Searcher:
         count = k + (exclude_ids is not None) + self.first_pass.extra
         while len(pending):
             certain = []
-            every_row = self._compares_every_row(len(pending), count)
+            every_row = self.compares_every_row(count)
             width = len(self.ids) if every_row else count
-            step = self._queries_at_once(width, every_row)
+            step = max(1, _PAIRS_AT_ONCE // width)
             for start in range(0, len(pending), step):
                 chunk = pending[start : start + step]
                 excluded = None if exclude_ids is None else exclude_ids[chunk]
@@ -377,73 +375,70 @@ class Searcher:
             count *= 4
         return similarities, positions
 
-    def _compares_every_row(self, queries: int, count: int) -> bool:
-        """Whether that takes less time than to gather candidates.
-
-        Each chunk of queries normalises its rows anew, and many chunks with many candidates each
-        normalise nearly all rows again and again.
-
-        Args:
-            queries: how many.
-            count: candidates of each; of a third of the rows it is so for a single query.
-        """
-        rows = len(self.ids)
-        if 3 * count >= rows or not self.is_exact:
-            return 3 * count >= rows
-        step, all_step = (self._queries_at_once(*of) for of in ((count, False), (rows, True)))
-        gathered = -(-queries // step) * min(step * count, rows) * _PAIRS_PER_ROW + queries * count
-        every = -(-queries // all_step) * rows * _PAIRS_PER_ROW + queries * rows
-        return every < gathered
-
-    def _queries_at_once(self, width: int, every_row: bool) -> int:
-        """How many queries are compared with `width` rows each before the next are looked at."""
-        apart = 1 if every_row else max(1, self.features.shape[1])  # candidates of their own
-        return max(1, _RESCORE_BYTES // (8 * width * apart))
+    def compares_every_row(self, count: int) -> bool:
+        """Whether that takes less time than to gather so many candidates of each query."""
+        return _CANDIDATES_PER_ROW * count >= len(self.ids)
 
     def _search_chunk(
         self, queries: Floats, k: int, excluded: Ints | None, width: int, every_row: bool
     ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
+        nothing = np.full((len(queries), width), -np.inf)
         if every_row:
-            candidates = np.broadcast_to(np.arange(width), (len(queries), width))
-            limit, length = np.full(len(queries), -np.inf), np.ones(len(queries))
+            candidates = np.broadcast_to(np.arange(width), nothing.shape)
+            reach, length = nothing, np.ones(len(queries))
         else:
-            candidates, limit, length = self.propose(queries, width)
-        rescore = self._compare_all if every_row else self._rescore
-        similarities = rescore(queries, candidates)  # [B, width]
-        similarities[candidates < 0] = -np.inf
+            candidates, reach, length = self.propose(queries, width)
+        allowed = candidates >= 0
         if excluded is not None:
-            similarities[self.ids[candidates] == excluded[:, None]] = -np.inf
+            allowed &= self.ids[candidates] != excluded[:, None]
+        if every_row:
+            similarities = np.where(allowed, self._compare_all(queries), -np.inf)
+        else:
+            similarities, count = nothing, np.cumsum(allowed, axis=1)
+            first = allowed & (count <= (k if self.is_exact else width))
+            self._rescore(queries, candidates, first, similarities)
+            # whatever cannot reach the least of these needs no rescoring
+            lowest = similarities.min(axis=1, where=first, initial=np.inf)
+            lowest = self.space.as_score(lowest, queries, length)
+            more = allowed & ~first & (reach >= lowest[:, None])
+            self._rescore(queries, candidates, more, similarities)
+            width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
+        candidates, similarities = candidates[:, :width], similarities[:, :width]
+        own = np.arange(len(queries))[:, None]
         order = nearest_first(similarities, self.ids[candidates], k)
-        best = np.take_along_axis(similarities, order, axis=1)
-        # what the first pass left out scores at most `limit`: the k-th place must be above it
+        best = similarities[own, order]
+        # what the first pass left out must score less than the k-th place
+        limit = reach[:, -1] if self.is_exact else -np.inf
         certain = self.space.as_score(best[:, -1], queries, length) > limit
-        return best, np.take_along_axis(candidates, order, axis=1), certain
+        return best, candidates[own, order], certain
 
-    def _rescore(self, queries: Floats, candidates: Ints) -> Floats:
-        """Similarity of each query with each of its candidates, one pair at a time in float64."""
-        used, places = np.unique(candidates, return_inverse=True)
-        places = places.reshape(candidates.shape)
-        similarities = np.empty(candidates.shape)
-        step = max(1, _RESCORE_BYTES // (8 * self.features.shape[1]))
-        for start in range(0, len(used), step):
-            rows = self.space.normalize(self.features[used[start : start + step]])
+    def _rescore(
+        self, queries: Floats, candidates: Ints, chosen: NDArray[np.bool_], similarities: Floats
+    ) -> None:
+        """Fills in the similarity of each chosen pair, one by one in float64.
 
-            def fill(i: int, rows: Floats = rows, start: int = start) -> None:
-                if len(used) <= min(step, _FEW_MORE * candidates.shape[1]):
-                    similarities[i] = self.space.compare(rows, queries[i])[places[i]]  # [width]
-                elif len(used) <= step:
-                    similarities[i] = self.space.compare(rows[places[i]], queries[i])
-                else:
-                    here = (places[i] >= start) & (places[i] < start + step)
-                    chosen = rows[places[i, here] - start]
-                    similarities[i, here] = self.space.compare(chosen, queries[i])
+        In the order of the rows, so that each is read and normalised once, and in small blocks that
+        stay in the cache.
+        """
+        numbers, places = chosen.nonzero()
+        rows = candidates[numbers, places]
+        order = np.argsort(rows)
+        step = max(1, _COMPARE_BYTES // (8 * self.features.shape[1]))
 
-            _in_threads(fill, len(queries), similarities.size)
-        return similarities
+        def fill(block: int) -> None:
+            part = order[block * step : (block + 1) * step]
+            used, which = np.unique(rows[part], return_inverse=True)
+            normalized = self.space.normalize(self.features[used])
+            if len(used) < len(part):
+                normalized = normalized[which]
+            pairs = self.space.compare(normalized, queries[numbers[part]])
+            similarities[numbers[part], places[part]] = pairs
 
-    def _compare_all(self, queries: Floats, candidates: Ints) -> Floats:
-        """What `_rescore` finds where the candidates of each query are all rows in their order."""
-        similarities = np.empty(candidates.shape)
+        _in_threads(fill, -(-len(order) // step), len(order))
+
+    def _compare_all(self, queries: Floats) -> Floats:
+        """[B, N] similarity of each query with each row."""
+        similarities = np.empty((len(queries), len(self.ids)))
         step = max(1, _COMPARE_BYTES // (8 * self.features.shape[1]))
         for start in range(0, len(self.ids), step):
             part = slice(start, start + step)
@@ -476,16 +471,15 @@ def _widened(features: NDArray) -> Floats:
 
 def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:
     """Runs a task for each of `count` numbers; numpy lets go of the interpreter meanwhile."""
-    threads = min(torch.get_num_threads(), count) if pairs > _PAIRS_FOR_THREADS else 1
+    threads = max(1, min(torch.get_num_threads(), count)) if pairs > _PAIRS_FOR_THREADS else 1
 
-    def run(span: Ints) -> None:
-        for number in span:
-            task(int(number))
+    def run(first: int) -> None:
+        for number in range(first, count, threads):
+            task(number)
 
-    spans = np.array_split(np.arange(count), max(1, threads))
     if threads < 2:
-        run(spans[0])
+        run(0)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, span) for span in spans]:
+        for done in [pool.submit(run, first) for first in range(threads)]:
             done.result()

@@ -29,8 +29,7 @@ from ..core.backbone import extract
 from ..core.config import KnnConfig
 from ..core.plain_json import read_json
 from ..store.advice import install
-from ..store.folders import written_whole
-from .cache import cache_root, short_name
+from ..store.folders import cache_root, short_name, written_whole
 from .encoders import (
     AUTO,
     BACKENDS,

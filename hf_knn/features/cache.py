@@ -1,6 +1,5 @@
 """Features on disk, by picture: what was computed once is read, whatever dataset it comes in."""
 
-import hashlib
 import json
 import logging
 import os
@@ -155,16 +154,6 @@ def key_list(keys: NDArray[np.uint8]) -> list[bytes]:
     """[n, 16] uint8 as a list of bytes, to look up."""
     data = keys.tobytes()
     return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
-
-
-def cache_root() -> Path:
-    """Where this project keeps what it can compute again: `$HF_KNN_CACHE` or `~/.cache/hf_knn`."""
-    return Path(os.environ.get("HF_KNN_CACHE") or Path.home() / ".cache" / "hf_knn")
-
-
-def short_name(key: Any) -> str:
-    """A name for what depends on some JSON values."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class FeatureTable:

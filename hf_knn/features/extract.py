@@ -29,9 +29,10 @@ from ..data.places import paths_of
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import features_of
-from ..store.searcher import has_fast_bfloat16
+from ..store.folders import cache_root, short_name
+from ..store.products import has_fast_bfloat16
 from .backends import SAMPLE, check_backend, choose_backend, open_encoder
-from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, cache_root, key_list, short_name
+from .cache import KEYS_FOLDER, FeatureCache, FeatureTable, key_list
 from .encoders import AUTO, COMPILE, PRECISIONS, TORCH, Work, encode_rows
 
 logger = logging.getLogger(__name__)

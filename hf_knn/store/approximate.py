@@ -191,7 +191,7 @@ class FaissApproximate:
             with self._lock:
                 library().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
                 _, positions = index.search(queries, count)
-        return positions, np.full(len(queries), -np.inf)
+        return positions, np.full(positions.shape, np.inf)
 
     def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
         """Searches on GPUs from now on, each of which holds a part of the rows.

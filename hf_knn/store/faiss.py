@@ -19,9 +19,9 @@ from ..core.search import Floats, Ints, Singles, float32_rounding
 from .advice import install
 
 
-def limits(last_scores: Singles, rounding: float) -> Floats:
-    """What rows left out can score at most, from the last score that was not left out."""
-    return last_scores.astype(np.float64) + rounding
+def limits(scores: Singles, rounding: float) -> Floats:
+    """What rows can score at most: of the last that was not left out, also what those can."""
+    return scores.astype(np.float64) + rounding
 
 
 def how_to_get_faiss() -> str:
@@ -103,7 +103,7 @@ class FaissFlat:
     def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """See `FirstPass.candidates`."""
         scores, positions = self.index.search(queries, count)
-        return positions, limits(scores[:, -1], self.rounding)
+        return positions, limits(scores, self.rounding)
 
 
 def empty_index(spec: str, width: int, count: int, is_l2: bool) -> Any:

@@ -4,6 +4,8 @@ Nothing here knows what the files mean; names and formats belong to the callers.
 """
 
 import ctypes
+import hashlib
+import json
 import os
 import shutil
 import stat
@@ -11,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:  # a dependency of torch; inside `try` because remote-code users are not asked to install it
     from filelock import FileLock
@@ -93,6 +95,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_root() -> Path:
+    """Where this project keeps what it can compute again: `$HF_KNN_CACHE` or `~/.cache/hf_knn`."""
+    return Path(os.environ.get("HF_KNN_CACHE") or Path.home() / ".cache" / "hf_knn")
+
+
+def short_name(key: Any) -> str:
+    """A name for what depends on some JSON values."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def stage_file(path: Path, write: Callable[[Path], object], scratch: Path | None = None) -> Path:

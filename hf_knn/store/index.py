@@ -1,9 +1,8 @@
 """Which index a datastore gets, how it is built, and how often it misses."""
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
@@ -23,22 +22,20 @@ from .choice import (
     with_codes,
 )
 from .faiss import (
-    FaissFlat,
     TrustedIndex,
     has_faiss,
     how_to_get_faiss,
     read_flat,
 )
 from .kinds import AUTO, CODES, FLAT, FLOAT16, is_rebuildable
+from .quickest import build_quickest, quickest_for_batches
 from .recall import RECALL_K, Queries, RecallTest
 from .searcher import (
     ApproximateSearcher,
-    BFloat16FirstPass,
     GrowingFirstPass,
     GrowingSearcher,
     IndexSpace,
     PlacedFirstPass,
-    has_fast_bfloat16,
     nearest_in_blocks,
 )
 from .table import RowTable, Shard
@@ -46,8 +43,6 @@ from .table import RowTable, Shard
 logger = logging.getLogger(__name__)
 
 MIN_RECALL = 0.99
-
-_SMALLEST_BFLOAT16 = 20_000
 
 CPU = (torch.device("cpu"),)
 
@@ -143,7 +138,13 @@ def build_searcher(
         if trusted is not None and placement.devices == CPU and not space.is_l2:
             flat = read_flat(trusted, ids, space.width)
             return GrowingSearcher(features, ids, space, flat), info, stored
-        first_pass = _placed_first_pass(space.first_pass_rows(features), placement)
+        first_pass: GrowingFirstPass
+        if placement == Placement():
+            first_pass = build_quickest(features, space)
+        else:
+            dtype = torch.float16 if placement.float16 else torch.float32
+            rows = space.first_pass_rows(features)
+            first_pass = PlacedFirstPass(rows, placement.devices, dtype)
         return GrowingSearcher(features, ids, space, first_pass), info, stored
     started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
     if trusted is not None:
@@ -177,33 +178,12 @@ def _approximate(
     return FaissApproximate.from_lists(info.spec, rows, *stored, is_l2), stored
 
 
-def _placed_first_pass(rows: Singles, placement: Placement) -> GrowingFirstPass:
-    if placement != Placement():
-        dtype = torch.float16 if placement.float16 else torch.float32
-        return PlacedFirstPass(rows, placement.devices, dtype)
-    return _exact_first_pass(len(rows))(rows)
-
-
-def _exact_first_pass(count: int) -> Callable[[Singles], GrowingFirstPass]:
-    if count >= _SMALLEST_BFLOAT16 and has_fast_bfloat16():
-        return BFloat16FirstPass
-    if has_faiss():
-        return FaissFlat
-    _say_once_that_faiss_is_missing()
-    return PlacedFirstPass
-
-
-@functools.cache
-def _say_once_that_faiss_is_missing() -> None:
-    logger.warning("faiss is not installed, searching with torch; %s.", how_to_get_faiss())
-
-
 def _tune(
     searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
     """Doubles the parameter that helps most until the recall on all samples is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space
-    first_pass = _exact_first_pass(len(ids))
+    first_pass = quickest_for_batches(len(ids), space.width)
 
     def exact(queries: Queries, k: int) -> Ints:
         return nearest_in_blocks(features, ids, space, first_pass, queries.features, k, queries.own)

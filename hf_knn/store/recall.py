@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 
 from ..core.manifest import MEASURED_ON
 from ..core.search import Ints, Rows
-from .searcher import recall_of
+from .searcher import RECALL_K, recall_of
 
-RECALL_K = 20
 RECALL_SAMPLE = 256
 _SPREAD_ROWS = 4096
 _FAR = 4.0

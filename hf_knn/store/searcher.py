@@ -27,14 +27,11 @@ from ..core.search import (
     shortcut,
 )
 
-_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11}
 """How far a score may be off, as a part of it, by being stored in a dtype."""
 
 _FLOAT16_SUMS = 2.0**-8
 """What a device may lose by adding up parts of a float16 product in float16."""
-
-_QUERY_BLOCK = 256
-_GROUP = 32
 
 
 class GrowingFirstPass(FirstPass, Protocol):
@@ -87,7 +84,7 @@ class PlacedFirstPass:
         scores, positions = best_of_blocks(self.blocks, rounded, count)
         lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
         rounding = self.rounding + shortcut()
-        return positions.numpy(), _reach(scores[:, -1], lost, self.lost, rounding)
+        return positions.numpy(), _reach(scores, lost[:, None], self.lost, rounding)
 
     def _rounded(self, rows: Tensor) -> Tensor:
         rounded = rows.to(self.dtype)
@@ -97,75 +94,12 @@ class PlacedFirstPass:
         return rounded
 
 
-class BFloat16FirstPass:
-    """Matmul in bfloat16, for processors that have it: half the memory of float32.
-
-    A row among the best `count` lies in one of the `count` groups with the best maxima, so only
-    the group maxima are sorted.
-
-    Args:
-        rows: [N, D'] float32.
-    """
-
-    extra = 44
-
-    def __init__(self, rows: Singles) -> None:
-        self.count, self.lost = 0, 0.0
-        self.rows = torch.empty(0, rows.shape[1], dtype=torch.bfloat16)
-        self.rounding = float32_rounding(rows.shape[1])
-        self.add(rows)
-
-    def add(self, rows: Singles) -> None:
-        """See `GrowingFirstPass.add`."""
-        if not len(rows):
-            return
-        added = torch.from_numpy(rows)
-        rounded = added.bfloat16()
-        for block, kept in zip(added.split(ROW_BLOCK), rounded.split(ROW_BLOCK), strict=True):
-            self.lost = max(self.lost, float((block - kept.float()).norm(dim=1).max()))
-        merged = torch.cat([self.rows[: self.count], rounded])
-        self.count, self.rows = len(merged), _padded(merged)
-
-    @torch.autocast("cpu", enabled=False)
-    def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
-        """See `FirstPass.candidates`."""
-        exact = torch.from_numpy(queries)
-        rounded = exact.bfloat16()
-        lost = (exact - rounded.float()).norm(dim=1).double()  # [B]
-        parts = [self._candidates(block, count) for block in rounded.split(_QUERY_BLOCK)]
-        last, positions = zip(*parts, strict=True)
-        return torch.cat(positions).numpy(), _reach(torch.cat(last), lost, self.lost, self.rounding)
-
-    def _candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores = torch.empty(len(queries), len(self.rows), dtype=torch.bfloat16)  # [B, N]
-        for start in range(0, len(self.rows), ROW_BLOCK):
-            rows = self.rows[start : start + ROW_BLOCK]
-            scores[:, start : start + ROW_BLOCK] = queries @ rows.T
-        scores[:, self.count :] = -torch.inf
-        groups = scores.view(len(queries), -1, _GROUP).amax(dim=-1).float()  # [B, N / 32]
-        best = groups.topk(min(count, groups.shape[1]), dim=1).indices
-        members = (best.unsqueeze(-1) * _GROUP + torch.arange(_GROUP)).flatten(1)
-        found = scores.gather(1, members).float().topk(count, dim=1)
-        # a float32 of what was bfloat16 is bfloat16 again without loss
-        return found.values[:, -1].bfloat16(), members.gather(1, found.indices)
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _padded(rows: Tensor) -> Tensor:
-    missing = -len(rows) % _GROUP
-    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-
-
 def _reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: float) -> Floats:
-    """What rows left out can score at most, where both sides were rounded to a shorter dtype.
+    """What rows can score at most, where both sides were rounded to a shorter dtype.
 
     Args:
-        scores: [B] the last score that was not left out, in the dtype of the product.
-        lost_queries: [B] float64, length of what each query lost; it had length 1.
+        scores: [B, count] in the dtype of the product.
+        lost_queries: [B, 1] float64, length of what each query lost; it had length 1.
         lost_rows: the largest length of what a row lost; a row has length at most 1.
         rounding: of the float32 sums.
     """
@@ -174,6 +108,9 @@ def _reach(scores: Tensor, lost_queries: Tensor, lost_rows: float, rounding: flo
     limit: Floats = (exact + lost_queries + lost_rows * (1 + lost_queries) + own + rounding).numpy()
     return limit
 
+
+RECALL_K = 20
+"""So many neighbours are asked for where a recall is measured."""
 
 _MOST_REMOVED, _MOST_ADDED = 0.3, 0.1
 _FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
@@ -317,6 +254,10 @@ class ApproximateSearcher(GrowingSearcher):
         found, limit = self.first_pass.candidates(self.space.index_queries(queries), count)
         is_row = (found >= 0) & (found < len(self.ids))  # an index that was read may say anything
         return np.where(is_row, found, -1), limit, np.ones(len(queries))
+
+    def compares_every_row(self, count: int) -> bool:
+        """See `Searcher.compares_every_row`: also of fewer candidates where the recall was so."""
+        return super().compares_every_row(max(count, RECALL_K + 1 + self.first_pass.extra))
 
     def take_in(self, added: NDArray) -> bool:
         """See `GrowingSearcher.take_in`."""

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 664d3c0710cbdd8fff15b06c2232723316c820d557caf581ce013e9a2c856f50.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

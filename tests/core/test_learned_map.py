@@ -117,7 +117,7 @@ def test_the_answer_is_the_same_for_any_batch_and_number_of_threads(
             torch.set_num_threads(threads)
         assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
         assert torch.equal(torch.cat([part.similarities for part in parts]), whole.similarities)
-    monkeypatch.setattr("hf_knn.core.search._RESCORE_BYTES", 1)  # every row by itself
+    monkeypatch.setattr("hf_knn.core.search._COMPARE_BYTES", 1)  # every row by itself
     assert torch.equal(store.search(queries, 20).similarities, whole.similarities)
 
 

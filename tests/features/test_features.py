@@ -35,8 +35,8 @@ from hf_knn.data.loading import load_splits, prepare
 from hf_knn.data.places import fingerprint_of
 from hf_knn.features import cache as cache_module
 from hf_knn.features import extract as features_module
-from hf_knn.features.cache import cache_root
 from hf_knn.features.extract import ImageFeatures
+from hf_knn.store.folders import cache_root
 
 SIZES = [(8, 8), (31, 9), (5, 20), (1, 1)]
 LABELS = [2, 0, 1, 1, 0, 2, 0, 1, 2, 2, 0]

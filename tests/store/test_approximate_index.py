@@ -762,12 +762,22 @@ def test_a_query_far_beyond_all_rows_is_searched_in_the_index(
     compared: list[int] = []
     rescore = Searcher._rescore
 
-    def watch(self: Searcher, asked: NDArray, candidates: NDArray) -> NDArray:
+    def watch(self: Searcher, asked: NDArray, candidates: NDArray, *others: NDArray) -> None:
         compared.append(candidates.shape[1])
-        return rescore(self, asked, candidates)
+        rescore(self, asked, candidates, *others)
 
     monkeypatch.setattr(Searcher, "_rescore", watch)
     queries = normal(7, 20, WIDTH).double() * factor
     hits = store.search(queries, 5)
     assert max(compared) < COUNT / 2, "every row was compared"
     assert_sound(hits, store, queries, 5)
+
+
+@pytest.mark.parametrize("count", [150, 300, 380, 420, 800])
+def test_one_neighbour_is_found_as_surely_as_the_twenty_of_the_recall(count: int) -> None:
+    store = store_of(clustered(0, count), "HNSW8")
+    store.search(clustered(0, 1), 1)
+    assert store.index.recall is not None
+    hits = store.search(clustered(0, count), 1)
+    share = float((hits.ids[:, 0] == store.ids).double().mean())
+    assert share >= store.index.recall - 0.01

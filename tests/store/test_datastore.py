@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.first_passes import FIRST_PASSES, force
 from support.forks import outcome
 from support.oracles import assert_nearest, assert_same_store
 from torch import Tensor
 
-from hf_knn.core import search
 from hf_knn.core.search import Neighbors
 from hf_knn.core.votes import knn_log_probs
 from hf_knn.store import disk as persistence
-from hf_knn.store import faiss as faiss_index
 from hf_knn.store import index as indexing
+from hf_knn.store import quickest
 from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 
@@ -43,7 +42,7 @@ in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has_faiss: Callable[[], bool]) -> None:
     """Makes the package believe that faiss is there, or is not."""
-    for module in (persistence, indexing):
+    for module in (persistence, indexing, quickest):
         monkeypatch.setattr(module, "has_faiss", has_faiss)
 
 
@@ -141,21 +140,7 @@ def test_search_equals_brute_force(examples: int) -> None:
     drawn(assert_search_equals_brute_force)()
 
 
-FIRST_PASSES = {
-    "faiss": faiss_index.FaissFlat,
-    "torch": first_pass.PlacedFirstPass,
-    "bfloat16": first_pass.BFloat16FirstPass,
-    "float16": partial(first_pass.PlacedFirstPass, dtype=torch.float16),
-    "two devices": partial(first_pass.PlacedFirstPass, devices=(torch.device("cpu"),) * 2),
-}
 with_every_library = pytest.mark.parametrize("library", FIRST_PASSES)
-
-
-def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "_exact_first_pass", lambda count: FIRST_PASSES[library])
-    monkeypatch.setattr(first_pass, "ROW_BLOCK", 64)
-    monkeypatch.setattr(first_pass, "_QUERY_BLOCK", 7)
-    monkeypatch.setattr(search, "_RESCORE_BYTES", 40_000)  # several chunks of queries
 
 
 @in_every_space
@@ -163,7 +148,7 @@ def use(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_continuous_data_has_exactly_the_ids_of_brute_force(
     metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     store = Datastore.from_features(
         normal(0, 700, 16) + 1, torch.arange(700) % 7, None, metric, normalization
     )
@@ -191,7 +176,7 @@ def test_continuous_data_has_exactly_the_ids_of_brute_force(
 def test_differences_below_float32_are_seen(
     metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     # 400 rows in one direction but for 1e-5: cosines with the query differ by about 1e-10
     close = torch.ones(1, 8) + 1e-5 * normal(3, 400, 8)
     features = torch.cat([close, normal(4, 400, 8)])
@@ -204,7 +189,7 @@ def test_differences_below_float32_are_seen(
 def test_rows_that_are_nearly_orthogonal_to_the_query(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     # cosines of about 4e-4 with a query that bfloat16 holds exactly: as large as what the rows lose
     rows = normal(9, 640, 16)
     rows -= rows.mean(dim=1, keepdim=True)
@@ -220,7 +205,7 @@ def test_rows_that_are_nearly_orthogonal_to_the_query(
 def test_near_rows_that_lie_far_apart_in_the_store(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     rows = normal(11, 2400, 16)
     rows -= rows.mean(dim=1, keepdim=True)
     rows[::40] = 1 + 1e-3 * normal(12, 60, 16)  # 60 neighbours, no two in one block of 32
@@ -235,7 +220,7 @@ def test_near_rows_that_lie_far_apart_in_the_store(
 def test_an_index_is_built_anew_for_rows_beyond_its_scale(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     store = stored_as_given(normal(14, 300, 4), metric="l2", normalization="none")
     store.build_index()
     far = 1e4 + 1e-2 * normal(15, 400, 4)  # at the scale of the first rows float32 sees one point
@@ -244,31 +229,12 @@ def test_an_index_is_built_anew_for_rows_beyond_its_scale(
     assert_nearest(store.search(queries, 10), store, queries, 10)
 
 
-@pytest.mark.parametrize(
-    ("count", "has_faiss", "is_fast", "wanted"),
-    [
-        (10, True, True, "faiss"),
-        (10, False, True, "torch"),
-        (10**6, True, False, "faiss"),
-        (10**6, False, False, "torch"),
-        (10**6, True, True, "bfloat16"),
-        (10**6, False, True, "bfloat16"),
-    ],
-)
-def test_the_library_is_chosen_by_what_there_is(
-    count: int, has_faiss: bool, is_fast: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend(monkeypatch, lambda: has_faiss)
-    monkeypatch.setattr(indexing, "has_fast_bfloat16", lambda: is_fast)
-    assert indexing._exact_first_pass(count) is FIRST_PASSES[wanted]
-
-
 @in_every_space
 @with_every_library
 def test_an_index_that_follows_changes_stays_exact(
     metric: str, normalization: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(library, monkeypatch)
+    force(library, monkeypatch)
     features = normal(0, 400, 6)
     features[200:250] = features[:50]
     store = Datastore.from_features(
