@@ -64,7 +64,8 @@ SCRIPTS = (
     ),
     Script(
         "approximate", "approximate.py",
-        ("--rows", "50000", "--rounds", "2", "--queries", "200"), headline=("hnswlib", "usearch"),
+        ("--rows", "50000", "--data", "jittered", "--rounds", "2", "--queries", "200"),
+        headline=("hnswlib", "usearch"),
     ),
     Script("leave_one_out", "leave_one_out.py", ("--rows", "30000")),
     Script("growth", "growth.py", ("--rows", "5000", "--rows", "20000"), in_folder=True),

@@ -52,8 +52,8 @@ class Datastore:
         metric: `cosine` (inner product of unit vectors) or `l2` (negative squared distance).
         normalization: `l2_centered` (subtract the mean, then length 1), `l2` (length 1) or `none`.
         learned_map: that rows go through after centring and before scaling, or None.
-        index: `flat` searches exactly, `auto` does up to 100,000 rows and uses an inverted file
-            above; or any faiss factory string. Without faiss, that is an ImportError.
+        index: `flat` searches exactly; `auto` where that is as quick, else in an inverted file;
+            `auto:latency` in a graph; or any faiss factory string (needs faiss: ImportError).
         paths: where each row's picture lies, relative to its dataset, if known.
         max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.
         min_recall: recall at 20 that an approximate index is set to reach, by measurement.

@@ -1,7 +1,6 @@
 """Which index a datastore gets, how it is built, and how often it misses."""
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +13,23 @@ from numpy.typing import NDArray
 from ..core.learned import LearnedMap
 from ..core.manifest import DatastoreError, IndexInfo
 from ..core.search import Floats, Ints, Rows, Singles
+from .approximate import LEAST, FaissApproximate, new_lists
+from .choice import (
+    choose_index,
+    most_that_pays,
+    parse_memory,
+    pays,
+    was_refused,
+    with_codes,
+)
 from .faiss import (
-    FaissApproximate,
-    empty_index,
     has_faiss,
     how_to_get_faiss,
     made_by,
     read_flat,
-    require_faiss,
 )
 from .kept import MOMENT, KeptIndex, TrustedIndex
-from .kinds import AUTO, FLAT, is_rebuildable
+from .kinds import AUTO, CODES, FLAT, FLOAT16, is_rebuildable
 from .mapped import files_behind
 from .quickest import build_quickest, quickest_for_batches
 from .recall import RECALL_K, Queries, RecallTest
@@ -39,9 +44,6 @@ from .searcher import (
 from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
-
-LARGEST_EXACT = 100_000
-"""`auto` searches exactly up to this many rows."""
 
 MIN_RECALL = 0.99
 
@@ -98,57 +100,6 @@ class Placement:
         if len({found.type for found in devices}) != 1 or devices[0].type == "meta":
             raise ValueError(f"Expected `device` to be one kind that holds data, but got {device}.")
         return cls(tuple(devices), float16)
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes from a number or a text like `2GB`, `512MB` or `1.5 GiB`.
-
-    Args:
-        text: the limit.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(text).upper())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"Expected `max_memory` to be like '2GB', but got {text!r}.")
-    return int(float(found[1]) * units[found[2]])
-
-
-def choose_index(
-    requested: str, count: int, width: int, max_memory: int | None, *, fall_back: bool = False
-) -> IndexInfo:
-    """The index for a number of rows.
-
-    Args:
-        requested: `auto`, `flat` or a faiss factory string.
-        count: N.
-        width: D, values per row.
-        max_memory: bytes that the index may take; None for no limit.
-        fall_back: search exactly, with a message, where the rows are too few for the index.
-
-    Raises:
-        ImportError: for a faiss index without faiss.
-        ValueError: for a string that faiss does not understand, or too few rows for it.
-    """
-    if requested == FLAT or (requested == AUTO and (count <= LARGEST_EXACT or not has_faiss())):
-        return IndexInfo(requested, FLAT)
-    if requested != AUTO:
-        require_faiss(f"index={requested!r}")
-        spec = re.sub(r"(?<!\d)0+(?=\d)", "", requested)
-        try:
-            empty_index(spec, width, count, is_l2=False)
-        except ValueError as error:
-            if not fall_back:
-                raise
-            logger.warning("%s They are searched exactly.", error)
-            spec = FLAT
-        return IndexInfo(requested, spec)
-    lists = 2 ** round(np.log2(2 * count**0.5))
-    full = count * (4 * width + 8) + lists * 4 * width
-    codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
-    return IndexInfo(requested, f"IVF{lists},{codec}")
 
 
 def build_searcher(
@@ -248,15 +199,16 @@ def _approximate(
     if stored is not None:
         index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
         return index, stored
-    index = FaissApproximate.from_rows(info.spec, rows, is_l2)
-    centroids = index.centroids() if is_rebuildable(info.spec) else None
-    return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
+    if not is_rebuildable(info.spec):
+        return FaissApproximate.from_rows(info.spec, rows, is_l2), None
+    stored = StoredLists(*new_lists(info.spec, rows, is_l2))
+    return FaissApproximate.from_lists(info.spec, rows, *stored, is_l2), stored
 
 
 def _tune(
     searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
 ) -> IndexInfo:
-    """Raises nprobe or efSearch until the recall on all samples is reached."""
+    """Doubles the parameter that helps most until the recall on all samples is reached."""
     features, ids, space = searcher.features, searcher.ids, searcher.space
     first_pass = quickest_for_batches(len(ids), space.width)
 
@@ -266,27 +218,35 @@ def _tune(
     def find(queries: Queries, k: int) -> Ints:
         return searcher.search(queries.features, k, queries.own)[1]
 
-    test = RecallTest(features, ids, exact)
-    tunable = index.tunable()
-    value, largest = 0, 0
-    if tunable is not None:
-        name, largest = tunable
-        value = max(1, index.parameters.get(name, 1))
-        index.set_parameters({name: value})
-    while True:
-        recall, measured_on = test.worst(find)
-        if recall >= min_recall or value >= largest:
-            break
-        value = min(largest, 2 * value)
-        index.set_parameters({name: value})
-    found = replace(info, parameters=dict(index.parameters), recall=recall, measured_on=measured_on)
-    logger.info("index %s: %s", info.requested, found)
+    test, largest = RecallTest(features, ids, exact), most_that_pays(info, index.tunable())
+
+    def measured(values: dict[str, int]) -> tuple[float, str]:
+        index.set_parameters(values)
+        return test.worst(find)
+
+    values = {name: index.parameters.get(name, LEAST[name]) for name in largest}
+    recall, measured_on = measured(values)
+    while recall < min_recall and (wider := _wider(values, largest)):
+        found = [(measured(each), each) for each in wider]
+        (recall, measured_on), values = max(found, key=lambda pair: pair[0][0])
+    index.set_parameters(values)
+    info = replace(info, parameters=values, recall=recall, measured_on=measured_on)
+    logger.info("index %s: %s", info.requested, info)
     if recall < min_recall:
         logger.warning(
             "index %s reaches recall@%d %.4f, below %.4f, on %s; index='flat' is exact.",
             info.spec, RECALL_K, recall, min_recall, measured_on,
         )  # fmt: skip
-    return found
+    return info
+
+
+def _wider(values: dict[str, int], largest: dict[str, int]) -> list[dict[str, int]]:
+    """The parameters with one of them doubled, for each that can be."""
+    return [
+        values | {name: min(2 * value, largest[name])}
+        for name, value in values.items()
+        if value < largest[name]
+    ]
 
 
 @dataclass(frozen=True)
@@ -330,7 +290,7 @@ class RowIndex:
         """The index for some rows.
 
         Args:
-            requested: `auto`, `flat` or a faiss factory string.
+            requested: `auto`, `auto:latency`, `flat` or a faiss factory string.
             count: of the rows.
             width: of the rows as they are compared.
             max_memory: such as `"2GB"`; None for no limit.
@@ -369,7 +329,11 @@ class RowIndex:
 
     def on(self, placement: Placement) -> Self:
         """The same, to be built where searches are to run."""
-        return replace(self, searcher=None, placement=placement)
+        info, is_gpu = self.info, any(device.type == "cuda" for device in placement.devices)
+        if is_gpu and info.requested == AUTO and info.spec.endswith(CODES):
+            # faiss has no such codes there; the lists are the same
+            info = IndexInfo(AUTO, info.spec.removesuffix(CODES) + FLOAT16)
+        return replace(self, info=info, searcher=None, placement=placement)
 
     def exact(self) -> Self:
         """An exact one at the same place, for some of the rows."""
@@ -397,6 +361,8 @@ class RowIndex:
     ) -> tuple[Self, RowTable]:
         """With a searcher; the table with the lists of its rows, for an inverted file.
 
+        Where `auto` chose, and now knows how its index searches, that may be another one.
+
         Args:
             table: the rows.
             compared: how they are: mean [D], metric, normalisation, learned map.
@@ -405,6 +371,29 @@ class RowIndex:
             ValueError: for an index that cannot be built from these rows.
             DatastoreError: for a trusted file of other rows or another kind.
         """
+        index, kept = self._build(table, compared)
+        info, count = index.info, len(table)
+        if self.info.recall is not None:  # it was chosen before
+            return index, kept
+        coded = with_codes(info, count, self.width, self.max_memory)
+        if coded is not None and self.placement.devices == CPU:
+            logger.info("index %s: %s reads many rows, codes are tried", AUTO, info)
+            other, _ = replace(index, info=coded, searcher=None)._build(kept, compared)
+            if pays(other.info, self.min_recall):
+                return other, kept
+        is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
+        if pays(info, self.min_recall) or not is_small:
+            return index, kept
+        logger.info(
+            "index %s: %s would take as long as an exact search, which is taken instead",
+            info.requested, info,
+        )  # fmt: skip
+        exact = IndexInfo(info.requested, FLAT)
+        return replace(index, info=exact, centroids=None)._build(kept.with_lists(None), compared)
+
+    def _build(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
         stored = None
         if self.centroids is not None and table.lists is not None:
             stored = StoredLists(self.centroids, table.lists)
@@ -428,7 +417,7 @@ class RowIndex:
         """
         searcher = self.searcher
         follows = searcher is not None and searcher.add(table.features, table.ids.numpy())
-        if not follows or self._is_outgrown(table):
+        if not follows or self._is_outgrown(len(before), table):
             if before.lists is not None:  # which lie in the files of these rows too
                 table = replace(table, shards=[Shard(shard.rows) for shard in table.shards])
             return self.forgotten(table)
@@ -457,11 +446,12 @@ class RowIndex:
         is_clean = self.searcher is None or not self.searcher.has_removed_rows
         return self if is_clean else self.unbuilt()
 
-    def _is_outgrown(self, table: RowTable) -> bool:
-        """Whether rows that were too few for the index have become enough."""
+    def _is_outgrown(self, before: int, table: RowTable) -> bool:
+        """Whether rows that are searched exactly, for now, may be too many for that."""
         if self.info.spec != FLAT or self.info.requested == FLAT:
             return False
-        return self.chosen_again(table).info.spec != FLAT
+        is_known = was_refused(self.info, before, len(table))
+        return not is_known and self.chosen_again(table).info.spec != FLAT
 
     def _lists_of(self, table: RowTable, start: int) -> Ints:
         """The lists of the rows from `start`, which the index has just taken in."""

@@ -44,7 +44,10 @@ def true_recall(store: Datastore, queries: Tensor) -> float:
     return float((best[:, :, None] == found[:, None, :]).any(axis=2).mean())
 
 
-@pytest.mark.parametrize("index", ["IVF64,Flat", "IVF64,SQ8", "HNSW8", "IVF16,PQ8x4", "PQ8x4"])
+LISTS = ["IVF64,Flat", "IVF64,SQ8", "IVF64,SQfp16", "IVF64,RaBitQfs,Refine(SQfp16)"]
+
+
+@pytest.mark.parametrize("index", [*LISTS, "HNSW8", "IVF16,PQ8x4", "PQ8x4"])
 @pytest.mark.parametrize(
     ("space", "offset"),
     [(("cosine", "l2_centered"), 5.0), (("cosine", "l2"), 0.0), (("l2", "none"), 0.0)],
