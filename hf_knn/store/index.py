@@ -371,25 +371,44 @@ class RowIndex:
             ValueError: for an index that cannot be built from these rows.
             DatastoreError: for a trusted file of other rows or another kind.
         """
-        index, kept = self._build(table, compared)
+        is_chosen = self.info.recall is not None or (self.kept and self.kept.known()) is not None
+        if is_chosen:
+            return self._build(table, compared)
+        started = time.perf_counter()
+        index, table = replace(self, kept=None)._chosen_by_trial(table, compared)
+        index = replace(index, kept=self.kept)
+        if time.perf_counter() - started >= MOMENT:
+            index.keep(table)
+        return index, table
+
+    def keep(self, table: RowTable) -> None:
+        """Keeps the index of these rows for other processes, if it is one that is kept."""
+        index, searcher = self.approximate, self.searcher
+        if self.kept is not None and index is not None and searcher is not None:
+            files = files_behind(table.features)
+            self.kept.write(index.write, self.info, searcher.space.largest, made_by(), files)
+
+    def _chosen_by_trial(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
+        """The index that was asked for; of `auto` the one that pays, of those that are tried."""
+        index, listed = self._build(table, compared)
         info, count = index.info, len(table)
-        if self.info.recall is not None:  # it was chosen before
-            return index, kept
         coded = with_codes(info, count, self.width, self.max_memory)
         if coded is not None and self.placement.devices == CPU:
             logger.info("index %s: %s reads many rows, codes are tried", AUTO, info)
-            other, _ = replace(index, info=coded, searcher=None)._build(kept, compared)
+            other, _ = replace(index, info=coded, searcher=None)._build(listed, compared)
             if pays(other.info, self.min_recall):
-                return other, kept
+                return other, listed
         is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
         if pays(info, self.min_recall) or not is_small:
-            return index, kept
+            return index, listed
         logger.info(
             "index %s: %s would take as long as an exact search, which is taken instead",
             info.requested, info,
         )  # fmt: skip
-        exact = IndexInfo(info.requested, FLAT)
-        return replace(index, info=exact, centroids=None)._build(kept.with_lists(None), compared)
+        exact = replace(index, info=IndexInfo(info.requested, FLAT), centroids=None)
+        return exact._build(listed.with_lists(None), compared)
 
     def _build(
         self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
