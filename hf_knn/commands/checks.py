@@ -169,7 +169,8 @@ def put_files_back(folder: Path, json_output: bool) -> None:
             "left": [{"file": move.target, "reason": reason} for move, reason in found.left],
         })  # fmt: skip
         return
-    console.print(f"{len(found.done):,} files are where they were.")
+    verb = "is where it was" if len(found.done) == 1 else "are where they were"
+    console.print(f"{_files(len(found.done))} {verb}.")
     _say_left(found, "not put back")
 
 
@@ -192,7 +193,7 @@ def _move(options: DoctorOptions, found: Sequence[tuple[str, str, str]]) -> dict
     folder = options.move_to
     if not options.json_output:
         said = ", ".join(map(str, kinds))
-        console.print(f"Moved {len(moved.done):,} files into {escape(folder)} ({said}).",
+        console.print(f"Moved {_files(len(moved.done))} into {escape(folder)} ({said}).",
                       soft_wrap=True, highlight=False)  # fmt: skip
         _say_left(moved, "not moved")
         for path in outside:
@@ -221,6 +222,10 @@ def _say_left(moved: Moved, what: str) -> None:
     for move, reason in moved.left:
         console.print(f"[yellow]{what.capitalize()}:[/] {escape(move.target)}: {escape(reason)}.",
                       soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
 
 
 @contextmanager

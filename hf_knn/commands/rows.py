@@ -147,7 +147,7 @@ def forget_duplicates(
         with watching(not json_output) as watch:
             found = stored_copies(store, pictures, root, watch)
         seen.append((pictures, found, model.fingerprint_rows()))
-        return _nothing(model, Change.FORGET, "no row is a copy of another one")
+        return _nothing(model, Change.FORGET, "no row is a copy of another one of its class")
 
     with changing(checkpoint) as folder:  # not held while somebody thinks about an answer
         receipt = changed(checkpoint, folder, look)

@@ -67,6 +67,10 @@ def test_what_is_surely_of_no_use_is_moved_and_put_back(
     assert "2 files are where they were" in done.stdout
     assert state_of(root) == before
     assert not aside.exists()
+    again = ["doctor", root, "--backbone", made[0], "-o", tmp_path / "again"]
+    done = hf_knn(*again, "--move-to", aside, "--kind", "broken")
+    assert f"Moved 1 file into {aside} (broken)." in done.stdout
+    assert "1 file is where it was" in hf_knn("doctor", "--undo", aside).stdout
 
 
 def test_a_csv_says_what_to_move_without_another_look(

@@ -418,7 +418,8 @@ def test_below_three_labels_a_class_it_is_a_ridge_alone(each: int, tmp_path: Pat
     assert "Too few labels" in choice.say()
     assert config.head == "ridge"
     assert (config.head_temperature == FIXED_CELL.temperature) == (each == 1)
-    store: Any = trainer.model.datastore
+    store = trainer.model.datastore
+    assert isinstance(store, Datastore)
     stored = store.features.float()  # what the head is fitted on
     wanted = fit_closed("ridge", stored, rows.labels, 3, cell=choice.fixed)
     asked = cloud(30, seed=4).features
