@@ -8,6 +8,7 @@ import numpy as np
 from ..core.manifest import IndexInfo
 from .faiss import empty_index, has_faiss, require_faiss
 from .kinds import AUTO, CODES, FLAT, FLOAT16, LARGEST_EF, LATENCY
+from .recall import aimed_recall
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +121,13 @@ def pays(info: IndexInfo, min_recall: float) -> bool:
         info: with its parameters and recall.
         min_recall: that it was to reach.
     """
-    if info.recall is None or info.requested not in (AUTO, LATENCY):
+    recall = aimed_recall(info)
+    if recall is None or info.requested not in (AUTO, LATENCY):
         return True
     lists = re.search(r"IVF(\d+)", info.spec)
     most = LARGEST_SHARE * int(lists[1]) if lists else LARGEST_EF
     effort = info.parameters.get("nprobe" if lists else "efSearch", 1)
-    return info.recall >= min_recall and effort <= most
+    return recall >= min_recall and effort <= most
 
 
 def was_refused(info: IndexInfo, before: int, count: int) -> bool:

@@ -56,7 +56,8 @@ class Datastore:
             `auto:latency` in a graph; or any faiss factory string (needs faiss: ImportError).
         paths: where each row's picture lies, relative to its dataset, if known.
         max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.
-        min_recall: recall at 20 that an approximate index is set to reach, by measurement.
+        min_recall: recall at 20 that an approximate index is set to reach on rows and rows that
+            were moved a little, by measurement; `index.recalls` says what others get.
 
     Attributes:
         mean: [D] float32.

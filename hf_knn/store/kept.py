@@ -30,7 +30,6 @@ from ..core.manifest import (
     MANIFEST_NAME,
     SHA256_PATTERN,
     DatastoreError,
-    Fields,
     FileRecord,
     IndexInfo,
     Manifest,
@@ -40,7 +39,7 @@ from ..core.manifest import (
     read_at,
     signed_json,
 )
-from ..core.plain_json import read_json
+from ..core.plain_json import Fields, read_json
 from .folders import cache_root, short_name
 from .mapped import RowFile
 
