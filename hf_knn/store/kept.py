@@ -311,7 +311,7 @@ def tidy() -> None:
     index that is just written needs no waiting for: its writer looks for the version at the end.
     """
     root = _root()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # also one that this user may not look into, and so has not filled
         return
     try:
         _remove(list(_superseded(root)))
