@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 
 from ..core.lazy import Lock
-from ..core.search import Floats, Ints, Singles
+from ..core.search import Floats, Ints, Singles, float32_rounding
 from .faiss import (
     check_same_kind,
     empty_index,
     inverted_lists,
     library,
+    limits,
     metric_of,
     read_index,
     write_index,
 )
 from .kept import IndexFile, MappedIndex
-from .kinds import CODES, LARGEST_EF, LARGEST_K_FACTOR, is_rebuildable
+from .kinds import CODES, LARGEST_EF, LARGEST_K_FACTOR, is_rebuildable, rounding_of
 
 _TRAINING_ROWS_PER_LIST, _KMEANS_ROUNDS = 40, 5
 """More of either takes longer and hardly finds better lists."""
@@ -55,9 +56,14 @@ class FaissApproximate:
 
     def __init__(self, index: Any, spec: str, source: MappedIndex | None = None) -> None:
         self.index, self.spec, self.source = index, spec, source
+        rounding, is_l2 = rounding_of(spec), index.metric_type == metric_of(is_l2=True)
+        self.rounding = np.inf
+        if rounding is not None and not is_l2:  # distances are not on the scale of similarities
+            self.rounding = rounding + float32_rounding(index.d)
         self.on_gpus: Any = None
         self._lock = Lock()
         self.parameters: dict[str, int] = {}
+        self._enough: dict[int, tuple[Any, int | None]] = {}  # what `_wide_enough` found
 
     @classmethod
     def from_rows(cls, spec: str, rows: Singles, is_l2: bool) -> "FaissApproximate":
@@ -146,6 +152,7 @@ class FaissApproximate:
             NotImplementedError: for a kind that takes no rows in once it was built.
         """
         self._own()
+        self._enough = {}
         try:
             if is_rebuildable(self.spec):
                 self._fill(rows, self.lists_of(rows))
@@ -193,14 +200,18 @@ class FaissApproximate:
                 f"GPU, but {count} candidates are needed; do store.to('cpu') or index='flat'."
             )
         index = self.index if self.on_gpus is None else self.on_gpus
-        parameters, nprobe = self._wide_enough(count)
+        if count not in (known := self._enough):
+            known[count] = self._wide_enough(count)
+        parameters, nprobe = known[count]
         if nprobe is None:
-            _, positions = index.search(queries, count, params=parameters)
+            scores, positions = index.search(queries, count, params=parameters)
         else:  # a wrapper that takes no parameters of what is inside: they are those of this search
             with self._lock:
                 library().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
-                _, positions = index.search(queries, count)
-        return positions, np.full(positions.shape, np.inf)
+                scores, positions = index.search(queries, count)
+        # on a GPU also the products are rounded
+        rounding = self.rounding if self.on_gpus is None else np.inf
+        return positions, limits(scores, rounding)
 
     def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
         """Searches on GPUs from now on, each of which holds a part of the rows.
@@ -232,6 +243,7 @@ class FaissApproximate:
             parameters: `nprobe`, `efSearch` or `k_factor`, >= 1.
         """
         self.parameters |= parameters
+        self._enough = {}
         for name, value in parameters.items():
             if name == "k_factor":  # given with each search
                 continue

@@ -317,8 +317,9 @@ class Datastore:
     def build_index(self) -> GrowingSearcher:
         """Builds the index now, not at the first search; a ValueError if these rows allow none."""
         with self._lock:
-            table, mean = self._rows(searched=True), self.mean.double().numpy()
+            table = self._rows(searched=True)
             if self._index.searcher is None:
+                mean = self.mean.double().numpy()
                 compared = (mean, self.metric, self.normalization, self.learned_map)
                 self._index, self._table = self._index.built(table, compared)
             assert self._index.searcher is not None
