@@ -223,7 +223,10 @@ class TrainOptions:
     ] = False
     index: Annotated[
         str,
-        typer.Option(rich_help_panel=STORE, help="auto, flat (exact) or a faiss factory string."),
+        typer.Option(
+            rich_help_panel=STORE,
+            help="auto, auto:latency, flat (exact) or a faiss factory string.",
+        ),
     ] = "auto"
     max_memory: Annotated[
         str | None,

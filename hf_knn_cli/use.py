@@ -409,7 +409,7 @@ def cache(
     ] = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """List what is kept to be fast: features, graphs and choices of backends; clear it."""
+    """List what is kept to be fast: features, indexes, graphs, choices of backends; clear it."""
     from hf_knn.commands.use import show_cache
 
     return show_cache

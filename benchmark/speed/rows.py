@@ -1,4 +1,4 @@
-"""What the speed scripts search: clusters as in the literature, and jittered real features."""
+"""What the speed scripts search: clusters, jittered real features, and a spectrum like theirs."""
 
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from hf_knn import KnnForImageClassification, extract_features
 DIM, CLUSTERS, SIGMA = 384, 1000, 1.2
 IMAGENET_ROWS = 1_281_167
 _JITTER = 0.5
+_DECAY = 1.2  # of the variance by component, fitted to that of openmoji and glyphs
 _BLOCK = 65_536
 
 Rows = npt.NDArray[np.float32]
@@ -53,7 +54,25 @@ def jittered(rows: int, seed: int) -> Rows:
     return points
 
 
-DATA: dict[str, Callable[[int, int], Rows]] = {"clusters": clustered, "jittered": jittered}
+def spectral(rows: int, seed: int) -> Rows:
+    """Unit vectors without clusters, whose variance falls off by component: [rows, 384] float32."""
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, DIM)))
+    spread = np.arange(1, DIM + 1) ** (-_DECAY / 2)
+    mixing = (spread[:, None] * turn).astype(np.float32)
+    generator = np.random.default_rng(seed)
+    points = np.empty((rows, DIM), np.float32)
+    for start in range(0, rows, _BLOCK):
+        count = min(_BLOCK, rows - start)
+        block = generator.standard_normal((count, DIM), dtype=np.float32) @ mixing
+        points[start : start + _BLOCK] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return points
+
+
+DATA: dict[str, Callable[[int, int], Rows]] = {
+    "clusters": clustered,
+    "jittered": jittered,
+    "spectral": spectral,
+}
 
 
 def _real_features(cache_dir: Path | None = None) -> Rows:

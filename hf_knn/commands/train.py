@@ -36,7 +36,7 @@ from ..store.advice import install, install_package
 from ..store.faiss import require_faiss
 from ..store.folders import exclusive_lock
 from ..store.hub import CARD_NAME, TRAINING_NAME
-from ..store.index import FLAT
+from ..store.kinds import AUTO, FLAT, LATENCY
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
@@ -420,7 +420,7 @@ def _check_packages(options: TrainOptions) -> None:
     """
     if options.show_neighbors:
         check_drawing()
-    if options.index not in ("auto", FLAT):
+    if options.index not in (AUTO, LATENCY, FLAT):
         require_faiss(f"--index {options.index}")
     for name in sorted({*options.report_to} - {"all", "none"}):
         if name not in INTEGRATION_TO_CALLBACK:

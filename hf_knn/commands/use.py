@@ -24,6 +24,7 @@ from ..model.stored import shown
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
 from ..store.folders import cache_root
+from ..store.kept import FOLDER as INDEXES
 from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
 from ..training.trainer import KnnTrainer
 from .console import (
@@ -165,12 +166,13 @@ class CacheEntry:
     """One folder of the cache.
 
     Attributes:
-        kind: `features`, `graph`, `choices` (of backends) or `keys` (of pictures in memory).
+        kind: `features`, `index`, `graph`, `choices` (of backends) or `keys` (of pictures in
+            memory).
         name: of the folder.
         model: what it belongs to; empty if unknown.
-        backend: and precision, of features.
+        backend: and precision, of features; of an index its kind.
         pictures: how the first dataset looked, of features.
-        rows: pictures it holds, of features.
+        rows: pictures it holds, of features; rows of an index.
         bytes: on disk.
         used: seconds since 1970 at which it was last of use.
     """
@@ -221,6 +223,7 @@ def cache_entries() -> dict[Path, CacheEntry]:
     features, keys = root / "features", root / "features" / KEYS_FOLDER
     places = {
         "features": [path for path in features.glob("*") if path != keys],
+        "index": list((root / INDEXES).glob("*")),
         "graph": list((root / "graphs").glob("*")),
         "choices": [root / "backends", root / "search"],
         "keys": [keys],
@@ -236,12 +239,15 @@ def _cache_entry(kind: str, folder: Path) -> CacheEntry:
     used = max((state.st_mtime for state in states), default=folder.stat().st_mtime)
     about: dict[str, Any] = {}
     rows, place = 0, folder / ABOUT_NAME
+    if kind in ("features", "index") and place.is_file():
+        used = place.stat().st_mtime
+        with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
+            about = read_json(place)
     if kind == "features":
         rows = sum(map(_rows_of, folder.glob("shard-*.safetensors")))
-        if place.is_file():
-            used = place.stat().st_mtime
-            with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
-                about = read_json(place)
+    elif kind == "index":
+        rows, index = int(about.get("rows", 0)), about.get("index", {})
+        about = {"model": about.get("folder", ""), "backend": index.get("spec", "")}
     return CacheEntry(
         kind, folder.name, str(about.get("model", "")),
         " ".join(filter(None, [about.get("backend"), about.get("precision")])),

@@ -6,21 +6,19 @@ nothing and a change that fails leaves everything as it was.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.manifest import DatastoreError, FileRecord, read_at
+from ..core.manifest import FileRecord
 from ..core.rows import RowParts
 from ..core.search import Ints
+from .mapped import RowFile
 
 _MODULUS = 2**256
 
@@ -111,7 +109,6 @@ SMALL_SHARD_BYTES = 16 * 10**6
 """Added rows go into the last row file while it is smaller than this, else into a new one."""
 
 _FEW = 8
-_PIECE_BYTES = 2**20
 
 
 class Shard(NamedTuple):
@@ -119,73 +116,6 @@ class Shard(NamedTuple):
 
     rows: int
     record: FileRecord | None = None
-
-
-class RowFile:
-    """A row file that stays open, since the features in it are mapped into memory.
-
-    They are what the file holds now: whoever writes into it changes them. So whoever copied some of
-    them compares the file with its record afterwards, which finds a change of any time before.
-
-    Args:
-        record: what the file held when it was opened.
-        file: open for reading; closed when nobody has its rows any more.
-        features: [n, D] mapped.
-    """
-
-    def __init__(self, record: FileRecord, file: BinaryIO, features: Tensor) -> None:
-        self.record, self.file, self.features = record, file, features
-
-    def __del__(self) -> None:
-        self.file.close()
-
-    def is_among(self, parts: Sequence[Tensor]) -> bool:
-        """Whether some of these tensors [n, D] is mapped from the file."""
-        return any(part is self.features for part in parts)
-
-    def check_size(self) -> None:
-        """Refuses a file that was cut off: whoever reads behind its end is killed.
-
-        Raises:
-            DatastoreError: with both sizes.
-        """
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.record.size:
-            raise DatastoreError(
-                f"Expected {self.record.name} to keep the {self.record.size} bytes that it had "
-                f"when it was opened, but got {size}; put a whole copy back, and open it again."
-            )
-
-    def verify(self) -> None:
-        """Hashes the file as it is now.
-
-        Raises:
-            DatastoreError: if it is not what was opened.
-        """
-        self.check_size()
-        try:
-            self.record.compare(partial(read_at, self.file))
-        except DatastoreError as error:
-            raise DatastoreError(
-                f"{error} It changed on disk after it was opened, so that nothing that was read of "
-                "it is kept or saved; put a whole copy back, and open it again."
-            ) from error
-
-    def copy_to(self, path: Path) -> None:
-        """Copies the file, which may have lost its name.
-
-        Raises:
-            DatastoreError: if it is not what was opened.
-        """
-        self.check_size()
-        with path.open("wb") as copy:
-            while piece := read_at(self.file, copy.tell(), _PIECE_BYTES):
-                copy.write(piece)
-        try:
-            self.record.verify(path)
-        except DatastoreError:
-            self.verify()  # which says more, unless it was the copy that failed
-            raise
 
 
 @dataclass(frozen=True)
@@ -330,6 +260,10 @@ class RowTable:
         if self.lists is None and lists is None:
             return self
         return replace(self, lists=lists, shards=[Shard(shard.rows) for shard in self.shards])
+
+    def with_paths(self, paths: list[str] | None) -> "RowTable":
+        """With the paths that its files hold."""
+        return replace(self, paths=paths)
 
     def with_new_first_file(self) -> "RowTable":
         """To be written with another mean or learned map, which lie in the first file."""
