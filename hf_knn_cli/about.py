@@ -46,7 +46,7 @@ def backbones(json_output: JsonOption = False) -> None:
     console = Console()
     console.print(table)
     for each in known:
-        console.print(_about(each), soft_wrap=True, highlight=False)
+        console.print(_about(each), soft_wrap=True, highlight=False, markup=False)
     for paragraph in _EXPLAINED:
         console.print(f"\n{paragraph}", highlight=False)
     console.print(f"Next: {called()} train PICTURES --backbone {DEFAULT_BACKBONE}", highlight=False)

@@ -48,6 +48,14 @@ def demo(
     private: Annotated[
         bool, typer.Option("--private", help="With --push: a Space that is made is private.")
     ] = False,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="With --push: take the small pictures along that the checkpoint keeps; whoever "
+            "sees the Space sees them. Else they stay here.",
+        ),
+    ] = False,
 ) -> None:
     """Open a page to upload pictures, see why they are answered so, and teach new ones."""
     if push is not None and device_named(context):
@@ -55,6 +63,8 @@ def demo(
     from hf_knn.commands.console import run
     from hf_knn.commands.demo import push_space, show_demo
 
+    if thumbnails and push is None:
+        raise typer.BadParameter("Expected --push with --thumbnails; here they are shown anyway.")
     if push is None:
         run(show_demo, checkpoint, port, pictures, backend)
     elif backend is not None:
@@ -63,4 +73,4 @@ def demo(
             "package to requirements.txt there."
         )
     else:
-        run(push_space, checkpoint, push, private, pictures)
+        run(push_space, checkpoint, push, private, pictures, thumbnails)

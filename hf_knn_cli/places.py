@@ -212,7 +212,7 @@ def backbone(name: str) -> str:
         wanted += f" (did you mean {near[0]}?)" if near and known is None else ""
         _check_name(place.removeprefix("hf-hub:"), wanted)
         if not place.startswith("hf-hub:"):
-            _config_on_hub(place if "/" in place else f"timm/{place}", wanted)
+            _config_on_hub(place, wanted, place if "/" in place else f"timm/{place}")
     return place
 
 
@@ -393,11 +393,12 @@ def _similar(place: str) -> str:
     return f"did you mean {path.with_name(found[0])}? Else " if found else ""
 
 
-def _config_on_hub(name: str, wanted: str) -> Path:
-    """Its config.json, from the Hub or from the cache."""
+def _config_on_hub(name: str, wanted: str, repository: str | None = None) -> Path:
+    """Its config.json, from the Hub or from the cache; None: the repository is called as it is."""
     from huggingface_hub import hf_hub_download
 
-    return Path(_ask_hub(name, wanted, "model", lambda: hf_hub_download(name, _CONFIG)))
+    place = repository or name
+    return Path(_ask_hub(name, wanted, "model", lambda: hf_hub_download(place, _CONFIG)))
 
 
 def _check_dataset(name: str, wanted: str) -> None:

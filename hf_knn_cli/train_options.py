@@ -265,14 +265,16 @@ class TrainOptions:
         ),
     ] = False
     thumbnails: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--thumbnails",
+            "--thumbnails/--no-thumbnails",
             rich_help_panel=STORE,
+            show_default=False,
             help="Keep small pictures of the training pictures in the checkpoint, for explanations "
-            "and the demo; whoever opens it sees them.",
+            "and the demo; whoever opens the folder sees them, a push leaves them behind. Default: "
+            "kept of up to 20,000 pictures that lie on this machine.",
         ),
-    ] = False
+    ] = None
     report_to: Annotated[
         list[str],
         typer.Option(help="tensorboard, trackio, …; repeatable. Logs of the training."),

@@ -255,6 +255,14 @@ def push(
         str | None,
         typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
     ] = None,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="Also push the small pictures of the training pictures that the checkpoint keeps; "
+            "whoever sees the repository sees them. Else they stay here.",
+        ),
+    ] = False,
 ) -> Command:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
     from hf_knn.commands.use import push_checkpoint

@@ -35,8 +35,10 @@ def architecture(backbone: Backbone) -> Any:
     Args:
         backbone: from the table.
     """
-    sized = {} if backbone.is_convolutional else {"img_size": backbone.image_size}
-    return timm.create_model(backbone.architecture, num_classes=0, **sized).eval()
+    if backbone.is_convolutional:
+        return timm.create_model(backbone.architecture, num_classes=0).eval()
+    size = backbone.image_size
+    return timm.create_model(backbone.architecture, num_classes=0, img_size=size).eval()
 
 
 def count(backbone: Backbone) -> Counted:

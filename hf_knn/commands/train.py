@@ -52,6 +52,7 @@ from .console import (
 from .devices import move_to_device, trains_on_cpu
 from .evaluate import print_measured, stored_names
 from .heads import given_of, listed, print_choice, with_named_head
+from .thumbnails import keep_thumbnails
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -126,10 +127,7 @@ def train_pictures(options: TrainOptions) -> None:
             model.measured |= {"dataset": source["dataset"], "split": "test"}
         if options.show_neighbors:
             model.neighbor_picture = _draw_neighbors(model, splits, parts)
-        if options.thumbnails:
-            with console.status("Making small pictures of the stored rows …"):
-                ids = model.datastore.ids.tolist()
-                model.keep_thumbnails(RowPictures(splits["train"], ids))
+        keep_thumbnails(model, splits["train"], options)
         replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     seconds = time.perf_counter() - started

@@ -38,6 +38,14 @@ from .console import (
 )
 from .evaluate import MOST_NAMED, open_split, silent_arguments, stored_names
 
+_PUSHED_PICTURES = (
+    "The small pictures of the stored rows went along: whoever sees the repository sees them."
+)
+_PICTURES_LEFT = (
+    "The small pictures of the stored rows stayed here; --thumbnails takes them along, for whoever "
+    "sees the repository."
+)
+
 
 def tune_checkpoint(
     checkpoint: str,
@@ -105,6 +113,7 @@ def push_checkpoint(
     message: str,
     token: str | None,
     model_license: str | None = None,
+    thumbnails: bool = False,
 ) -> None:
     """Checks a checkpoint as a reader would and pushes it.
 
@@ -118,6 +127,7 @@ def push_checkpoint(
         message: of the commit.
         token: a token; None is the one that is logged in.
         model_license: for the card; None keeps what it says.
+        thumbnails: also push small pictures that are kept in it.
 
     Raises:
         ValueError: if it is no checkpoint folder, or a damaged one.
@@ -129,8 +139,11 @@ def push_checkpoint(
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
+        thumbnails=thumbnails,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
+    if model.thumbnails is not None:
+        console.print(_PUSHED_PICTURES if thumbnails else _PICTURES_LEFT, soft_wrap=True)
     console.print(f"Next: [bold]{typed('predict', repo_id, 'PICTURE.jpg')}[/]", soft_wrap=True)
 
 

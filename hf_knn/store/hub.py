@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..core.frozen import Resolve
 from ..core.manifest import MANIFEST_NAME, Manifest
-from ..core.reading import HubFiles
+from ..core.reading import THUMBNAILS_NAME, HubFiles
 
 try:
     from huggingface_hub import HfApi
@@ -37,7 +37,7 @@ KEPT_TO_ONESELF = (
 )  # fmt: skip
 """What is never pushed: pickles, hidden files, training checkpoints, reports."""
 
-_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
+_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin", THUMBNAILS_NAME)
 """Remote files that a push deletes unless it brings them: those of an older version."""
 
 

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
 
     data = os.environ.get("HF_KNN_DATA") or None
     try:
-        page = open_page(beside, given.checkpoint, given.pictures, data, given.backend, given.device)
+        page = open_page(
+            beside, given.checkpoint, given.pictures, data, given.backend, given.device
+        )
         app = make_app(page, beside)
     except (ValueError, OSError, ImportError) as error:
         said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
