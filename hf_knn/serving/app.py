@@ -53,7 +53,6 @@ ANSWER_SECONDS = 60.0
 CHANGING = ("/teach", "/forget")
 _PATHS = ("/predict", "/explain", *CHANGING, "/health", "/metrics", "/docs", "/openapi.json")
 _ATTEMPTS = 3
-_CHANGES_AT_ONCE = 64
 
 _ABOUT = f"""An image classifier that also remembers: a head and its nearest neighbours.
 
@@ -72,7 +71,8 @@ class Settings:
     """How a server takes requests together.
 
     Attributes:
-        batch_size: pictures that go through the backbone together, >= 1.
+        batch_size: pictures that go through the backbone together, and changes that are saved
+            together, >= 1.
         wait: seconds that a picture waits for others, >= 0.
         waiting: requests at a time, >= 1; more are told to try again.
     """
@@ -112,7 +112,7 @@ class Server:
             lambda: self._intake.requests,
         )  # fmt: skip
         self._changing: Batcher[_Changing] = Batcher(
-            "hf-knn-change", self._change, _CHANGES_AT_ONCE
+            "hf-knn-change", self._change, settings.batch_size
         )
         self._guarded = Guard(self._intake, access, lambda _, path: path.startswith(CHANGING))
 
