@@ -7,6 +7,7 @@ from .caches import prepare_caches
 from .demo import app as demonstration
 from .everywhere import Commands, options_everywhere
 from .memory import app as memory
+from .serve import app as serving
 from .terminal import flush_streams, prepare_streams
 from .train import app as training
 from .use import app as use
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration, about):
+for part in (training, use, memory, demonstration, serving, about):
     app.add_typer(part)
 app.callback()(options_everywhere)
 

@@ -263,6 +263,14 @@ def push(
             "whoever sees the repository sees them. Else they stay here.",
         ),
     ] = False,
+    endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--endpoint",
+            help="Also push handler.py and requirements.txt, with which Inference Endpoints "
+            "answers; a later push without it removes them.",
+        ),
+    ] = False,
 ) -> Command:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
     from hf_knn.commands.use import push_checkpoint

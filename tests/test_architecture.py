@@ -25,12 +25,15 @@ ONLY_IN = {
     "datasets": ("data/loading.py",),
     # whose options are declared there, and which speaks through what guards the terminal
     "hf_knn_cli": (
-        "commands/console.py", "commands/heads.py", "commands/thumbnails.py", "commands/train.py",
+        "commands/console.py",
+        "commands/heads.py",
+        "commands/thumbnails.py",
+        "commands/train.py",
     ),  # fmt: skip
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 151, 500
+MOST_FILES, MOST_LINES = 180, 500
 """90 files held what 0.2 could; each capability since brings its own."""
 
 

@@ -13,6 +13,7 @@ from ..core.plain_json import read_json
 from ..core.reading import THUMBNAILS_NAME
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
+from .endpoint import settle_endpoint, write_endpoint
 from .receipts import PICTURES_MARK, ROWS_MARK
 
 if TYPE_CHECKING:
@@ -358,8 +359,10 @@ def publish(
     message: str,
     description: str | None,
     license_name: str | None,
-    thumbnails: bool,
     options: dict[str, Any],
+    *,
+    thumbnails: bool,
+    endpoint: bool,
 ) -> Any:
     """Saves a model with its card, and pushes both.
 
@@ -369,12 +372,17 @@ def publish(
         message: of the commit.
         description: likewise.
         license_name: for the card; None keeps what the card says.
-        thumbnails: whether small pictures that the model keeps go along.
         options: of `save_pretrained`.
+        thumbnails: whether small pictures that the model keeps go along.
+        endpoint: also push what Inference Endpoints needs; else what there is of it goes.
 
     Returns:
         `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: with `endpoint`, for a repository with a handler that somebody else wrote.
     """
+    gone = settle_endpoint(target.read_text, endpoint)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, **options)
@@ -384,5 +392,7 @@ def publish(
         before = target.read_text(CARD_NAME)
         card = make_card(model, target.repo_id, before, folder, license_name, thumbnails)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        replaced = sorted(legacy_code(target.read_text))
+        replaced = [*sorted(legacy_code(target.read_text)), *gone]
+        if endpoint:
+            write_endpoint(model, folder)
         return target.push(folder, message, description, replaced=replaced)

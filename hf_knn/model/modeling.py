@@ -28,7 +28,7 @@ from .pictures import Thumbnails, features_of, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
 from .stored import lesson_of
 
-_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license", "thumbnails")
+_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license", "thumbnails", "endpoint")
 
 
 class KnnForImageClassification(core.KnnForImageClassification):
@@ -280,25 +280,26 @@ class KnnForImageClassification(core.KnnForImageClassification):
         parent_commit: str | None = None,
         license: str | None = None,  # noqa: A002 - what the Hub calls it
         thumbnails: bool = False,
+        endpoint: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Pushes weights, processor, datastore, code and card in one commit, without a pickle.
 
-        What the repository has already is not sent again. The card is made anew from what was
-        measured; what users wrote around it stays. Small pictures of stored rows stay behind.
+        What is there already is not sent again. The card is made anew; what users wrote stays.
 
         Args:
             repo_id: `org/name`, or a name in one's own space; made if it is not there.
             commit_message: of the commit.
-            commit_description: of the commit.
+            commit_description: likewise.
             private: whether a repository that is made is private.
             token: a token, or True for the one that is logged in.
             revision: a branch, made if it is not there.
             create_pr: open a pull request instead.
-            parent_commit: the commit that the branch must be at. None is the one that the model
-                was opened from or pushed as, if it was this repository; else where it is now.
+            parent_commit: where the branch must be. None is where the model was opened from or
+                pushed to, if it was this repository; else where it is now.
             license: for the card, such as `apache-2.0`; None keeps what the card says.
             thumbnails: also push the small pictures that the model keeps, for all to see.
+            endpoint: also a handler.py for Inference Endpoints; else one of an earlier push goes.
             kwargs: further options of `save_pretrained` (`max_shard_size`, …).
 
         Returns:
@@ -310,8 +311,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
-        about = (commit_message or "Upload model", commit_description, license, thumbnails)
-        commit = publish(self, target, *about, kwargs)
+        about = (commit_message or "Upload model", commit_description, license, kwargs)
+        commit = publish(self, target, *about, thumbnails=thumbnails, endpoint=endpoint)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
@@ -327,8 +328,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
                 kept. None removes all.
 
         Raises:
-            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
-                changed.
+            ValueError: for a picture that cannot be read, or an id that is not stored.
         """
         kept = None
         if images is not None:
