@@ -53,7 +53,7 @@ Find = Callable[[Queries, int], Ints]
 """From queries and k to the ids of the k nearest rows of each."""
 
 
-def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
+def queries_for(features: Rows, ids: Ints, near: Find) -> list[Queries]:
     """Rows without themselves, perturbed rows, and queries that are unlike any of them.
 
     Perturbed ones are on their way to another row, and then as far off as their neighbour lies.
@@ -64,15 +64,15 @@ def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
     Args:
         features: [N, D] raw rows, N >= 1.
         ids: [N] int64, unique.
-        exact: finds the true answer among these rows.
+        near: finds rows that are near, among these; it may miss some.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE])
     rows = Queries(ROWS, np.asarray(features[chosen]), ids[chosen])
     generator = np.random.default_rng(1)
-    near = np.sort(generator.permutation(len(ids))[:_SPREAD_ROWS])
-    known = np.asarray(features[near], np.float64)
+    sample = np.sort(generator.permutation(len(ids))[:_SPREAD_ROWS])
+    known = np.asarray(features[sample], np.float64)
     mean, spread = known.mean(axis=0), known.std(axis=0)
-    found = [rows, Queries(PERTURBED, _perturbed(features, ids, rows, exact), _nobody(rows.own))]
+    found = [rows, Queries(PERTURBED, _perturbed(features, ids, rows, near), _nobody(rows.own))]
     for scale, count in ((1.0, 2 * RECALL_SAMPLE), (_FAR, RECALL_SAMPLE)):  # they vary more
         noise = generator.standard_normal((count, features.shape[1]))
         drawn = _singles(mean + scale * spread * noise)
@@ -80,7 +80,7 @@ def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
     return found
 
 
-def _perturbed(features: Rows, ids: Ints, rows: Queries, exact: Find) -> NDArray:
+def _perturbed(features: Rows, ids: Ints, rows: Queries, near: Find) -> NDArray:
     """Some rows, moved: a part of the way to others, and as far as their neighbour lies."""
     generator = np.random.default_rng(2)
     own = np.asarray(rows.features, np.float64)
@@ -88,7 +88,7 @@ def _perturbed(features: Rows, ids: Ints, rows: Queries, exact: Find) -> NDArray
     moved = own + _SHARE * (others - own)
     if len(ids) > 1:
         order = np.argsort(ids)
-        places = order[np.searchsorted(ids, exact(rows, 1)[:, 0], sorter=order)]
+        places = order[np.searchsorted(ids, near(rows, 1)[:, 0], sorter=order)]
         noise = generator.standard_normal(own.shape)
         length = _lengths(np.asarray(features[places], np.float64) - own)
         moved += noise * (length / _lengths(noise))
@@ -115,14 +115,15 @@ class RecallTest:
         features: [N, D] raw rows.
         ids: [N] int64, unique.
         exact: finds the true answer.
+        near: finds rows that are near, quickly; it may miss some.
     """
 
-    def __init__(self, features: Rows, ids: Ints, exact: Find) -> None:
+    def __init__(self, features: Rows, ids: Ints, exact: Find, near: Find) -> None:
         self.k = min(RECALL_K, len(ids) - 1)
         self.queries: list[Queries] = []
         self.wanted: list[Ints] = []
         if self.k > 0:
-            self.queries = queries_for(features, ids, exact)
+            self.queries = queries_for(features, ids, near)
             # at once, since each time all rows are read
             asked = np.concatenate([np.asarray(each.features) for each in self.queries])
             own = np.concatenate([each.own for each in self.queries])

@@ -177,7 +177,7 @@ def test_a_search_that_misses_strangers_alone_is_found() -> None:
         found = misses_half(queries, k)
         return np.full_like(found, -1) if queries.kind == ROWS else found
 
-    test = RecallTest(rows, ids, exact)
+    test = RecallTest(rows, ids, exact, exact)
     assert test.recalls(exact) == {ROWS: 1, PERTURBED: 1, STRANGERS: 1}
     assert test.recalls(misses_half) == {ROWS: 1, PERTURBED: 1, STRANGERS: 0.5}
     assert test.aimed(misses_half)[0] == 1
