@@ -26,7 +26,7 @@ ONLY_IN = {
     # whose options are declared there, and which speaks through what guards the terminal
     "hf_knn_cli": (
         "commands/console.py", "commands/heads.py", "commands/thumbnails.py", "commands/train.py",
-    ),  # fmt: skip
+    ),
 }
 """What one module alone imports."""
 

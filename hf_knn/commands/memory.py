@@ -43,6 +43,7 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .stopping import FEATURES_KEPT, stands
 
 _SHOWN = 20
 _TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
@@ -79,6 +80,7 @@ def teach_pictures(
 
     def change(model: KnnForImageClassification) -> Receipt:
         rows = _labelled(pictures, splits) if label is None else _of_label(pictures, label)
+        stands(FEATURES_KEPT)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
