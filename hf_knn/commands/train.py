@@ -293,9 +293,9 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
         )
     elif "train_regularizer" in metrics and (chosen is None or chosen.fixed is None):
         console.print(
-            f"{trainer.model.config.head.capitalize()} head: regulariser "
+            f"{trainer.model.config.head.capitalize()} head: smoothing (regulariser) "
             f"{metrics['train_regularizer']:.3g}, temperature "
-            f"{metrics['train_temperature']:.3g}, by leave-one-out."
+            f"{metrics['train_temperature']:.3g}, found by leaving each picture out once."
         )
 
 
@@ -407,21 +407,21 @@ def _check(options: TrainOptions) -> None:
         ValueError: naming them.
     """
     if options.shots is not None and options.fraction is not None:
-        raise ValueError("Expected one of --shots and --fraction, but got both.")
+        raise ValueError("Expected one of --shots and --fraction, but got both; leave one out.")
     if options.sweep is not None:
-        _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
+        _refuse(options, _RATES, "no --sweep, which tries learning rates itself,")
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
     if options.learn_metric:
         raise ValueError(
-            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
-            "every picture, so that folds cannot tell whether a metric helps."
+            "Expected no --learn-metric with --fine-tune: the backbone is trained on every picture then, "
+            "so that none is left to find out whether it helps; leave one of them out."
         )
     if options.sweep is not None:
-        raise ValueError("Expected no --sweep with --fine-tune.")
+        raise ValueError("Expected no --sweep with --fine-tune; leave one of them out.")
     if not options.alpha:
-        _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
+        _refuse(options, ("refresh", "queries"), "--alpha above 0, which looks neighbours up,")
 
 
 def _check_packages(options: TrainOptions) -> None:
