@@ -86,7 +86,7 @@ IdsOption = Annotated[
         default_factory=list,
         show_default=False,
         callback=_spans,
-        help="Ids of rows, such as 3,17,20-40; of a span, those that are stored.",
+        help="Ids of stored pictures, such as 3,17,20-40; of a span, those that are there.",
     ),
 ]
 """Becomes a list of spans."""
@@ -145,7 +145,9 @@ FindingsOption = Annotated[
     typer.Option(
         "--from",
         callback=findings_csv,
-        help="A findings.csv of `hf-knn inspect`, perhaps with lines deleted or labels changed.",
+        help="The findings.csv of `hf-knn inspect`; delete lines or change labels in it first if "
+        "you "
+        "like.",
     ),
 ]
 
@@ -187,8 +189,9 @@ def _check(backend: str) -> None:
 SplitsOption = Annotated[
     Splits,
     typer.Option(
-        help="Folders called train, validation or test, and a csv's column split: auto finds out "
-        "what they are; none reads such folders as classes.",
+        help="Whether folders called train, validation or test (or a csv's column split) divide "
+        "the "
+        "pictures: auto finds out, none reads such folders as classes.",
     ),
 ]
 """How splits are read."""
@@ -197,7 +200,9 @@ BackendOption = Annotated[
     Backend | None,
     typer.Option(
         callback=_use,
-        help="What computes features; auto takes the fastest installed that agrees with PyTorch. "
+        help="The library that runs the backbone; auto takes the fastest that is installed and "
+        "gives "
+        "the same features as PyTorch. "
         "Default: $HF_KNN_BACKEND, else auto.",
         show_default=False,
     ),

@@ -12,6 +12,20 @@ from .terminal import flush_streams, prepare_streams
 from .train import app as training
 from .use import app as use
 
+ABOUT = (
+    "Image classifiers that also remember: a trained classifier, and the most similar stored "
+    "pictures, which vote. Both in one model."
+)
+
+WORDS = (
+    "Words. Checkpoint: the folder that holds a model. Backbone: a pretrained model that turns a "
+    "picture into numbers, its features. Head: the classifier that is trained on features. "
+    "Datastore: the features of the training pictures, one row each. Neighbours: the k rows that "
+    "are most like a new picture. Blend: the answers of head and neighbours, mixed. Hub: "
+    "huggingface.co."
+)
+"""Said once, for all commands."""
+
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an error, which is printed; 2 a command line that cannot be understood; "
     "3 doctor found what --fail-on names; 130 stopped by Ctrl-C."
@@ -20,7 +34,7 @@ EXIT_CODES = (
 app = typer.Typer(
     name="hf-knn",
     cls=Commands,
-    help="Image classifiers that also remember: a head and its nearest neighbours, in one model.",
+    help=f"{ABOUT}\n\n{WORDS}",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

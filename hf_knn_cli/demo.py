@@ -31,22 +31,25 @@ def demo(
         Path | None,
         typer.Option(
             callback=places.stored_pictures,
-            help="The folder it was trained on, to show the neighbours' pictures; with --push "
-            "small copies go along, for everybody to see.",
+            help="The folder it was trained on, to show the pictures that voted; with --push "
+            "small copies are sent along, for everybody to see.",
         ),
     ] = None,
     backend: Annotated[
         Backend | None,
-        typer.Option(help="What makes features here. Default: $HF_KNN_BACKEND, else torch."),
+        typer.Option(
+            help="The library that runs the backbone here. Default: $HF_KNN_BACKEND, else torch."
+        ),
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
-            callback=places.repo_id, help="Push it as the Space org/name instead of starting it."
+            callback=places.repo_id,
+            help="Put the page on the Hub, as the Space org/name, instead of opening it here.",
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push: a Space that is made is private.")
+        bool, typer.Option("--private", help="With --push: make the Space private, if it is new.")
     ] = False,
     thumbnails: Annotated[
         bool,
@@ -57,7 +60,7 @@ def demo(
         ),
     ] = False,
 ) -> None:
-    """Open a page to upload pictures, see why they are answered so, and teach new ones."""
+    """Open a page in the browser: classify pictures, see why, and teach new ones."""
     if push is not None and device_named(context):
         raise typer.BadParameter("Expected no --device with --push: a Space has its own hardware.")
     from hf_knn.commands.console import run

@@ -21,16 +21,16 @@ def _by_variable(context: typer.Context, option: typer.CallbackParam, value: int
 def _option(what: str, default: str) -> Any:
     return typer.Option(
         callback=_by_variable, min=1, show_default=False, rich_help_panel="Limits of a picture",
-        help=f"{what}; more is refused from the header. Default: {default}.",
+        help=f"{what}; a larger picture is refused before it is decoded. Default: {default}.",
     )  # fmt: skip
 
 
 _LIMITS = {
     "max_pixels": _option(
-        "Width times height",
+        "Most pixels, width times height",
         "$HF_KNN_MAX_PIXELS, else 200 million of a JPEG, 64 million of others",
     ),
-    "max_bytes": _option("Size of the file", "$HF_KNN_MAX_BYTES, else 512 MiB"),
+    "max_bytes": _option("Largest file, in bytes", "$HF_KNN_MAX_BYTES, else 512 MiB"),
 }
 
 

@@ -300,7 +300,7 @@ ChangedCheckpoint = Annotated[
     Path,
     typer.Argument(
         callback=checkpoint_folder,
-        help="A checkpoint folder; it will be changed, as a whole or not at all.",
+        help="A checkpoint folder. It is changed as a whole, or not at all.",
     ),
 ]
 ReportFolder = Annotated[

@@ -64,8 +64,12 @@ def called() -> str:
 
 
 def command_typed() -> str:
-    """The command line of this process, to be typed again."""
-    return f"{called()} {shlex.join(map(clean, sys.argv[1:]))}".strip()
+    """The command line of this process, to be typed again; a token is not shown."""
+    words = [re.sub(r"^--token=.*", "--token=TOKEN", clean(word)) for word in sys.argv[1:]]
+    for place, word in enumerate(words[:-1]):
+        if word == "--token":
+            words[place + 1] = "TOKEN"
+    return f"{called()} {shlex.join(words)}".strip()
 
 
 def as_called(sentence: str) -> str:

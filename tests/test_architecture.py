@@ -29,7 +29,7 @@ ONLY_IN = {
         "commands/heads.py",
         "commands/thumbnails.py",
         "commands/train.py",
-    ),  # fmt: skip
+    ),
 }
 """What one module alone imports."""
 

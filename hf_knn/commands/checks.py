@@ -47,6 +47,7 @@ from .console import (
     command_line,
     console,
     escape,
+    is_quiet,
     open_checkpoint,
     print_json,
     right,
@@ -54,6 +55,7 @@ from .console import (
     typed,
 )
 from .devices import device_of_process
+from .stopping import FEATURES_KEPT, stands
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
 
@@ -83,6 +85,7 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         if options.json_output:
             print_json({"moved": moved})
         return
+    stands(FEATURES_KEPT)
     options = replace(options, device=str(device_of_process()))
     source = open_source(options)
     say_what_was_left_out(source.notes)
@@ -170,6 +173,7 @@ def put_files_back(folder: Path, json_output: bool) -> None:
         ValueError: for a folder without a journal, or with a damaged one.
         OSError: if it cannot be read or written.
     """
+    stands(f"Files that were not put back yet lie in {folder}; the same line goes on with them.")
     found = put_back(folder)
     if json_output:
         print_json({
@@ -197,6 +201,8 @@ def _move(options: DoctorOptions, found: Sequence[tuple[str, str, str]]) -> dict
             outside.append(cell)
         else:
             wanted.setdefault(path, Move(root / path, f"{kind}/{path}", detail))
+    undo = f"`hf-knn doctor --undo {options.move_to}` puts all back"
+    stands(f"Files that were moved lie in {options.move_to}: {undo}; the same line moves the rest.")
     moved = move_aside(options.move_to, [*wanted.values()])
     folder = options.move_to
     if not options.json_output:
@@ -244,7 +250,8 @@ def watching(shown: bool) -> Iterator[Watch]:
         shown: False keeps silent.
     """
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*bars, TimeRemainingColumn(), console=console, disable=not shown,
+    with Progress(*bars, TimeRemainingColumn(), console=console,
+                  disable=not shown or is_quiet(),
                   transient=True) as progress:  # fmt: skip
 
         def watch(name: str, total: int) -> Callable[[int], object]:

@@ -21,6 +21,8 @@ from ..store.advice import install, needs
 from ..store.datastore import Datastore
 from ..store.hub import CARD_NAME, KEPT_TO_ONESELF
 from .console import console, escape
+from .stopping import stands
+from .use import PUSH_STANDS
 
 _PICTURES = "pictures.zip"
 _GO_ALONG = "The checkpoint's small pictures go along; whoever sees the Space sees them."
@@ -83,6 +85,7 @@ def push_space(
     """
     if checkpoint is None:
         raise ValueError("Expected a checkpoint to push the Space with; pass a folder or a Hub id.")
+    stands(PUSH_STANDS)
     api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"

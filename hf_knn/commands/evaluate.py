@@ -36,6 +36,7 @@ from .console import (
     typed,
 )
 from .devices import trains_on_cpu
+from .stopping import FEATURES_KEPT, stands
 
 MOST_NAMED = 20
 """Pictures that a message names."""
@@ -221,6 +222,7 @@ def open_split(
     if wanted not in splits:
         raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
     dataset = prepare(splits[wanted], model.config.class_names)
+    stands(FEATURES_KEPT)
     with progress_bars():
         rows = extract_features(model, dataset, on_bad_image=on_bad_image)
     say_what_was_skipped(rows)

@@ -52,6 +52,7 @@ from .console import (
 from .devices import move_to_device, trains_on_cpu
 from .evaluate import print_measured, stored_names
 from .heads import given_of, listed, print_choice, with_named_head
+from .stopping import FEATURES_KEPT, goes_on_with, stands, stands_or_falls
 from .thumbnails import keep_thumbnails
 
 LARGEST_CROSS_VALIDATION = 20_000
@@ -92,6 +93,7 @@ def train_pictures(options: TrainOptions) -> None:
         FloatingPointError: if the loss is not finite.
     """
     started = time.perf_counter()
+    stands_or_falls(options.output)
     options, why_that_head = with_named_head(options)
     _check(options)
     _check_packages(options)
@@ -235,12 +237,25 @@ def _draw_neighbors(
 def _work_folder(options: TrainOptions) -> Iterator[Path]:
     """Where a run keeps its checkpoints: beside the output until it is done, to be resumed."""
     if not options.fine_tune:
+        stands(FEATURES_KEPT)
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
     folder = options.output.with_name(f"{options.output.name}.training")
+    stands(lambda: _say_training(folder))
+    goes_on_with(lambda: ["--resume"] if _checkpoints(folder) else [])
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+
+
+def _say_training(folder: Path) -> str:
+    if not _checkpoints(folder):
+        return "The fine-tuning had not saved its first epoch yet."
+    return f"The newest whole epoch of the fine-tuning is kept in {folder}."
 
 
 def _trainer(
@@ -278,9 +293,9 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
         )
     elif "train_regularizer" in metrics and (chosen is None or chosen.fixed is None):
         console.print(
-            f"{trainer.model.config.head.capitalize()} head: regulariser "
+            f"{trainer.model.config.head.capitalize()} head: smoothing (regulariser) "
             f"{metrics['train_regularizer']:.3g}, temperature "
-            f"{metrics['train_temperature']:.3g}, by leave-one-out."
+            f"{metrics['train_temperature']:.3g}, found by leaving each picture out once."
         )
 
 
@@ -392,21 +407,21 @@ def _check(options: TrainOptions) -> None:
         ValueError: naming them.
     """
     if options.shots is not None and options.fraction is not None:
-        raise ValueError("Expected one of --shots and --fraction, but got both.")
+        raise ValueError("Expected one of --shots and --fraction, but got both; leave one out.")
     if options.sweep is not None:
-        _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
+        _refuse(options, _RATES, "no --sweep, which tries learning rates itself,")
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
     if options.learn_metric:
         raise ValueError(
-            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
-            "every picture, so that folds cannot tell whether a metric helps."
+            "Expected no --learn-metric with --fine-tune: the backbone is trained on every picture then, "
+            "so that none is left to find out whether it helps; leave one of them out."
         )
     if options.sweep is not None:
-        raise ValueError("Expected no --sweep with --fine-tune.")
+        raise ValueError("Expected no --sweep with --fine-tune; leave one of them out.")
     if not options.alpha:
-        _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
+        _refuse(options, ("refresh", "queries"), "--alpha above 0, which looks neighbours up,")
 
 
 def _check_packages(options: TrainOptions) -> None:

@@ -38,6 +38,13 @@ from .console import (
     typed,
 )
 from .evaluate import MOST_NAMED, open_split, silent_arguments, stored_names
+from .stopping import stands
+
+PUSH_STANDS = (
+    "The repository holds the old version or the new one, whole; what was sent already is not sent "
+    "again."
+)
+"""Said when a push is stopped."""
 
 _PUSHED_PICTURES = (
     "The small pictures of the stored rows went along: whoever sees the repository sees them."
@@ -139,6 +146,7 @@ def push_checkpoint(
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
     model = open_checkpoint(checkpoint)
+    stands(PUSH_STANDS)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
@@ -169,6 +177,7 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
     """
     check_export()
     model = open_checkpoint(checkpoint)
+    stands(f"{folder} may hold a part of the export, which is written anew.")
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
     size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
@@ -223,6 +232,7 @@ def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
     found = {path: entry for path, entry in cache_entries().items() if entry.used <= latest}
     entries = list(found.values())
     if clear:
+        stands("What was not removed yet is still there.")
         for path in found:
             shutil.rmtree(path)
     if json_output:
@@ -338,6 +348,7 @@ def move_to_milvus(
         model = open_checkpoint(checkpoint)
         if not isinstance(model.datastore, Datastore):
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        stands("Rows that Milvus has already are not sent again.")
         with progress_bars():
             store = MilvusDatastore.from_datastore(
                 model.datastore, uri, collection, token=token, batch_size=batch_size, index=index

@@ -318,7 +318,7 @@ def is_pending(folder: Path) -> bool:
 def explain_pending(folder: Path) -> str:
     """What to do about it."""
     return (
-        f"A change of {folder} is under way, or was interrupted. Run `hf-knn undo {folder}`, or "
-        "the next change, when nobody changes it: the rows are then taken back to what the "
-        "checkpoint names."
+        f"A change of {folder} is under way, or was interrupted. When nobody changes it now, run "
+        f"`hf-knn undo {folder}`: it takes the half-done change back, so that the rows on the server "
+        "are again those of the checkpoint. The next teach, forget or relabel does so too."
     )
