@@ -17,7 +17,7 @@ import hf_knn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
-SUB_PACKAGES = ("data", "store", "fit", "checkup")
+SUB_PACKAGES = ("data", "store", "fit", "checkup", "labelling")
 """Public ones, with names of their own."""
 
 ONLY_IN = {
@@ -28,7 +28,7 @@ ONLY_IN = {
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 148, 500
+MOST_FILES, MOST_LINES = 160, 500
 """90 files held what 0.2 could; each capability since brings its own."""
 
 
