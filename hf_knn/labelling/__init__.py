@@ -6,8 +6,10 @@ from ..core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .order import Rule as Rule
-    from .order import Similar as Similar
     from .order import next_pictures as next_pictures
+    from .order import rule_for as rule_for
+    from .order import similarities as similarities
+    from .order import unsure_of as unsure_of
     from .questions import Copies as Copies
     from .questions import Group as Group
     from .questions import Kept as Kept
@@ -24,9 +26,11 @@ _HOMES = {
     "Picture": "questions",
     "Rule": "order",
     "Session": "session",
-    "Similar": "order",
     "Skipped": "questions",
     "next_pictures": "order",
+    "rule_for": "order",
+    "similarities": "order",
+    "unsure_of": "order",
 }
 __all__ = [*_HOMES]
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
