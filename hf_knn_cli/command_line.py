@@ -7,6 +7,7 @@ import typer
 
 from .caches import prepare_caches
 from .demo import app as demonstration
+from .label import app as labelling
 from .memory import app as memory
 from .terminal import flush_streams, prepare_streams
 from .train import app as training
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration):
+for part in (training, labelling, use, memory, demonstration):
     app.add_typer(part)
 
 
