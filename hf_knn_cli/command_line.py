@@ -6,6 +6,7 @@ from .about import app as about
 from .caches import prepare_caches
 from .demo import app as demonstration
 from .everywhere import Commands, options_everywhere
+from .label import app as labelling
 from .memory import app as memory
 from .serve import app as serving
 from .terminal import flush_streams, prepare_streams
@@ -39,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration, serving, about):
+for part in (training, labelling, use, memory, demonstration, serving, about):
     app.add_typer(part)
 app.callback()(options_everywhere)
 

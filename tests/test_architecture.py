@@ -17,7 +17,7 @@ import hf_knn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
-SUB_PACKAGES = ("data", "store", "fit", "checkup")
+SUB_PACKAGES = ("data", "store", "fit", "checkup", "labelling")
 """Public ones, with names of their own."""
 
 ONLY_IN = {
