@@ -8,6 +8,7 @@ import typer
 from .caches import prepare_caches
 from .demo import app as demonstration
 from .memory import app as memory
+from .serve import app as serving
 from .terminal import flush_streams, prepare_streams
 from .train import app as training
 from .use import app as use
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration):
+for part in (training, use, memory, demonstration, serving):
     app.add_typer(part)
 
 

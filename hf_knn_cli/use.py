@@ -254,6 +254,14 @@ def push(
         str | None,
         typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
     ] = None,
+    endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--endpoint",
+            help="Also push handler.py and requirements.txt, with which Inference Endpoints "
+            "answers; a later push without it removes them.",
+        ),
+    ] = False,
 ) -> Command:
     """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
     from hf_knn.commands.use import push_checkpoint

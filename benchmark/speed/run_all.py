@@ -56,6 +56,10 @@ SCRIPTS = (
         "space_handler", "space_handler.py", ("--pictures", "60"), 60, headline=("/classify",)
     ),
     Script(
+        "serving", "serving.py", ("--rounds", "2", "--requests", "4"), 150,
+        headline=("hf-knn serve",),
+    ),
+    Script(
         "teaching", "teaching.py", ("--rounds", "5"), headline=("teach one", "forget one")
     ),
     Script(

@@ -143,6 +143,7 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
     quiet = {"hf_knn": logging.ERROR, "pymilvus": logging.CRITICAL}
     quiet["hf_knn.features.cache"] = logging.WARNING  # a disk that is full meanwhile
     quiet["hf_knn.data.decode"] = logging.WARNING  # a huge JPEG is read at a part of its size
+    quiet["hf_knn.model.endpoint"] = logging.WARNING  # what a push takes away
     loggers = [logging.getLogger(name) for name in quiet]
     levels = [logger.level for logger in loggers]
     for logger, level in zip(loggers, quiet.values(), strict=True):

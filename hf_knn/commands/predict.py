@@ -19,6 +19,7 @@ from ..core.reading import HubFiles
 from ..data.decode import BadImageError, decode_image, limits_of_process
 from ..data.sources import STANDARD_INPUT, Picture, SourceRows, find_sources
 from ..data.walk import StoredPictures
+from ..features.answering import Answer, Answerer, document_of, notices
 from ..features.backends import check_backend
 from ..features.encoders import AUTO
 from ..features.extract import FeatureStream, progress_bars
@@ -27,19 +28,7 @@ from ..fit.html import Table as PageTable
 from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails
-from .answering import (
-    KEPT,
-    Answer,
-    Answerer,
-    PredictOptions,
-    Summary,
-    cut,
-    document_of,
-    doubts_of,
-    flip_text,
-    notices,
-    row_of,
-)
+from .answering import KEPT, PredictOptions, Summary, cut, doubts_of, flip_text, row_of
 from .answers import AnswerFile, Row, open_answers
 from .console import (
     Terminal,
@@ -238,7 +227,8 @@ class _Run:
 
     def _document(self, answer: Answer) -> dict[str, Any]:
         name = self.pictures[answer.number].name
-        return document_of(self.model, name, answer, self.options)
+        options = self.options
+        return document_of(self.model, name, answer, options.shown_classes, options.shown_neighbors)
 
     def _print_whole(self, answer: Answer) -> None:
         document = self._document(answer)

@@ -19,6 +19,7 @@ from ..features.cache import ABOUT_NAME, KEYS_FOLDER
 from ..features.extract import progress_bars
 from ..fit.plots import check_drawing, draw_tuning
 from ..milvus.datastore import MilvusDatastore
+from ..model.endpoint import HANDLER_NAME, REQUIREMENTS_NAME
 from ..model.export import GRAPH_NAME, SCRIPT_NAME, check_export, export_onnx
 from ..model.stored import shown
 from ..store.advice import install, needs
@@ -104,6 +105,7 @@ def push_checkpoint(
     message: str,
     token: str | None,
     model_license: str | None = None,
+    endpoint: bool = False,
 ) -> None:
     """Checks a checkpoint as a reader would and pushes it.
 
@@ -117,6 +119,7 @@ def push_checkpoint(
         message: of the commit.
         token: a token; None is the one that is logged in.
         model_license: for the card; None keeps what it says.
+        endpoint: also push a handler for Inference Endpoints.
 
     Raises:
         ValueError: if it is no checkpoint folder, or a damaged one.
@@ -128,8 +131,14 @@ def push_checkpoint(
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
+        endpoint=endpoint,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
+    if endpoint:
+        console.print(
+            f"{HANDLER_NAME} and {REQUIREMENTS_NAME} went along: choose Deploy, Inference "
+            "Endpoints on the page of the repository.", soft_wrap=True,
+        )  # fmt: skip
     console.print(f"Next: [bold]{typed('predict', repo_id, 'PICTURE.jpg')}[/]", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.plain_json import read_json
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
+from .endpoint import settle_endpoint, write_endpoint
 from .receipts import PICTURES_MARK, ROWS_MARK
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ def publish(
     description: str | None,
     license_name: str | None,
     options: dict[str, Any],
+    endpoint: bool = False,
 ) -> Any:
     """Saves a model with its card, and pushes both.
 
@@ -342,15 +344,22 @@ def publish(
         description: likewise.
         license_name: for the card; None keeps what the card says.
         options: of `save_pretrained`.
+        endpoint: also push what Inference Endpoints needs; else what there is of it goes.
 
     Returns:
         `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: with `endpoint`, for a repository with a handler that somebody else wrote.
     """
+    gone = settle_endpoint(target.read_text, endpoint)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, **options)
         draw_reliability(model, folder)
         card = make_card(model, target.repo_id, target.read_text(CARD_NAME), folder, license_name)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        replaced = sorted(legacy_code(target.read_text))
+        replaced = [*sorted(legacy_code(target.read_text)), *gone]
+        if endpoint:
+            write_endpoint(model, folder)
         return target.push(folder, message, description, replaced=replaced)

@@ -28,7 +28,7 @@ from .pictures import Thumbnails, features_of, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
 from .stored import lesson_of
 
-_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license")
+_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license", "endpoint")
 
 
 class KnnForImageClassification(core.KnnForImageClassification):
@@ -279,6 +279,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
         create_pr: bool = False,
         parent_commit: str | None = None,
         license: str | None = None,  # noqa: A002 - what the Hub calls it
+        endpoint: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Pushes weights, processor, datastore, code and card in one commit, without a pickle.
@@ -297,6 +298,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             parent_commit: the commit that the branch must be at. None is the one that the model
                 was opened from or pushed as, if it was this repository; else where it is now.
             license: for the card, such as `apache-2.0`; None keeps what the card says.
+            endpoint: also a handler.py for Inference Endpoints; else one of an earlier push goes.
             kwargs: further options of `save_pretrained` (`max_shard_size`, …).
 
         Returns:
@@ -309,7 +311,7 @@ class KnnForImageClassification(core.KnnForImageClassification):
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
         message = commit_message or "Upload model"
-        commit = publish(self, target, message, commit_description, license, kwargs)
+        commit = publish(self, target, message, commit_description, license, kwargs, endpoint)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
