@@ -1,4 +1,4 @@
-"""The page of `hf-knn label`: a server, the browser that shows it, and how both end."""
+"""The page of `hf-knn label`: where it is, the browser that shows it, and how both end."""
 
 import os
 import socket
@@ -6,24 +6,20 @@ import sys
 import threading
 import webbrowser
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlencode
-
-import uvicorn
 
 from ..labelling.outcome import Outcome
 from ..labelling.page import LabelPage
 from ..labelling.session import Session
 from ..labelling.shown import Ending
 from ..serving.guard import TOKEN_IN_ADDRESS, Access
+from ..serving.listening import address_of, listen, serve
 from .console import console, escape
 from .label_ending import ending_of, say_ending
 
 FIRST_PORT = 7861
 """The demo begins at the one before."""
-
-_PORTS = 100
-_PATIENCE = 5
-"""Seconds that requests under way have when the server ends."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,17 @@ class Place:
     """Where the page will be; taken before pictures are read, which takes long.
 
     Attributes:
-        listening: the port.
+        bound: the port.
         access: who may ask.
         opens_browser: see `PageOptions`.
     """
 
-    listening: socket.socket
+    bound: socket.socket
     access: Access
     opens_browser: bool
 
     @classmethod
-    def take(cls, options: PageOptions) -> "Place":
+    def take(cls, options: PageOptions) -> Self:
         """Takes it.
 
         Args:
@@ -70,27 +66,27 @@ class Place:
             OSError: for a port that is taken, or a host that is none of this machine.
         """
         access = Access.choose(options.host, options.token)
-        return cls(_listen(access.host, options.port), access, options.opens_browser)
+        return cls(listen(access.host, options.port, FIRST_PORT), access, options.opens_browser)
 
     @property
     def address(self) -> str:
-        """What a browser opens; with the token where one is needed and was not chosen."""
-        host = self.access.host
-        if host in ("0.0.0.0", "::"):
-            host = socket.gethostname()
-        name = f"[{host}]" if ":" in host else host
-        start = f"http://{name}:{self.listening.getsockname()[1]}/"
-        if self.access.is_local or self.access.is_given:
+        """What a browser opens, with the token where one is needed."""
+        start = f"{address_of(self.bound, self.access)}/"
+        if self.access.is_local:
             return start
         return f"{start}?{urlencode({TOKEN_IN_ADDRESS: self.access.token})}"
 
 
-def show_page(session: Session, place: Place) -> bool:
+def show_page(
+    session: Session, place: Place, folders: str | None = None, with_model: bool = True
+) -> bool:
     """Serves the page until everything is written, or somebody presses Ctrl-C.
 
     Args:
         session: what is asked and answered.
         place: where.
+        folders: what the page proposes to write, see `Session.finish`.
+        with_model: likewise.
 
     Returns:
         Whether everything was written, which is said then.
@@ -99,28 +95,19 @@ def show_page(session: Session, place: Place) -> bool:
         KeyboardInterrupt: at Ctrl-C, once the server has ended.
     """
     written: list[Ending] = []
+    is_over = threading.Event()
 
     def ending(outcome: Outcome) -> Ending:
         written.append(ending_of(outcome, session.pool.folder))
         return written[-1]
 
-    def end() -> None:
-        server.should_exit = True
+    def ready() -> None:
+        _say_where(place)
+        if place.opens_browser and _can_open():
+            threading.Thread(target=webbrowser.open, args=(place.address,), daemon=True).start()
 
-    app = LabelPage(session, ending, end).app(place.access)
-    options = uvicorn.Config(
-        app, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=_PATIENCE,
-    )  # fmt: skip
-    server = uvicorn.Server(options)
-    _say_where(place)
-    if place.opens_browser and _can_open():
-        # it listens already; a browser that asks before the server answers only waits
-        threading.Thread(target=webbrowser.open, args=(place.address,), daemon=True).start()
-    try:
-        server.run(sockets=[place.listening])
-    finally:
-        place.listening.close()
+    page = LabelPage(session, ending, is_over.set, folders, with_model)
+    serve(page.app(place.access), place.bound, ready, is_over.is_set)
     for each in written[-1:]:
         say_ending(each)
     return bool(written)
@@ -131,10 +118,9 @@ def _say_where(place: Place) -> None:
     console.print(f"Name the pictures at [bold]{escape(place.address)}[/]", soft_wrap=True,
                   highlight=False)  # fmt: skip
     if not access.is_local:
-        if access.is_given:
-            console.print(f"Add ?{TOKEN_IN_ADDRESS}= and the token that you chose.")
-        console.print("[yellow]Other machines can reach it, and nothing is encrypted; whoever has "
-                      "the token can label.[/]", soft_wrap=True)  # fmt: skip
+        console.print("[yellow]Other machines can reach it under the name of this one, and nothing "
+                      "is encrypted; whoever has this address can label.[/]",
+                      soft_wrap=True)  # fmt: skip
     console.print("Each answer is kept at once. Ctrl-C stops, and the same command goes on.")
 
 
@@ -143,18 +129,3 @@ def _can_open() -> bool:
     if sys.platform in ("win32", "darwin") or "BROWSER" in os.environ:
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def _listen(host: str, port: int | None) -> socket.socket:
-    found = socket.getaddrinfo(host, port or FIRST_PORT, type=socket.SOCK_STREAM)
-    family, _, _, _, address = found[0]
-    tried = range(FIRST_PORT, FIRST_PORT + _PORTS) if port is None else [port]
-    for number in tried:
-        try:
-            return socket.create_server((address[0], number), family=family)
-        except OSError as error:
-            problem = error
-    raise OSError(
-        f"Expected port {tried[0]} of {host} to be free, but: {problem.strerror}; choose another "
-        "--port, or end the program that has it."
-    ) from problem

@@ -20,7 +20,7 @@ def keys_of(labels: Sequence[str]) -> list[str | None]:
         A digit or a small letter for each; None when none is left.
     """
     free = dict.fromkeys(letter for letter in ascii_lowercase if letter not in RESERVED)
-    keys: list[str | None] = [str(number) for number in range(1, 10)][: len(labels)]
+    keys: list[str | None] = [*"123456789"[: len(labels)]]
     for label in labels[9:]:
         key = next((letter for letter in label.lower() if letter in free), next(iter(free), None))
         keys.append(key)

@@ -45,6 +45,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_FOLDERS = {"copies": COPY, "links": LINK, "list": None}
 _TINY, _QUALITY = 128, 90
 _AHEAD = 4
 """The one that is asked now among them."""
@@ -59,12 +60,21 @@ class LabelPage:
         session: what is asked and answered.
         ending: what is said of an outcome.
         finished: called when everything was written, once the page was told.
+        folders: what the page proposes to write, see `Session.finish`.
+        with_model: likewise.
     """
 
     def __init__(
-        self, session: Session, ending: Callable[[Outcome], Ending], finished: Callable[[], None]
+        self,
+        session: Session,
+        ending: Callable[[Outcome], Ending],
+        finished: Callable[[], None],
+        folders: str | None = None,
+        with_model: bool = True,
     ) -> None:
         self._session, self._ending, self._finished = session, ending, finished
+        kind = next(kind for kind, how in _FOLDERS.items() if how == folders)
+        self._proposed = {"kind": kind, "with_model": with_model}
         self._lock = threading.Lock()
         self._run = secrets.token_hex(8)
         self._numbers = PictureNumbers()
@@ -100,7 +110,7 @@ class LabelPage:
         document = shown(
             session.question(), session.labels, session.progress(), folder, self._numbers
         )
-        return document | {"run": self._run}
+        return document | {"run": self._run, "finish": self._proposed}
 
     def _ahead(self, _: Request) -> Response:
         """What may be asked next, so that it is there by then."""
@@ -157,8 +167,7 @@ class LabelPage:
         return {"said": said, "question": self._question()}
 
     def _finish(self, sent: SentFinish, _: Document) -> Document:
-        folders = {"copies": COPY, "links": LINK, "list": None}[sent.kind]
-        ending = self._ending(self._session.finish(folders, sent.with_model))
+        ending = self._ending(self._session.finish(_FOLDERS[sent.kind], sent.with_model))
         return {"said": ending.said, "commands": [each._asdict() for each in ending.commands]}
 
     def _picture(self, request: Request) -> Response:

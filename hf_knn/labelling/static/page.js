@@ -8,6 +8,7 @@ const RETRY = 2000; // milliseconds between looks for a server that does not ans
 let shown = null; // the question on the page, as the server said it
 let chosen = new Set(); // numbers of the pictures of a group that are selected
 let isBusy = false; // one answer at a time: a key pressed twice must not answer what is not seen yet
+let hasProposed = false; // what the command line said to write
 let isOver = false; // everything was written, the server is going
 
 // ---- small tools ------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ async function show(question) {
   if (large) showPicture(large);
   else ({ group: showGroup, copies: showCopies, done: showDone })[question.kind]();
   showNear();
-  const skipText = { group: "Skip", picture: "Skip", copies: "Skip: keep them all" };
+  const skipText = { group: "Skip", picture: "Skip", copies: "Keep them all" };
   at("skip").replaceChildren(`${skipText[question.kind] ?? ""} `, key("s"));
   at("skip").hidden = question.kind === "done";
   at("classes").classList.toggle("many", question.labels.length > 8);
@@ -433,6 +434,11 @@ function openFinish() {
   at("finishing-said").textContent =
     `${some(labelled, "picture")} named, ${skipped} skipped.${rest}`;
   at("finishing-trouble").textContent = "";
+  if (!hasProposed) {
+    at("finishing-form").elements.kind.value = shown.finish.kind;
+    at("finishing-form").elements.model.checked = shown.finish.with_model;
+    hasProposed = true;
+  }
   at("finishing").showModal();
   at("write").focus();
 }
@@ -484,7 +490,7 @@ const HELP = [
   ["s", "skip"],
   ["← ↑ → ↓, Space", "in a group: go to a picture, and take it out or in again"],
   ["a", "in a group: select all, or none"],
-  ["1 … 9", "copies: keep this one"],
+  ["1 … 9, a", "of copies: keep this one, or all"],
   ["Tab", "to every button"],
   ["f", "finish and write"],
   ["?", "these keys"],
@@ -527,6 +533,7 @@ function onSign(pressed, typed) {
   const own = { u: undo, s: skip, f: openFinish, "?": openKeys };
   if (own[pressed]) return own[pressed]();
   if (shown.kind === "copies") {
+    if (pressed === "a") return skip();
     const picture = /^[1-9]$/.test(pressed) ? shown.pictures[pressed - 1] : undefined;
     return picture && keep(picture);
   }
