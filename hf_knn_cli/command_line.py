@@ -7,6 +7,7 @@ import typer
 
 from .caches import prepare_caches
 from .demo import app as demonstration
+from .label import app as labelling
 from .memory import app as memory
 from .serve import app as serving
 from .terminal import flush_streams, prepare_streams
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (training, use, memory, demonstration, serving):
+for part in (training, labelling, use, memory, demonstration, serving):
     app.add_typer(part)
 
 

@@ -145,6 +145,14 @@ def local_pictures(place: Path) -> Path:
     return Path(found)
 
 
+def picture_folder(folder: Path) -> Path:
+    """A folder of pictures on this machine."""
+    place = local_pictures(folder)
+    if not place.is_dir():
+        refuse(place, "a folder of pictures", "it is a file; name the folder that it lies in")
+    return place
+
+
 def picture_sources(sources: list[str]) -> list[str]:
     """Pictures to classify, by whatever names them: only here an address is one."""
     return [*map(_picture_source, sources)]
@@ -205,6 +213,11 @@ def backbone(name: str) -> str:
         if "/" in place and not place.startswith("hf-hub:"):
             _config_on_hub(place, wanted)
     return place
+
+
+def backbone_if_named(name: str | None) -> str | None:
+    """What makes features, as above; None stays None."""
+    return None if name is None else backbone(name)
 
 
 def repo_id(name: str | None) -> str | None:

@@ -100,11 +100,12 @@ class Draw:
     def __init__(self, features: Tensor, labels: Tensor, seed: int) -> None:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         self._count = len(labels) // 2
-        mean_of_pool = features[order[: self._count]].double().mean(dim=0).float()
-        self._rows = functional.normalize(features[order] - mean_of_pool, dim=1)
-        self._labels, self._classes = labels[order], int(labels.max()) + 1
         pool = features[order[: self._count]]
-        self._similar = similarities(pool, pool, mean_of_pool)
+        middle = pool.double().mean(dim=0)
+        rows = functional.normalize(features[order].double() - middle, dim=1)
+        self._products = rows @ rows[: self._count].T  # [N, N / 2]
+        self._labels, self._classes = labels[order], int(labels.max()) + 1
+        self._similar = similarities(pool, pool, middle)
 
     def curve(self, rule: Rule | None, steps: int, is_late: bool) -> list[float]:
         """Accuracy on the other half after each answer.
@@ -139,26 +140,27 @@ class Draw:
             chosen.append(number)
             left.remove(number)
             covered = torch.maximum(covered, self._similar[number])
-            shares = ridge(self._rows[chosen], self._labels[chosen], self._classes, self._rows)
+            labels = self._labels[chosen]
+            shares = ridge(self._products[:, chosen], chosen, labels, self._classes)
             yield shares
 
 
-def ridge(rows: Tensor, labels: Tensor, classes: int, asked: Tensor) -> Tensor:
-    """[B, C] probabilities of a ridge head, solved in its dual form: there are few rows.
+def ridge(products: Tensor, chosen: list[int], labels: Tensor, classes: int) -> Tensor:
+    """[N, C] probabilities of a ridge head, solved in its dual form: there are few rows.
 
     Args:
-        rows: [M, D] features.
+        products: [N, M] inner products of all rows with those that are labelled.
+        chosen: which of the N rows these are.
         labels: [M] int64.
         classes: C.
-        asked: [B, D].
     """
-    rows, asked = rows.double(), asked.double()
     targets = functional.one_hot(labels, classes).double()
-    middle, prior = rows.mean(dim=0), targets.mean(dim=0)
-    own = rows - middle
-    gram = own @ own.T + REGULARIZER * torch.eye(len(rows), dtype=torch.float64)
-    weights = own.T @ torch.linalg.solve(gram, targets - prior)
-    logits = (asked - middle) @ weights + prior
+    prior = targets.mean(dim=0)
+    # about the mean of the labelled rows, on both sides
+    about = products - products[chosen].mean(dim=0)
+    about = about - about.mean(dim=1, keepdim=True)
+    gram = about[chosen] + REGULARIZER * torch.eye(len(chosen), dtype=torch.float64)
+    logits = about @ torch.linalg.solve(gram, targets - prior) + prior
     is_there = torch.bincount(labels, minlength=classes) > 0
     return torch.where(is_there, logits / TEMPERATURE, _IMPOSSIBLE).softmax(dim=1)
 

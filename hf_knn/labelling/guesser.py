@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..core.backbone import split_features
 from ..core.config import Head
@@ -21,6 +22,8 @@ from ..store.backend import as_row_store
 from ..store.datastore import Datastore
 from .pool import Pool
 from .questions import Guess, Neighbour
+
+DEFAULT_BACKBONE = "facebook/dinov2-small"
 
 _NOBODY = "?"
 _ASKED_AT_ONCE = 1024
@@ -71,16 +74,19 @@ class Guesser:
         self.known = Known(model.memory, {})
 
     @classmethod
-    def begin(cls, backbone: str, labels: Sequence[str]) -> KnnForImageClassification:
+    def begin(
+        cls, backbone: str | PreTrainedModel | None, labels: Sequence[str]
+    ) -> KnnForImageClassification:
         """A model that knows nothing.
 
         Args:
-            backbone: as for `hf-knn train`.
+            backbone: as for `hf-knn train`; None is dinov2-small.
             labels: of classes that are known to come.
         """
         return KnnForImageClassification.from_backbone(
-            backbone, list(labels) or [_NOBODY], head=Head.RIDGE, knn_weight=0.0,
-            head_regularizer=FIXED_CELL.regularizer, head_temperature=FIXED_CELL.temperature,
+            backbone or DEFAULT_BACKBONE, list(labels) or [_NOBODY],
+            head=Head.RIDGE, knn_weight=0.0, head_regularizer=FIXED_CELL.regularizer,
+            head_temperature=FIXED_CELL.temperature,
         )  # fmt: skip
 
     @property
@@ -160,8 +166,11 @@ class Guesser:
 
         Args:
             names: of one picture or more.
+
+        Returns:
+            All classes; none before two of them have pictures: there was nothing to choose from.
         """
-        if not self.rows:
+        if len(as_row_store(self._model.datastore).labels.unique()) < 2:
             return []
         shares = self.probabilities(names).mean(dim=0)
         order = shares.argsort(descending=True, stable=True).tolist()

@@ -15,7 +15,6 @@ from ..milvus.datastore import MilvusDatastore
 from ..model.card import make_card
 from ..model.modeling import KnnForImageClassification
 from ..model.versions import mark_training, occupant_of
-from ..store.backend import as_row_store
 from ..store.folders import exclusive_lock
 from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
@@ -92,7 +91,6 @@ def teach_checkpoint(
     model: KnnForImageClassification = KnnForImageClassification.from_pretrained(base)
     if isinstance(model.datastore, MilvusDatastore):  # which others ask
         model.datastore = model.datastore.to_datastore()
-    model.config.check()
     last: dict[bytes, str] = {}  # of copies that got two labels, the last one counts
     where = {name: number for number, name in enumerate(pool.names)}
     for name in taught:
@@ -103,7 +101,6 @@ def teach_checkpoint(
         features=pool.features[numbers], contents=pool.contents[numbers], paths=names,
         labels=[taught[name] for name in names], relabel=True,
     )  # fmt: skip
-    assert len(as_row_store(model.datastore))
     return Taught(True, [f"{receipt}", *_save(model, target)])
 
 

@@ -57,7 +57,7 @@ class Pool:
 
 def open_pool(
     folder: Path,
-    home: Path,
+    home: Path | None,
     model: KnnForImageClassification,
     *,
     batch_size: int = 32,
@@ -69,7 +69,8 @@ def open_pool(
 
     Args:
         folder: with the pictures, in sub-folders or not.
-        home: where the session writes, which is left out if it lies in the folder.
+        home: where the session writes, which is left out if it lies in the folder, and where copies
+            are remembered; None writes nothing.
         model: whose backbone makes features.
         batch_size: pictures per forward pass.
         watch: told of the progress of the search for copies.
@@ -80,9 +81,12 @@ def open_pool(
         ValueError: if there is no picture, or none that can be read.
         OSError: if the folder cannot be read.
     """
-    root, own = folder.resolve(), home.resolve()
+    root = folder.resolve()
     found = find_pictures(str(root))
-    names = [name for name in found.pictures if not (root / name).is_relative_to(own)]
+    names = found.pictures
+    if home is not None:
+        own = home.resolve()
+        names = [name for name in names if not (root / name).is_relative_to(own)]
     if not names:
         raise ValueError(
             " ".join(
@@ -101,12 +105,13 @@ def open_pool(
         made.skipped, found.notes, made.backend,
     )  # fmt: skip
     if with_copies and len(pool.names) > 1:
-        copies = _known_copies(pool, home)
+        copies = None if home is None else _known_copies(pool, home)
         if copies is None:
             done = watch("Looking for copies", len(pool.names))
             prints = prints_of(dataset.select(made.ids.tolist()), done)
             copies = _copies(pool, prints, watch)
-            _remember(pool, home, copies)
+            if home is not None:
+                _remember(pool, home, copies)
         pool.copies.extend(copies)
     return pool
 

@@ -44,7 +44,7 @@ class Group:
     Attributes:
         number: of the question.
         pictures: the most typical one first; all are selected until somebody says otherwise.
-        guess: what most of them are taken for; None while nothing is labelled.
+        guess: what most of them are taken for; None before two classes have pictures.
     """
 
     number: int
@@ -59,7 +59,7 @@ class Picture:
     Attributes:
         number: of the question.
         picture: where it lies.
-        guesses: the most likely class first; empty while nothing is labelled.
+        guesses: the most likely class first; empty before two classes have pictures.
         neighbours: the labelled pictures next to it, nearest first.
     """
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from ..checkup.examine import Watch, unwatched
 from ..model.modeling import KnnForImageClassification
 from .asking import Asking, groups_for
-from .guesser import Guesser, Known
+from .guesser import DEFAULT_BACKBONE, Guesser, Known
 from .journal import JOURNAL_NAME, Journal
 from .outcome import Outcome, Place, write_outcome
 from .pool import Pool, open_pool
@@ -28,7 +28,6 @@ from .questions import (
 )
 from .state import COPIES, GROUP, PICTURE, Record, State, state_of
 
-DEFAULT_BACKBONE = "facebook/dinov2-small"
 NEIGHBOURS = 5
 """Shown with a picture."""
 
