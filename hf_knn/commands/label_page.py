@@ -71,10 +71,16 @@ class Place:
     @property
     def address(self) -> str:
         """What a browser opens, with the token where one is needed."""
+        return self._with(self.access.token)
+
+    @property
+    def printed(self) -> str:
+        """The same for all to see: a token that somebody chose is not printed."""
+        return self._with("YOUR-TOKEN" if self.access.is_given else self.access.token)
+
+    def _with(self, token: str) -> str:
         start = f"{address_of(self.bound, self.access)}/"
-        if self.access.is_local:
-            return start
-        return f"{start}?{urlencode({TOKEN_IN_ADDRESS: self.access.token})}"
+        return start if self.access.is_local else f"{start}?{urlencode({TOKEN_IN_ADDRESS: token})}"
 
 
 def show_page(
@@ -115,11 +121,11 @@ def show_page(
 
 def _say_where(place: Place) -> None:
     access = place.access
-    console.print(f"Name the pictures at [bold]{escape(place.address)}[/]", soft_wrap=True,
+    console.print(f"Name the pictures at [bold]{escape(place.printed)}[/]", soft_wrap=True,
                   highlight=False)  # fmt: skip
     if not access.is_local:
         console.print("[yellow]Other machines can reach it under the name of this one, and nothing "
-                      "is encrypted; whoever has this address can label.[/]",
+                      "is encrypted; whoever has the token can label.[/]",
                       soft_wrap=True)  # fmt: skip
     console.print("Each answer is kept at once. Ctrl-C stops, and the same command goes on.")
 
