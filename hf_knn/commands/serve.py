@@ -1,16 +1,22 @@
 """`hf-knn serve`: a checkpoint behind HTTP."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..data.uploads import give_back_large_blocks
 from ..features.backends import check_backend
 from ..features.encoders import TORCH
+from ..model.receipts import Change
 from ..store.advice import install, needs
 from .console import Terminal, console, escape, typed
+
+if TYPE_CHECKING:
+    from ..serving.guard import Access
 
 _NEEDED = {
     "fastapi": "fastapi", "fastapi_offline": "fastapi-offline", "uvicorn": "uvicorn",
@@ -54,68 +60,65 @@ def serve_checkpoint(checkpoint: str, options: ServeOptions) -> None:
         ImportError: without the extra `serve`, or for a backend that is not installed.
         ValueError: for a damaged checkpoint, a token or a name that is none.
         OSError: for a port that is taken.
-        KeyboardInterrupt: when it was stopped by Ctrl-C, after it has said what was kept.
     """
     needs(_NEEDED, "hf-knn serve", install("serve"))
     from ..serving.app import Server, Settings
-    from ..serving.guard import SHORT_TOKEN, TOKEN_VARIABLE, Access
+    from ..serving.guard import Access
     from ..serving.listening import address_of, listen, serve
     from ..serving.live import LiveCheckpoint
 
     access = Access.choose(options.host, options.token, options.allowed)
     give_back_large_blocks()
-    backend = TORCH if options.backend is None else check_backend(options.backend)
-    bound = listen(access.host, options.port)
-    with bound:
+    backend = check_backend(options.backend or os.environ.get("HF_KNN_BACKEND") or TORCH)
+    with listen(access.host, options.port) as bound:
         with console.status("Opening the checkpoint …"):
             live = LiveCheckpoint(checkpoint, backend)
         settings = Settings(options.batch_size, options.wait_ms / 1000, options.max_waiting)
         server = Server(live, access, settings)
-        address = address_of(bound, access)
-
-        def say() -> None:
-            latest = live.latest
-            rows = latest.model.datastore
-            console.print(
-                f"[bold]{escape(checkpoint)}[/]: {0 if rows is None else len(rows):,} stored "
-                f"pictures, {latest.model.config.classes} classes, features by "
-                f"{latest.encoder.backend}.", soft_wrap=True,
-            )  # fmt: skip
-            console.print(f"Answering at [bold]{address}[/]; what it does: {address}/docs",
-                          soft_wrap=True, highlight=False)  # fmt: skip
-            header = "" if access.is_local else ' -H "Authorization: Bearer $TOKEN"'
-            console.print(f"Try: [bold]curl{escape(header)} -F files=@PICTURE.jpg "
-                          f"{address}/predict[/]", soft_wrap=True, highlight=False)  # fmt: skip
-            what = "to teach and to forget" if access.is_local else "for everything"
-            if access.is_given:
-                console.print(f"The token that was given is needed {what}.", soft_wrap=True)
-            else:
-                console.print(f"Token, needed {what}: [bold]{escape(access.token)}[/]",
-                              soft_wrap=True, highlight=False)  # fmt: skip
-                console.print(f"Another start makes another one; {TOKEN_VARIABLE} keeps it.")
-            if len(access.token) < SHORT_TOKEN:
-                console.print(f"[yellow]The token has fewer than {SHORT_TOKEN} characters, and "
-                              "may be guessed.[/]")  # fmt: skip
-            if not access.is_local:
-                console.print("[yellow]Other machines can ask, and nothing is encrypted; put a "
-                              "proxy with a certificate before it.[/]", soft_wrap=True)  # fmt: skip
-            console.print("Ctrl-C ends it.")
-
         logging.getLogger("hf_knn.serving").setLevel(logging.ERROR)
-        try:
-            serve(server, bound, say)
-        finally:
-            _say_kept(checkpoint, live.folder, server.changes)
+
+        def say_ready() -> None:
+            model, backend = live.latest.model, live.latest.encoder.backend
+            rows = 0 if model.datastore is None else len(model.datastore)
+            console.print(
+                f"[bold]{escape(checkpoint)}[/]: {rows:,} stored pictures, "
+                f"{model.config.classes} classes, features by {backend}.", soft_wrap=True,
+            )  # fmt: skip
+            _say_how_to_ask(address_of(bound, access), access)
+
+        serve(server, bound, say_ready)
+        _say_kept(checkpoint, server.changes)
 
 
-def _say_kept(checkpoint: str, folder: Path | None, changes: Sequence[str]) -> None:
-    said = Terminal(stderr=True)
-    if folder is None or not changes:
-        said.print("\nEnded; what was asked is answered, and nothing was changed.")
-        return
-    counts = ", ".join(f"{count} x {action}" for action, count in Counter(changes).items())
-    said.print(
-        f"\nEnded; what was asked is answered. Kept in {escape(checkpoint)}: {counts}. "
-        f"{typed('log', checkpoint)} lists the changes, and {typed('undo', checkpoint)} takes the "
-        "last one back.", soft_wrap=True, highlight=False,
-    )  # fmt: skip
+def _say_how_to_ask(address: str, access: "Access") -> None:
+    from ..serving.guard import SHORT_TOKEN, TOKEN_VARIABLE
+
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    say(f"Answering at [bold]{address}[/]; what it does: {address}/docs")
+    header = "" if access.is_local else ' -H "Authorization: Bearer $TOKEN"'
+    say(f"Try: [bold]curl{escape(header)} -F files=@PICTURE.jpg {address}/predict[/]")
+    what = "to teach and to forget" if access.is_local else "for everything"
+    if access.is_given:
+        say(f"The token that was given is needed {what}.")
+    else:
+        say(f"Token, needed {what}: [bold]{escape(access.token)}[/]")
+        say(f"Another start makes another one; the variable {TOKEN_VARIABLE} keeps one.")
+    if len(access.token) < SHORT_TOKEN:
+        say(f"[yellow]The token has fewer than {SHORT_TOKEN} characters; it may be guessed.[/]")
+    if not access.is_local:
+        say("[yellow]Others can ask, and nothing is encrypted; put a proxy with a certificate "
+            "before it.[/]")  # fmt: skip
+    say("Ctrl-C ends it.")
+
+
+def _say_kept(checkpoint: str, changes: Sequence[str]) -> None:
+    said = "\nEnded; what was asked is answered, and nothing was changed."
+    if changes:
+        counts = ", ".join(f"{count} x {action}" for action, count in Counter(changes).items())
+        said = (
+            f"\nEnded; what was asked is answered. Kept in {escape(checkpoint)}: {counts}. "
+            f"{typed('log', checkpoint)} lists the changes."
+        )
+        if changes[-1] != Change.FORGET:
+            said += f" {typed('undo', checkpoint)} takes the last one back."
+    Terminal(stderr=True).print(said, soft_wrap=True, highlight=False)

@@ -1,8 +1,11 @@
 """Where a server listens, and how it ends: what was asked before is answered."""
 
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -12,6 +15,7 @@ from .guard import Access
 FIRST_PORT = 8000
 _PORTS = 100
 _BACKLOG = 2048
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 _GRACE = 90
 """Seconds that requests under way have when the server ends."""
 
@@ -85,8 +89,6 @@ def serve(
         ready: called once it answers.
         is_over: asked now and then; it ends too when this is true.
 
-    Raises:
-        KeyboardInterrupt: when Ctrl-C ended it.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     config = uvicorn.Config(
@@ -109,6 +111,19 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._is_over()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ends by Ctrl-C or SIGTERM, and then lets whoever started it go on."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in _ENDS}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

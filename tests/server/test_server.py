@@ -299,7 +299,7 @@ def test_nothing_changes_without_the_token(client: TestClient, path: str) -> Non
     assert client.get("/health").json()["rows"] == 40
 
 
-def test_changes_at_the_same_time_are_saved_together(
+def test_changes_that_come_together_are_saved_together(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saves: list[int] = []
@@ -309,24 +309,28 @@ def test_changes_at_the_same_time_are_saved_together(
         saves.append(len(model.changes))
         plain(model, *args, **kwargs)
 
+    checkpoint = LiveCheckpoint(str(folder))
+    version = checkpoint.latest
+    taught = []
+    for number, content in enumerate(PICTURES):
+        (read,) = answers.read_pictures(version, [(f"{number}.png", content)])
+        assert read.pixels is not None
+        features = version.encoder.encode(read.pixels[None])
+        taught.append(answers.lesson([read], features, version.maker, "fox", False, False))
     monkeypatch.setattr(KnnForImageClassification, "save_pretrained", counted)
-    with serving(folder) as (client, server), ThreadPoolExecutor(4) as pool:
-        with server.live._turn:
-            first = pool.submit(teach, client, "fox", PICTURES[0])
-            _until(lambda: server._intake.requests == 1)
-        assert first.result().status_code == 200
-        with exclusive_lock(folder):  # another process is changing it
-            rest = [pool.submit(teach, client, "fox", each) for each in PICTURES[1:]]
-            bad = pool.submit(client.post, "/forget", headers=BEARER, json={"ids": [123456]})
-            _until(lambda: len(server._changing) == 3)
-        assert [future.result().status_code for future in rest] == [200] * 3
-        assert bad.result().status_code == 404
-    assert saves[0] == 1
-    assert saves[-1] == 4
-    assert len(saves) <= 3
+    found = checkpoint.change([*taught[:2], answers.forgetting([123456]), *taught[2:], taught[0]])
+    assert [type(one).__name__ for one in found] == [
+        "Receipt", "Receipt", "MissingError", "Receipt", "Receipt", "Receipt",
+    ]  # fmt: skip
+    assert saves == [4]
+    assert [getattr(one, "rows_after", 0) for one in found] == [41, 42, 0, 43, 44, 44]
     store = opened(folder).datastore
     assert store is not None
     assert len(store) == 44
+    old = answers.lesson([read], features, "another maker", "fox", False, False)
+    (refused,) = checkpoint.change([old])
+    assert isinstance(refused, live.ReplacedError)
+    assert saves == [4]
 
 
 def test_a_change_that_cannot_be_saved_did_not_happen(
@@ -431,6 +435,7 @@ PNG = files(PICTURES[0])
 MULTIPART = {"content-type": "multipart/form-data; boundary=x"}
 NO_BOUNDARY = {"content-type": "multipart/form-data"}
 JSON = {"content-type": "application/json"}
+SURROGATE = json.dumps({"images": as_text(PICTURES[0]), "label": "\ud800"}).encode()
 
 
 @pytest.mark.parametrize(
@@ -455,7 +460,7 @@ JSON = {"content-type": "application/json"}
         ("/predict", {"content": b"\xff", "headers": JSON}, 400, "JSON"),
         ("/predict", {"content": b"[" * 100_000, "headers": JSON}, 400, "JSON"),
         ("/predict", {"content": b"x", "headers": MULTIPART}, 400, "multipart"),
-        ("/predict", {"content": b"", "headers": MULTIPART}, 400, "multipart"),
+        ("/predict", {"content": b"", "headers": MULTIPART}, 422, "got none"),
         ("/predict", {"content": b"x", "headers": NO_BOUNDARY}, 400, "multipart"),
         ("/predict", {"files": [("files", (None, b"text"))]}, 422, "`files`"),
         ("/predict", {"files": PNG, "data": {"top": "many"}}, 422, "`top`"),
@@ -469,7 +474,7 @@ JSON = {"content-type": "application/json"}
         ("/teach", {"files": PNG, "data": {"label": " "}}, 422, "a label of 1 to 60"),
         ("/teach", {"files": PNG, "data": {"label": "a\nb"}}, 422, "cannot be shown"),
         ("/teach", {"files": PNG, "data": {"label": "x" * 61}}, 422, "61 characters"),
-        ("/teach", {"json": {"images": as_text(PICTURES[0]), "label": "\ud800"}}, 400, "JSON"),
+        ("/teach", {"content": SURROGATE, "headers": JSON}, 400, "JSON"),
         ("/teach", {"json": {"images": as_text(PICTURES[0]), "label": ["a"]}}, 422, "`label`"),
         ("/forget", {"files": PNG}, 415, "application/json"),
         ("/forget", {"json": {"ids": []}}, 422, "`ids`"),
