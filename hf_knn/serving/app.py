@@ -53,6 +53,9 @@ ANSWER_SECONDS = 60.0
 CHANGING = ("/teach", "/forget")
 _PATHS = ("/predict", "/explain", *CHANGING, "/health", "/metrics", "/docs", "/openapi.json")
 _ATTEMPTS = 3
+_CHANGE_WAIT = 0.05
+"""Seconds that a change waits for others while requests are coming: a save takes longer."""
+
 
 _ABOUT = f"""An image classifier that also remembers: a head and its nearest neighbours.
 
@@ -112,7 +115,11 @@ class Server:
             lambda: self._intake.requests,
         )  # fmt: skip
         self._changing: Batcher[_Changing] = Batcher(
-            "hf-knn-change", self._change, settings.batch_size
+            "hf-knn-change",
+            self._change,
+            settings.batch_size,
+            _CHANGE_WAIT,
+            lambda: self._intake.requests,
         )
         self._guarded = Guard(self._intake, access, lambda _, path: path.startswith(CHANGING))
 

@@ -75,13 +75,19 @@ def address_of(bound: socket.socket, access: Access) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
+def serve(
+    app: ASGIApp,
+    bound: socket.socket,
+    ready: Callable[[], None],
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
     """Answers until somebody ends it (Ctrl-C, a signal); requests under way are answered.
 
     Args:
         app: what answers.
         bound: of `listen`; it is closed.
         ready: called once it answers.
+        is_over: asked now and then; it ends too when this is true.
 
     """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -89,7 +95,7 @@ def serve(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None
         app, access_log=False, log_config=None, ws="none", server_header=False, lifespan="on",
         timeout_graceful_shutdown=_GRACE, proxy_headers=False,
     )  # fmt: skip
-    server = _Server(config, ready)
+    server = _Server(config, ready, is_over)
     try:
         server.run(sockets=[bound])
     finally:
@@ -97,9 +103,14 @@ def serve(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], is_over: Callable[[], bool]
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._is_over = ready, is_over
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._is_over()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
