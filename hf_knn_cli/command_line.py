@@ -9,6 +9,7 @@ from .everywhere import Commands, options_everywhere
 from .label import app as labelling
 from .memory import app as memory
 from .serve import app as serving
+from .sort import app as sorting
 from .terminal import flush_streams, prepare_streams
 from .train import app as training
 from .use import app as use
@@ -40,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (training, labelling, use, memory, demonstration, serving, about):
+for part in (training, labelling, use, sorting, memory, demonstration, serving, about):
     app.add_typer(part)
 app.callback()(options_everywhere)
 

@@ -125,11 +125,35 @@ def pictures_if_named(name: str | None) -> str | None:
     return None if name is None else pictures(name)
 
 
-def quarantine(folder: Path | None) -> Path | None:
-    """A folder that files were moved into; None stays None."""
+def inbox(folder: Path | None) -> Path | None:
+    """A folder of pictures to be sorted; None stays None."""
     if folder is None:
         return None
-    wanted = "the folder that --move-to named"
+    wanted = "a folder of pictures"
+    place = Path(_expanded(folder, wanted))
+    if not place.exists():
+        _refuse_missing(str(place), wanted, "the one that they lie in")
+    if not place.is_dir():
+        refuse(place, wanted, "it is a file; name the folder that it lies in")
+    if _is_checkpoint(place):
+        refuse(place, wanted, "it is a checkpoint; name that with --model")
+    return place
+
+
+def quarantine(folder: Path | None) -> Path | None:
+    """A folder that files were moved into; None stays None."""
+    return _filled(folder, "--move-to")
+
+
+def sorted_folder(folder: Path | None) -> Path | None:
+    """A folder that pictures were sorted into; None stays None."""
+    return _filled(folder, "--into")
+
+
+def _filled(folder: Path | None, option: str) -> Path | None:
+    if folder is None:
+        return None
+    wanted = f"the folder that {option} named"
     place = _expanded(folder, wanted)
     if not os.path.exists(place):
         _refuse_missing(place, wanted, "the one that the files were moved into")

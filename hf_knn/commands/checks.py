@@ -33,7 +33,8 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
-from ..data.moving import Move, Moved, move_aside, put_back
+from ..data.journal import Move
+from ..data.moving import Moved, move_aside, put_back
 from ..data.places import is_saved
 from ..data.walk import StoredPictures, find_pictures
 from ..fit.html import Drawing, Section, plain, svg_uri, write_page

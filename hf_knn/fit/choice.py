@@ -88,8 +88,7 @@ class HeadChoice:
         result: the cell of the head, with the table of all cells; where nothing was compared the
             fixed one at λ = 0.
         answers: what the head and the neighbours said about all rows held out; None likewise.
-        judged: what each half of them was told by what the other half chose, where all rows were
-            chosen on; None where a half was.
+        judged: what each half of them was told by what the other half chose; None likewise.
     """
 
     head: str
@@ -213,7 +212,8 @@ def compare_heads(
     table, chosen_on = _table_of(results), next(iter(results.values())).rows
     best = best_of(table, chosen_on).head
     blend = BlendOf(num_labels, metric, weighting)
-    judged = judged_by_halves(heads_said, choose, blend) if is_few else None
+    first = None if is_few else (best, results[best])
+    judged = judged_by_halves(heads_said, choose, blend, first)
     chosen = HeadChoice(best, table, chosen_on, criterion, left_out)
     return replace(chosen, result=results[best], answers=heads_said[best], judged=judged)
 

@@ -225,8 +225,8 @@ class KnnTrainer(SavingTrainer):
         unless a criterion is named: on so few, chance would choose. λ is 0 below 3 labels a class,
         and 0.5 where there are more and no row can be held out.
 
-        Half of the rows are chosen on; thresholds for `explain(max_error=…)` come from the others.
-        Few are all chosen on; then each half is judged by what the other would choose.
+        Half of the rows are chosen on, or all where they are few. For the thresholds of
+        `explain(max_error=…)` each half is judged by what the other would choose.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
