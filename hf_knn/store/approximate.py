@@ -22,7 +22,15 @@ from .faiss import (
     write_index,
 )
 from .kept import IndexFile, MappedIndex
-from .kinds import CODES, LARGEST_EF, LARGEST_K_FACTOR, is_rebuildable
+from .kinds import (
+    CODES,
+    CODES_ALONE,
+    LARGEST_EF,
+    LARGEST_K_FACTOR,
+    has_codes,
+    is_rebuildable,
+)
+from .searcher import IndexRows
 
 _TRAINING_ROWS_PER_LIST, _KMEANS_ROUNDS = 40, 5
 """More of either takes longer and hardly finds better lists."""
@@ -31,6 +39,7 @@ _BUILD_WIDTH = 100
 """Rows of a graph that are kept in mind while one more is linked."""
 
 _ADD_ROWS = 131_072
+_ASSIGNED_ROWS = 65_536
 
 _CANDIDATES_IN_REACH = 4
 """The lists that are searched hold this many times the candidates wanted, on average."""
@@ -40,6 +49,9 @@ _LARGEST_ON_GPU = 2048
 
 LEAST = {"nprobe": 1, "efSearch": 1, "k_factor": 4}
 """What the parameters are where nobody chose them."""
+
+MadeRows = Singles | IndexRows
+"""[N, D'] float32, which may be made as they are read."""
 
 
 class FaissApproximate:
@@ -60,7 +72,7 @@ class FaissApproximate:
         self.parameters: dict[str, int] = {}
 
     @classmethod
-    def from_rows(cls, spec: str, rows: Singles, is_l2: bool) -> "FaissApproximate":
+    def from_rows(cls, spec: str, rows: MadeRows, is_l2: bool) -> "FaissApproximate":
         """Trains and fills the index that a factory string names.
 
         Args:
@@ -79,7 +91,7 @@ class FaissApproximate:
             index.hnsw.efConstruction = _BUILD_WIDTH
         try:
             if not index.is_trained:
-                index.train(rows)
+                index.train(rows[:])
             approximate = cls(index, spec)
             approximate._append(rows)
         except RuntimeError as error:
@@ -91,7 +103,7 @@ class FaissApproximate:
 
     @classmethod
     def from_lists(
-        cls, spec: str, rows: Singles, centroids: Singles, lists: Ints, is_l2: bool
+        cls, spec: str, rows: MadeRows, centroids: Singles, lists: Ints, is_l2: bool
     ) -> "FaissApproximate":
         """Fills an inverted file from its centroids and lists, without k-means.
 
@@ -107,7 +119,7 @@ class FaissApproximate:
         inverted.quantizer.reset()
         inverted.quantizer.add(np.ascontiguousarray(centroids))
         # the ranges of SQ8 come from the same rows, so they come out the same
-        inverted.train(rows if spec.endswith("SQ8") else centroids)
+        inverted.train(rows[:] if spec.endswith("SQ8") else centroids)
         index.is_trained = True
         approximate = cls(index, spec)
         approximate._fill(rows, lists)
@@ -135,12 +147,19 @@ class FaissApproximate:
         check_same_kind(file.record.name, index, wanted, count)
         return cls(index, spec, file if isinstance(file, MappedIndex) else None)
 
+    @property
+    def per_neighbour(self) -> int:
+        """See `GrowingIndex`."""
+        if not self.spec.endswith(CODES_ALONE):
+            return 1
+        return self.parameters.get("k_factor", LEAST["k_factor"])
+
     def write(self, path: Path) -> None:
         """Writes the index for users of faiss; rows are numbered in the order of the files."""
         write_index(path, self.index)
 
-    def add(self, rows: Singles) -> None:
-        """See `GrowingFirstPass.add`.
+    def add(self, rows: MadeRows) -> None:
+        """See `GrowingIndex.add`.
 
         Raises:
             NotImplementedError: for a kind that takes no rows in once it was built.
@@ -161,26 +180,27 @@ class FaissApproximate:
             self.index, self.source = library().deserialize_index(serialized), None
             self.set_parameters(self.parameters)
 
-    def _append(self, rows: Singles) -> None:
+    def _append(self, rows: MadeRows) -> None:
         for start in range(0, len(rows), _ADD_ROWS):
             self.index.add(rows[start : start + _ADD_ROWS])
         self._append_on_gpus(rows)
 
-    def _append_on_gpus(self, rows: Singles) -> None:
+    def _append_on_gpus(self, rows: MadeRows) -> None:
         for start in range(0, len(rows) if self.on_gpus is not None else 0, _ADD_ROWS):
             self.on_gpus.add(rows[start : start + _ADD_ROWS])
 
-    def _fill(self, rows: Singles, lists: Ints) -> None:
+    def _fill(self, rows: MadeRows, lists: Ints) -> None:
         """Appends rows, each to the list that is its own."""
         inverted, before = inverted_lists(self.index), self.index.ntotal
         ids = np.arange(before, before + len(rows), dtype=np.int64)
         for start in range(0, len(rows), _ADD_ROWS):
             part = slice(start, start + _ADD_ROWS)
             block, wanted = np.ascontiguousarray(rows[part]), np.ascontiguousarray(lists[part])
-            if self.spec.endswith(CODES):
+            if has_codes(self.spec):
                 _add_codes(inverted, block, ids[part], wanted)
-                self.index.refine_index.add(block)
-                self.index.ntotal = inverted.ntotal
+                if self.spec.endswith(CODES):
+                    self.index.refine_index.add(block)
+                    self.index.ntotal = inverted.ntotal
             else:
                 inverted.add_core(len(block), *map(library().swig_ptr, (block, ids[part], wanted)))
         self._append_on_gpus(rows)
@@ -266,7 +286,7 @@ class FaissApproximate:
     def tunable(self) -> dict[str, int]:
         """The parameters that trade time for recall, and the largest sensible value of each."""
         lists = inverted_lists(self.index)
-        if self.spec.endswith(CODES):
+        if has_codes(self.spec):
             return {"nprobe": lists.nlist, "k_factor": LARGEST_K_FACTOR}
         if lists is not None:
             return {"nprobe": lists.nlist}
@@ -274,12 +294,12 @@ class FaissApproximate:
             return {"efSearch": LARGEST_EF}
         return {}
 
-    def lists_of(self, rows: Singles) -> Ints:
+    def lists_of(self, rows: MadeRows) -> Ints:
         """[M] int64: the list that each row belongs to."""
         return _nearest(inverted_lists(self.index).quantizer, rows)
 
 
-def new_lists(spec: str, rows: Singles, is_l2: bool) -> tuple[Singles, Ints]:
+def new_lists(spec: str, rows: MadeRows, is_l2: bool) -> tuple[Singles, Ints]:
     """Finds centroids by k-means on a sample, and the list of each row.
 
     Args:
@@ -296,7 +316,9 @@ def new_lists(spec: str, rows: Singles, is_l2: bool) -> tuple[Singles, Ints]:
     empty_index(spec, rows.shape[1], len(rows), is_l2)
     index = library().index_factory(rows.shape[1], f"{spec.split(',')[0]},Flat", metric_of(is_l2))
     _set_kmeans(index)
-    index.train(rows)
+    most = index.nlist * _TRAINING_ROWS_PER_LIST
+    sample = np.sort(np.random.default_rng(0).permutation(len(rows))[:most])
+    index.train(rows[sample] if most < len(rows) else rows[:])
     return index.quantizer.reconstruct_n(0, index.nlist), _nearest(index.quantizer, rows)
 
 
@@ -306,9 +328,11 @@ def _set_kmeans(inverted: Any) -> None:
     inverted.cp.seed = 1234
 
 
-def _nearest(quantizer: Any, rows: Singles) -> Ints:
-    _, found = quantizer.search(rows, 1)
-    nearest: Ints = found[:, 0]
+def _nearest(quantizer: Any, rows: MadeRows) -> Ints:
+    nearest = np.empty(len(rows), np.int64)
+    for start in range(0, len(rows), _ASSIGNED_ROWS):
+        part = slice(start, start + _ASSIGNED_ROWS)
+        nearest[part] = quantizer.search(rows[part], 1)[1][:, 0]
     return nearest
 
 

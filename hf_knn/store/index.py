@@ -37,6 +37,7 @@ from .searcher import (
     ApproximateSearcher,
     GrowingFirstPass,
     GrowingSearcher,
+    IndexRows,
     IndexSpace,
     PlacedFirstPass,
     nearest_in_blocks,
@@ -155,7 +156,7 @@ def build_searcher(
     index, info = _read(info, space, len(ids), trusted, kept)
     is_built = index is None
     if index is None:
-        index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
+        index, stored = _approximate(space.read_for_index(features), info, stored, space.is_l2)
     done, seconds = "built" if is_built else "read", time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
@@ -194,7 +195,7 @@ def _read(
 
 
 def _approximate(
-    rows: Singles, info: IndexInfo, stored: StoredLists | None, is_l2: bool
+    rows: IndexRows, info: IndexInfo, stored: StoredLists | None, is_l2: bool
 ) -> tuple[FaissApproximate, StoredLists | None]:
     if stored is not None:
         index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
@@ -477,4 +478,4 @@ class RowIndex:
         assert self.searcher is not None
         assert self.approximate is not None
         added = table.features[start : len(table)]
-        return self.approximate.lists_of(self.searcher.space.index_rows(added))
+        return self.approximate.lists_of(self.searcher.space.read_for_index(added))
