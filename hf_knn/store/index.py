@@ -306,6 +306,22 @@ class RowIndex:
         memory = None if max_memory is None else parse_memory(max_memory)
         return cls(choose_index(requested, count, width, memory), memory, min_recall, width)
 
+    def listed(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
+        """With the lists of a table, which then lies in their order; kinds without lists as it was.
+
+        Args:
+            table: the rows.
+            compared: see `built`.
+        """
+        if not is_rebuildable(self.info.spec):
+            return self, table
+        space = IndexSpace(*compared, table.features)
+        rows = space.read_for_index(table.features)
+        centroids, lists = new_lists(self.info.spec, rows, space.is_l2)
+        return replace(self, centroids=centroids), table.with_lists(lists).in_list_order()
+
     @property
     def approximate(self) -> FaissApproximate | None:
         """The index of faiss, if it is one that stands."""
