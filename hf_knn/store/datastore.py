@@ -121,9 +121,8 @@ class Datastore(PushedAlone):
     ) -> Self:
         """Builds a datastore in a folder, of rows that need not fit into memory.
 
-        Each block is what `add` takes, and the options are those of `from_features`. The folder's
-        disk needs room for the rows twice. They lie in the order of the index's lists, not in that
-        of the blocks: `ids` says which is which. An index that fits `max_memory` is built and kept.
+        Each block is what `add` takes, and the options are those of `from_features`. The disk needs
+        room for the rows twice. Rows of one list of the index lie beside each other: `ids` tells.
         """
         index = write_blocks(blocks, Path(folder), options)
         store = cls.load(folder)
@@ -421,7 +420,7 @@ class Datastore(PushedAlone):
         OSError says that something could not be written, a DatastoreError that a mapped file
         changed on disk; then the version that was there is intact.
         """
-        if len(self._rows()) and self.index.spec != FLAT:
+        if len(self._rows()) and disk.is_to_be_built(self._table, self._index):
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
         compared = (self.mean, self.metric, self.normalization, self.learned_map)

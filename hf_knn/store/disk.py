@@ -102,6 +102,18 @@ class Contents:
     source: dict[str, str]
 
 
+def is_to_be_built(table: RowTable, index: RowIndex) -> bool:
+    """Whether an index must stand before rows are saved: it is written, or not known well enough.
+
+    Args:
+        table: the rows.
+        index: how they are searched.
+    """
+    info = index.info
+    has_lists = is_rebuildable(info.spec) and table.lists is not None
+    return info.spec != FLAT and not (has_lists and info.recall is not None and _is_large(table))
+
+
 def write_datastore(folder: Path, contents: Contents, places: Sequence[Path | None]) -> Manifest:
     """Writes a datastore as one version.
 
@@ -258,8 +270,7 @@ def _is_whole(record: FileRecord, path: Path) -> bool:
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
     """The serialized index, for users of faiss; read back for those who trust it only."""
     table, info, index = contents.table, contents.index.info, contents.index.approximate
-    count, dim = table.features.shape
-    is_large = count * dim * 4 >= LARGEST_FAISS_FILE
+    is_large = _is_large(table)
     if info.spec == FLAT and has_faiss() and not is_large:
         mean = contents.mean.double().numpy()
         compared = (mean, contents.metric, contents.normalization, contents.learned_map)
@@ -273,6 +284,11 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     else:
         return None
     return stage_file(folder / FAISS_NAME, write, scratch)
+
+
+def _is_large(table: RowTable) -> bool:
+    count, dim = table.features.shape
+    return count * dim * 4 >= LARGEST_FAISS_FILE
 
 
 def _replace_faiss(folder: Path, scratch: Path, index: Path | None) -> None:
