@@ -8,6 +8,7 @@ import numpy as np
 from ..core.manifest import IndexInfo
 from .faiss import empty_index, has_faiss, require_faiss
 from .kinds import AUTO, CODES, CODES_ALONE, FLAT, FLOAT16, LARGEST_EF, LATENCY, has_codes
+from .recall import aimed_recall
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,10 @@ def choose_index(
     if requested == LATENCY:
         full += count * 4 * 2 * _LINKS
     if max_memory is not None and full > max_memory:
-        quarter = count * (width + 8) + lists * 4 * width
-        kind = "SQ8" if quarter <= max_memory else CODES_ALONE
-        return IndexInfo(requested, f"IVF{lists},{kind}")
+        if count * (width + 8) + lists * 4 * width <= max_memory:
+            return IndexInfo(requested, f"IVF{lists},SQ8")
+        # codes are compared so fast that half of the lists, found in half of the time, are enough
+        return IndexInfo(requested, f"IVF{lists // 2},{CODES_ALONE}")
     kind = f"HNSW{_LINKS}_{FLOAT16}" if requested == LATENCY else f"IVF{lists},{FLOAT16}"
     return IndexInfo(requested, kind)
 
@@ -122,12 +124,13 @@ def pays(info: IndexInfo, min_recall: float) -> bool:
         info: with its parameters and recall.
         min_recall: that it was to reach.
     """
-    if info.recall is None or info.requested not in (AUTO, LATENCY):
+    recall = aimed_recall(info)
+    if recall is None or info.requested not in (AUTO, LATENCY):
         return True
     lists = re.search(r"IVF(\d+)", info.spec)
     most = LARGEST_SHARE * int(lists[1]) if lists else LARGEST_EF
     effort = info.parameters.get("nprobe" if lists else "efSearch", 1)
-    return info.recall >= min_recall and effort <= most
+    return recall >= min_recall and effort <= most
 
 
 def was_refused(info: IndexInfo, before: int, count: int) -> bool:

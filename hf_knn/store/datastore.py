@@ -57,7 +57,8 @@ class Datastore(PushedAlone):
             `auto:latency` in a graph; or any faiss factory string (needs faiss: ImportError).
         paths: where each row's picture lies, relative to its dataset, if known.
         max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.
-        min_recall: recall at 20 that an approximate index is set to reach, by measurement.
+        min_recall: recall at 20 that an approximate index is set to reach on rows and rows that
+            were moved a little, by measurement; `index.recalls` says what others get.
 
     Attributes:
         mean: [D] float32.
@@ -420,7 +421,7 @@ class Datastore(PushedAlone):
         OSError says that something could not be written, a DatastoreError that a mapped file
         changed on disk; then the version that was there is intact.
         """
-        if len(self._rows()) and disk.is_to_be_built(self._table, self._index):
+        if len(self._rows()) and disk.needs_index(self._table, self._index):
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
         compared = (self.mean, self.metric, self.normalization, self.learned_map)

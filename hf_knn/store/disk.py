@@ -102,16 +102,9 @@ class Contents:
     source: dict[str, str]
 
 
-def is_to_be_built(table: RowTable, index: RowIndex) -> bool:
-    """Whether an index must stand before rows are saved: it is written, or not known well enough.
-
-    Args:
-        table: the rows.
-        index: how they are searched.
-    """
-    info = index.info
-    has_lists = is_rebuildable(info.spec) and table.lists is not None
-    return info.spec != FLAT and not (has_lists and info.recall is not None and _is_large(table))
+def needs_index(table: RowTable, index: RowIndex) -> bool:
+    """Whether the index of a table must stand before it is saved: it is written, or unknown."""
+    return index.info.spec != FLAT and not (_is_large(table) and index.is_known(table))
 
 
 def write_datastore(folder: Path, contents: Contents, places: Sequence[Path | None]) -> Manifest:

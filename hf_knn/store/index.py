@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from ..core.learned import LearnedMap
 from ..core.manifest import DatastoreError, IndexInfo
 from ..core.search import Floats, Ints, Rows, Singles
-from .approximate import LEAST, FaissApproximate, new_lists
+from .approximate import FaissApproximate, new_lists
 from .choice import (
     choose_index,
-    most_that_pays,
     parse_memory,
     pays,
     was_refused,
     with_codes,
 )
+from .effort import set_effort
 from .faiss import (
     has_faiss,
     how_to_get_faiss,
@@ -31,8 +31,7 @@ from .faiss import (
 from .kept import MOMENT, KeptIndex, TrustedIndex
 from .kinds import AUTO, CODES, FLAT, FLOAT16, is_rebuildable
 from .mapped import files_behind
-from .quickest import build_quickest, quickest_for_batches
-from .recall import RECALL_K, Queries, RecallTest
+from .quickest import build_quickest
 from .searcher import (
     ApproximateSearcher,
     GrowingFirstPass,
@@ -40,7 +39,6 @@ from .searcher import (
     IndexRows,
     IndexSpace,
     PlacedFirstPass,
-    nearest_in_blocks,
 )
 from .table import RowTable, Shard
 
@@ -164,7 +162,7 @@ def build_searcher(
     # a graph is another one each time that it is built; lists are rebuilt as they were
     is_new = is_built and not is_rebuildable(info.spec)
     if info.recall is None or info.measured_on is None or is_new:
-        info = _tune(searcher, index, info, min_recall)
+        info = set_effort(searcher, index, info, min_recall)
     if is_built and kept is not None and time.perf_counter() - started >= MOMENT:
         kept.write(index.write, info, space.largest, made_by(), files_behind(features))
     gpus = [device.index for device in placement.devices if device.type == "cuda"]
@@ -204,50 +202,6 @@ def _approximate(
         return FaissApproximate.from_rows(info.spec, rows, is_l2), None
     stored = StoredLists(*new_lists(info.spec, rows, is_l2))
     return FaissApproximate.from_lists(info.spec, rows, *stored, is_l2), stored
-
-
-def _tune(
-    searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
-) -> IndexInfo:
-    """Doubles the parameter that helps most until the recall on all samples is reached."""
-    features, ids, space = searcher.features, searcher.ids, searcher.space
-    first_pass = quickest_for_batches(len(ids), space.width)
-
-    def exact(queries: Queries, k: int) -> Ints:
-        return nearest_in_blocks(features, ids, space, first_pass, queries.features, k, queries.own)
-
-    def find(queries: Queries, k: int) -> Ints:
-        return searcher.search(queries.features, k, queries.own)[1]
-
-    test, largest = RecallTest(features, ids, exact), most_that_pays(info, index.tunable())
-
-    def measured(values: dict[str, int]) -> tuple[float, str]:
-        index.set_parameters(values)
-        return test.worst(find)
-
-    values = {name: index.parameters.get(name, LEAST[name]) for name in largest}
-    recall, measured_on = measured(values)
-    while recall < min_recall and (wider := _wider(values, largest)):
-        found = [(measured(each), each) for each in wider]
-        (recall, measured_on), values = max(found, key=lambda pair: pair[0][0])
-    index.set_parameters(values)
-    info = replace(info, parameters=values, recall=recall, measured_on=measured_on)
-    logger.info("index %s: %s", info.requested, info)
-    if recall < min_recall:
-        logger.warning(
-            "index %s reaches recall@%d %.4f, below %.4f, on %s; index='flat' is exact.",
-            info.spec, RECALL_K, recall, min_recall, measured_on,
-        )  # fmt: skip
-    return info
-
-
-def _wider(values: dict[str, int], largest: dict[str, int]) -> list[dict[str, int]]:
-    """The parameters with one of them doubled, for each that can be."""
-    return [
-        values | {name: min(2 * value, largest[name])}
-        for name, value in values.items()
-        if value < largest[name]
-    ]
 
 
 @dataclass(frozen=True)
@@ -327,6 +281,10 @@ class RowIndex:
         """The index of faiss, if it is one that stands."""
         index = None if self.searcher is None else self.searcher.index
         return index if isinstance(index, FaissApproximate) else None
+
+    def is_known(self, table: RowTable) -> bool:
+        """Whether what is stored of an inverted file is known, also while it does not stand."""
+        return is_rebuildable(self.info.spec) and table.lists is not None and bool(self.info.recall)
 
     def of_width(self, width: int) -> Self:
         """The same for rows of another width, as they are compared; to be built anew."""

@@ -30,7 +30,6 @@ from ..core.manifest import (
     MANIFEST_NAME,
     SHA256_PATTERN,
     DatastoreError,
-    Fields,
     FileRecord,
     IndexInfo,
     Manifest,
@@ -40,7 +39,7 @@ from ..core.manifest import (
     read_at,
     signed_json,
 )
-from ..core.plain_json import read_json
+from ..core.plain_json import Fields, read_json
 from .folders import cache_root, short_name
 from .mapped import RowFile
 
@@ -312,7 +311,7 @@ def tidy() -> None:
     index that is just written needs no waiting for: its writer looks for the version at the end.
     """
     root = _root()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # also one that this user may not look into, and so has not filled
         return
     try:
         _remove(list(_superseded(root)))

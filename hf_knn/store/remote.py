@@ -24,13 +24,12 @@ from ..core.manifest import (
     STORAGE_DTYPES,
     Binding,
     DatastoreError,
-    Fields,
     Manifest,
     check_format,
     parse_binding,
     signed_json,
 )
-from ..core.plain_json import read_json
+from ..core.plain_json import Fields, read_json
 from ..core.votes import Metric
 from .advice import install
 from .backend import RowStore

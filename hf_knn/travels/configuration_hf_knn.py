@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 088f42d7c60e074e9be64cca25edbcafe41112bfd231b4ae1b0e51a644b4bd84.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 da562d1b6668fc7ae7988b297dab82ba47cee67d3b6c60ca7a476488494cd7e1.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
