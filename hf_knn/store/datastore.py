@@ -379,8 +379,7 @@ class Datastore(PushedAlone):
 
     def remove(self, ids: Values) -> None:
         """Removes rows; the next save holds no byte of them, nor the cache of this user then."""
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[changes.find_rows(self._rows(), ids)] = False
+        kept = changes.all_but(self._rows(), ids)
         table = self._table.keep(kept)
         self._index, self._table = self._index.after_removing(table, kept.numpy())
 

@@ -215,12 +215,9 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def _reuse(
-    record: FileRecord,
-    folder: Path,
-    scratch: Path,
-    places: Sequence[Path],
+    record: FileRecord, folder: Path, scratch: Path, places: Sequence[Path],
     opened: Sequence[RowFile],
-) -> bool:
+) -> bool:  # fmt: skip
     """Keeps, hard-links or copies a file that is there already; what comes is what was promised.
 
     Args:
@@ -265,9 +262,8 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     table, info, index = contents.table, contents.index.info, contents.index.approximate
     is_large = _is_large(table)
     if info.spec == FLAT and has_faiss() and not is_large:
-        mean = contents.mean.double().numpy()
-        compared = (mean, contents.metric, contents.normalization, contents.learned_map)
-        space = RowSpace(*compared, table.features)
+        facts = (contents.metric, contents.normalization, contents.learned_map, table.features)
+        space = RowSpace(contents.mean.double().numpy(), *facts)
         rows = space.normalize(table.features[:]).astype(np.float32)
         write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
