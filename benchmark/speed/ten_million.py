@@ -99,7 +99,7 @@ def main(
     checked: Annotated[int, typer.Option(help="Of which so many are answered exactly too.")] = 300,
     max_memory: Annotated[str, typer.Option(help="For the index.")] = "2GB",
     index: Annotated[str, typer.Option(help="auto chooses by --max-memory.")] = "auto",
-    recall: Annotated[float, typer.Option(help="Recall at 20 that is to be reached.")] = 0.98,
+    recall: Annotated[float, typer.Option(help="Recall at 20 that is to be reached.")] = 0.99,
     folder: Annotated[Path, typer.Option(help="For the rows; removed at the end.")] = Path(
         "outputs/ten-million"
     ),

@@ -313,8 +313,10 @@ class ApproximateSearcher(GrowingSearcher):
 
     def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
         """See `Searcher.search`: an index of codes alone needs many rows compared for each."""
-        most = len(self.ids) - (exclude_ids is not None)
-        width = min(max(k, most), k * self.lists.per_neighbour)
+        most, per_neighbour = len(self.ids) - (exclude_ids is not None), self.lists.per_neighbour
+        if per_neighbour > 1:  # of which some are rows that were removed
+            per_neighbour = -(-per_neighbour * len(self.places) // max(1, len(self.ids)))
+        width = min(max(k, most), k * per_neighbour)
         similarities, positions = super().search(queries, width, exclude_ids)
         return similarities[:, :k], positions[:, :k]
 
