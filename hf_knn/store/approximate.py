@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from ..core.lazy import Lock
-from ..core.search import Floats, Ints, Singles
+from ..core.search import Floats, Ints, Singles, float32_rounding
 from .faiss import (
     check_same_kind,
     empty_index,
     inverted_lists,
     library,
+    limits,
     metric_of,
     read_index,
     write_index,
@@ -30,6 +31,7 @@ from .kinds import (
     LARGEST_K_FACTOR,
     has_codes,
     is_rebuildable,
+    rounding_of,
 )
 from .searcher import IndexRows
 
@@ -68,9 +70,14 @@ class FaissApproximate:
 
     def __init__(self, index: Any, spec: str, source: MappedIndex | None = None) -> None:
         self.index, self.spec, self.source = index, spec, source
+        rounding, is_l2 = rounding_of(spec), index.metric_type == metric_of(is_l2=True)
+        self.rounding = np.inf
+        if rounding is not None and not is_l2:  # distances are not on the scale of similarities
+            self.rounding = rounding + float32_rounding(index.d)
         self.on_gpus: Any = None
         self._lock = Lock()
         self.parameters: dict[str, int] = {}
+        self._enough: dict[int, tuple[Any, int | None]] = {}  # what `_wide_enough` found
 
     @classmethod
     def from_rows(cls, spec: str, rows: MadeRows, is_l2: bool) -> "FaissApproximate":
@@ -166,6 +173,7 @@ class FaissApproximate:
             NotImplementedError: for a kind that takes no rows in once it was built.
         """
         self._own()
+        self._enough = {}
         try:
             if is_rebuildable(self.spec):
                 self._fill(rows, self.lists_of(rows))
@@ -214,14 +222,18 @@ class FaissApproximate:
                 f"GPU, but {count} candidates are needed; do store.to('cpu') or index='flat'."
             )
         index = self.index if self.on_gpus is None else self.on_gpus
-        parameters, nprobe = self._wide_enough(count)
+        if count not in (known := self._enough):
+            known[count] = self._wide_enough(count)
+        parameters, nprobe = known[count]
         if nprobe is None:
-            _, positions = index.search(queries, count, params=parameters)
+            scores, positions = index.search(queries, count, params=parameters)
         else:  # a wrapper that takes no parameters of what is inside: they are those of this search
             with self._lock:
                 library().ParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
-                _, positions = index.search(queries, count)
-        return positions, np.full(positions.shape, np.inf)
+                scores, positions = index.search(queries, count)
+        # on a GPU also the products are rounded
+        rounding = self.rounding if self.on_gpus is None else np.inf
+        return positions, limits(scores, rounding)
 
     def to_gpus(self, gpus: Sequence[int], float16: bool) -> bool:
         """Searches on GPUs from now on, each of which holds a part of the rows.
@@ -253,6 +265,7 @@ class FaissApproximate:
             parameters: `nprobe`, `efSearch` or `k_factor`, >= 1.
         """
         self.parameters |= parameters
+        self._enough = {}
         for name, value in parameters.items():
             if name == "k_factor":  # given with each search
                 continue

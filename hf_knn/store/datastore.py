@@ -333,10 +333,10 @@ class Datastore(PushedAlone):
     def build_index(self) -> GrowingSearcher:
         """Builds the index now, not at the first search; a ValueError if these rows allow none."""
         with self._lock:
-            table, mean = self._rows(searched=True), self.mean.double().numpy()
+            table = self._rows(searched=True)
             if self._index.searcher is None:
-                compared = (mean, self.metric, self.normalization, self.learned_map)
-                self._index, self._table = self._index.built(table, compared)
+                facts = (self.mean.double().numpy(), self.metric, self.normalization)
+                self._index, self._table = self._index.built(table, (*facts, self.learned_map))
             assert self._index.searcher is not None
             return self._index.searcher
 

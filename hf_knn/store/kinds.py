@@ -33,6 +33,7 @@ _LISTS = re.compile(rf"IVF0*([1-9]\d{{0,8}}),{_HELD}")
 _GRAPH = re.compile(r"HNSW(?:0*([1-9]\d{0,2}))?(?:,Flat|_SQfp16)?")
 _FEWEST_LISTS, _LISTS_PER_ROOT = 1024, 16  # as many as faiss advises at most, per root of the rows
 _MOST_LINKS = 64
+_FLOAT16_ROUNDING = 2.0**-11  # of a row of length 1 at most, with a query of length 1
 
 
 def is_rebuildable(spec: str) -> bool:
@@ -43,6 +44,14 @@ def is_rebuildable(spec: str) -> bool:
 def has_codes(spec: str) -> bool:
     """Whether an index compares codes, and then some of the rows."""
     return spec.endswith((CODES, CODES_ALONE))
+
+
+def rounding_of(spec: str) -> float | None:
+    """How far the inner product of a row is off by how it is held; None for more than rounding."""
+    is_coarse = spec.endswith(("SQ8", CODES_ALONE))
+    if is_coarse or not (_LISTS.fullmatch(spec) or _GRAPH.fullmatch(spec)):
+        return None
+    return _FLOAT16_ROUNDING if FLOAT16 in spec else 0.0
 
 
 def is_modest(name: str, count: int) -> bool:

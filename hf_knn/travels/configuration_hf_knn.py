@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 da562d1b6668fc7ae7988b297dab82ba47cee67d3b6c60ca7a476488494cd7e1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e361407fa4611cb1eca07755691af06171b376fb8c30421e1b7c54a04656e3ca.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 

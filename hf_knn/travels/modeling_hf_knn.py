@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 da562d1b6668fc7ae7988b297dab82ba47cee67d3b6c60ca7a476488494cd7e1.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e361407fa4611cb1eca07755691af06171b376fb8c30421e1b7c54a04656e3ca.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -288,11 +288,12 @@ def _as_tensor(values: NDArray, name: str) -> Tensor:
 
 def refuse_non_finite(rows: Tensor, name: str) -> None:
     """Refuses NaN, infinities and what float32 cannot hold."""
-    bad = ~torch.cat([part.float().isfinite().all(dim=1) for part in rows.split(_AT_ONCE)])
+    parts = rows.split(_AT_ONCE)
+    bad = ~np.concatenate([np.isfinite(part.float().numpy()).all(axis=1) for part in parts])
     if bad.any():
         raise ValueError(
             f"Expected `{name}` to be finite numbers within float32's range, "
-            f"but rows {shown(bad.nonzero().flatten())} are not; drop or repair them."
+            f"but rows {shown(bad.nonzero()[0])} are not; drop or repair them."
         )
 
 def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
@@ -325,7 +326,7 @@ def check_row_numbers(labels: Tensor, ids: Tensor, count: int) -> tuple[Tensor, 
         raise ValueError(f"Expected unique `ids`, but got some twice: {shown(values[counts > 1])}.")
     return labels, ids
 
-def shown(numbers: Tensor) -> str:
+def shown(numbers: Tensor | NDArray) -> str:
     """The first ten numbers of a list, for a message."""
     listed = ", ".join(str(number) for number in numbers[:10].tolist())
     return f"[{listed}{', …' if len(numbers) > 10 else ''}]"
@@ -1147,12 +1148,13 @@ def normalize_rows(
     if normalization == Normalization.NONE:
         return rows
     squares = np.einsum("nd,nd->n", rows, rows)
-    if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
+    least, most = squares.min(initial=1.0), squares.max(initial=1.0)
+    if not _SMALLEST_SQUARE < least <= most < 1 / _SMALLEST_SQUARE:
         _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
         rows = np.ldexp(rows, -exponents[:, None])  # exact; keeps the squares in range
         squares = np.einsum("nd,nd->n", rows, rows)
-    lengths = np.sqrt(squares)
-    rows /= np.where(lengths > 0, lengths, 1.0)[:, None]
+        squares[squares == 0] = 1.0
+    rows /= np.sqrt(squares)[:, None]
     return rows
 
 class RowSpace:
@@ -1279,13 +1281,14 @@ class Searcher:
             similarities = np.where(allowed, self._compare_all(queries), -np.inf)
         else:
             similarities, count = nothing, np.cumsum(allowed, axis=1)
-            first = allowed & (count <= (k if self.is_exact else width))
+            first = allowed & (count <= k)
             self._rescore(queries, candidates, first, similarities)
             # whatever cannot reach the least of these needs no rescoring
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            self._rescore(queries, candidates, more, similarities)
+            if more.any():
+                self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -1307,10 +1310,10 @@ class Searcher:
 
         def fill(block: int) -> None:
             part = order[block * step : (block + 1) * step]
-            used, which = np.unique(rows[part], return_inverse=True)
-            normalized = self.space.normalize(self.features[used])
-            if len(used) < len(part):
-                normalized = normalized[which]
+            used, which = rows[part], np.arange(len(part))
+            if len(queries) > 1:  # the candidates of one are other rows each
+                used, which = np.unique(used, return_inverse=True)
+            normalized = self.space.normalize(self.features[used])[which]
             pairs = self.space.compare(normalized, queries[numbers[part]])
             similarities[numbers[part], places[part]] = pairs
 

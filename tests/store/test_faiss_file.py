@@ -303,5 +303,5 @@ def test_a_graph_built_anew_is_measured_anew(
     with caplog.at_level(logging.INFO, "hf_knn"):
         Datastore.load(tmp_path).search(rows(1), 3)
     assert "built in" in caplog.text
-    assert re.search(r"recall@20 [\d.]+ on (rows|queries unlike the rows)\)", caplog.text)
+    assert re.search(r"recall@20 [\d.]+ on rows, [\d.]+ on perturbed rows, ", caplog.text)
     shutil.rmtree(tmp_path)
