@@ -14,6 +14,8 @@ from torch import Tensor
 from ..core.rows import RowParts
 from ..core.search import Ints
 
+_AT_ONCE = 65_536
+
 
 class ChosenRows(RowParts):
     """[N, D] features, each of which lies somewhere in some arrays.
@@ -30,7 +32,15 @@ class ChosenRows(RowParts):
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """Rows by slice or by positions, in their order; copied."""
-        return super().__getitem__(self.chosen[rows])
+        places = self.chosen[rows]
+        if len(places) <= _AT_ONCE:
+            return super().__getitem__(places)
+        taken = np.empty((len(places), self.shape[1]), self.parts[0].numpy().dtype)
+        order = np.argsort(places)  # a file is read from its beginning to its end
+        for start in range(0, len(order), _AT_ONCE):
+            some = order[start : start + _AT_ONCE]
+            taken[some] = super().__getitem__(places[some])
+        return taken
 
     def joined(self) -> Tensor:
         """[N, D] all rows as one tensor; a copy."""

@@ -9,7 +9,7 @@ import torch
 from support.stored import MANIFEST, names_in
 from torch import Tensor
 
-from hf_knn.store import disk
+from hf_knn.store import disk, views
 from hf_knn.store import table as row_table
 from hf_knn.store.approximate import FaissApproximate
 from hf_knn.store.choice import choose_index
@@ -246,3 +246,17 @@ def test_blocks_that_fail_leave_what_was_there(tmp_path: Path) -> None:
         Datastore.from_blocks(failing(), tmp_path)
     assert MANIFEST not in names_in(tmp_path)
     assert names_in(tmp_path) == set()
+
+
+def test_many_chosen_rows_are_read_in_the_order_of_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(views, "_AT_ONCE", 7)
+    parts = [rows(1, 40), rows(2, 25)]
+    order = np.random.default_rng(0).permutation(65)[:50]
+    chosen = views.ChosenRows(parts, order)
+    wanted = torch.cat(parts).numpy()[order]
+    assert np.array_equal(chosen[:], wanted)
+    assert np.array_equal(chosen[3:44], wanted[3:44])
+    assert np.array_equal(chosen[np.array([9, -1, 9, 2])], wanted[[9, -1, 9, 2]])
+    assert torch.equal(chosen.joined(), torch.from_numpy(wanted))
