@@ -1,7 +1,8 @@
 """What the speed scripts search: clusters, jittered real features, and a spectrum like theirs."""
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,20 @@ def jittered(rows: int, seed: int) -> Rows:
     EfficientNet-Lite0 gives 1,280 values, a fixed random projection keeps 384. The noise of a row
     is half as long as the median distance from a picture to its nearest other picture.
     """
+    return np.concatenate([np.empty((0, DIM), np.float32), *jittered_blocks(rows, seed)])
+
+
+def jittered_blocks(rows: int, seed: int) -> Iterator[Rows]:
+    """The same, block by block."""
     real = _real_features()
     distances = torch.cdist(torch.from_numpy(real), torch.from_numpy(real))
     distances.fill_diagonal_(torch.inf)
     length = _JITTER * float(distances.min(dim=1).values.median())
     generator = np.random.default_rng(seed)
-    points = np.empty((rows, DIM), np.float32)
     for start in range(0, rows, _BLOCK):
         block = real[generator.integers(len(real), size=min(_BLOCK, rows - start))]
         noise = generator.standard_normal(block.shape, dtype=np.float32)
-        points[start : start + _BLOCK] = block + noise * np.float32(length / DIM**0.5)
-    return points
+        yield block + noise * np.float32(length / DIM**0.5)
 
 
 def spectral(rows: int, seed: int) -> Rows:
@@ -75,6 +79,7 @@ DATA: dict[str, Callable[[int, int], Rows]] = {
 }
 
 
+@functools.cache
 def _real_features(cache_dir: Path | None = None) -> Rows:
     parts = []
     for name in ("openmoji", "glyphs"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core.lazy import Lock
 from ..core.search import Floats, Ints, Singles, float32_rounding
@@ -23,7 +24,16 @@ from .faiss import (
     write_index,
 )
 from .kept import IndexFile, MappedIndex
-from .kinds import CODES, LARGEST_EF, LARGEST_K_FACTOR, is_rebuildable, rounding_of
+from .kinds import (
+    CODES,
+    CODES_ALONE,
+    LARGEST_EF,
+    LARGEST_K_FACTOR,
+    has_codes,
+    is_rebuildable,
+    rounding_of,
+)
+from .searcher import IndexRows
 
 _TRAINING_ROWS_PER_LIST, _KMEANS_ROUNDS = 40, 5
 """More of either takes longer and hardly finds better lists."""
@@ -32,6 +42,7 @@ _BUILD_WIDTH = 100
 """Rows of a graph that are kept in mind while one more is linked."""
 
 _ADD_ROWS = 131_072
+_ASSIGNED_ROWS = 1024
 
 _CANDIDATES_IN_REACH = 4
 """The lists that are searched hold this many times the candidates wanted, on average."""
@@ -41,6 +52,9 @@ _LARGEST_ON_GPU = 2048
 
 LEAST = {"nprobe": 1, "efSearch": 1, "k_factor": 4}
 """What the parameters are where nobody chose them."""
+
+MadeRows = Singles | IndexRows
+"""[N, D'] float32, which may be made as they are read."""
 
 
 class FaissApproximate:
@@ -66,7 +80,7 @@ class FaissApproximate:
         self._enough: dict[int, tuple[Any, int | None]] = {}  # what `_wide_enough` found
 
     @classmethod
-    def from_rows(cls, spec: str, rows: Singles, is_l2: bool) -> "FaissApproximate":
+    def from_rows(cls, spec: str, rows: MadeRows, is_l2: bool) -> "FaissApproximate":
         """Trains and fills the index that a factory string names.
 
         Args:
@@ -85,7 +99,7 @@ class FaissApproximate:
             index.hnsw.efConstruction = _BUILD_WIDTH
         try:
             if not index.is_trained:
-                index.train(rows)
+                index.train(rows[:])
             approximate = cls(index, spec)
             approximate._append(rows)
         except RuntimeError as error:
@@ -97,7 +111,7 @@ class FaissApproximate:
 
     @classmethod
     def from_lists(
-        cls, spec: str, rows: Singles, centroids: Singles, lists: Ints, is_l2: bool
+        cls, spec: str, rows: MadeRows, centroids: Singles, lists: Ints, is_l2: bool
     ) -> "FaissApproximate":
         """Fills an inverted file from its centroids and lists, without k-means.
 
@@ -113,7 +127,7 @@ class FaissApproximate:
         inverted.quantizer.reset()
         inverted.quantizer.add(np.ascontiguousarray(centroids))
         # the ranges of SQ8 come from the same rows, so they come out the same
-        inverted.train(rows if spec.endswith("SQ8") else centroids)
+        inverted.train(rows[:] if spec.endswith("SQ8") else centroids)
         index.is_trained = True
         approximate = cls(index, spec)
         approximate._fill(rows, lists)
@@ -141,12 +155,19 @@ class FaissApproximate:
         check_same_kind(file.record.name, index, wanted, count)
         return cls(index, spec, file if isinstance(file, MappedIndex) else None)
 
+    @property
+    def per_neighbour(self) -> int:
+        """See `GrowingIndex`."""
+        if not self.spec.endswith(CODES_ALONE):
+            return 1
+        return self.parameters.get("k_factor", LEAST["k_factor"])
+
     def write(self, path: Path) -> None:
         """Writes the index for users of faiss; rows are numbered in the order of the files."""
         write_index(path, self.index)
 
-    def add(self, rows: Singles) -> None:
-        """See `GrowingFirstPass.add`.
+    def add(self, rows: MadeRows) -> None:
+        """See `GrowingIndex.add`.
 
         Raises:
             NotImplementedError: for a kind that takes no rows in once it was built.
@@ -168,26 +189,27 @@ class FaissApproximate:
             self.index, self.source = library().deserialize_index(serialized), None
             self.set_parameters(self.parameters)
 
-    def _append(self, rows: Singles) -> None:
+    def _append(self, rows: MadeRows) -> None:
         for start in range(0, len(rows), _ADD_ROWS):
             self.index.add(rows[start : start + _ADD_ROWS])
         self._append_on_gpus(rows)
 
-    def _append_on_gpus(self, rows: Singles) -> None:
+    def _append_on_gpus(self, rows: MadeRows) -> None:
         for start in range(0, len(rows) if self.on_gpus is not None else 0, _ADD_ROWS):
             self.on_gpus.add(rows[start : start + _ADD_ROWS])
 
-    def _fill(self, rows: Singles, lists: Ints) -> None:
+    def _fill(self, rows: MadeRows, lists: Ints) -> None:
         """Appends rows, each to the list that is its own."""
         inverted, before = inverted_lists(self.index), self.index.ntotal
         ids = np.arange(before, before + len(rows), dtype=np.int64)
         for start in range(0, len(rows), _ADD_ROWS):
             part = slice(start, start + _ADD_ROWS)
             block, wanted = np.ascontiguousarray(rows[part]), np.ascontiguousarray(lists[part])
-            if self.spec.endswith(CODES):
+            if has_codes(self.spec):
                 _add_codes(inverted, block, ids[part], wanted)
-                self.index.refine_index.add(block)
-                self.index.ntotal = inverted.ntotal
+                if self.spec.endswith(CODES):
+                    self.index.refine_index.add(block)
+                    self.index.ntotal = inverted.ntotal
             else:
                 inverted.add_core(len(block), *map(library().swig_ptr, (block, ids[part], wanted)))
         self._append_on_gpus(rows)
@@ -278,7 +300,7 @@ class FaissApproximate:
     def tunable(self) -> dict[str, int]:
         """The parameters that trade time for recall, and the largest sensible value of each."""
         lists = inverted_lists(self.index)
-        if self.spec.endswith(CODES):
+        if has_codes(self.spec):
             return {"nprobe": lists.nlist, "k_factor": LARGEST_K_FACTOR}
         if lists is not None:
             return {"nprobe": lists.nlist}
@@ -286,12 +308,12 @@ class FaissApproximate:
             return {"efSearch": LARGEST_EF}
         return {}
 
-    def lists_of(self, rows: Singles) -> Ints:
+    def lists_of(self, rows: MadeRows) -> Ints:
         """[M] int64: the list that each row belongs to."""
         return _nearest(inverted_lists(self.index).quantizer, rows)
 
 
-def new_lists(spec: str, rows: Singles, is_l2: bool) -> tuple[Singles, Ints]:
+def new_lists(spec: str, rows: MadeRows, is_l2: bool) -> tuple[Singles, Ints]:
     """Finds centroids by k-means on a sample, and the list of each row.
 
     Args:
@@ -308,7 +330,9 @@ def new_lists(spec: str, rows: Singles, is_l2: bool) -> tuple[Singles, Ints]:
     empty_index(spec, rows.shape[1], len(rows), is_l2)
     index = library().index_factory(rows.shape[1], f"{spec.split(',')[0]},Flat", metric_of(is_l2))
     _set_kmeans(index)
-    index.train(rows)
+    most = index.nlist * _TRAINING_ROWS_PER_LIST
+    sample = np.sort(np.random.default_rng(0).permutation(len(rows))[:most])
+    index.train(rows[sample] if most < len(rows) else rows[:])
     return index.quantizer.reconstruct_n(0, index.nlist), _nearest(index.quantizer, rows)
 
 
@@ -318,10 +342,20 @@ def _set_kmeans(inverted: Any) -> None:
     inverted.cp.seed = 1234
 
 
-def _nearest(quantizer: Any, rows: Singles) -> Ints:
-    _, found = quantizer.search(rows, 1)
-    nearest: Ints = found[:, 0]
-    return nearest
+def _nearest(quantizer: Any, rows: MadeRows) -> Ints:
+    """The list whose centroid is nearest to each row; torch finds it in a quarter of the time."""
+    centroids = torch.from_numpy(quantizer.reconstruct_n(0, quantizer.ntotal))
+    is_l2 = quantizer.metric_type == metric_of(is_l2=True)
+    farther = centroids.square().sum(dim=1) / 2 if is_l2 else torch.zeros(len(centroids))
+    columns, nearest = centroids.T.contiguous(), torch.empty(len(rows), dtype=torch.int64)
+    for start in range(0, len(rows), _ADD_ROWS):
+        block = torch.from_numpy(rows[start : start + _ADD_ROWS])
+        for place, part in enumerate(block.split(_ASSIGNED_ROWS)):
+            with torch.autocast("cpu", enabled=False):
+                best = (part @ columns - farther).max(dim=1).indices
+            first = start + place * _ASSIGNED_ROWS
+            nearest[first : first + len(part)] = best
+    return nearest.numpy()
 
 
 def _add_codes(inverted: Any, rows: Singles, ids: Ints, lists: Ints) -> None:
@@ -333,6 +367,8 @@ def _add_codes(inverted: Any, rows: Singles, ids: Ints, lists: Ints) -> None:
     known = library().IndexIDMap2(library().index_factory(inverted.d, "Flat", inverted.metric_type))
     used, starts = np.unique(lists[order], return_index=True)
     inverted.quantizer = known
+    threads = library().omp_get_max_threads()
+    library().omp_set_num_threads(1)  # of this thread: to start others takes longer than a list
     try:
         for wanted, places in zip(used, np.split(order, starts[1:]), strict=True):
             known.reset()
@@ -340,4 +376,5 @@ def _add_codes(inverted: Any, rows: Singles, ids: Ints, lists: Ints) -> None:
             known.add_with_ids(centroid, np.array([wanted], np.int64))
             inverted.add_with_ids(rows[places], ids[places])
     finally:
+        library().omp_set_num_threads(threads)
         inverted.quantizer = quantizer

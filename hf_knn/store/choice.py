@@ -7,7 +7,7 @@ import numpy as np
 
 from ..core.manifest import IndexInfo
 from .faiss import empty_index, has_faiss, require_faiss
-from .kinds import AUTO, CODES, FLAT, FLOAT16, LARGEST_EF, LATENCY
+from .kinds import AUTO, CODES, CODES_ALONE, FLAT, FLOAT16, LARGEST_EF, LATENCY, has_codes
 from .recall import aimed_recall
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,10 @@ def choose_index(
     if requested == LATENCY:
         full += count * 4 * 2 * _LINKS
     if max_memory is not None and full > max_memory:
-        return IndexInfo(requested, f"IVF{lists},SQ8")
+        if count * (width + 8) + lists * 4 * width <= max_memory:
+            return IndexInfo(requested, f"IVF{lists},SQ8")
+        # codes are compared so fast that half of the lists, found in half of the time, are enough
+        return IndexInfo(requested, f"IVF{lists // 2},{CODES_ALONE}")
     kind = f"HNSW{_LINKS}_{FLOAT16}" if requested == LATENCY else f"IVF{lists},{FLOAT16}"
     return IndexInfo(requested, kind)
 
@@ -118,7 +121,7 @@ def most_that_pays(info: IndexInfo, largest: dict[str, int]) -> dict[str, int]:
         info: which index.
         largest: the largest sensible value of each parameter.
     """
-    if info.requested != AUTO or not info.spec.endswith(CODES):
+    if info.requested != AUTO or not has_codes(info.spec):
         return largest
     return largest | {"nprobe": int(LARGEST_CODED_SHARE * largest["nprobe"])}
 

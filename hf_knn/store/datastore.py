@@ -1,11 +1,11 @@
 """The memory of the classifier: rows of (features, label, id) that are searched by similarity."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -23,15 +23,16 @@ from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
 from . import changes, disk, row_files
 from .backend import check_alike, check_split, even_parts
+from .blocks import Block, Options, write_blocks
 from .disk import Contents, OpenedFiles
-from .hub import PushTarget, find_manifest, push_alone
+from .hub import PushedAlone, find_manifest
 from .index import MIN_RECALL, Placement, RowIndex
 from .kinds import AUTO, FLAT
 from .searcher import GrowingSearcher
 from .table import RowTable, StoredRows, sum_of
 
 
-class Datastore:
+class Datastore(PushedAlone):
     """Rows of (features, label, id) that are searched by similarity.
 
     Rows are raw features, cast once on entry to the storage dtype; normalisation (and a learned
@@ -113,6 +114,21 @@ class Datastore:
             index=index, paths=paths, max_memory=max_memory, min_recall=min_recall,
         )  # fmt: skip
         store.mean = changes.mean_for(store._table, None)
+        return store
+
+    @classmethod
+    def from_blocks(
+        cls, blocks: Iterable[Block], folder: str | Path, **options: Unpack[Options]
+    ) -> Self:
+        """Builds a datastore in a folder, of rows that need not fit into memory.
+
+        Each block is what `add` takes, and the options are those of `from_features`. The disk needs
+        room for the rows twice. Rows of one list of the index lie beside each other: `ids` tells.
+        """
+        index = write_blocks(blocks, Path(folder), options)
+        store = cls.load(folder)
+        store._index = index
+        store.save(folder)
         return store
 
     def __len__(self) -> int:
@@ -319,9 +335,8 @@ class Datastore:
         with self._lock:
             table = self._rows(searched=True)
             if self._index.searcher is None:
-                mean = self.mean.double().numpy()
-                compared = (mean, self.metric, self.normalization, self.learned_map)
-                self._index, self._table = self._index.built(table, compared)
+                facts = (self.mean.double().numpy(), self.metric, self.normalization)
+                self._index, self._table = self._index.built(table, (*facts, self.learned_map))
             assert self._index.searcher is not None
             return self._index.searcher
 
@@ -364,8 +379,7 @@ class Datastore:
 
     def remove(self, ids: Values) -> None:
         """Removes rows; the next save holds no byte of them, nor the cache of this user then."""
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[changes.find_rows(self._rows(), ids)] = False
+        kept = changes.all_but(self._rows(), ids)
         table = self._table.keep(kept)
         self._index, self._table = self._index.after_removing(table, kept.numpy())
 
@@ -406,7 +420,7 @@ class Datastore:
         OSError says that something could not be written, a DatastoreError that a mapped file
         changed on disk; then the version that was there is intact.
         """
-        if len(self._rows()) and self.index.spec != FLAT:
+        if len(self._rows()) and disk.needs_index(self._table, self._index):
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
         compared = (self.mean, self.metric, self.normalization, self.learned_map)
@@ -464,20 +478,6 @@ class Datastore:
         if records is not None:
             found = type(self).load(row_files.place_of(self.home, records))
             self._table, self._unverified = found._table, found._unverified
-
-    def push_to_hub(
-        self, repo_id: str, *, commit_message: str = "Upload datastore",
-        private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-        create_pr: bool = False, parent_commit: str | None = None,
-    ) -> Any:  # fmt: skip
-        """Pushes the datastore in one commit; files that did not change are not sent again.
-
-        It goes to a repository of its own, made if it is not there: one with a model is a
-        ValueError, since that goes with `model.push_to_hub`, whose options these are. Returns a
-        `huggingface_hub.CommitInfo`; a PushConflictError says that the branch moved on meanwhile.
-        """
-        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit)
-        return push_alone(target, self.save, commit_message)
 
     @classmethod
     def from_pretrained(

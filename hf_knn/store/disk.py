@@ -102,6 +102,11 @@ class Contents:
     source: dict[str, str]
 
 
+def needs_index(table: RowTable, index: RowIndex) -> bool:
+    """Whether the index of a table must stand before it is saved: it is written, or unknown."""
+    return index.info.spec != FLAT and not (_is_large(table) and index.is_known(table))
+
+
 def write_datastore(folder: Path, contents: Contents, places: Sequence[Path | None]) -> Manifest:
     """Writes a datastore as one version.
 
@@ -210,12 +215,9 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def _reuse(
-    record: FileRecord,
-    folder: Path,
-    scratch: Path,
-    places: Sequence[Path],
+    record: FileRecord, folder: Path, scratch: Path, places: Sequence[Path],
     opened: Sequence[RowFile],
-) -> bool:
+) -> bool:  # fmt: skip
     """Keeps, hard-links or copies a file that is there already; what comes is what was promised.
 
     Args:
@@ -258,12 +260,10 @@ def _is_whole(record: FileRecord, path: Path) -> bool:
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
     """The serialized index, for users of faiss; read back for those who trust it only."""
     table, info, index = contents.table, contents.index.info, contents.index.approximate
-    count, dim = table.features.shape
-    is_large = count * dim * 4 >= LARGEST_FAISS_FILE
+    is_large = _is_large(table)
     if info.spec == FLAT and has_faiss() and not is_large:
-        mean = contents.mean.double().numpy()
-        compared = (mean, contents.metric, contents.normalization, contents.learned_map)
-        space = RowSpace(*compared, table.features)
+        facts = (contents.metric, contents.normalization, contents.learned_map, table.features)
+        space = RowSpace(contents.mean.double().numpy(), *facts)
         rows = space.normalize(table.features[:]).astype(np.float32)
         write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
@@ -273,6 +273,11 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     else:
         return None
     return stage_file(folder / FAISS_NAME, write, scratch)
+
+
+def _is_large(table: RowTable) -> bool:
+    count, dim = table.features.shape
+    return count * dim * 4 >= LARGEST_FAISS_FILE
 
 
 def _replace_faiss(folder: Path, scratch: Path, index: Path | None) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..core.manifest import IndexInfo
-from ..core.search import Ints
+from ..core.search import Ints, TorchFirstPass
 from .approximate import LEAST, FaissApproximate
 from .choice import most_that_pays
-from .quickest import quickest_for_batches
 from .recall import AIMED_AT, RECALL_K, Queries, RecallTest, worst
 from .searcher import GrowingSearcher, nearest_in_blocks
 
@@ -30,10 +29,10 @@ def set_effort(
         The same with parameters, and with its recalls on all kinds of queries.
     """
     features, ids, space = searcher.features, searcher.ids, searcher.space
-    first_pass = quickest_for_batches(len(ids), space.width)
 
     def exact(queries: Queries, k: int) -> Ints:
-        asked = (first_pass, queries.features, k, queries.own)
+        # each block of rows is compared once: another first pass takes longer to be made
+        asked = (TorchFirstPass, queries.features, k, queries.own)
         return ids[nearest_in_blocks(features, ids, space, *asked)]
 
     def find(queries: Queries, k: int) -> Ints:

@@ -164,6 +164,28 @@ class OpenTarget:
         )
 
 
+class PushedAlone:
+    """A datastore that goes to the Hub by itself."""
+
+    def save(self, folder: str | Path) -> object:
+        """Writes it into a folder."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str = "Upload datastore",
+        private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
+        create_pr: bool = False, parent_commit: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Pushes the datastore in one commit; files that did not change are not sent again.
+
+        It goes to a repository of its own, made if it is not there: one with a model is a
+        ValueError, since that goes with `model.push_to_hub`, whose options these are. Returns a
+        `huggingface_hub.CommitInfo`; a PushConflictError says that the branch moved on meanwhile.
+        """
+        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit)
+        return push_alone(target, self.save, commit_message)
+
+
 def push_alone(target: PushTarget, save: Callable[[Path], object], message: str) -> Any:
     """Pushes what is saved into a fresh folder, to a repository of its own.
 

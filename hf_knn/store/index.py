@@ -36,6 +36,7 @@ from .searcher import (
     ApproximateSearcher,
     GrowingFirstPass,
     GrowingSearcher,
+    IndexRows,
     IndexSpace,
     PlacedFirstPass,
 )
@@ -153,7 +154,7 @@ def build_searcher(
     index, info = _read(info, space, len(ids), trusted, kept)
     is_built = index is None
     if index is None:
-        index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
+        index, stored = _approximate(space.read_for_index(features), info, stored, space.is_l2)
     done, seconds = "built" if is_built else "read", time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
@@ -192,7 +193,7 @@ def _read(
 
 
 def _approximate(
-    rows: Singles, info: IndexInfo, stored: StoredLists | None, is_l2: bool
+    rows: IndexRows, info: IndexInfo, stored: StoredLists | None, is_l2: bool
 ) -> tuple[FaissApproximate, StoredLists | None]:
     if stored is not None:
         index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
@@ -259,11 +260,31 @@ class RowIndex:
         memory = None if max_memory is None else parse_memory(max_memory)
         return cls(choose_index(requested, count, width, memory), memory, min_recall, width)
 
+    def listed(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
+        """With the lists of a table, which then lies in their order; kinds without lists as it was.
+
+        Args:
+            table: the rows.
+            compared: see `built`.
+        """
+        if not is_rebuildable(self.info.spec):
+            return self, table
+        space = IndexSpace(*compared, table.features)
+        rows = space.read_for_index(table.features)
+        centroids, lists = new_lists(self.info.spec, rows, space.is_l2)
+        return replace(self, centroids=centroids), table.with_lists(lists).in_list_order()
+
     @property
     def approximate(self) -> FaissApproximate | None:
         """The index of faiss, if it is one that stands."""
         index = None if self.searcher is None else self.searcher.index
         return index if isinstance(index, FaissApproximate) else None
+
+    def is_known(self, table: RowTable) -> bool:
+        """Whether what is stored of an inverted file is known, also while it does not stand."""
+        return is_rebuildable(self.info.spec) and table.lists is not None and bool(self.info.recall)
 
     def of_width(self, width: int) -> Self:
         """The same for rows of another width, as they are compared; to be built anew."""
@@ -431,4 +452,4 @@ class RowIndex:
         assert self.searcher is not None
         assert self.approximate is not None
         added = table.features[start : len(table)]
-        return self.approximate.lists_of(self.searcher.space.index_rows(added))
+        return self.approximate.lists_of(self.searcher.space.read_for_index(added))

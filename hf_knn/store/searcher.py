@@ -43,6 +43,23 @@ class GrowingFirstPass(FirstPass, Protocol):
         ...
 
 
+class GrowingIndex(GrowingFirstPass, Protocol):
+    """An index that knows distances itself, and that rows can be appended to.
+
+    Attributes:
+        per_neighbour: rows that must be compared for each that is wanted.
+    """
+
+    @property
+    def per_neighbour(self) -> int:
+        """See above."""
+        ...
+
+    def add(self, rows: "Singles | IndexRows") -> None:
+        """Appends rows [M, D'] float32, which may be made as they are read."""
+        ...
+
+
 class PlacedFirstPass:
     """Blocked matmul and top-k in torch, on any devices.
 
@@ -137,6 +154,10 @@ class IndexSpace(RowSpace):
         """[N, D] raw features to the float32 rows of an approximate index, which are normalised."""
         return _in_parts(lambda part: self.normalize(part) / self.scale, features, self.width)
 
+    def read_for_index(self, features: Rows) -> "IndexRows":
+        """The same, made when they are read: those of all rows need not fit into memory."""
+        return IndexRows(self, features)
+
     def index_queries(self, queries: Floats) -> Singles:
         """[B, D] normalised queries as an approximate index takes them.
 
@@ -152,6 +173,26 @@ class IndexSpace(RowSpace):
         length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
         shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
         return shrunk.astype(np.float32)
+
+
+class IndexRows:
+    """[N, E] float32 rows of an approximate index, made of raw features as they are read.
+
+    Args:
+        space: how rows are compared.
+        features: [N, D] raw rows.
+    """
+
+    def __init__(self, space: IndexSpace, features: Rows) -> None:
+        self.space, self.features = space, features
+        self.shape = (len(features), space.width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Ints) -> Singles:
+        """Rows by slice or by positions."""
+        return self.space.index_rows(self.features[rows])
 
 
 def _in_parts(make: Callable[[NDArray], NDArray], features: Rows, width: int) -> Singles:
@@ -268,11 +309,18 @@ class ApproximateSearcher(GrowingSearcher):
 
     is_exact = False
 
-    def __init__(
-        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
-    ) -> None:
+    def __init__(self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingIndex) -> None:
         super().__init__(features, ids, space, index)
-        self.measured = len(ids)
+        self.lists, self.measured = index, len(ids)
+
+    def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
+        """See `Searcher.search`: an index of codes alone needs many rows compared for each."""
+        most, per_neighbour = len(self.ids) - (exclude_ids is not None), self.lists.per_neighbour
+        if per_neighbour > 1:  # of which some are rows that were removed
+            per_neighbour = -(-per_neighbour * len(self.places) // max(1, len(self.ids)))
+        width = min(max(k, most), k * per_neighbour)
+        similarities, positions = super().search(queries, width, exclude_ids)
+        return similarities[:, :k], positions[:, :k]
 
     def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
         """See `Searcher.propose`."""
@@ -289,7 +337,7 @@ class ApproximateSearcher(GrowingSearcher):
         if len(self.ids) + len(added) > (1 + _MOST_ADDED) * self.measured:
             return False  # its lists and its stated recall are those of other rows
         try:
-            self.index.add(self.space.index_rows(added))
+            self.lists.add(self.space.read_for_index(added))
         except NotImplementedError:
             return False
         return True

@@ -19,6 +19,7 @@ from ..core.manifest import FileRecord
 from ..core.rows import RowParts
 from ..core.search import Ints
 from .mapped import RowFile
+from .views import appended, kept, parts_of, reordered, with_parts
 
 _MODULUS = 2**256
 
@@ -102,8 +103,8 @@ def combine(total: int, count: int, mean: Tensor, *facts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-SHARD_BYTES = 5 * 10**9
-"""A row file holds at most this many bytes of features."""
+SHARD_BYTES = 10**9
+"""A row file holds at most this many bytes of features: they are in memory while it is written."""
 
 SMALL_SHARD_BYTES = 16 * 10**6
 """Added rows go into the last row file while it is smaller than this, else into a new one."""
@@ -173,15 +174,11 @@ class RowTable:
             DatastoreError: for a file that is not what was opened.
         """
         parts = [part.clone() if self.files else part for part in self.features.parts]
-        return replace(self, features=RowParts(parts))._copied_from(self)
+        return replace(self, features=with_parts(self.features, parts))._copied_from(self)
 
     def files_behind(self, rows: slice) -> list[RowFile]:
         """The files that some rows, by position, are mapped from."""
-        parts, start = [], 0
-        for part in self.features.parts:
-            if start < rows.stop and start + len(part) > rows.start:
-                parts.append(part)
-            start += len(part)
+        parts = parts_of(self.features, rows)
         return [file for file in self.files if file.is_among(parts)]
 
     def _copied_from(self, before: "RowTable") -> "RowTable":
@@ -214,7 +211,7 @@ class RowTable:
         mine = self.features
         same_files = features.dtype == mine.dtype and (self.paths is not None or paths is None)
         if features.dtype != mine.dtype:
-            mine = RowParts([part.to(features.dtype) for part in mine.parts])
+            mine = with_parts(mine, [part.to(features.dtype) for part in mine.parts])
         all_paths = None
         if self.paths is not None or paths is not None:
             all_paths = (self.paths or [""] * len(self)) + (paths or [""] * len(ids))
@@ -234,19 +231,35 @@ class RowTable:
             shards,
         )._copied_from(self)
 
-    def keep(self, kept: Tensor) -> "RowTable":
-        """Without the rows whose `kept` [N] is False; their files will be written anew."""
+    def keep(self, stays: Tensor) -> "RowTable":
+        """Without the rows whose `stays` [N] is False; their files will be written anew."""
         paths = None
         if self.paths is not None:
-            paths = [p for p, stays in zip(self.paths, kept.tolist(), strict=True) if stays]
+            paths = [p for p, stay in zip(self.paths, stays.tolist(), strict=True) if stay]
+        mapped = [_is_mapped(part, self.files) for part in self.features.parts]
         return RowTable(
-            _keep(self.features, kept),
-            self.labels[kept],
-            self.ids[kept],
+            kept(self.features, stays, mapped),
+            self.labels[stays],
+            self.ids[stays],
             paths,
-            None if self.lists is None else self.lists[kept.numpy()],
-            change_shards(self.shards, ~kept, kept),
+            None if self.lists is None else self.lists[stays.numpy()],
+            change_shards(self.shards, ~stays, stays),
         )._copied_from(self)
+
+    def in_list_order(self) -> "RowTable":
+        """With rows of one list beside each other, so that a search reads what is near."""
+        assert self.lists is not None
+        order = np.argsort(self.lists, kind="stable")
+        places = torch.from_numpy(order)
+        return replace(
+            self,
+            features=reordered(self.features, order),
+            labels=self.labels[places],
+            ids=self.ids[places],
+            paths=None if self.paths is None else [self.paths[place] for place in order.tolist()],
+            lists=self.lists[order],
+            shards=[Shard(shard.rows) for shard in self.shards],
+        )
 
     def relabel(self, rows: Tensor, labels: Tensor) -> "RowTable":
         """With other labels [M] for the rows at some positions [M]."""
@@ -296,17 +309,12 @@ def _row_bytes(features: RowParts) -> int:
 def _append(features: RowParts, rows: Tensor, files: Sequence[RowFile]) -> RowParts:
     """With more rows [M, D] at the end; only a small last part is copied, unless it is mapped."""
     last = features.parts[-1]
-    is_mapped = any(file.is_among([last]) for file in files)
-    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES and not is_mapped:
-        return RowParts([*features.parts[:-1], torch.cat([last, rows])])
-    return RowParts([*features.parts, rows])
+    is_small = len(last) * _row_bytes(features) < SMALL_SHARD_BYTES
+    return appended(features, rows, joins_last=is_small and not _is_mapped(last, files))
 
 
-def _keep(features: RowParts, kept: Tensor) -> RowParts:
-    """Without the rows whose `kept` [N] is False; parts that lose none are shared."""
-    masks = kept.split([len(part) for part in features.parts])
-    pairs = zip(features.parts, masks, strict=True)
-    return RowParts([part if bool(mask.all()) else part[mask] for part, mask in pairs])
+def _is_mapped(part: Tensor, files: Sequence[RowFile]) -> bool:
+    return any(file.is_among([part]) for file in files)
 
 
 def split_into_shards(rows: int, row_bytes: int) -> list[Shard]:

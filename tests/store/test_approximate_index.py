@@ -34,7 +34,7 @@ STATED_ON, K = 256, 20
 
 in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
 CODES = "RaBitQfs,Refine(SQfp16)"
-LISTS = ("IVF32,Flat", "IVF32,SQ8", "IVF32,SQfp16", f"IVF32,{CODES}")
+LISTS = ("IVF32,Flat", "IVF32,SQ8", "IVF32,SQfp16", f"IVF32,{CODES}", "IVF32,RaBitQfs")
 with_lists = pytest.mark.parametrize("index", LISTS)
 
 

@@ -22,7 +22,7 @@ from hf_knn.store.datastore import Datastore
 
 ROWS, WIDTH = 300, 8
 CODES = "IVF4,RaBitQfs,Refine(SQfp16)"
-LISTS = ["IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", CODES]
+LISTS = ["IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", CODES, "IVF4,RaBitQfs"]
 KINDS = ["flat", *LISTS, "HNSW8", "HNSW8_SQ8", "SQ8", "PCA4,IVF4,Flat"]
 
 

@@ -22,7 +22,7 @@ HOSTILE = [
     "PQ16x16", "IDMap," * 3000 + "Flat", "IDMap2,Flat", "RCQ4x8,Flat", "HNSW4096", "HNSW65",
     "HNSW1", "HNSW0", "HNSW32_PQ8", "IVF4_HNSW2000,Flat", "IVF4(IVF4(IVF4)),Flat", "IVF5000,Flat",
     "Flat", "RaBitQ", "ZnLattice3x10_6", "PCA4,IVF4,Flat", "IVF0,Flat", "IVF٣,Flat", "IVF-4,Flat",
-    "IVF4,RaBitQfs", "IVF4,RaBitQfs,Refine(SQ8)", "IVF4,RaBitQfs9,Refine(SQfp16)", "SQfp16",
+    "IVF4,RaBitQfs2", "IVF4,RaBitQfs,Refine(SQ8)", "IVF4,RaBitQfs9,Refine(SQfp16)", "SQfp16",
     "IVF4,RaBitQfs,Refine(SQfp16),Refine(SQfp16)", "HNSW65_SQfp16", "IVF4,SQfp160",
     "SQ8", "IVF4,Flat\n", " IVF4,Flat", "ivf4,flat", "AUTO", "", "\x00",
     "IVF" + "9" * 4000 + ",Flat",
@@ -95,7 +95,10 @@ def test_an_index_that_nobody_asked_for_is_not_built(
 
 
 CODES = "RaBitQfs,Refine(SQfp16)"
-OURS = ["auto", "auto:latency", "flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", f"IVF4,{CODES}"]
+OURS = [
+    "auto", "auto:latency", "flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", "IVF4,RaBitQfs",
+    f"IVF4,{CODES}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("index", [*OURS, "HNSW8", "HNSW32,Flat", "HNSW16_SQfp16"])

@@ -47,7 +47,7 @@ def force(name: str, patch: pytest.MonkeyPatch, block: int = 64) -> None:
         return MADE[name](space.first_pass_rows(features))
 
     patch.setattr(indexing, "build_quickest", build)
-    patch.setattr(effort, "quickest_for_batches", lambda *_: MADE[name])
+    patch.setattr(effort, "TorchFirstPass", MADE[name])
     patch.setattr(first_pass, "ROW_BLOCK", block)
     patch.setattr(products, "_BLOCK_ROWS", block)
     patch.setattr(products, "_SLAB_BLOCKS", 2)
