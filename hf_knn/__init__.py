@@ -80,7 +80,7 @@ _MOVED = {
 }
 """Names of version 0.1 that are public names of a sub-package now."""
 
-_PUBLIC_PACKAGES = ("checkup", "data", "fit", "store")
+_PUBLIC_PACKAGES = ("checkup", "data", "fit", "labelling", "store")
 
 __all__ = ["KnnConfig", "KnnForImageClassification", *_HOMES]
 __version__ = "0.2.0"

@@ -17,18 +17,23 @@ import hf_knn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_knn"
-SUB_PACKAGES = ("data", "store", "fit", "checkup")
+SUB_PACKAGES = ("data", "store", "fit", "checkup", "labelling")
 """Public ones, with names of their own."""
 
 ONLY_IN = {
     "faiss": ("store/faiss.py",),
     "datasets": ("data/loading.py",),
     # whose options are declared there, and which speaks through what guards the terminal
-    "hf_knn_cli": ("commands/console.py", "commands/heads.py", "commands/train.py"),
+    "hf_knn_cli": (
+        "commands/console.py",
+        "commands/heads.py",
+        "commands/thumbnails.py",
+        "commands/train.py",
+    ),
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 153, 500
+MOST_FILES, MOST_LINES = 180, 500
 """90 files held what 0.2 could; each capability since brings its own."""
 
 

@@ -125,9 +125,7 @@ class AnswerFile:
                 see(row)
                 yield row
 
-        write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
-        kind = write[self._path.suffix.lower()]
-        write_durably(self._path, lambda place: kind(place, self._columns, seen()))
+        write_answers(self._path, self._columns, seen())
         self.close()
         self.discard()
 
@@ -268,6 +266,23 @@ def safe_cell(text: str) -> str:
         text: any.
     """
     return f"'{text}" if text.startswith(_FORMULAS) else text
+
+
+def write_answers(path: Path, columns: Sequence[Column], rows: Iterable[Row]) -> None:
+    """Writes a file, in one step.
+
+    Args:
+        path: of the file, .csv, .jsonl or .parquet.
+        columns: of the file.
+        rows: in their order.
+
+    Raises:
+        OSError: if it cannot be written; what was there is there still.
+    """
+    kind = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+    write = kind[path.suffix.lower()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, lambda place: write(place, columns, rows))
 
 
 def _write_csv(place: Path, columns: Sequence[Column], rows: Iterable[Row]) -> None:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from ..core.config import KnnConfig
 from ..data.moving import LOCK_NAME
 from ..data.naming import folder_names
-from .answering import STRANGE_BELOW, Answer, order_of
+from ..features.answering import Answer, order_of
+from .answering import STRANGE_BELOW
 
 UNSURE_NAME, STRANGE_NAME = "unsure", "strange"
 

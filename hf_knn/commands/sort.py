@@ -15,8 +15,9 @@ from ..data.journal import Move
 from ..data.moving import Folder, Group, Rehearsal, open_folder, put_back
 from ..data.sources import Picture, SourceRows
 from ..data.walk import find_pictures
+from ..features.answering import Answer, Answerer
 from ..features.extract import FeatureStream, progress_bars
-from .answering import KEPT, STRANGE_BELOW, Answer, Answerer
+from .answering import KEPT, STRANGE_BELOW
 from .console import (
     Terminal,
     as_called,

@@ -151,9 +151,9 @@ def read_source(source: str | Path, splits: bool | None = None, **options: Any) 
     if path is None:
         return _source_of_columns(_load_from_hub(str(source), options), source)
     if is_table(path):
-        return _source_of_layout(read_list(path, splits))
+        return source_of_layout(read_list(path, splits))
     if path.is_dir() and not is_saved(path):
-        return _source_of_layout(read_folder(path, splits))
+        return source_of_layout(read_folder(path, splits))
     return _source_of_columns(_load_saved(path), source)
 
 
@@ -177,7 +177,7 @@ def from_files(place: Path, label: str) -> Source:
         FileNotFoundError: if there is nothing.
         ValueError: for a folder without pictures.
     """
-    return _source_of_layout(read_under_label(place, label))
+    return source_of_layout(read_under_label(place, label))
 
 
 def prepare(dataset: Dataset, names: Sequence[str] | None = None) -> Dataset:
@@ -326,7 +326,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> dict[str, Dataset]:
         ) from error
 
 
-def _source_of_layout(layout: Layout) -> Source:
+def source_of_layout(layout: Layout) -> Source:
     """Datasets of lists of files, whose labels are numbered alike."""
     names = _class_names(label for rows in layout.splits.values() for label in rows.labels)
     splits = {name: _dataset_of(rows, names) for name, rows in layout.splits.items()}

@@ -67,6 +67,13 @@ class HeadScore(NamedTuple):
     best: Cell
 
 
+_SMOOTHED = {
+    True: "as smooth as suits each picture predicted from the others (leave-one-out)",
+    False: "as smooth as usual",
+}
+"""How the regulariser of a head was found."""
+
+
 @dataclass(frozen=True)
 class HeadChoice:
     """Which head was chosen, and the table that it was chosen by.
@@ -99,12 +106,12 @@ class HeadChoice:
         if not self.table:
             return (
                 f"Too few labels to compare heads by ({FEWEST_LABELS} a class are wanted, and some "
-                f"that can be held out), so a {self.head} head is taken, alone (λ = 0), its "
-                f"regulariser {'by leave-one-out' if self.fixed is None else 'fixed'}; the "
-                "neighbours only explain."
+                f"that can be held out), so a {self.head} head is taken and answers "
+                f"alone (λ = 0), {_SMOOTHED[self.fixed is None]}; the neighbours only explain."
             )
         best = next(score for score in self.table if score.head == self.head).best
-        how = "alone" if best.knn_weight == 0 else f"with neighbours (λ = {best.knn_weight:g})"
+        count = f"{best.knn_weight:.0%} (λ = {best.knn_weight:g})"
+        how = "alone" if best.knn_weight == 0 else f"with neighbours, which count {count}"
         return f"Best of {len(self.table)} heads on {self.rows} rows held out: {self.head} {how}."
 
     def as_json(self) -> dict[str, Any]:

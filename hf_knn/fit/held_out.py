@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..core.search import Neighbors
-from ..core.votes import Metric, Weighting, blend_log_probs, knn_log_probs
+from ..core.votes import Metric, Weighting, blend_log_probs, knn_log_probs, soften
 from ..data.splits import Fold
 from ..store.backend import SearchBackend
 from .blend import (
@@ -99,6 +99,10 @@ class HeldOut(NamedTuple):
         neighbors = Neighbors(*(field[rows] for field in self.neighbors))
         groups = None if self.groups is None else self.groups[rows]
         return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
+
+    def softened(self, temperature: float) -> "HeldOut":
+        """The same with the head's logits divided by a temperature > 0."""
+        return self._replace(head_log_probs=soften(self.head_log_probs, temperature))
 
     def halves(self) -> "tuple[HeldOut, HeldOut]":
         """Two random halves; what belongs together is on one side."""

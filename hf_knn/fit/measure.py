@@ -132,10 +132,7 @@ def choose_blend(
         rows, fresh = held_out.halves()
     if calibrate:
         temperature = _calibrate_head(model, rows)
-        rows, fresh = (
-            part._replace(head_log_probs=soften(part.head_log_probs, temperature))
-            for part in (rows, fresh)
-        )
+        rows, fresh = rows.softened(temperature), fresh.softened(temperature)
     if known is not None and not known.table:  # nothing was chosen, and nothing is
         result, is_few = replace(known, rows=count), False
     elif known is not None and not calibrate:

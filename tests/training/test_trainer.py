@@ -862,7 +862,8 @@ def test_the_fixed_cell_as_a_criterion(tmp_path: Path) -> None:
     trainer.train()
     result = trainer.tune()
     assert (result.criterion, result.has_few_labels, result.rows) == ("fixed", False, 60)
-    assert result.say("") == "The fixed cell, as asked for: k = 20, temperature = 0.14, λ = 0.5."
+    said = "20 neighbours vote (k = 20, temperature = 0.14) and count 50% beside the head (λ = 0.5)"
+    assert result.say("") == f"Usual values, as asked for: {said}."
 
 
 def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""The server: who may ask, and one live checkpoint behind it (fastapi and uvicorn here only)."""
