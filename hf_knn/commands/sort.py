@@ -369,8 +369,7 @@ class _Run:
             look = options.into / UNSURE_NAME
             words = [("To take it back", typed("sort", "--undo", options.into))]
             if UNSURE_NAME in self.tally.shelves:
-                page = ("--html", "unsure.html")
-                words.append(("Next", typed("predict", options.checkpoint, look, *page)))
+                words.append(("Next", typed("label", look, "--model", options.checkpoint)))
         for what, command in words:
             console.print(f"{what}: [bold]{command}[/]", soft_wrap=True, highlight=False)
 
