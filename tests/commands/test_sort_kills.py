@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import hf_knn, wide_terminal  # noqa: F401
-from support.forks import die_at_step, outcome
+from support.forks import die_at_step, outcome, touches
 from support.pictures import write_folder
 from support.tiny import tiny_model
 
@@ -66,7 +66,7 @@ def test_fifty_kills_lose_and_double_nothing(
     steps = [0]
 
     def count(event: str, values: tuple[object, ...]) -> None:
-        steps[0] += bool(values) and str(values[0]).startswith(str(out))
+        steps[0] += touches(values, out)
 
     def sort(step: int = NO_KILL) -> None:
         if step < NO_KILL:
