@@ -96,7 +96,8 @@ def serve(
 
     /docs is a page that says what each does, and tries it. What was taught or forgotten is saved in
     the checkpoint before it is answered; what other commands change there meanwhile is seen before
-    the next answer. No address is fetched.
+    the next answer. No address is fetched. Of a picture at most 64 MiB are taken, or --max-bytes if
+    that is less.
     """
     from hf_knn.commands.console import run
     from hf_knn.commands.serve import ServeOptions, serve_checkpoint

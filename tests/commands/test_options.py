@@ -130,6 +130,7 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
 
 
 READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo", "forget"}
+READERS |= {"serve"}
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
@@ -156,7 +157,7 @@ def test_limits_are_heard_of_during_one_command(
     picture.write_bytes(b"is not looked at")
     pictures = str(picture if command == "predict" else picture.parent)
     places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": [],
-              "forget": [model]}  # fmt: skip
+              "forget": [model], "serve": [model]}  # fmt: skip
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):
         call += ["--backbone", model]

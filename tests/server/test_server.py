@@ -22,7 +22,7 @@ from hf_knn.commands.console import json_text
 from hf_knn.features.answering import Answerer, document_of
 from hf_knn.features.encoders import Encoded
 from hf_knn.model.pictures import look_at
-from hf_knn.serving import answers, app, asking, intake, live
+from hf_knn.serving import answers, app, intake, live
 from hf_knn.serving.app import Server, Settings
 from hf_knn.serving.guard import Access
 from hf_knn.serving.live import LiveCheckpoint
@@ -512,7 +512,7 @@ def test_names_of_files_are_only_told(shared: TestClient, name: str) -> None:
 def test_a_picture_beyond_a_limit_is_refused(
     shared: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "MAX_UPLOADED_FILE", 20)
+    monkeypatch.setenv("HF_KNN_MAX_BYTES", "20")  # --max-bytes
     refused = shared.post("/predict", files=files(PICTURES[0]))
     assert (refused.status_code, "at most 20 bytes" in refused.json()["error"]) == (413, True)
     monkeypatch.undo()
