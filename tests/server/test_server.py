@@ -263,11 +263,11 @@ def test_stored_pictures_are_left_out_or_relabelled_if_that_is_asked(client: Tes
     assert client.post("/teach", headers=BEARER, json=in_json).json()["labels"] == ["elk"]
 
 
-def test_a_broken_picture_teaches_nothing(client: TestClient) -> None:
-    refused = teach(client, "elk", PICTURES[0], b"no picture")
+def test_a_broken_picture_teaches_nothing(shared: TestClient) -> None:
+    refused = teach(shared, "elk", PICTURES[0], b"no picture")
     assert refused.status_code == 422
     assert "1.png cannot" in refused.json()["error"]
-    assert client.get("/health").json()["rows"] == 40
+    assert shared.get("/health").json()["rows"] == 40
 
 
 def test_rows_are_forgotten_by_id(folder: Path) -> None:
@@ -294,11 +294,11 @@ def _forget(client: TestClient, server: Server, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/teach", "/forget", "/teach/", "/forget?x=1"])
-def test_nothing_changes_without_the_token(client: TestClient, path: str) -> None:
+def test_nothing_changes_without_the_token(shared: TestClient, path: str) -> None:
     for headers in ({}, {"authorization": "Bearer other"}):
-        refused = client.post(path, headers=headers, files=files(PICTURES[0]), data={"label": "x"})
+        refused = shared.post(path, headers=headers, files=files(PICTURES[0]), data={"label": "x"})
         assert refused.status_code == 401
-    assert client.get("/health").json()["rows"] == 40
+    assert shared.get("/health").json()["rows"] == 40
 
 
 def test_changes_that_come_together_are_saved_together(
