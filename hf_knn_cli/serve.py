@@ -25,8 +25,8 @@ def serve(
             default_factory=list,
             show_default=False,
             rich_help_panel=NETWORK,
-            help="A further name that it may be called by, such as that of a proxy before it; "
-            "repeat it.",
+            help="A further name that it may be called by, such as that of a proxy before it, "
+            "which makes the token needed for everything; repeat it.",
         ),
     ],
     host: Annotated[
