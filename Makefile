@@ -12,7 +12,7 @@ setup: $(INSTALLED) ## Make .venv with everything (CPU; for a GPU see README)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,export,milvus,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,offline,export,milvus,serve,dev]'
 	touch $@
 
 quickstart: setup ## The main job on real pictures, without network: table, picture, checkpoint

@@ -12,6 +12,9 @@ from .limits import reads_pictures
 
 app = typer.Typer()
 
+PAGE = "The page"
+"""A group of options in `--help`."""
+
 Folders = Literal["copy", "link"]
 """How a folder for each class is made."""
 
@@ -103,29 +106,68 @@ def label(
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Ask in this terminal, with the keyboard alone.")
     ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            rich_help_panel=PAGE,
+            help="Where the page listens. Default: 127.0.0.1, this machine alone; elsewhere "
+            "everything needs a token.",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            show_default=False,
+            rich_help_panel=PAGE,
+            help="Default: the first free from 7861 on.",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            rich_help_panel=PAGE,
+            help="With --host. Default: that of $HF_KNN_TOKEN; else one is made and printed.",
+        ),
+    ] = None,
+    no_browser: Annotated[
+        bool,
+        typer.Option(
+            "--no-browser", rich_help_panel=PAGE, help="Only print the address of the page."
+        ),
+    ] = False,
     batch_size: BatchOption = 32,
     backend: BackendOption = None,
 ) -> None:
     """Label pictures: name groups that look alike, then the most useful picture comes next.
 
+    A page opens in the browser, for the keyboard alone, a mouse or a thumb.
+
     Every answer is on disk before the next question, and the next guess knows it. The same command
     goes on where it was stopped. f finishes: it writes a csv (path,label) and a checkpoint.
 
     Keys: 1 to 9 and letters for the classes, Enter takes the guess, n and a name makes a class,
-    s skips, u takes the last answer back, f finishes. Of a group, - and numbers leave some out. Of
-    copies, a number keeps that one and a keeps all. Piped in, keys come one after the other or one
-    a line; behind n comes the name, up to the end of the line.
+    s skips, u takes the last answer back, f finishes. Of copies, a number keeps that one and a
+    keeps all. With --terminal, - and numbers leave some of a group out. Piped in, keys come one
+    after the other or one a line; behind n comes the name, up to the end of the line.
     """
     _check_one(model, backbone)
-    if not terminal:
-        raise typer.BadParameter("Expected --terminal; it asks here.")
+    if terminal and (host or port or token or no_browser):
+        raise typer.BadParameter("Expected --terminal alone: --host, --port, --token and "
+                                 "--no-browser are about the page.")  # fmt: skip
     from hf_knn.commands.console import run
-    from hf_knn.commands.label import LabelOptions, label_in_terminal
+    from hf_knn.commands.label import LabelOptions, label_in_terminal, label_on_page
 
     options = LabelOptions(
         folder, output, model, backbone, labels, groups, folders, not no_checkpoint, batch_size
     )
-    run(label_in_terminal, options)
+    if terminal:
+        run(label_in_terminal, options)
+    else:
+        run(label_on_page, options, host, port, token, not no_browser)
 
 
 @app.command()

@@ -67,6 +67,15 @@ def test_no_module_is_missing_in_a_wheel(folder, installed):
     assert (installed / "hf_knn" / "py.typed").is_file()
 
 
+def test_the_page_of_label_is_in_a_wheel(installed):
+    theirs, ours = (
+        {path.name: path.read_bytes() for path in (folder / "labelling" / "static").iterdir()}
+        for folder in (installed / "hf_knn", ROOT / "hf_knn")
+    )
+    assert theirs == ours
+    assert set(ours) == {"index.html", "page.css", "page.js"}
+
+
 def test_the_demo_is_imported_and_says_how_to_start_it(installed):
     code = "import hf_knn_space; print(hf_knn_space.__file__, callable(hf_knn_space.main))"
     place, is_there = run(installed, "-c", code).split()

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.table import Table
 
 from ..labelling.keys import keys_of
-from ..labelling.outcome import Outcome
 from ..labelling.questions import (
     Answer,
     Copies,
@@ -20,9 +19,11 @@ from ..labelling.questions import (
     Skipped,
 )
 from ..labelling.session import Session
+from ..store.advice import install, needs
 from .checks import watching
-from .console import Terminal, console, escape, right, say_what_was_left_out, typed
+from .console import Terminal, console, escape, right, say_what_was_left_out
 from .keyboard import END, ENTER, Keyboard
+from .label_ending import ending_of, say_ending
 
 _GUESSES = 3
 
@@ -96,7 +97,38 @@ def label_in_terminal(options: LabelOptions) -> None:
         except KeyboardInterrupt:
             say_kept(session)
             raise
-        say_outcome(session.finish(options.folders, options.with_model), options)
+        outcome = session.finish(options.folders, options.with_model)
+        say_ending(ending_of(outcome, session.pool.folder))
+
+
+def label_on_page(
+    options: LabelOptions, host: str | None, port: int | None, token: str | None, opens: bool
+) -> None:
+    """Asks about pictures on a page, until everything is written or somebody presses Ctrl-C.
+
+    Args:
+        options: of the command.
+        host: see `label_page.PageOptions`.
+        port: likewise.
+        token: likewise.
+        opens: likewise.
+
+    Raises:
+        ImportError: without what a server needs.
+        ValueError: see `Session.open`; for a token that no header can carry.
+        OSError: likewise; for a port that is taken.
+    """
+    modules = {name: name for name in ("starlette", "uvicorn")}
+    needs(modules, "The page of hf-knn label (without --terminal)", install("serve"))
+    from .label_page import PageOptions, Place, show_page
+
+    place = Place.take(PageOptions(host, port, token, opens))
+    with place.bound, open_session(options) as session:
+        try:
+            show_page(session, place, options.folders, options.with_model)
+        except KeyboardInterrupt:
+            say_kept(session)
+            raise
 
 
 def say_kept(session: Session) -> None:
@@ -105,29 +137,6 @@ def say_kept(session: Session) -> None:
         f"\nKept: {_so_far(session)} Every answer is in {escape(session.output)}; the same "
         "command goes on from there.", soft_wrap=True,
     )  # fmt: skip
-
-
-def say_outcome(outcome: Outcome, options: LabelOptions) -> None:
-    """What was written, and what to do next.
-
-    Args:
-        outcome: of the session.
-        options: of the command.
-    """
-    count = outcome.labelled
-    what = "1 picture" if count == 1 else f"{count:,} pictures"
-    console.print(f"Written: {escape(outcome.csv)}, {what} with their labels.", soft_wrap=True)
-    if outcome.folder is not None:
-        console.print(f"Written: {escape(outcome.folder)}, a folder for each class.",
-                      soft_wrap=True)  # fmt: skip
-    for note in outcome.notes:
-        console.print(escape(note), soft_wrap=True, highlight=False)
-    if outcome.model is not None:
-        console.print(f"Saved {escape(outcome.model)}.", soft_wrap=True)
-        what_next = typed("predict", outcome.model, options.folder)
-    else:
-        what_next = typed("train", outcome.csv)
-    console.print(f"Next: [bold]{what_next}[/]", soft_wrap=True)
 
 
 class Asked:

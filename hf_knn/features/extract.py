@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from ..data.loading import groups_of, ids_of, label_names, labels_of, prepare
 from ..data.places import paths_of
 from ..model.backbones import default_pooling, in_eval_mode, measure_width
 from ..model.modeling import KnnForImageClassification
-from ..model.pictures import features_of
 from ..store.folders import cache_root, short_name
 from ..store.products import has_fast_bfloat16
 from .backends import FEWEST_ROWS, SAMPLE, check_backend, choose_backend, open_encoder
@@ -42,6 +42,8 @@ from .encoders import (
     Encoder,
     Work,
     encode_rows,
+    in_order,
+    one_torch_thread,
 )
 
 logger = logging.getLogger(__name__)
@@ -421,11 +423,12 @@ class PictureEncoder:
         self._model = model.eval()
         ((sample, _),) = pixel_batches(_patterns(), model.image_processor, SAMPLE)
         work = Work(
-            model.backbone, model.config, mark_of(model.backbone), "fp32", 1,
+            model.backbone, model.config, mark_of(model.backbone), "fp32", _BATCH,
             settings_of(model.image_processor), lambda _: _ANSWERS, True, lambda _: sample,
         )  # fmt: skip
         self.backend = choose_backend(self.backend, work)
-        self._graph = None if self.backend == TORCH else open_encoder(self.backend, work)
+        self._torch = open_encoder(TORCH, work)
+        self._graph = self._torch if self.backend == TORCH else open_encoder(self.backend, work)
         self._shape = sample.shape[1:]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -437,10 +440,30 @@ class PictureEncoder:
         Returns:
             [B, D] float32 on the CPU, as in `pooler_output`.
         """
-        pixels = pixels_of(images, self._model.image_processor)
-        if self._graph is None or pixels.shape[1:] != self._shape:  # a graph has one size
-            return features_of(self._model, pixels, len(pixels))
-        return torch.cat([self._graph.encode(p)() for p in pixels.split(self._graph.batch_size)])
+        return self.encode(self.read(images))
+
+    def read(self, images: Sequence[Image.Image]) -> Tensor:
+        """[B, 3, H, W] float32: what the processor makes of B decoded pictures."""
+        return pixels_of(images, self._model.image_processor)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Runs the backbone; many pictures go through it in parts, one on each core.
+
+        Args:
+            pixels: [B, 3, H, W], as `read` makes them, B >= 1.
+
+        Returns:
+            [B, D] float32 on the CPU.
+        """
+        fits = pixels.shape[1:] == self._shape  # a graph has one size
+        encoder = self._graph if fits else self._torch
+        even = -(-len(pixels) // encoder.streams)  # no core waits for a longer part
+        parts = pixels.split(min(encoder.batch_size, even))
+        if len(parts) == 1 or encoder.streams == 1:
+            return torch.cat([encoder.encode(part)() for part in parts])
+        with one_torch_thread():
+            found = in_order(lambda part: encoder.encode(part)(), parts, encoder.streams)
+            return torch.cat([*found])
 
 
 def _patterns() -> list[Image.Image]:
@@ -452,7 +475,10 @@ def _patterns() -> list[Image.Image]:
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Shows the progress bars of what takes long."""
+    """Shows the progress bars of what takes long, unless `HF_KNN_VERBOSITY` is `quiet`."""
+    if os.environ.get("HF_KNN_VERBOSITY") == "quiet":
+        yield
+        return
     transformers_logging.enable_progress_bar()
     try:
         yield

@@ -190,7 +190,7 @@ class Guesser:
         rows = zip(*(part[0].tolist() for part in (found.ids, found.labels, found.similarities)),
                    strict=True)  # fmt: skip
         return [
-            Neighbour(self._place(row_id), self.labels[label], similarity)
+            Neighbour(self._place(row_id), self.labels[label], similarity, self._small(row_id))
             for row_id, label, similarity in rows
             if row_id >= 0
         ]
@@ -218,6 +218,10 @@ class Guesser:
             return self._pool.path(name)
         path = as_row_store(self._model.datastore).path_of(row_id)
         return Path(path or f"row {row_id}")
+
+    def _small(self, row_id: int) -> bytes | None:
+        kept = self._model.memory.thumbnails
+        return None if kept is None or row_id in self.known.names else kept.get(row_id)
 
     def _features(self, names: Sequence[str]) -> Tensor:
         return self._pool.features[[self._number[name] for name in names]]

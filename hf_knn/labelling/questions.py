@@ -27,11 +27,14 @@ class Neighbour(NamedTuple):
             there, which is relative and may lead nowhere.
         label: of its class.
         similarity: as the datastore measures it, the larger the nearer.
+        small: the bytes of a small WEBP file, of a picture that only the checkpoint knows, if it
+            keeps one.
     """
 
     picture: Path
     label: str
     similarity: float
+    small: bytes | None = None
 
 
 @dataclass(frozen=True)

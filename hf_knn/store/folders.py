@@ -43,7 +43,7 @@ _DRAINS = 100
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path, seconds: float = -1) -> Iterator[None]:
     """Holds the writers' lock of a folder; it ends with the process, however that ends.
 
     The lock file lies beside the folder, since the folder itself may be exchanged, and is removed
@@ -52,12 +52,16 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     Args:
         folder: the folder to be written, by any of its names; it need not exist, its parent is
             created.
+        seconds: how long to wait for others; below 0 as long as it takes.
+
+    Raises:
+        TimeoutError: if others hold it for longer.
     """
     folder = folder.resolve()  # a link, `..` and a relative path are one folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"
     lock = FileLock(path, is_singleton=True)
-    with lock:
+    with lock.acquire(seconds):
         try:
             yield
         finally:

@@ -15,13 +15,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .uploads import MAX_BYTES
+from hf_knn.data import MAX_UPLOAD
 
 MAX_DISK = 4 * 2**30
 """Bytes that uploads and downloads of all visitors may take at a time."""
-
-MAX_UPLOAD = 4 * MAX_BYTES
-"""Bytes of one request that sends files: sixteen photos, or a few huge ones."""
 
 MAX_BODY = 2**20
 """Bytes of any other request."""

@@ -18,15 +18,13 @@ from hf_knn import (
     KnnForImageClassification,
     PictureEncoder,
 )
-from hf_knn.data import content_of
+from hf_knn.data import check_count, check_label, content_of
 
 from .overlay import Overlay, request_digest
 from .settings import Settings, checked
 from .uploads import (
     SpaceError,
     Upload,
-    check_files,
-    check_label,
     reading,
     shrink,
     thumbnail,
@@ -189,7 +187,7 @@ class Service:
         name = check_label(label)
         token = check_token(token) if token else new_token()
         key = check_key(key) or new_token()
-        looks = self.look_at_all(check_files(paths))
+        looks = self.look_at_all(check_count(paths))
         digest = request_digest(name, [look.digest for look in looks])
         with self.visitors.hold(token, create=True) as overlay:
             assert overlay is not None

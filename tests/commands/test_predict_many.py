@@ -23,6 +23,8 @@ from hf_knn import KnnForImageClassification
 from hf_knn.commands import answering, predict
 from hf_knn.commands.answers import AnswerFile
 from hf_knn.data import batches
+from hf_knn.features import answering as told
+from hf_knn.features.encoders import Encoded
 from hf_knn.model.pictures import features_of
 
 BROKEN = "in/elk/broken.png"
@@ -134,11 +136,11 @@ def test_an_approximate_index_is_asked_for_one_picture_at_a_time(
     monkeypatch.setattr(type(model), "forward", watched)
     features = features_of(model, [made / file for file in FILES[:3]])
     bad = [batches.BadRow(1, 1, "", "why")]
-    part = answering.Encoded(features, [0, 2, 3], bad, np.empty((3, 16), np.uint8))
+    part = Encoded(features, [0, 2, 3], bad, np.empty((3, 16), np.uint8))
     for spec, wanted in (("flat", [3]), ("HNSW8,Flat", [1, 1, 1])):
-        monkeypatch.setattr(answering, "FLAT", model.datastore.index.spec if spec == "flat" else "")
+        monkeypatch.setattr(told, "FLAT", model.datastore.index.spec if spec == "flat" else "")
         sizes.clear()
-        answers = answering.Answerer(model, None, explain=False, judge=False)(part)
+        answers = told.Answerer(model, None, explain=False, judge=False)(part)
         assert sizes == wanted
         assert [(one.number, one.error) for one in answers] == [
             (0, ""), (1, "why"), (2, ""), (3, ""),
@@ -327,7 +329,7 @@ def stop(path: Path, *words: object) -> None:
         done = hf_knn("predict", "model", "in", "-o", path, *words)
     assert done.exit_code == 130
     assert "Kept: 2 of 12 answers" in done.stderr
-    assert "The same command goes on from there." in done.stderr
+    assert "To go on, or to begin again: " in done.stderr
 
 
 def refused(*words: object) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, sys
-from hf_knn_space.uploads import give_back_large_blocks
+from hf_knn.data import give_back_large_blocks
 def held():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 // 2**20

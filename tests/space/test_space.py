@@ -25,6 +25,7 @@ from gradio_client.exceptions import AppError
 
 import hf_knn_space
 from hf_knn import BadImageError, Datastore, KnnForImageClassification
+from hf_knn.data import LARGE_PIXELS, MAX_FILES, check_label
 from hf_knn_space.explanations import disagrees
 from hf_knn_space.exports import as_csv, write_checkpoint, write_dataset
 from hf_knn_space.guard import MAX_BODY, Shelf, shelf
@@ -38,14 +39,7 @@ from hf_knn_space.page.markup import text
 from hf_knn_space.pictures import FolderPictures, NoPictures, ZipPictures
 from hf_knn_space.service import Service
 from hf_knn_space.settings import Settings
-from hf_knn_space.uploads import (
-    LARGE_PIXELS,
-    MAX_BYTES,
-    MAX_FILES,
-    SpaceError,
-    check_label,
-    reading,
-)
+from hf_knn_space.uploads import MAX_BYTES, SpaceError, reading
 from hf_knn_space.visitors import (
     MAX_IN_MEMORY,
     Visitors,
@@ -569,7 +563,7 @@ def test_a_photo_of_a_phone_is_answered_as_the_library_answers(tmp_path, service
 def test_large_pictures_are_looked_at_one_at_a_time(tmp_path, monkeypatch, service):
     from PIL import Image
 
-    monkeypatch.setattr("hf_knn_space.uploads.LARGE_PIXELS", 99)
+    monkeypatch.setattr("hf_knn.data.uploads.LARGE_PIXELS", 99)
     inside, most, real = [], [], service._encoder
 
     def encode(images):

@@ -12,6 +12,7 @@ from support.space_app import published, write_picture
 pytest.importorskip("gradio")
 
 from hf_knn import KnnForImageClassification
+from hf_knn.data import LARGE_PIXELS, MAX_FILES
 from hf_knn.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS
 from hf_knn_space import guard, uploads, visitors
 from hf_knn_space import overlay as overlays
@@ -162,13 +163,13 @@ def test_the_limits_are_stated() -> None:
     text = " ".join(README.read_text(encoding="utf-8").split())
     for stated in (
         f"{overlays.MAX_EXAMPLES} pictures and {overlays.MAX_NEW_CLASSES} new classes",
-        f"in {overlays.MAX_REQUESTS:,} requests of at most {uploads.MAX_FILES} pictures",
+        f"in {overlays.MAX_REQUESTS:,} requests of at most {MAX_FILES} pictures",
         f"of {uploads.MAX_BYTES // 2**20} MB", f"what {visitors.MAX_ON_DISK:,} visitors taught",
         f"in about {visitors.MAX_BYTES_ON_DISK // 2**30} GB", f"what {visitors.MAX_IN_MEMORY} did",
         f"at most {visitors.FEW_EXAMPLES} pictures",
         f"{guard.MAX_UPLOAD // 2**20} MB together",
         f"up to {MAX_JPEG_PIXELS // 10**6} megapixels, other formats up to {MAX_PIXELS // 10**6}",
-        f"more than {uploads.LARGE_PIXELS // 10**6} megapixels is decoded alone",
+        f"more than {LARGE_PIXELS // 10**6} megapixels is decoded alone",
         f"for {visitors.KEPT_ON_DISK / 86400:.0f} days at most",
     ):  # fmt: skip
         assert stated in text

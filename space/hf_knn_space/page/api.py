@@ -5,10 +5,12 @@ from typing import Any
 
 import gradio as gr
 
+from hf_knn.data import MAX_FILES
+
 from ..explanations import as_json
 from ..files import space_file
 from ..settings import Settings
-from ..uploads import MAX_FILES, SpaceError
+from ..uploads import SpaceError
 from .contents import Page
 from .events import HEAVY, as_message
 

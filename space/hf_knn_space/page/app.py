@@ -7,8 +7,10 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from hf_knn.data import give_back_large_blocks
+
 from ..guard import Guard, shelf
-from ..uploads import MAX_BYTES, SpaceError, give_back_large_blocks
+from ..uploads import MAX_BYTES, SpaceError
 from ..visitors import token_of
 from .api import add_api, api_text
 from .benchmark import add_benchmark_tab, find_report

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from hf_knn.data import check_count
+
 from ..exports import as_csv, write_text
 from ..service import Look
 from ..settings import MAX_K, WEIGHTINGS, Settings
-from ..uploads import SpaceError, check_files, small_picture
+from ..uploads import SpaceError, small_picture
 from .answer_views import EMPTY, answer_page, rows_of, samples_page
 from .contents import Page
 from .events import HEAVY, as_message, clicked
@@ -100,7 +102,7 @@ class _Handlers:
     def upload(self, paths: list[str] | None, _: Shown, token: str, *values: Any) -> list[Any]:
         """New pictures; what cannot be read is said in place of the answer."""
         try:
-            looks = tuple(self._page.service.look_at_all(check_files(paths)))
+            looks = tuple(self._page.service.look_at_all(check_count(paths)))
         except SpaceError as error:
             return [Shown(), _alert(str(error)), "", None, gr.DownloadButton(visible=False)]
         shown = Shown(looks)

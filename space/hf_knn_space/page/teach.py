@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from hf_knn import BadImageError
+from hf_knn.data import MAX_FILES, check_count, check_label
 
 from ..exports import write_checkpoint, write_dataset
-from ..uploads import MAX_FILES, SpaceError, check_files, check_label
+from ..uploads import SpaceError
 from .contents import Page
 from .events import HEAVY, as_message, clicked
 from .scripts import SELECT_JS
@@ -136,7 +137,7 @@ class _Handlers:
     @_says_why_not
     def teach(self, paths: list[str] | None, label: str, token: str) -> list[Any]:
         """Adds pictures; a visitor without a token gets one."""
-        done = self._page.service.teach(check_files(paths), label, token, "")
+        done = self._page.service.teach(check_count(paths), label, token, "")
         message = f"Taught {len(done['ids'])}; you have {done['examples']} now."
         if done["skipped"]:
             message += f" {len(done['skipped'])} were known with this label already."
