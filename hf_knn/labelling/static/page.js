@@ -203,6 +203,7 @@ async function show(question) {
   at("all").hidden = question.kind !== "group";
   document.body.dataset.kind = question.kind;
   document.title = `${question.progress.left} left · Name pictures`;
+  if (document.activeElement === at("name") && !at("name").value) at("asked").focus();
   if (before === null || !document.activeElement || document.activeElement === document.body) {
     at("asked").focus({ preventScroll: true });
   }
