@@ -73,7 +73,8 @@ class Tab:
             """() => document.scrollingElement.scrollWidth <= innerWidth
             && [...document.querySelectorAll('button')].every(b => {
                 const box = b.getBoundingClientRect();
-                return !box.width || (box.left >= 0 && box.right <= innerWidth + 1);
+                const isIn = box.left >= 0 && box.right <= innerWidth + 1;
+                return !box.width || (isIn && box.height <= 60);  // its words in one line
             })"""
         )
         return fits
@@ -116,7 +117,7 @@ def test_copies_a_group_and_a_picture_with_keys_alone(
     tab.asks("copies")
     tab.press("2")
     tab.asks("Name this group of 4")
-    tab.press("Escape", "ArrowRight", "ArrowRight", "Space")  # the second one does not belong
+    tab.press("ArrowRight", "ArrowRight", "Space")  # the second one does not belong
     tab.press("n")
     tab.type("it's <b>")
     tab.press("Enter")
@@ -143,7 +144,7 @@ def everything_named(tab: Tab, session: PlayedSession) -> None:
     tab.asks("copies")
     tab.press("s")
     tab.asks("group")
-    tab.press("Escape", "?")
+    tab.press("?")
     assert tab.page.locator("#keys").is_visible()
     tab.press("Escape")
     assert not tab.page.locator("#keys").is_visible()
@@ -246,6 +247,7 @@ def test_two_tabs_lose_nothing(opened: Callable[..., Tab], session: PlayedSessio
     two.says("answered elsewhere")
     two.asks("group")
     assert len(session.answers) == 1
+    two.press("n")
     two.type("ant")
     two.press("Enter")
     two.asks("What is this?")
@@ -282,6 +284,7 @@ def test_a_server_that_comes_back_goes_on(browser: Any, session: PlayedSession) 
     tab.press("1")
     tab.asks("group")
     first.stop()
+    tab.press("n")
     tab.type("ant")
     tab.press("Enter")
     tab.page.wait_for_selector("#trouble:not([hidden])")
