@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .places import fail, findings_csv
+from .variables import set_during
 
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 
-DEFAULT_BACKBONE = "facebook/dinov2-small"
+DEFAULT_BACKBONE = "dinov2-s"
+"""What `train` and `doctor` take where nobody names one."""
 
 OnBadImage = Literal["skip", "fail"]
 """What to do at a picture that cannot be decoded."""
@@ -51,6 +53,11 @@ FINDING_KINDS = (
 )  # fmt: skip
 """Findings about one picture, by which it may be moved or forgotten."""
 
+ALL_KINDS = (
+    *FINDING_KINDS, "group_across_splits", "label_conflict", "look_alike_classes", "imbalance",
+)  # fmt: skip
+"""All findings of `hf-knn doctor`."""
+
 Span = tuple[int, int]
 _SPAN = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
 _IDS = "ids such as 3,17,20-40"
@@ -79,7 +86,7 @@ IdsOption = Annotated[
         default_factory=list,
         show_default=False,
         callback=_spans,
-        help="Ids of rows, such as 3,17,20-40; of a span, those that are stored.",
+        help="Ids of stored pictures, such as 3,17,20-40; of a span, those that are there.",
     ),
 ]
 """Becomes a list of spans."""
@@ -91,6 +98,29 @@ def _kinds(texts: list[str]) -> list[str]:
         if kind not in FINDING_KINDS:
             fail(f"Expected --kind to be some of {', '.join(FINDING_KINDS)}, but got {kind!r}.")
     return kinds
+
+
+def _kinds_of_all(texts: list[str]) -> list[str]:
+    kinds = [part.strip() for text in texts for part in text.split(",")]
+    for kind in kinds:
+        if kind not in (*ALL_KINDS, "any"):
+            raise typer.BadParameter(f"Expected any, or some of {', '.join(ALL_KINDS)}, but got "
+                                     f"{kind!r}.")  # fmt: skip
+    return [*ALL_KINDS] if "any" in kinds else kinds
+
+
+FailOnOption = Annotated[
+    list[str],
+    typer.Option(
+        "--fail-on",
+        default_factory=list,
+        show_default=False,
+        callback=_kinds_of_all,
+        metavar="KINDS",
+        help="End with exit code 3 if one of these is found, to stop a script: "
+        f"{', '.join(ALL_KINDS)}, or any.",
+    ),
+]
 
 
 def kinds_option(what: str, panel: str | None = None) -> Any:
@@ -115,7 +145,9 @@ FindingsOption = Annotated[
     typer.Option(
         "--from",
         callback=findings_csv,
-        help="A findings.csv of `hf-knn inspect`, perhaps with lines deleted or labels changed.",
+        help="The findings.csv of `hf-knn inspect`; delete lines or change labels in it first if "
+        "you "
+        "like.",
     ),
 ]
 
@@ -138,9 +170,7 @@ def _use(context: typer.Context, backend: Backend | None) -> Backend | None:
     if chosen is not None and (backend is None or chosen in _GRAPHS):
         _check(chosen)
     if backend is not None:
-        before = os.environ.get("HF_KNN_BACKEND")
-        os.environ["HF_KNN_BACKEND"] = backend
-        context.call_on_close(lambda: _restore(before))
+        set_during(context, "HF_KNN_BACKEND", backend)
     return backend
 
 
@@ -156,18 +186,12 @@ def _check(backend: str) -> None:
         fail(str(error))
 
 
-def _restore(before: str | None) -> None:
-    if before is None:
-        del os.environ["HF_KNN_BACKEND"]
-    else:
-        os.environ["HF_KNN_BACKEND"] = before
-
-
 SplitsOption = Annotated[
     Splits,
     typer.Option(
-        help="Folders called train, validation or test, and a csv's column split: auto finds out "
-        "what they are; none reads such folders as classes.",
+        help="Whether folders called train, validation or test (or a csv's column split) divide "
+        "the "
+        "pictures: auto finds out, none reads such folders as classes.",
     ),
 ]
 """How splits are read."""
@@ -176,7 +200,9 @@ BackendOption = Annotated[
     Backend | None,
     typer.Option(
         callback=_use,
-        help="What computes features; auto takes the fastest installed that agrees with PyTorch. "
+        help="The library that runs the backbone; auto takes the fastest that is installed and "
+        "gives "
+        "the same features as PyTorch. "
         "Default: $HF_KNN_BACKEND, else auto.",
         show_default=False,
     ),

@@ -7,6 +7,7 @@ import typer
 
 from . import places
 from .choices import Backend
+from .everywhere import device_named
 from .limits import reads_pictures
 
 app = typer.Typer()
@@ -15,6 +16,7 @@ app = typer.Typer()
 @app.command()
 @reads_pictures
 def demo(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(
@@ -29,28 +31,43 @@ def demo(
         Path | None,
         typer.Option(
             callback=places.stored_pictures,
-            help="The folder it was trained on, to show the neighbours' pictures; with --push "
-            "small copies go along, for everybody to see.",
+            help="The folder it was trained on, to show the pictures that voted; with --push "
+            "small copies are sent along, for everybody to see.",
         ),
     ] = None,
     backend: Annotated[
         Backend | None,
-        typer.Option(help="What makes features here. Default: $HF_KNN_BACKEND, else torch."),
+        typer.Option(
+            help="The library that runs the backbone here. Default: $HF_KNN_BACKEND, else torch."
+        ),
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
-            callback=places.repo_id, help="Push it as the Space org/name instead of starting it."
+            callback=places.repo_id,
+            help="Put the page on the Hub, as the Space org/name, instead of opening it here.",
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push: a Space that is made is private.")
+        bool, typer.Option("--private", help="With --push: make the Space private, if it is new.")
+    ] = False,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="With --push: take the small pictures along that the checkpoint keeps; whoever "
+            "sees the Space sees them. Else they stay here.",
+        ),
     ] = False,
 ) -> None:
-    """Open a page to upload pictures, see why they are answered so, and teach new ones."""
+    """Open a page in the browser: classify pictures, see why, and teach new ones."""
+    if push is not None and device_named(context):
+        raise typer.BadParameter("Expected no --device with --push: a Space has its own hardware.")
     from hf_knn.commands.console import run
     from hf_knn.commands.demo import push_space, show_demo
 
+    if thumbnails and push is None:
+        raise typer.BadParameter("Expected --push with --thumbnails; here they are shown anyway.")
     if push is None:
         run(show_demo, checkpoint, port, pictures, backend)
     elif backend is not None:
@@ -59,4 +76,4 @@ def demo(
             "package to requirements.txt there."
         )
     else:
-        run(push_space, checkpoint, push, private, pictures)
+        run(push_space, checkpoint, push, private, pictures, thumbnails)

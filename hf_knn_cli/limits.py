@@ -1,6 +1,5 @@
 """The limits of pictures, for every command that reads some."""
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
@@ -8,39 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
+from .variables import set_during
+
 Command = Callable[..., None]
 
 
 def _by_variable(context: typer.Context, option: typer.CallbackParam, value: int | None) -> None:
     """Says a limit to whatever decodes a picture during this command, in every process of it."""
-    if value is None:
-        return
-    variable = f"HF_KNN_{str(option.name).upper()}"
-    before = os.environ.get(variable)
-    os.environ[variable] = str(value)
-    context.call_on_close(lambda: _restore(variable, before))
-
-
-def _restore(variable: str, before: str | None) -> None:
-    if before is None:
-        os.environ.pop(variable, None)
-    else:
-        os.environ[variable] = before
+    if value is not None:
+        set_during(context, f"HF_KNN_{str(option.name).upper()}", str(value))
 
 
 def _option(what: str, default: str) -> Any:
     return typer.Option(
         callback=_by_variable, min=1, show_default=False, rich_help_panel="Limits of a picture",
-        help=f"{what}; more is refused from the header. Default: {default}.",
+        help=f"{what}; a larger picture is refused before it is decoded. Default: {default}.",
     )  # fmt: skip
 
 
 _LIMITS = {
     "max_pixels": _option(
-        "Width times height",
+        "Most pixels, width times height",
         "$HF_KNN_MAX_PIXELS, else 200 million of a JPEG, 64 million of others",
     ),
-    "max_bytes": _option("Size of the file", "$HF_KNN_MAX_BYTES, else 512 MiB"),
+    "max_bytes": _option("Largest file, in bytes", "$HF_KNN_MAX_BYTES, else 512 MiB"),
 }
 
 

@@ -45,11 +45,11 @@ def teach(
         ),
     ],
     label: Annotated[
-        str | None, typer.Option(help="Of all the pictures; one that is new makes a class.")
+        str | None, typer.Option(help="The label of all these pictures; a new name adds a class.")
     ] = None,
     splits: SplitsOption = "auto",
     on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+        OnBadImage, typer.Option(help="What to do at a picture that cannot be read.")
     ] = "fail",
     skip_bad_images: Annotated[
         bool,
@@ -58,7 +58,10 @@ def teach(
         ),
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Also add pictures that are stored with their label.")
+        bool,
+        typer.Option(
+            "--again", help="Also add pictures that are stored already, with the same label."
+        ),
     ] = False,
     relabel: Annotated[
         bool,
@@ -89,16 +92,17 @@ def forget(
             "--path",
             default_factory=list,
             show_default=False,
-            help="Path of a picture as the datastore knows it; repeat it.",
+            help="Path of a stored picture, as `hf-knn inspect` lists it; repeat the option for "
+            "more.",
         ),
     ],
     kinds: Annotated[
         list[str],
         kinds_option(
-            "With --from or --duplicates, which findings; else exact_duplicate,near_duplicate"
+            "With --from or --duplicates: which findings. Default: exact_duplicate,near_duplicate"
         ),
     ],
-    label: Annotated[str | None, typer.Option(help="Every row of this class.")] = None,
+    label: Annotated[str | None, typer.Option(help="Forget all pictures of this class.")] = None,
     findings: FindingsOption = None,
     duplicates: Annotated[
         bool,
@@ -111,24 +115,32 @@ def forget(
         typer.Option(
             "--pictures",
             callback=places.stored_pictures,
-            help="With --duplicates: the folder that the stored paths are relative to, to compare "
-            "pixels; else features are compared.",
+            help="With --duplicates: the folder that the model was trained on, to compare pixels; "
+            "else features are compared.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     recenter: Annotated[
         bool,
-        typer.Option("--recenter", help="Also make the mean anew that the rows had a part in."),
+        typer.Option(
+            "--recenter",
+            help="Also compute the mean of all features anew, which these pictures had a part in.",
+        ),
     ] = False,
     backup: Annotated[
         Path | None,
         typer.Option(
-            callback=places.new_place, help="Keep the rows in this folder, for `hf-knn merge`."
+            callback=places.new_place,
+            help="Keep what is forgotten in this folder; `hf-knn merge` adds it again.",
         ),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Forget pictures: no byte of their rows stays, and a head in closed form never saw them."""
+    """Forget stored pictures: nothing of them stays in the checkpoint.
+
+    Heads of the kinds ridge, kernel and lda become what they would be without them. A linear or
+    mlp head keeps what it learned from them, until it is trained again.
+    """
     if duplicates and (ids or paths or label is not None or findings):
         raise typer.BadParameter("Expected --duplicates alone, without --ids, --path, --label, "
                                  "--from; it finds the rows itself.")  # fmt: skip
@@ -153,12 +165,12 @@ def relabel(
     checkpoint: ChangedCheckpoint,
     ids: IdsOption,
     label: Annotated[
-        str | None, typer.Option(help="The class they get; a new name makes a class.")
+        str | None, typer.Option(help="The label they get; a new name adds a class.")
     ] = None,
     findings: FindingsOption = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Give stored pictures another label: that of --label, or what a csv suggests for each."""
+    """Give stored pictures another label: the one of --label, or what a csv suggests."""
     from hf_knn.commands.rows import relabel_rows
 
     return relabel_rows
@@ -175,16 +187,18 @@ def undo(
         bool,
         typer.Option(
             "--training",
-            help="Go back to the version before the last training, whatever was changed since.",
+            help="Go back to the version before the last training, and drop what was changed "
+            "since.",
         ),
     ] = False,
     json_output: JsonOption = False,
 ) -> Command:
-    """Take the last change back, also a training; one that was interrupted comes first.
+    """Take the last change back: teach, relabel, merge, or a training.
 
-    Of several steps all are taken, or none where one of them forgot rows; beyond the changes each
-    is a version that a training replaced (`hf-knn train --keep`).
-    After a training was taken back, undo puts the later version back again.
+    A change that was interrupted is taken back first. With STEPS, all of them are taken back or
+    none: what was forgotten cannot come back. Behind the changes come versions that a training
+    replaced (`hf-knn train --keep` says how many are kept). Undo once more after a training was
+    taken back, and the newer version is there again.
     """
     if training and steps > 1:
         raise typer.BadParameter("Expected --training alone; it leaves no step out.")
@@ -196,7 +210,7 @@ def undo(
 @app.command()
 @hand_over
 def log(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> Command:
-    """Say what was taught, forgotten and relabelled since the training, the newest last."""
+    """List what was taught, forgotten and relabelled since the training, the newest last."""
     from hf_knn.commands.memory import show_log
 
     return show_log
@@ -205,7 +219,7 @@ def log(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> Comm
 @app.command()
 @hand_over
 def refit(checkpoint: ChangedCheckpoint) -> Command:
-    """Make a ridge, kernel or lda head anew from all rows that are stored."""
+    """Fit the head anew on all stored pictures, in seconds; for the heads ridge, kernel and lda."""
     from hf_knn.commands.memory import refit_head
 
     return refit_head
@@ -219,12 +233,12 @@ def merge(
         str,
         typer.Argument(
             callback=places.rows_or_checkpoint,
-            help="A checkpoint or datastore of the same backbone; stays as it is.",
+            help="Another checkpoint, or a backup, of the same backbone. It stays as it is.",
         ),
     ],
     json_output: JsonOption = False,
 ) -> Command:
-    """Add the rows of another checkpoint."""
+    """Add the stored pictures of another checkpoint."""
     from hf_knn.commands.memory import merge_stores
 
     return merge_stores
@@ -237,7 +251,7 @@ def diff(
     second: Annotated[str, typer.Argument(callback=places.checkpoint, help="Another one.")],
     json_output: JsonOption = False,
 ) -> Command:
-    """Say what differs between two checkpoints: rows, classes, settings, numbers."""
+    """Say how two checkpoints differ: stored pictures, classes, settings, measured numbers."""
     from hf_knn.commands.memory import show_difference
 
     return show_difference
@@ -254,15 +268,15 @@ def inspect(
         typer.Option(
             "--pictures",
             callback=places.stored_pictures,
-            help="Folder that the stored paths are relative to: shows the pictures.",
+            help="The folder that the model was trained on, to show the pictures.",
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and the map.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of what is drawn by lot.")
     ] = 0,
     json_output: JsonOption = False,
 ) -> Command:
-    """Check what a datastore remembers: doubled, mislabelled, strange rows, and a map of them."""
+    """Check the stored pictures: doubled, mislabelled, strange ones, and a map of all."""
     from hf_knn.commands.checks import inspect_checkpoint
 
     return inspect_checkpoint
@@ -275,21 +289,21 @@ def milvus(
     uri: Annotated[
         str, typer.Option(help="http://host:19530, or a path that ends in .db (Milvus Lite).")
     ],
-    collection: Annotated[str, typer.Option(help="Name for the rows there.")],
+    collection: Annotated[str, typer.Option(help="What the rows are called there.")],
     token: Annotated[
-        str | None, typer.Option(help="Default: that of the environment's MILVUS_TOKEN.")
+        str | None, typer.Option(help="Of the server. Default: $MILVUS_TOKEN.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are sent at once.")] = 1000,
     index: Annotated[
         str,
         typer.Option(
             help="flat (exact), ivf_flat, ivf_sq8, hnsw, hnsw_sq or autoindex; on a server, which "
-            "Milvus Lite is not, also scann, ivf_rabitq and ivf_rabitq_fastscan. Their recall is "
-            "measured."
+            "Milvus Lite is not, also scann, ivf_rabitq and ivf_rabitq_fastscan. All but flat may "
+            "miss a neighbour now and then; how often is measured and said."
         ),
     ] = "flat",
 ) -> Command:
-    """Move the rows of a checkpoint into Milvus; called again, it goes on where it was stopped."""
+    """Move the datastore into Milvus, a vector database; stopped, the same line goes on."""
     from hf_knn.commands.use import move_to_milvus
 
     return move_to_milvus

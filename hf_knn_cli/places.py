@@ -11,11 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from .backbones import Backbone, known_backbones
 from .caches import can_write
 from .terminal import as_called, one_line
 
@@ -123,11 +125,35 @@ def pictures_if_named(name: str | None) -> str | None:
     return None if name is None else pictures(name)
 
 
-def quarantine(folder: Path | None) -> Path | None:
-    """A folder that files were moved into; None stays None."""
+def inbox(folder: Path | None) -> Path | None:
+    """A folder of pictures to be sorted; None stays None."""
     if folder is None:
         return None
-    wanted = "the folder that --move-to named"
+    wanted = "a folder of pictures"
+    place = Path(_expanded(folder, wanted))
+    if not place.exists():
+        _refuse_missing(str(place), wanted, "the one that they lie in")
+    if not place.is_dir():
+        refuse(place, wanted, "it is a file; name the folder that it lies in")
+    if _is_checkpoint(place):
+        refuse(place, wanted, "it is a checkpoint; name that with --model")
+    return place
+
+
+def quarantine(folder: Path | None) -> Path | None:
+    """A folder that files were moved into; None stays None."""
+    return _filled(folder, "--move-to")
+
+
+def sorted_folder(folder: Path | None) -> Path | None:
+    """A folder that pictures were sorted into; None stays None."""
+    return _filled(folder, "--into")
+
+
+def _filled(folder: Path | None, option: str) -> Path | None:
+    if folder is None:
+        return None
+    wanted = f"the folder that {option} named"
     place = _expanded(folder, wanted)
     if not os.path.exists(place):
         _refuse_missing(place, wanted, "the one that the files were moved into")
@@ -200,19 +226,37 @@ def stored_pictures(folder: Path | None) -> Path | None:
 
 
 def backbone(name: str) -> str:
-    """What makes features: a Hub id, the name of a timm model or a folder."""
-    wanted = "a backbone: a Hub id, the name of a timm model or a folder"
+    """What makes features: a short name, a Hub id, the name of a timm model or a folder."""
+    wanted = "a backbone: a name that `hf-knn backbones` lists, a Hub id, a timm name or a folder"
     place = _expanded(name, wanted)
+    known = None if os.path.exists(place) else known_backbones().get(place)
+    if known is not None and known.is_offline:
+        _check_package(known)
+        return known.name
+    place = place if known is None else known.place
     if os.path.isdir(place):
         if not Path(place, _CONFIG).is_file():
             refuse(place, wanted, f"it has no {_CONFIG}; name one that `save_pretrained` wrote")
     elif os.path.exists(place):
         refuse(place, wanted, "it is a file; name the folder of the model")
     else:
+        near = difflib.get_close_matches(place, known_backbones(), 1, 0.75)
+        wanted += f" (did you mean {near[0]}?)" if near and known is None else ""
         _check_name(place.removeprefix("hf-hub:"), wanted)
-        if "/" in place and not place.startswith("hf-hub:"):
-            _config_on_hub(place, wanted)
+        if not place.startswith("hf-hub:"):
+            _config_on_hub(place, wanted, place if "/" in place else f"timm/{place}")
     return place
+
+
+def _check_package(known: Backbone) -> None:
+    modules = {"timm": "timm", known.place.replace("-", "_"): known.place}
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
+    if missing:
+        from hf_knn.store.advice import install  # which knows how this one was installed
+
+        fail(
+            f"The backbone {known.name} needs {' and '.join(missing)}; run `{install('offline')}`."
+        )
 
 
 def backbone_if_named(name: str | None) -> str | None:
@@ -293,7 +337,7 @@ ChangedCheckpoint = Annotated[
     Path,
     typer.Argument(
         callback=checkpoint_folder,
-        help="A checkpoint folder; it will be changed, as a whole or not at all.",
+        help="A checkpoint folder. It is changed as a whole, or not at all.",
     ),
 ]
 ReportFolder = Annotated[
@@ -386,11 +430,12 @@ def _similar(place: str) -> str:
     return f"did you mean {path.with_name(found[0])}? Else " if found else ""
 
 
-def _config_on_hub(name: str, wanted: str) -> Path:
-    """Its config.json, from the Hub or from the cache."""
+def _config_on_hub(name: str, wanted: str, repository: str | None = None) -> Path:
+    """Its config.json, from the Hub or from the cache; None: the repository is called as it is."""
     from huggingface_hub import hf_hub_download
 
-    return Path(_ask_hub(name, wanted, "model", lambda: hf_hub_download(name, _CONFIG)))
+    place = repository or name
+    return Path(_ask_hub(name, wanted, "model", lambda: hf_hub_download(place, _CONFIG)))
 
 
 def _check_dataset(name: str, wanted: str) -> None:

@@ -63,6 +63,15 @@ def called() -> str:
     return _typed(program)
 
 
+def command_typed() -> str:
+    """The command line of this process, to be typed again; a token is not shown."""
+    words = [re.sub(r"^--token=.*", "--token=TOKEN", clean(word)) for word in sys.argv[1:]]
+    for place, word in enumerate(words[:-1]):
+        if word == "--token":
+            words[place + 1] = "TOKEN"
+    return f"{called()} {shlex.join(words)}".strip()
+
+
 def as_called(sentence: str) -> str:
     """A sentence whose `hf-knn …` in backticks is what can be typed here.
 

@@ -57,7 +57,12 @@ ConfigOption = Annotated[
 def train(
     options: TrainOptions, config: ConfigOption = None, backend: BackendOption = None
 ) -> None:
-    """Train on your own pictures: features, head, datastore, tuning, report, checkpoint."""
+    """Make a model of your own pictures: a checkpoint folder, and a report how good it is.
+
+    What it does: compute features of all pictures (once, they are kept), fit a head on them, store
+    them as the rows that neighbours are found among, choose how both answers are mixed, and
+    measure all of it on pictures that were held out.
+    """
     from hf_knn.commands.console import run
     from hf_knn.commands.train import train_pictures
 

@@ -24,8 +24,8 @@ from .choices import (
 HEAD_EPOCHS, HEAD_LEARNING_RATE = 60, 1e-3
 FINE_TUNING_EPOCHS, FINE_TUNING_LEARNING_RATE = 10, 5e-5
 
-DATA, HEAD, LOSS = "Pictures", "Head", "Loss"
-TUNING, STORE = "Fine-tuning", "Datastore and blend"
+DATA, HEAD, LOSS = "Pictures", "Head (the classifier)", "What training minds more"
+TUNING, STORE = "Fine-tuning (training the backbone too)", "Neighbours and blend"
 """Groups of options in `--help`."""
 
 
@@ -48,33 +48,49 @@ class TrainOptions:
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace a model there that was taught since, or trained on other pictures; "
+            help="Replace the model there, even if it was taught since or trained on other "
+            "pictures; "
             "`hf-knn undo` brings it back.",
         ),
     ] = False
     keep: Annotated[
         int,
-        typer.Option(min=1, help="How many replaced versions to keep for `hf-knn undo`."),
+        typer.Option(
+            min=1, help="How many of the versions that were replaced are kept for `hf-knn undo`."
+        ),
     ] = 1
     backbone: Annotated[
         str,
         typer.Option(
             callback=places.backbone,
-            help="Hub id, timm name, local folder or another k-NN checkpoint.",
+            help="The pretrained model that makes features: a short name such as dinov2-s or "
+            "siglip2-b "
+            "(`hf-knn backbones` lists them), a Hub id, a timm name, a folder or a checkpoint.",
         ),
     ] = DEFAULT_BACKBONE
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of splits, folds and the head.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Random seed: the same one gives the same model."
+        ),
     ] = 0
     pooling: Annotated[
-        str | None, typer.Option(help="cls, mean, max, pooler or cls_mean; default by backbone.")
+        str | None,
+        typer.Option(
+            help="How one feature is made of what the backbone says about each patch: cls, mean, "
+            "max, "
+            "pooler or cls_mean. Default: what suits the backbone."
+        ),
     ] = None
     knn_pooling: Annotated[
-        str | None, typer.Option(help="Pooling of the datastore, if it is another.")
+        str | None,
+        typer.Option(help="Likewise for the neighbours, if they shall have another one."),
     ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures that go through the backbone at once.")
+    ] = 32
     precision: Annotated[
-        Precision, typer.Option(help="Of the forward pass that computes features.")
+        Precision, typer.Option(help="Of the numbers in the backbone; less than fp32 is for GPUs.")
     ] = "fp32"
     test_share: Annotated[
         float,
@@ -82,22 +98,25 @@ class TrainOptions:
             min=0,
             max=0.9,
             rich_help_panel=DATA,
-            help="Held out for the report, if there is no test split.",
+            help="Share of the pictures that is held out to measure on, if there is no test split.",
         ),
     ] = 0.2
     splits: Annotated[
         Splits,
         typer.Option(
             rich_help_panel=DATA,
-            help="Folders called train, validation or test, and a csv's column split: auto finds "
-            "out what they are; none reads such folders as classes.",
+            help="Whether folders called train, validation or test (or a csv's column split) "
+            "divide "
+            "the pictures: auto finds out, none reads such folders as classes.",
         ),
     ] = "auto"
     group_by: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=DATA,
-            help="Column of what belongs together (a patient, a camera): never split.",
+            help="Column of a csv that says what belongs together, such as the patient or the "
+            "camera: "
+            "it is never on both sides, so that nothing is measured on what was seen.",
         ),
     ] = None
     shots: Annotated[
@@ -105,32 +124,39 @@ class TrainOptions:
         typer.Option(
             min=1,
             rich_help_panel=DATA,
-            help="Use so many labelled pictures per class, to learn and to choose from.",
+            help="Use only so many pictures of each class.",
         ),
     ] = None
     fraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, rich_help_panel=DATA, help="Likewise, a fraction of each class."
+            min=0,
+            max=1,
+            rich_help_panel=DATA,
+            help="Use only this fraction of each class, from 0 to 1.",
         ),
     ] = None
     on_bad_image: Annotated[
         OnBadImage,
-        typer.Option(rich_help_panel=DATA, help="At a picture that cannot be decoded."),
+        typer.Option(rich_help_panel=DATA, help="What to do at a picture that cannot be read."),
     ] = "skip"
     head: Annotated[
         HeadKind,
         typer.Option(
             rich_help_panel=HEAD,
-            help="auto takes the best of linear, ridge, kernel and lda on pictures held out, and "
-            "linear with --fine-tune. ridge, kernel and lda are solved in closed form, without "
-            "epochs, and follow what is taught and forgotten.",
+            help="The kind of classifier. auto compares linear, ridge, kernel and lda on pictures "
+            "held "
+            "out and takes the best; with --fine-tune it is linear. ridge, kernel and lda are "
+            "computed at once, and follow what is taught and forgotten later; linear and mlp are "
+            "trained in epochs.",
         ),
     ] = "auto"
     hidden: Annotated[
         list[int],
         typer.Option(
-            min=1, rich_help_panel=HEAD, help="Width of a hidden layer of an mlp; repeat it."
+            min=1,
+            rich_help_panel=HEAD,
+            help="With --head mlp: the width of a hidden layer; repeat the option for more layers.",
         ),
     ] = field(default_factory=list)
     epochs: Annotated[
@@ -138,14 +164,16 @@ class TrainOptions:
         typer.Option(
             min=1,
             rich_help_panel=HEAD,
-            help=f"Default: {HEAD_EPOCHS}, or {FINE_TUNING_EPOCHS} with --fine-tune.",
+            help=f"How often training goes through all pictures. Default: {HEAD_EPOCHS}, or "
+            f"{FINE_TUNING_EPOCHS} with --fine-tune.",
         ),
     ] = None
     learning_rate: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=HEAD,
-            help=f"Default: {HEAD_LEARNING_RATE:g}, or {FINE_TUNING_LEARNING_RATE:g} with "
+            help=f"How large the steps of training are. Default: {HEAD_LEARNING_RATE:g}, or "
+            f"{FINE_TUNING_LEARNING_RATE:g} with "
             "--fine-tune.",
         ),
     ] = None
@@ -153,7 +181,7 @@ class TrainOptions:
         Sweep | None,
         typer.Option(
             rich_help_panel=HEAD,
-            help="Train many heads at once and keep the best on held-out pictures.",
+            help="Train many linear heads with other learning rates at once, and keep the best.",
         ),
     ] = None
     alpha: Annotated[
@@ -161,42 +189,72 @@ class TrainOptions:
         typer.Option(
             min=0,
             rich_help_panel=LOSS,
-            help="How much harder the loss looks at what k-NN finds hard.",
+            help="Give pictures that their neighbours get wrong more weight in training: 0 is "
+            "none.",
         ),
     ] = 0.0
     class_weights: Annotated[
         ClassWeights,
-        typer.Option(rich_help_panel=LOSS, help="For classes of very different size."),
+        typer.Option(
+            rich_help_panel=LOSS, help="Give pictures of small classes more weight in training."
+        ),
     ] = "none"
     label_smoothing: Annotated[
-        float, typer.Option(min=0, max=0.99, rich_help_panel=LOSS, help="Of the targets.")
+        float,
+        typer.Option(
+            min=0,
+            max=0.99,
+            rich_help_panel=LOSS,
+            help="Trust the labels a little less: 0 is fully, 0.1 is usual.",
+        ),
     ] = 0.0
     fine_tune: Annotated[
-        bool, typer.Option("--fine-tune", rich_help_panel=TUNING, help="Train the backbone too.")
+        bool,
+        typer.Option(
+            "--fine-tune",
+            rich_help_panel=TUNING,
+            help="Train the backbone too: slower, and mostly for a GPU.",
+        ),
     ] = False
     blocks: Annotated[
         int | None,
-        typer.Option(min=1, rich_help_panel=TUNING, help="Only the last so many blocks of it."),
+        typer.Option(
+            min=1,
+            rich_help_panel=TUNING,
+            help="Train only the last so many blocks of the backbone.",
+        ),
     ] = None
     augmentation: Annotated[
-        Augmentation, typer.Option(rich_help_panel=TUNING, help="Of training pictures.")
+        Augmentation,
+        typer.Option(
+            rich_help_panel=TUNING, help="How training pictures are varied: cut, flipped, coloured."
+        ),
     ] = "paper"
     refresh: Annotated[
         str,
         typer.Option(
             rich_help_panel=TUNING,
-            help="When --alpha asks a new datastore: epoch, never, or a number of steps.",
+            help="With --alpha: how often neighbours are looked up anew while the backbone "
+            "changes: "
+            "epoch, never, or a number of steps.",
         ),
     ] = "epoch"
     queries: Annotated[
         Queries,
-        typer.Option(rich_help_panel=TUNING, help="Features of the last refresh, or of the step."),
+        typer.Option(
+            rich_help_panel=TUNING,
+            help="With --alpha: find neighbours by the features of the last such look-up, or of "
+            "now.",
+        ),
     ] = "snapshot"
     accumulate: Annotated[
-        int, typer.Option(min=1, rich_help_panel=TUNING, help="Batches per update.")
+        int, typer.Option(min=1, rich_help_panel=TUNING, help="Batches that make one step.")
     ] = 1
     bf16: Annotated[
-        bool, typer.Option("--bf16", rich_help_panel=TUNING, help="Train in bfloat16.")
+        bool,
+        typer.Option(
+            "--bf16", rich_help_panel=TUNING, help="Compute in bfloat16, for GPUs: half the memory."
+        ),
     ] = False
     gradient_checkpointing: Annotated[
         bool,
@@ -209,11 +267,11 @@ class TrainOptions:
         typer.Option(
             min=1,
             rich_help_panel=TUNING,
-            help="Stop after so many epochs without a better blend on validation.",
+            help="Stop after so many epochs that brought nothing on the validation pictures.",
         ),
     ] = None
     workers: Annotated[
-        int, typer.Option(min=0, rich_help_panel=TUNING, help="Processes that decode pictures.")
+        int, typer.Option(min=0, rich_help_panel=TUNING, help="Processes that read pictures.")
     ] = 0
     resume: Annotated[
         bool,
@@ -223,17 +281,23 @@ class TrainOptions:
     ] = False
     index: Annotated[
         str,
-        typer.Option(rich_help_panel=STORE, help="auto, flat (exact) or a faiss factory string."),
+        typer.Option(
+            rich_help_panel=STORE,
+            help="How neighbours are searched: flat compares all rows; auto does so where that is "
+            "quick, else it looks at the likely ones, as auto:latency does for single pictures; or "
+            "a faiss factory string.",
+        ),
     ] = "auto"
     max_memory: Annotated[
         str | None,
-        typer.Option(rich_help_panel=STORE, help="What the index may take, such as 2GB."),
+        typer.Option(rich_help_panel=STORE, help="Memory that the search may take, such as 2GB."),
     ] = None
     criterion: Annotated[
         Criterion | None,
         typer.Option(
             rich_help_panel=STORE,
-            help="What k, temperature and the blend are chosen by; default by how many labels.",
+            help="What decides how many neighbours vote and how much they count beside the head. "
+            "Default: by how many labels there are.",
         ),
     ] = None
     calibrate: Annotated[
@@ -241,7 +305,7 @@ class TrainOptions:
         typer.Option(
             "--calibrate",
             rich_help_panel=STORE,
-            help="Also scale the temperatures of head and blend.",
+            help="Also make the probabilities honest: 80 % sure shall be right 80 times of 100.",
         ),
     ] = False
     learn_metric: Annotated[
@@ -249,8 +313,9 @@ class TrainOptions:
         typer.Option(
             "--learn-metric",
             rich_help_panel=STORE,
-            help="Learn a linear map for what neighbours compare; it is kept where they find more "
-            "of the pictures held out with it.",
+            help="Learn which directions of the features matter for being alike; it is kept only "
+            "where "
+            "neighbours answer better with it on pictures held out.",
         ),
     ] = False
     show_neighbors: Annotated[
@@ -258,19 +323,26 @@ class TrainOptions:
         typer.Option(
             "--show-neighbors",
             rich_help_panel=STORE,
-            help="Draw test pictures and who voted for the model card; it shows training pictures.",
+            help="Draw test pictures with the pictures that voted, for the model card, which then "
+            "shows "
+            "training pictures.",
         ),
     ] = False
     thumbnails: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--thumbnails",
+            "--thumbnails/--no-thumbnails",
             rich_help_panel=STORE,
-            help="Keep small pictures of the training pictures in the checkpoint, for explanations "
-            "and the demo; whoever opens it sees them.",
+            show_default=False,
+            help="Keep small copies of the training pictures in the checkpoint, to explain "
+            "answers; "
+            "whoever opens the folder sees them, a push leaves them behind. Default: kept of up to "
+            "20,000 pictures that lie on this machine.",
         ),
-    ] = False
+    ] = None
     report_to: Annotated[
         list[str],
-        typer.Option(help="tensorboard, trackio, …; repeatable. Logs of the training."),
+        typer.Option(
+            help="Where to log the training: tensorboard, trackio, …; repeat it for more."
+        ),
     ] = field(default_factory=list)

@@ -12,6 +12,7 @@ from .choices import (
     LARGEST_SEED,
     BackendOption,
     Criterion,
+    FailOnOption,
     JsonOption,
     OnBadImage,
     SplitsOption,
@@ -21,7 +22,7 @@ from .forwarding import Command, hand_over
 from .limits import reads_pictures
 from .places import ChangedCheckpoint, CheckpointArgument, ReportFolder
 
-WHY, REPORT, FILE, MOVING = "Reasons", "Report", "Answers in a file", "Moving files"
+WHY, REPORT, FILE, MOVING = "Reasons", "Report", "Answers in a file", "Moving files aside"
 """Groups of options in `--help`."""
 
 app = typer.Typer()
@@ -33,14 +34,20 @@ app = typer.Typer()
 def evaluate(
     checkpoint: CheckpointArgument,
     pictures: Annotated[
-        str, typer.Argument(callback=places.pictures, help="Labelled pictures, as for `train`.")
+        str,
+        typer.Argument(
+            callback=places.pictures,
+            help="Pictures with labels: a folder with one sub-folder per label, a csv of "
+            "path,label, a "
+            "parquet file, or a Hub dataset id.",
+        ),
     ],
     split: Annotated[
-        str | None, typer.Option(help="Which split; test, or the only one there is.")
+        str | None, typer.Option(help="Which split to measure on. Default: test, or the only one.")
     ] = None,
     splits: SplitsOption = "auto",
     on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+        OnBadImage, typer.Option(help="What to do at a picture that cannot be read.")
     ] = "skip",
     report: Annotated[
         Path | None,
@@ -54,7 +61,9 @@ def evaluate(
     html: Annotated[
         Path | None,
         typer.Option(
-            callback=places.new_file, rich_help_panel=REPORT, help="Write the page alone."
+            callback=places.new_file,
+            rich_help_panel=REPORT,
+            help="Write only the page, as this file.",
         ),
     ] = None,
     stored: Annotated[
@@ -63,13 +72,13 @@ def evaluate(
             "--pictures",
             callback=places.stored_pictures,
             rich_help_panel=REPORT,
-            help="Folder that the stored paths are relative to, to show neighbours.",
+            help="The folder that the model was trained on, to show the pictures that voted.",
         ),
     ] = None,
     backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """Measure head, neighbours and blend on labelled pictures, with 95 % intervals."""
+    """Measure how often the model is right, on pictures with labels that it has not seen."""
     if stored and not (html or report):
         raise typer.BadParameter("Expected --report or --html with --pictures; name the place.")
     from hf_knn.commands.evaluate import evaluate_pictures
@@ -85,31 +94,37 @@ def tune(
     pictures: Annotated[
         str,
         typer.Argument(
-            callback=places.pictures, help="Labelled pictures that the model was not trained on."
+            callback=places.pictures, help="Pictures with labels that the model was not trained on."
         ),
     ],
     split: Annotated[
-        str | None, typer.Option(help="Which split; validation, or the only one there is.")
+        str | None,
+        typer.Option(help="Which split to choose on. Default: validation, or the only one."),
     ] = None,
     splits: SplitsOption = "auto",
     criterion: Annotated[
-        Criterion | None, typer.Option(help="Default: by how many labels there are.")
+        Criterion | None,
+        typer.Option(help="What is called best. Default: by how many labels there are."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Also scale the temperatures of head and blend.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Also make the probabilities honest: 80 % sure shall be right 80 times of 100.",
+        ),
     ] = False,
     on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="At a picture that cannot be decoded.")
+        OnBadImage, typer.Option(help="What to do at a picture that cannot be read.")
     ] = "skip",
     plot: Annotated[
         Path | None,
         typer.Option(
-            callback=places.new_file, help="Draw what was tried as heat maps into this PNG."
+            callback=places.new_file, help="Draw how good each choice would be into this PNG."
         ),
     ] = None,
     backend: BackendOption = None,
 ) -> Command:
-    """Choose k, temperature and the blend anew, on pictures of your own."""
+    """Choose anew how many neighbours vote, and how much they count beside the head."""
     from hf_knn.commands.use import tune_checkpoint
 
     return tune_checkpoint
@@ -149,20 +164,21 @@ def predict(
         ),
     ] = False,
     split: Annotated[
-        str | None, typer.Option(help="Which split of a dataset; all if left out.")
+        str | None, typer.Option(help="Which split of a dataset. Default: all.")
     ] = None,
     top: Annotated[
         int | None,
         typer.Option(
             min=1,
             show_default=False,
-            help="Classes shown per picture: 5; with -o as two more columns.",
+            help="How many classes are shown of each picture. Default: 5; with -o two more "
+            "columns.",
         ),
     ] = None,
     neighbors: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Neighbours shown per picture, of the k that vote; 5, on a page 24."
+            min=0, help="How many of the pictures that voted are shown. Default: 5; on a page 24."
         ),
     ] = None,
     backend: BackendOption = None,
@@ -170,7 +186,9 @@ def predict(
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", rich_help_panel=WHY, help="Shares of the vote, and what would change it."
+            "--explain",
+            rich_help_panel=WHY,
+            help="Say who voted, with how much weight, and without whom the answer would change.",
         ),
     ] = False,
     html: Annotated[
@@ -178,8 +196,8 @@ def predict(
         typer.Option(
             callback=places.new_file,
             rich_help_panel=WHY,
-            help="Write the reasons with pictures into this file; of more than 100 pictures, those "
-            "it is least sure of.",
+            help="Write a page with pictures that shows why, into this file; of more than 100 "
+            "pictures, those that the model is least sure of.",
         ),
     ] = None,
     stored: Annotated[
@@ -188,18 +206,20 @@ def predict(
             "--pictures",
             callback=places.stored_pictures,
             rich_help_panel=WHY,
-            help="Folder that the stored paths are relative to, for --html.",
+            help="With --html: the folder that the model was trained on, to show its pictures.",
         ),
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=WHY,
-            help="Rather abstain than be wrong more often: 0.01, 0.02, 0.05, 0.1 or 0.2.",
+            help="Give no answer where it is not sure, so that at most this share of the answers "
+            "is "
+            "wrong: 0.01, 0.02, 0.05, 0.1 or 0.2.",
         ),
     ] = None,
 ) -> None:
-    """Classify one picture or many, show the neighbours that voted, and say why.
+    """Classify pictures, show the stored pictures that voted, and say why.
 
     A picture that cannot be read gets a row with the reason, and the others are answered. The exit
     code is 0 as long as one picture could be read.
@@ -232,28 +252,45 @@ def push(
         Path, typer.Argument(callback=places.checkpoint_folder, help="A checkpoint folder.")
     ],
     repo_id: Annotated[
-        str, typer.Argument(callback=places.repo_id, help="org/name; made if it is not there.")
+        str,
+        typer.Argument(
+            callback=places.repo_id, help="Its name there, org/name; made if it is new."
+        ),
     ],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch; main if left out.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch to push to. Default: main.")
+    ] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+        bool,
+        typer.Option("--create-pr", help="Open a pull request instead of pushing to the branch."),
     ] = False,
     parent_commit: Annotated[
-        str | None, typer.Option(help="Refuse if the branch is at another commit.")
+        str | None, typer.Option(help="Push only if the branch is still at this commit.")
     ] = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = (
+    message: Annotated[str, typer.Option("--message", "-m", help="What the commit says.")] = (
         "Upload model"
     ),
     token: Annotated[
-        str | None, typer.Option(help="Default: the one you are logged in with.")
+        str | None, typer.Option(help="Of the Hub. Default: that of `hf auth login`.")
     ] = None,
     model_license: Annotated[
         str | None,
-        typer.Option("--license", help="For the card, such as apache-2.0; else as it says."),
+        typer.Option(
+            "--license",
+            help="Licence of the model, such as apache-2.0. Default: what its card says.",
+        ),
     ] = None,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="Also push the small pictures of the training pictures that the checkpoint keeps; "
+            "whoever sees the repository sees them. Else they stay here.",
+        ),
+    ] = False,
     endpoint: Annotated[
         bool,
         typer.Option(
@@ -263,7 +300,7 @@ def push(
         ),
     ] = False,
 ) -> Command:
-    """Push a checkpoint to the Hub: model, datastore, code and card in one commit."""
+    """Put a checkpoint on the Hub, in one commit: model, datastore, code and model card."""
     from hf_knn.commands.use import push_checkpoint
 
     return push_checkpoint
@@ -278,11 +315,11 @@ def export(
         typer.Option(
             "--onnx",
             callback=places.new_folder,
-            help="Folder for the graph, its settings and a script that uses them.",
+            help="Folder for the ONNX file, its settings and a script that uses both.",
         ),
     ],
 ) -> Command:
-    """Export to one ONNX graph: backbone, head, neighbours and blend."""
+    """Export the whole model to one ONNX file, which runs without PyTorch."""
     from hf_knn.commands.use import export_checkpoint
 
     return export_checkpoint
@@ -299,15 +336,21 @@ def _backbone_if_looked_at(context: typer.Context, name: str) -> str:
 @reads_pictures
 def doctor(
     kinds: Annotated[
-        list[str], kinds_option("With --move-to, which; else broken,exact_duplicate", panel=MOVING)
+        list[str],
+        kinds_option(
+            "With --move-to: which findings. Default: broken,exact_duplicate", panel=MOVING
+        ),
     ],
+    fail_on: FailOnOption,
     pictures: Annotated[
         str | None,
         typer.Argument(
             callback=places.pictures_if_named,
             is_eager=True,
             show_default=False,
-            help="Pictures as for `train`; without labels less is looked for.",
+            help="A folder with one sub-folder per label, a csv of path,label, a parquet file, or "
+            "a "
+            "Hub dataset id. Without labels it looks for less.",
         ),
     ] = None,
     output: ReportFolder = Path("knn-doctor"),
@@ -315,28 +358,34 @@ def doctor(
         str,
         typer.Option(
             callback=_backbone_if_looked_at,
-            help="As for `train`; its features are kept and used again there.",
+            help="The pretrained model that makes features, as for `train`, which uses them again: "
+            "a "
+            "short name (`hf-knn backbones`), a Hub id, a timm name or a folder.",
         ),
     ] = DEFAULT_BACKBONE,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures that go through the backbone at once.")
+    ] = 32,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Look at about so many pictures of each split, class by class."),
+        typer.Option(min=1, help="Look only at about so many pictures of each split."),
     ] = None,
     group_by: Annotated[
         str | None,
-        typer.Option(help="Column of what belongs together (a patient, a camera)."),
+        typer.Option(
+            help="Column of a csv that says what belongs together, such as the patient or camera."
+        ),
     ] = None,
     splits: SplitsOption = "auto",
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of folds, parts and --limit.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of what is drawn by lot.")
     ] = 0,
     move_to: Annotated[
         Path | None,
         typer.Option(
             callback=places.new_report,
             rich_help_panel=MOVING,
-            help="Move the files of some findings into this folder, with a journal.",
+            help="Move the files with findings into this folder; --undo puts them back.",
         ),
     ] = None,
     findings: Annotated[
@@ -346,7 +395,7 @@ def doctor(
             callback=places.findings_csv,
             is_eager=True,
             rich_help_panel=MOVING,
-            help="With --move-to: do not look again, take what this findings.csv names.",
+            help="With --move-to: move what this findings.csv names, without checking again.",
         ),
     ] = None,
     undo: Annotated[
@@ -355,22 +404,25 @@ def doctor(
             callback=places.quarantine,
             is_eager=True,
             rich_help_panel=MOVING,
-            help="Put all files back that --move-to moved into this folder; name no pictures.",
+            help="Put all files back that --move-to moved into this folder.",
         ),
     ] = None,
     backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Check pictures before training: broken, doubled, mislabelled, strange, too few.
+    """Check pictures before training: broken, doubled, mislabelled, strange or too few.
 
     Nothing is changed, unless --move-to says so; --undo takes that back. The exit code is 0
-    whatever was found; --json has the counts.
+    whatever was found, unless --fail-on names it: then it is 3. --json has the counts.
     """
     if (pictures is None) == (undo is None):
         raise typer.BadParameter("Expected PICTURES to check, or --undo and the folder that "
                                  "files were moved into.")  # fmt: skip
     if (kinds or findings) and not move_to:
         raise typer.BadParameter("Expected --move-to with --kind and --from; name a new folder.")
+    if fail_on and (findings or undo):
+        raise typer.BadParameter("Expected --fail-on where pictures are looked at, without --from "
+                                 "and --undo.")  # fmt: skip
     from hf_knn.checkup.doctor import DoctorOptions
     from hf_knn.commands.checks import diagnose_pictures, put_files_back
     from hf_knn.commands.console import run
@@ -381,7 +433,7 @@ def doctor(
     assert pictures is not None  # or --undo was named
     options = DoctorOptions(
         pictures, output, backbone, batch_size, limit, group_by, seed, json_output, splits,
-        move_to, kinds, findings,
+        move_to, kinds, findings, fail_on,
     )  # fmt: skip
     run(diagnose_pictures, options, json_output=json_output)
 
@@ -393,10 +445,10 @@ def code(
         str, typer.Argument(callback=places.code_of, help="A checkpoint folder or a Hub id.")
     ],
     revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of a Hub id; main if left out.")
+        str | None, typer.Option(help="A branch, tag or commit of a Hub id. Default: main.")
     ] = None,
 ) -> Command:
-    """Say whether the code in a checkpoint is that of this package; the exit code is 1 if not."""
+    """Say whether the code in a checkpoint is the one of this package; if not, exit with 1."""
     from hf_knn.commands.checks import check_code
 
     return check_code
@@ -405,14 +457,14 @@ def code(
 @app.command()
 @hand_over
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove what is listed.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what would be listed.")] = False,
     older_than: Annotated[
         int | None,
         typer.Option(min=0, help="Only what was not used for so many days.", show_default=False),
     ] = None,
     json_output: JsonOption = False,
 ) -> Command:
-    """List what is kept to be fast: features, graphs and choices of backends; clear it."""
+    """List what is kept on this machine to be fast next time, such as features; or clear it."""
     from hf_knn.commands.use import show_cache
 
     return show_cache

@@ -27,6 +27,7 @@ os.environ["HF_EVALUATE_CACHE"] = os.path.join(_CACHE, "evaluate")
 os.environ["HF_KNN_CACHE"] = os.path.join(_CACHE, "features")  # of fixtures that tests share
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins takes the core that works
 
 # tqdm's own lock is shared with forked children: one that is killed while it holds it would leave
 # every later progress bar of the parent waiting for ever

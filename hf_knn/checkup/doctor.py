@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.keys import Broken, Print, prints_of
 from ..data.loading import groups_of, ids_of, label_names, read_source
@@ -35,6 +35,8 @@ class DoctorOptions:
     move_to: Path | None = None
     kinds: Sequence[str] = ()
     findings: Path | None = None
+    fail_on: Sequence[str] = ()
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _features(source: Source, options: DoctorOptions, usable: Ints) -> Tensor:
     """[M, D] features of the usable pictures, by the backbone that `train` would take."""
     names = list(source.pictures.label_names) or ["picture"]  # any will do for features
     model = KnnForImageClassification.from_backbone(options.backbone, names)
+    nn.Module.to(model, torch.device(options.device))
     splits = np.array(source.pictures.splits, dtype=object)
     found = []  # split by split, as the pictures are
     for split, part in source.parts.items():

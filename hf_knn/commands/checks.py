@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import HubFiles
 from ..data.batches import picture_of
 from ..data.decode import BadImageError
-from ..data.moving import Move, Moved, move_aside, put_back
+from ..data.journal import Move
+from ..data.moving import Moved, move_aside, put_back
 from ..data.places import is_saved
 from ..data.walk import StoredPictures, find_pictures
 from ..fit.html import Drawing, Section, plain, svg_uri, write_page
@@ -46,14 +48,20 @@ from .console import (
     command_line,
     console,
     escape,
+    is_quiet,
     open_checkpoint,
     print_json,
     right,
     say_what_was_left_out,
     typed,
 )
+from .devices import device_of_process
+from .stopping import FEATURES_KEPT, stands
 
 CSV_NAME, PAGE_NAME = "findings.csv", "report.html"
+
+FOUND = 3
+"""The exit code of `hf-knn doctor` if it finds what `--fail-on` names."""
 
 MOVED = [Kind.BROKEN, Kind.EXACT]
 """What is moved aside where no kinds are named: what nobody has to look at to be sure."""
@@ -78,6 +86,8 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         if options.json_output:
             print_json({"moved": moved})
         return
+    stands(FEATURES_KEPT)
+    options = replace(options, device=str(device_of_process()))
     source = open_source(options)
     say_what_was_left_out(source.notes)
     with watching(not options.json_output) as watch:
@@ -102,6 +112,9 @@ def diagnose_pictures(options: DoctorOptions) -> None:
         page = write_page(options.output / PAGE_NAME, f"Check of {name}", sections, lead, picking)
     if not options.json_output:
         print_checkup(checkup, page)
+    counts = checkup.counts()
+    if any(counts.get(Kind(name)) for name in options.fail_on):
+        console.status_code = FOUND
     if options.move_to is not None:
         found = [one for one in in_order(checkup.findings) if one.picture >= 0]
         paths = checkup.pictures.paths
@@ -114,7 +127,6 @@ def diagnose_pictures(options: DoctorOptions) -> None:
     words = ["train", options.pictures, "--backbone", backbone]
     words += [] if options.group_by is None else ["--group-by", options.group_by]
     words += [] if options.splits == "auto" else ["--splits", options.splits]
-    counts = checkup.counts()
     if moved is None and picking is not None and any(counts.get(kind) for kind in MOVED):
         aside = ("doctor", options.pictures, "--move-to", "quarantine", "--from", options.output)
         console.print(
@@ -162,6 +174,7 @@ def put_files_back(folder: Path, json_output: bool) -> None:
         ValueError: for a folder without a journal, or with a damaged one.
         OSError: if it cannot be read or written.
     """
+    stands(f"Files that were not put back yet lie in {folder}; the same line goes on with them.")
     found = put_back(folder)
     if json_output:
         print_json({
@@ -189,6 +202,8 @@ def _move(options: DoctorOptions, found: Sequence[tuple[str, str, str]]) -> dict
             outside.append(cell)
         else:
             wanted.setdefault(path, Move(root / path, f"{kind}/{path}", detail))
+    undo = f"`hf-knn doctor --undo {options.move_to}` puts all back"
+    stands(f"Files that were moved lie in {options.move_to}: {undo}; the same line moves the rest.")
     moved = move_aside(options.move_to, [*wanted.values()])
     folder = options.move_to
     if not options.json_output:
@@ -236,7 +251,8 @@ def watching(shown: bool) -> Iterator[Watch]:
         shown: False keeps silent.
     """
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*bars, TimeRemainingColumn(), console=console, disable=not shown,
+    with Progress(*bars, TimeRemainingColumn(), console=console,
+                  disable=not shown or is_quiet(),
                   transient=True) as progress:  # fmt: skip
 
         def watch(name: str, total: int) -> Callable[[int], object]:

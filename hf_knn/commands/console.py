@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ from hf_knn_cli.terminal import (
     as_called,
     called,
     clean,
+    command_typed,
     is_utf8,
     let_go,
     one_line,
@@ -35,7 +36,13 @@ from ..data.places import reading_of
 from ..features.extract import ImageFeatures
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exclusive_lock, restore
-from .errors import EXPECTED, STOPPED, sentence_of
+from . import stopping
+from .devices import move_to_device
+from .errors import EXPECTED, sentence_of
+from .itself import told_about_itself
+
+VERBOSITY = "HF_KNN_VERBOSITY"
+ADVICE = "Next:"
 
 
 class Terminal(Console):
@@ -46,11 +53,13 @@ class Terminal(Console):
 
     Attributes:
         documents: what `--json` prints when the command has done its work.
+        status_code: the exit code of a command that has done its work.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr)
         self.documents: list[object] = []
+        self.status_code = 0
 
     @property
     def file(self) -> IO[str]:
@@ -70,10 +79,29 @@ class Terminal(Console):
             text, style, control = segment
             yield segment if control else Segment(clean(text), style)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints, but for advice under `--quiet`: what begins with `Next:`."""
+        if not (is_quiet() and objects and str(objects[0]).startswith(ADVICE)):
+            super().print(*objects, **options)
+
+    def status(self, status: RenderableType, **options: Any) -> Any:
+        """Says what is done while it lasts; nothing under `--quiet`."""
+        return nullcontext() if is_quiet() else super().status(status, **options)
+
     def on_broken_pipe(self) -> None:
         """Goes on silently."""
         self.quiet = True
         let_go(sys.stderr if self.stderr else sys.stdout)
+
+
+def is_quiet() -> bool:
+    """Whether `--quiet` is on: results, warnings and errors only."""
+    return os.environ.get(VERBOSITY) == "quiet"
+
+
+def is_verbose() -> bool:
+    """Whether `--verbose` is on."""
+    return os.environ.get(VERBOSITY) == "verbose"
 
 
 console = Terminal()
@@ -90,8 +118,17 @@ def escape(text: object) -> str:
     return markup.escape(one_line(text))
 
 
+def escape_lines(text: str) -> str:
+    """Likewise of several lines, which stay.
+
+    Args:
+        text: any.
+    """
+    return "\n".join(map(escape, text.splitlines()))
+
+
 def open_checkpoint(name: str | Path) -> KnnForImageClassification:
-    """Opens a checkpoint; whatever is wrong with it, the error names it.
+    """Opens a checkpoint on the device of this command; whatever is wrong, the error names it.
 
     Args:
         name: a folder or a Hub id.
@@ -102,6 +139,7 @@ def open_checkpoint(name: str | Path) -> KnnForImageClassification:
     """
     try:
         model: KnnForImageClassification = KnnForImageClassification.from_pretrained(name)
+        move_to_device(model)
     except (AttributeError, TypeError, LookupError) as error:  # transformers believes its files
         raise ValueError(
             f"Expected {name} to be a checkpoint with settings that a model can be made of, but: "
@@ -144,16 +182,25 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
     quiet["hf_knn.features.cache"] = logging.WARNING  # a disk that is full meanwhile
     quiet["hf_knn.data.decode"] = logging.WARNING  # a huge JPEG is read at a part of its size
     quiet["hf_knn.model.endpoint"] = logging.WARNING  # what a push takes away
+    if is_verbose():
+        quiet |= {"hf_knn": logging.INFO, "pymilvus": logging.WARNING}
     loggers = [logging.getLogger(name) for name in quiet]
     levels = [logger.level for logger in loggers]
     for logger, level in zip(loggers, quiet.values(), strict=True):
         logger.setLevel(level)
     console.documents.clear()
+    stopping.begin()
+    console.status_code = 0
     try:
-        with redirect_stdout(sys.stderr if json_output else sys.stdout):
+        with (
+            redirect_stdout(sys.stderr if json_output else sys.stdout),
+            told_about_itself() if is_verbose() else nullcontext(),
+        ):
             command(*args)
         for document in console.documents:
             _write_json(document)
+        if console.status_code:
+            raise typer.Exit(console.status_code)
     except typer.Exit:  # a RuntimeError
         raise
     except EXPECTED as error:
@@ -162,7 +209,10 @@ def run(command: Callable[..., None], *args: Any, json_output: bool = False) -> 
         say_error(sentence_of(error))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        Terminal(stderr=True).print(STOPPED, soft_wrap=True)
+        Terminal(stderr=True).print(
+            escape_lines(as_called(stopping.sentence(command_typed()))), soft_wrap=True,
+            highlight=False,
+        )  # fmt: skip
         raise typer.Exit(130) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -259,6 +309,7 @@ def changing(checkpoint: Path) -> Iterator[Path]:
             f"Expected {checkpoint} to be a checkpoint folder, since it will be changed."
         )
     folder = checkpoint.resolve()
+    stopping.stands_or_falls(folder)
     with exclusive_lock(folder):
         yield folder
 

@@ -15,13 +15,17 @@ from ..core.manifest import MANIFEST_NAME
 from ..core.reading import THUMBNAILS_NAME
 from ..data.walk import StoredPictures
 from ..features.backends import check_backend
+from ..model.card import THUMBNAILS_NOTE, leave_thumbnails
 from ..model.pictures import small_webp
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
-from ..store.hub import KEPT_TO_ONESELF
+from ..store.hub import CARD_NAME, KEPT_TO_ONESELF
 from .console import console, escape
+from .stopping import stands
+from .use import PUSH_STANDS
 
 _PICTURES = "pictures.zip"
+_GO_ALONG = "The checkpoint's small pictures go along; whoever sees the Space sees them."
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
 _KEPT = shutil.ignore_patterns(*KEPT_TO_ONESELF, "runs")
 """What of a checkpoint folder is nobody's business: earlier versions, logs, places on a disk."""
@@ -58,7 +62,13 @@ def show_demo(
         raise typer.Exit(status)
 
 
-def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Path | None) -> None:
+def push_space(
+    checkpoint: str | None,
+    repo_id: str,
+    private: bool,
+    pictures: Path | None,
+    thumbnails: bool = False,
+) -> None:
     """Pushes the page as a Space, in one commit, with the package and a checkpoint of a folder.
 
     Args:
@@ -67,6 +77,7 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Pa
         private: whether a Space that is made is private.
         pictures: the folder that the checkpoint was trained on, of which small pictures go along
             for everybody to see; None shows plain tiles.
+        thumbnails: take the small pictures along that the checkpoint keeps.
 
     Raises:
         ValueError: without a checkpoint, or for a folder without its pictures.
@@ -74,13 +85,16 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Pa
     """
     if checkpoint is None:
         raise ValueError("Expected a checkpoint to push the Space with; pass a folder or a Hub id.")
+    stands(PUSH_STANDS)
     api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
-        build_space(folder, checkpoint)
+        build_space(folder, checkpoint, thumbnails)
         if (folder / "model" / THUMBNAILS_NAME).is_file():
-            console.print("The checkpoint's small pictures go along; whoever sees the Space sees "
-                          "them.")  # fmt: skip
+            console.print(_GO_ALONG)
+        elif Path(checkpoint, THUMBNAILS_NAME).is_file():
+            console.print("The checkpoint's small pictures stay here; --thumbnails takes them "
+                          "along, for whoever sees the Space.")  # fmt: skip
         if pictures is not None:
             count = pack_pictures(folder / _PICTURES, checkpoint, pictures)
             console.print(f"{count} small pictures go along; whoever sees the Space sees them.")
@@ -93,12 +107,13 @@ def push_space(checkpoint: str | None, repo_id: str, private: bool, pictures: Pa
     console.print(f"Pushed: {escape(commit.commit_url)}", soft_wrap=True)
 
 
-def build_space(folder: Path, checkpoint: str) -> None:
+def build_space(folder: Path, checkpoint: str, thumbnails: bool = False) -> None:
     """Puts together what a Space needs.
 
     Args:
         folder: which is made.
         checkpoint: a folder or a Hub id.
+        thumbnails: whether small pictures in the folder go along.
 
     Raises:
         ValueError: for a folder that is no checkpoint with a datastore, or a text that is no id.
@@ -112,6 +127,9 @@ def build_space(folder: Path, checkpoint: str) -> None:
         if missing:
             raise ValueError(f"Expected {checkpoint} to be a checkpoint, but it has no {missing}.")
         shutil.copytree(checkpoint, folder / "model", ignore=_KEPT)
+        if not thumbnails:
+            leave_thumbnails(folder / "model")
+            _say_no_pictures(folder / "model" / CARD_NAME)
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(
@@ -121,6 +139,13 @@ def build_space(folder: Path, checkpoint: str) -> None:
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8")
     card.write_text(text.replace("models: []", f"models:\n  - {checkpoint}", 1), encoding="utf-8")
+
+
+def _say_no_pictures(card: Path) -> None:
+    """Takes the sentence out of a card that speaks of small pictures."""
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        card.write_text(text.replace(THUMBNAILS_NOTE, ""), encoding="utf-8")
 
 
 def pack_pictures(target: Path, checkpoint: str, pictures: Path) -> int:

@@ -30,11 +30,6 @@ EXPECTED: tuple[type[Exception], ...] = (
 )  # fmt: skip
 """What files, settings, a network or a machine of somebody can make the libraries raise."""
 
-STOPPED = (
-    "Stopped. No checkpoint was changed by halves; features that were computed are kept, and "
-    "--resume goes on with a fine-tuning."
-)
-
 _ELSEWHERE = (
     "name another: -o for what is written, HF_HOME for caches of the Hub, HF_KNN_CACHE for "
     "features, TMPDIR for temporary files"

@@ -35,6 +35,8 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .devices import trains_on_cpu
+from .stopping import FEATURES_KEPT, stands
 
 MOST_NAMED = 20
 """Pictures that a message names."""
@@ -220,6 +222,7 @@ def open_split(
     if wanted not in splits:
         raise ValueError(f"Expected a split {wanted!r}, but {pictures} has {sorted(splits)}.")
     dataset = prepare(splits[wanted], model.config.class_names)
+    stands(FEATURES_KEPT)
     with progress_bars():
         rows = extract_features(model, dataset, on_bad_image=on_bad_image)
     say_what_was_skipped(rows)
@@ -233,8 +236,9 @@ def silent_arguments(folder: str) -> KnnTrainingArguments:
         folder: of the trainer.
     """
     return KnnTrainingArguments(
-        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no"
-    )
+        folder, freeze_backbone=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+        use_cpu=trains_on_cpu(),
+    )  # fmt: skip
 
 
 class _PicturesByPath(Mapping[int, Image.Image]):

@@ -74,13 +74,18 @@ def print_choice(choice: HeadChoice) -> None:
         choice: of a trainer.
     """
     if choice.table:
-        columns = ("alone", "with neighbours", "λ", "log-likelihood")
-        table = Table("head", *map(right, columns), "", title="Heads on pictures held out")
+        columns = ("alone", "with neighbours", "which count", "log-likelihood")
+        table = Table(
+            "head",
+            *map(right, columns),
+            "",
+            title="How often each head is right on pictures held out",
+        )
         for score in choice.table:
             best = score.best
             table.add_row(
                 str(score.head), f"{score.alone.accuracy:.1%}", f"{best.accuracy:.1%}",
-                f"{best.knn_weight:g}", f"{best.log_likelihood:.3f}",
+                f"{best.knn_weight:.0%}", f"{best.log_likelihood:.3f}",
                 "chosen" if score.head == choice.head else "",
             )  # fmt: skip
         console.print(table)

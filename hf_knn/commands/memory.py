@@ -43,9 +43,10 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .stopping import FEATURES_KEPT, stands
 
 _SHOWN = 20
-_TAKEN_BACK = "An interrupted change was taken back; the checkpoint is as it was last saved."
+_TAKEN_BACK = "A half-done change was taken back: the checkpoint is as it was last saved."
 
 CLASSES_NAME = "classes.json"
 """What the label numbers of a backup mean, beside its datastore."""
@@ -79,6 +80,7 @@ def teach_pictures(
 
     def change(model: KnnForImageClassification) -> Receipt:
         rows = _labelled(pictures, splits) if label is None else _of_label(pictures, label)
+        stands(FEATURES_KEPT)
         with progress_bars():
             found = extract_features(model, rows, on_bad_image=on_bad_image, progress=True)
         say_what_was_skipped(found)
@@ -231,12 +233,12 @@ def refit_head(checkpoint: Path) -> None:
             fit = refit(model)
         model.save_pretrained(folder)
     console.print(
-        f"Fitted on {len(fit.state):,} rows: regulariser {before[0]:.3g} → {fit.regularizer:.3g}, "
-        f"temperature {before[1]:.3g} → {fit.temperature:.3g}, about their own mean."
+        f"Fitted on {len(fit.state):,} stored pictures: smoothing (regulariser) {before[0]:.3g} → {fit.regularizer:.3g}, "
+        f"temperature {before[1]:.3g} → {fit.temperature:.3g}."
     )
     console.print(
-        f"Next: [bold]hf-knn tune {escape(str(checkpoint))} PICTURES[/], since k, temperature and "
-        "λ are as before and there are no thresholds for --max-error.", soft_wrap=True,
+        f"Next: [bold]{typed('tune', checkpoint, 'PICTURES')}[/], to choose anew what neighbours "
+        "count; until then --max-error has no threshold.", soft_wrap=True,
     )  # fmt: skip
 
 

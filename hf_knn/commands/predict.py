@@ -29,9 +29,8 @@ from ..model.explain import Explanation, Voter
 from ..model.modeling import KnnForImageClassification
 from ..model.pictures import Thumbnails
 from .answering import KEPT, PredictOptions, Summary, cut, doubts_of, flip_text, row_of
-from .answers import AnswerFile, Row, open_answers
+from .answers import Row, open_answers
 from .console import (
-    Terminal,
     as_called,
     console,
     escape,
@@ -41,6 +40,7 @@ from .console import (
     say_what_was_left_out,
     typed,
 )
+from .stopping import stands
 
 _TILES = 24
 _FEW = 5
@@ -130,6 +130,7 @@ class _Run:
         if options.output is not None:
             stream = self._into_file(options.output)
         else:
+            stands("No answer was kept; with -o answers.csv the same line goes on where it was.")
             stream = FeatureStream(self.model, self.rows)
             self._to_screen(stream)
         self._refuse_none()
@@ -176,21 +177,12 @@ class _Run:
             if len(missing) < len(keys):
                 done = len(keys) - len(missing)
                 console.print(f"Going on: {done} of {len(keys)} pictures were answered before.")
-            try:
-                for answers in self._answered(stream, missing):
-                    file.add((keys[answer.number], self._row(answer)) for answer in answers)
-            except KeyboardInterrupt:
-                self._say_kept(file)
-                raise
+            stands(lambda: f"Kept: {len(file)} of {len(self.pictures)} answers, in {file}.")
+            for answers in self._answered(stream, missing):
+                file.add((keys[answer.number], self._row(answer)) for answer in answers)
             file.finish(keys, self.summary.see)
         console.print(f"Written: {escape(output)}", soft_wrap=True)
         return stream
-
-    def _say_kept(self, file: AnswerFile) -> None:
-        Terminal(stderr=True).print(
-            f"\nKept: {len(file)} of {len(self.pictures)} answers, in {escape(file)}. The same "
-            "command goes on from there.", soft_wrap=True,
-        )  # fmt: skip
 
     def _row(self, answer: Answer) -> Row:
         row = row_of(
@@ -348,7 +340,7 @@ def _standard_input() -> bytes:
         raise ValueError(f"Expected paths from the standard input for {STANDARD_INPUT}, but it is "
                          "closed; name the pictures.")  # fmt: skip
     if sys.stdin.isatty():
-        Terminal(stderr=True).print("Paths of pictures, one a line; end with Ctrl-D.")
+        print("Paths of pictures, one a line; end with Ctrl-D.", file=sys.stderr)
     return sys.stdin.buffer.read()
 
 

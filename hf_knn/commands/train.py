@@ -36,7 +36,7 @@ from ..store.advice import install, install_package
 from ..store.faiss import require_faiss
 from ..store.folders import exclusive_lock
 from ..store.hub import CARD_NAME, TRAINING_NAME
-from ..store.index import FLAT
+from ..store.kinds import AUTO, FLAT, LATENCY
 from ..training.arguments import KnnTrainingArguments
 from ..training.callbacks import EpochReport
 from ..training.trainer import KnnTrainer
@@ -49,8 +49,11 @@ from .console import (
     say_what_was_skipped,
     typed,
 )
+from .devices import move_to_device, trains_on_cpu
 from .evaluate import print_measured, stored_names
 from .heads import given_of, listed, print_choice, with_named_head
+from .stopping import FEATURES_KEPT, goes_on_with, stands, stands_or_falls
+from .thumbnails import keep_thumbnails
 
 LARGEST_CROSS_VALIDATION = 20_000
 """Above this many training pictures a tenth is held out for tuning instead of folds."""
@@ -90,6 +93,7 @@ def train_pictures(options: TrainOptions) -> None:
         FloatingPointError: if the loss is not finite.
     """
     started = time.perf_counter()
+    stands_or_falls(options.output)
     options, why_that_head = with_named_head(options)
     _check(options)
     _check_packages(options)
@@ -107,6 +111,7 @@ def train_pictures(options: TrainOptions) -> None:
         options.backbone, names, pooling=options.pooling, knn_pooling=options.knn_pooling,
         head=options.head, head_hidden_sizes=options.hidden,
     )  # fmt: skip
+    move_to_device(model)
     rows = splits if options.fine_tune else _extract(model, splits, options)
     _report_small_classes(_labels(rows["train"]), names)
     parts = _divide(rows, options)
@@ -124,10 +129,7 @@ def train_pictures(options: TrainOptions) -> None:
             model.measured |= {"dataset": source["dataset"], "split": "test"}
         if options.show_neighbors:
             model.neighbor_picture = _draw_neighbors(model, splits, parts)
-        if options.thumbnails:
-            with console.status("Making small pictures of the stored rows …"):
-                ids = model.datastore.ids.tolist()
-                model.keep_thumbnails(RowPictures(splits["train"], ids))
+        keep_thumbnails(model, splits["train"], options)
         replaced = _save(trainer, options, pictures)
     skipped = [row._asdict() for row in rows["train"].skipped] if not options.fine_tune else []
     seconds = time.perf_counter() - started
@@ -235,12 +237,25 @@ def _draw_neighbors(
 def _work_folder(options: TrainOptions) -> Iterator[Path]:
     """Where a run keeps its checkpoints: beside the output until it is done, to be resumed."""
     if not options.fine_tune:
+        stands(FEATURES_KEPT)
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
     folder = options.output.with_name(f"{options.output.name}.training")
+    stands(lambda: _say_training(folder))
+    goes_on_with(lambda: ["--resume"] if _checkpoints(folder) else [])
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+
+
+def _say_training(folder: Path) -> str:
+    if not _checkpoints(folder):
+        return "The fine-tuning had not saved its first epoch yet."
+    return f"The newest whole epoch of the fine-tuning is kept in {folder}."
 
 
 def _trainer(
@@ -278,9 +293,9 @@ def _train(trainer: KnnTrainer, options: TrainOptions) -> None:
         )
     elif "train_regularizer" in metrics and (chosen is None or chosen.fixed is None):
         console.print(
-            f"{trainer.model.config.head.capitalize()} head: regulariser "
+            f"{trainer.model.config.head.capitalize()} head: smoothing (regulariser) "
             f"{metrics['train_regularizer']:.3g}, temperature "
-            f"{metrics['train_temperature']:.3g}, by leave-one-out."
+            f"{metrics['train_temperature']:.3g}, found by leaving each picture out once."
         )
 
 
@@ -377,6 +392,7 @@ def _arguments(options: TrainOptions, folder: Path) -> KnnTrainingArguments:
         "on_bad_image": options.on_bad_image,
         "seed": options.seed,
         "report_to": options.report_to,
+        "use_cpu": trains_on_cpu(),
         "logging_strategy": "epoch" if options.report_to or options.fine_tune else "no",
         "disable_tqdm": True,
     }
@@ -391,21 +407,21 @@ def _check(options: TrainOptions) -> None:
         ValueError: naming them.
     """
     if options.shots is not None and options.fraction is not None:
-        raise ValueError("Expected one of --shots and --fraction, but got both.")
+        raise ValueError("Expected one of --shots and --fraction, but got both; leave one out.")
     if options.sweep is not None:
-        _refuse(options, _RATES, "no --sweep, which tries rates of its own,")
+        _refuse(options, _RATES, "no --sweep, which tries learning rates itself,")
     if not options.fine_tune:
         _refuse(options, _FINE_TUNING_ALONE, "--fine-tune")
         return
     if options.learn_metric:
         raise ValueError(
-            "Expected no --learn-metric with --fine-tune: a backbone that was trained has seen "
-            "every picture, so that folds cannot tell whether a metric helps."
+            "Expected no --learn-metric with --fine-tune: the backbone is trained on every picture then, "
+            "so that none is left to find out whether it helps; leave one of them out."
         )
     if options.sweep is not None:
-        raise ValueError("Expected no --sweep with --fine-tune.")
+        raise ValueError("Expected no --sweep with --fine-tune; leave one of them out.")
     if not options.alpha:
-        _refuse(options, ("refresh", "queries"), "--alpha above 0, which asks the datastore,")
+        _refuse(options, ("refresh", "queries"), "--alpha above 0, which looks neighbours up,")
 
 
 def _check_packages(options: TrainOptions) -> None:
@@ -417,7 +433,7 @@ def _check_packages(options: TrainOptions) -> None:
     """
     if options.show_neighbors:
         check_drawing()
-    if options.index not in ("auto", FLAT):
+    if options.index not in (AUTO, LATENCY, FLAT):
         require_faiss(f"--index {options.index}")
     for name in sorted({*options.report_to} - {"all", "none"}):
         if name not in INTEGRATION_TO_CALLBACK:

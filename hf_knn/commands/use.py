@@ -25,6 +25,7 @@ from ..model.stored import shown
 from ..store.advice import install, needs
 from ..store.datastore import Datastore
 from ..store.folders import cache_root
+from ..store.kept import FOLDER as INDEXES
 from ..store.remote import LOCAL_ENDING, DatastoreReference, read_manifest
 from ..training.trainer import KnnTrainer
 from .console import (
@@ -37,6 +38,21 @@ from .console import (
     typed,
 )
 from .evaluate import MOST_NAMED, open_split, silent_arguments, stored_names
+from .stopping import stands
+
+PUSH_STANDS = (
+    "The repository holds the old version or the new one, whole; what was sent already is not sent "
+    "again."
+)
+"""Said when a push is stopped."""
+
+_PUSHED_PICTURES = (
+    "The small pictures of the stored rows went along: whoever sees the repository sees them."
+)
+_PICTURES_LEFT = (
+    "The small pictures of the stored rows stayed here; --thumbnails takes them along, for whoever "
+    "sees the repository."
+)
 
 
 def tune_checkpoint(
@@ -105,6 +121,7 @@ def push_checkpoint(
     message: str,
     token: str | None,
     model_license: str | None = None,
+    thumbnails: bool = False,
     endpoint: bool = False,
 ) -> None:
     """Checks a checkpoint as a reader would and pushes it.
@@ -119,6 +136,7 @@ def push_checkpoint(
         message: of the commit.
         token: a token; None is the one that is logged in.
         model_license: for the card; None keeps what it says.
+        thumbnails: also push small pictures that are kept in it.
         endpoint: also push a handler for Inference Endpoints.
 
     Raises:
@@ -128,12 +146,15 @@ def push_checkpoint(
     if not checkpoint.is_dir():
         raise ValueError(f"Expected {checkpoint} to be a checkpoint folder.")
     model = open_checkpoint(checkpoint)
+    stands(PUSH_STANDS)
     commit = model.push_to_hub(
         repo_id, commit_message=message, private=private, token=token, revision=revision,
         create_pr=create_pr, parent_commit=parent_commit, license=model_license,
-        endpoint=endpoint,
+        thumbnails=thumbnails, endpoint=endpoint,
     )  # fmt: skip
     console.print(f"Pushed: {escape(commit.pr_url or commit.commit_url)}", soft_wrap=True)
+    if model.thumbnails is not None:
+        console.print(_PUSHED_PICTURES if thumbnails else _PICTURES_LEFT, soft_wrap=True)
     if endpoint:
         console.print(
             f"{HANDLER_NAME} and {REQUIREMENTS_NAME} went along: choose Deploy, Inference "
@@ -156,6 +177,7 @@ def export_checkpoint(checkpoint: str, folder: Path) -> None:
     """
     check_export()
     model = open_checkpoint(checkpoint)
+    stands(f"{folder} may hold a part of the export, which is written anew.")
     with console.status("Tracing the model …"):
         exported = export_onnx(model, folder)
     size = sum(path.stat().st_size for path in folder.glob(f"{GRAPH_NAME}*"))
@@ -174,12 +196,13 @@ class CacheEntry:
     """One folder of the cache.
 
     Attributes:
-        kind: `features`, `graph`, `choices` (of backends) or `keys` (of pictures in memory).
+        kind: `features`, `index`, `graph`, `choices` (of backends) or `keys` (of pictures in
+            memory).
         name: of the folder.
         model: what it belongs to; empty if unknown.
-        backend: and precision, of features.
+        backend: and precision, of features; of an index its kind.
         pictures: how the first dataset looked, of features.
-        rows: pictures it holds, of features.
+        rows: pictures it holds, of features; rows of an index.
         bytes: on disk.
         used: seconds since 1970 at which it was last of use.
     """
@@ -209,6 +232,7 @@ def show_cache(clear: bool, older_than: int | None, json_output: bool) -> None:
     found = {path: entry for path, entry in cache_entries().items() if entry.used <= latest}
     entries = list(found.values())
     if clear:
+        stands("What was not removed yet is still there.")
         for path in found:
             shutil.rmtree(path)
     if json_output:
@@ -230,6 +254,7 @@ def cache_entries() -> dict[Path, CacheEntry]:
     features, keys = root / "features", root / "features" / KEYS_FOLDER
     places = {
         "features": [path for path in features.glob("*") if path != keys],
+        "index": list((root / INDEXES).glob("*")),
         "graph": list((root / "graphs").glob("*")),
         "choices": [root / "backends", root / "search"],
         "keys": [keys],
@@ -245,12 +270,15 @@ def _cache_entry(kind: str, folder: Path) -> CacheEntry:
     used = max((state.st_mtime for state in states), default=folder.stat().st_mtime)
     about: dict[str, Any] = {}
     rows, place = 0, folder / ABOUT_NAME
+    if kind in ("features", "index") and place.is_file():
+        used = place.stat().st_mtime
+        with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
+            about = read_json(place)
     if kind == "features":
         rows = sum(map(_rows_of, folder.glob("shard-*.safetensors")))
-        if place.is_file():
-            used = place.stat().st_mtime
-            with suppress(ValueError):  # damaged: it is listed and can be cleared all the same
-                about = read_json(place)
+    elif kind == "index":
+        rows, index = int(about.get("rows", 0)), about.get("index", {})
+        about = {"model": about.get("folder", ""), "backend": index.get("spec", "")}
     return CacheEntry(
         kind, folder.name, str(about.get("model", "")),
         " ".join(filter(None, [about.get("backend"), about.get("precision")])),
@@ -320,6 +348,7 @@ def move_to_milvus(
         model = open_checkpoint(checkpoint)
         if not isinstance(model.datastore, Datastore):
             raise ValueError(f"Expected {checkpoint} to hold a datastore, but it has none.")
+        stands("Rows that Milvus has already are not sent again.")
         with progress_bars():
             store = MilvusDatastore.from_datastore(
                 model.datastore, uri, collection, token=token, batch_size=batch_size, index=index

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,24 +18,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import Normalization, Pooling, check_metric
-from .plain_json import DatastoreError, read_json
+from .plain_json import MANIFEST_NAME, SHA256_PATTERN, DatastoreError, Fields, read_json
 from .votes import Metric
 
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+Read = Callable[[int, int], bytes | memoryview]
 _READ_BYTES = 2**20
 _SEEKING = threading.Lock()
 
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes.
+    """The hex sha256 of a file, and of each block of `HASH_BLOCK` bytes; it is read once.
 
     Args:
         path: the file.
-
-    Returns:
-        The hex sha256 of the file and of each block.
     """
     whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
@@ -54,7 +52,7 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
         return file.read(count)
 
 
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+def hash_read_blocks(read: Read, count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors.
 
     Args:
@@ -83,14 +81,11 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
-MEASURED_ON = ("rows", "queries unlike the rows")
-MANIFEST_NAME = "datastore.json"
+MEASURED_ON = ("rows", "perturbed rows", "queries unlike the rows")
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
-SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_LARGEST_COUNT = 2**48
 
 
 class StaleDatastoreError(DatastoreError):
@@ -159,22 +154,24 @@ class FileRecord:
         self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once.
+    def compare(self, read: Read, only: int | None = None) -> None:
+        """Compares the bytes of a file, or of one block, with the record; several blocks at once.
 
         Args:
             read: its bytes from a position on, at most so many.
+            only: the block, the positions of which count from its begin; None for the file.
 
         Raises:
             DatastoreError: naming the file, what was promised and what was found.
         """
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
+        numbers = range(len(self.blocks)) if only is None else [only]
+        found = hash_read_blocks(read, len(numbers))
+        for number, theirs in zip(numbers, found, strict=True):
+            if (mine := self.blocks[number]) != theirs:
                 raise DatastoreError(
                     f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
+                    f"{len(self.blocks)}, but got {theirs[:12]}…; the file is damaged or from "
+                    "another save, download or save it again."
                 )
 
 
@@ -186,9 +183,10 @@ class IndexInfo:
         requested: what was asked for: `auto`, `flat` or a faiss factory string.
         spec: what was built: `flat` or a faiss factory string.
         parameters: search parameters, such as `nprobe`.
-        recall: share of the 20 nearest rows that was found for a sample of rows, or of queries
-            unlike them, whichever is worse; None for an exact index, or one not built yet.
+        recall: share of the 20 nearest rows that was found, the worst of `recalls`; None for an
+            exact index, or one not built yet.
         measured_on: which of them that was, see `MEASURED_ON`; None if nobody said.
+        recalls: by what it was measured on; empty if nobody said.
     """
 
     requested: str
@@ -196,12 +194,18 @@ class IndexInfo:
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
     measured_on: str | None = None
+    recalls: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        where = f" on {self.measured_on}" if self.measured_on else ""
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
+        known = self.recalls or {self.measured_on or "rows": self.recall or 0.0}
+        facts += [] if self.recall is None else [f"recall@20 {say_recalls(known)}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
+
+
+def say_recalls(recalls: dict[str, float]) -> str:
+    """Recalls in words, by what they were measured on."""
+    return ", ".join(f"{recall:.4f} on {kind}" for kind, recall in recalls.items())
 
 
 @dataclass(frozen=True)
@@ -259,8 +263,9 @@ class Manifest:
         """The text of `datastore.json`."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
         found = asdict(self)
-        if self.index.measured_on is None:
-            del found["index"]["measured_on"]  # as every version wrote it
+        for name in ("measured_on", "recalls"):
+            if not found["index"][name]:
+                del found["index"][name]  # as every version wrote it
         return signed_json(values | found)
 
     @classmethod
@@ -311,7 +316,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=_parse_index(fields.get("index")),
+            index=parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
@@ -337,7 +342,7 @@ def signed_json(values: dict[str, Any]) -> str:
     return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
 
 
-def check_format(fields: "Fields", wanted: str) -> None:
+def check_format(fields: Fields, wanted: str) -> None:
     """Checks what a `datastore.json` says about itself: format, version and its own checksum.
 
     Args:
@@ -368,88 +373,6 @@ def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Fields:
-    """Typed access to one JSON object, with the field's full name in each error.
-
-    Args:
-        values: the decoded JSON.
-        prefix: of the names in messages; empty for the whole file.
-
-    Raises:
-        DatastoreError: by each method, naming the field, what was wanted and what was found.
-    """
-
-    def __init__(self, values: Any, prefix: str) -> None:
-        if not isinstance(values, dict):
-            raise DatastoreError(
-                f"Expected {f'`{prefix[:-1]}` in ' if prefix else ''}{MANIFEST_NAME} to be an "
-                f"object, but got {type(values).__name__}."
-            )
-        self.values, self.prefix = values, prefix
-
-    def get(self, name: str) -> Any:
-        """The value of a field."""
-        if name not in self.values:
-            raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
-        return self.values[name]
-
-    def wrong(self, name: str, wanted: str) -> DatastoreError:
-        """The error for a field of another kind."""
-        shown = repr(self.values.get(name))[:80]
-        return DatastoreError(
-            f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
-        )
-
-    def count(self, name: str) -> int:
-        """A whole number >= 0."""
-        value: int = self._checked(
-            name, f"a whole number in [0, {_LARGEST_COUNT}]",
-            lambda value: type(value) is int and 0 <= value <= _LARGEST_COUNT,
-        )  # fmt: skip
-        return value
-
-    def text(self, name: str) -> str:
-        """A string."""
-        value: str = self._checked(name, "a string", lambda value: isinstance(value, str))
-        return value
-
-    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
-        """A string that a pattern matches whole."""
-        self.text(name)
-        value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
-        return value
-
-    def sha256_or_none(self, name: str) -> str | None:
-        """A sha256; None where the field is missing."""
-        return self.matching(name, SHA256_PATTERN) if name in self.values else None
-
-    def choice(self, name: str, choices: Iterable[str]) -> str:
-        """One of some strings."""
-        allowed = [str(choice) for choice in choices]
-        value: str = self._checked(name, f"one of {allowed}", allowed.__contains__)
-        return value
-
-    def items(self, name: str) -> list[Any]:
-        """A list."""
-        value: list[Any] = self._checked(name, "a list", lambda value: isinstance(value, list))
-        return value
-
-    def texts(self, name: str) -> dict[str, str]:
-        """An object of strings."""
-        value: dict[str, str] = self._checked(
-            name, "an object of strings",
-            lambda value: isinstance(value, dict)
-            and all(isinstance(text, str) for text in value.values()),
-        )  # fmt: skip
-        return value
-
-    def _checked(self, name: str, wanted: str, is_right: Callable[[Any], object]) -> Any:
-        value = self.get(name)
-        if not is_right(value):
-            raise self.wrong(name, wanted)
-        return value
-
-
 def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
     fields = Fields(values, f"{prefix}.")
     size = fields.count("size")
@@ -470,16 +393,22 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
 
-def _parse_index(values: Any) -> IndexInfo:
+def parse_index(values: Any) -> IndexInfo:
+    """Checks the part of a JSON file that says which index there is; raises DatastoreError."""
     fields = Fields(values, "index.")
-    recall, parameters = fields.get("recall"), fields.get("parameters")
-    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
-        raise fields.wrong("recall", "a number in [0, 1] or null")
-    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    recall = None if fields.get("recall") is None else fields.share("recall")
+    measured_on = fields.values.get("measured_on")
     if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
         raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
-    counts = {name: named.count(name) for name in named.values}
-    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
+    named = Fields(fields.get("parameters"), "index.parameters.")
+    by_kind = Fields(fields.values.get("recalls", {}), "index.recalls.")
+    if not by_kind.values.keys() <= set(MEASURED_ON):
+        raise fields.wrong("recalls", f"numbers by {MEASURED_ON}")
+    return IndexInfo(
+        fields.text("requested"), fields.text("spec"),
+        {name: named.count(name) for name in named.values}, recall, measured_on,
+        {name: by_kind.share(name) for name in by_kind.values},
+    )  # fmt: skip
 
 
 def parse_binding(values: Any) -> Binding:

@@ -219,12 +219,13 @@ def normalize_rows(
     if normalization == Normalization.NONE:
         return rows
     squares = np.einsum("nd,nd->n", rows, rows)
-    if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
+    least, most = squares.min(initial=1.0), squares.max(initial=1.0)
+    if not _SMALLEST_SQUARE < least <= most < 1 / _SMALLEST_SQUARE:
         _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
         rows = np.ldexp(rows, -exponents[:, None])  # exact; keeps the squares in range
         squares = np.einsum("nd,nd->n", rows, rows)
-    lengths = np.sqrt(squares)
-    rows /= np.where(lengths > 0, lengths, 1.0)[:, None]
+        squares[squares == 0] = 1.0
+    rows /= np.sqrt(squares)[:, None]
     return rows
 
 
@@ -395,13 +396,14 @@ class Searcher:
             similarities = np.where(allowed, self._compare_all(queries), -np.inf)
         else:
             similarities, count = nothing, np.cumsum(allowed, axis=1)
-            first = allowed & (count <= (k if self.is_exact else width))
+            first = allowed & (count <= k)
             self._rescore(queries, candidates, first, similarities)
             # whatever cannot reach the least of these needs no rescoring
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            self._rescore(queries, candidates, more, similarities)
+            if more.any():
+                self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -427,10 +429,10 @@ class Searcher:
 
         def fill(block: int) -> None:
             part = order[block * step : (block + 1) * step]
-            used, which = np.unique(rows[part], return_inverse=True)
-            normalized = self.space.normalize(self.features[used])
-            if len(used) < len(part):
-                normalized = normalized[which]
+            used, which = rows[part], np.arange(len(part))
+            if len(queries) > 1:  # the candidates of one are other rows each
+                used, which = np.unique(used, return_inverse=True)
+            normalized = self.space.normalize(self.features[used])[which]
             pairs = self.space.compare(normalized, queries[numbers[part]])
             similarities[numbers[part], places[part]] = pairs
 

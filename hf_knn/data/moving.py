@@ -1,45 +1,32 @@
-"""Files that are moved aside and can be put back: nothing is overwritten, lost or doubled.
+"""Files that go into a folder and come back: nothing is overwritten, lost or doubled.
 
 A journal in the folder says where each file came from. It is on disk before the first file is
-moved, so whoever comes after a kill knows what was under way: a file is where it was or where it
+touched, so whoever comes after a kill knows what was under way: a file is where it was or where it
 goes; where it had to be copied to another file system, one of two whole copies is removed then.
 """
 
 import errno
-import filecmp
-import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from ..store.folders import exclusive_lock, fsync_path, rename_new, write_durably
+from filelock import FileLock, Timeout
 
-JOURNAL_NAME = "journal.jsonl"
-"""Of a folder into which files were moved: one line for each, the oldest first."""
+from ..store.folders import fsync_path
+from .carrying import How, Mark, carry, is_same, remove_parts
+from .journal import JOURNAL_NAME, Journal, Move
+from .naming import FreeNames
 
-_DONE = '{"done": true}'
-"""A line of the journal: what stands above it was moved as far as it could be."""
+LOCK_NAME = ".hf-knn-moving.lock"
 
-_PART = ".hf-knn-moving"
-"""Name of a copy that is not whole yet; one at a time, since the lock is held."""
+_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""After these nothing else can be written either."""
 
-
-class Move(NamedTuple):
-    """A file and its place in a folder.
-
-    Attributes:
-        source: where it was.
-        target: where it goes, relative to the folder, with `/`.
-        why: in words; kept in the journal.
-    """
-
-    source: Path
-    target: str
-    why: str
+Watch = Callable[[Sequence[Move]], Iterable[Move]]
+"""Goes through some files, and may show how far it is."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +34,196 @@ class Moved:
     """What became of files.
 
     Attributes:
-        done: those that were moved.
+        done: those that were moved, copied or linked, or put back.
         left: those that were not, with the reason.
     """
 
-    done: list[Move]
-    left: list[tuple[Move, str]]
+    done: list[Move] = field(default_factory=list)
+    left: list[tuple[Move, str]] = field(default_factory=list)
+
+
+class Group(NamedTuple):
+    """Files that keep one name but for their endings: a picture, and what lies beside it.
+
+    Attributes:
+        first: decides about the others, which stay where it stays.
+        others: their targets begin with the stem of the first.
+    """
+
+    first: Move
+    others: Sequence[Move] = ()
+
+    @property
+    def all(self) -> list[Move]:
+        """The first, and the others."""
+        return [self.first, *self.others]
+
+
+class Folder:
+    """A folder that takes files, while its lock is held; see `open_folder`.
+
+    Attributes:
+        journal: of what it took.
+        targets: whole paths of what it took.
+    """
+
+    def __init__(self, place: Path, journal: Journal) -> None:
+        self._place, self.journal, self._names = place.absolute(), journal, FreeNames(place)
+        self.targets: set[Path] = set()
+        self._known: dict[Path, list[Move]] = {}
+        self._know(journal.moves)
+
+    def has(self, source: Path) -> bool:
+        """Whether a file was copied or linked before, and is as it was then."""
+        return any(
+            move.how is How.LINK or (move.mark is not None and move.mark.is_of(source))
+            for move in self._known.get(source, ())
+        )
+
+    def take(self, groups: Iterable[Group]) -> Moved:
+        """Takes files, each under a name that nothing has there.
+
+        Args:
+            groups: where a target is taken, a number is put behind the names of its group.
+
+        Returns:
+            What was taken, with the targets as they are. A file that cannot be taken stays.
+
+        Raises:
+            OSError: if nothing more can be written; what was taken until then is in the journal.
+        """
+        found = Moved()
+        plan = [one for group in groups if (one := self._marked(group, found)) is not None]
+        plan = [self._named(group) for group in plan]
+        moves = [move for group in plan for move in group.all]
+        self.journal.begin(moves, self._new_folders(moves))
+        full: OSError | None = None
+        for group in plan:
+            if full is None:
+                full = self._take_group(group, found)
+            else:
+                found.left.append((group.first, _reason(full)))
+        for parent in {(self._place / move.target).parent for move in found.done if move.mark}:
+            fsync_path(parent)
+        done = {move.target for move in found.done}
+        self.journal.end([move.target for move in moves if move.target not in done])
+        self._know(found.done)
+        if full is not None:
+            raise full
+        return found
+
+    def _know(self, moves: Iterable[Move]) -> None:
+        for move in moves:
+            self._known.setdefault(move.source, []).append(move)
+            self.targets.add(self._place / move.target)
+
+    def _marked(self, group: Group, found: Moved) -> Group | None:
+        """With marks of what is copied; None for a picture that is gone."""
+        marked = []
+        for move in group.all:
+            try:
+                marked.append(_with_mark(move))
+            except OSError as error:
+                found.left.append((move, _reason(error)))
+                if move is group.first:
+                    return None
+        return Group(marked[0], marked[1:])
+
+    def _named(self, group: Group) -> Group:
+        """With names that are free."""
+        targets = self._names.of([move.target for move in group.all])
+        first, *others = (
+            move._replace(target=target) for move, target in zip(group.all, targets, strict=True)
+        )
+        return Group(first, others)
+
+    def _take_group(self, group: Group, found: Moved) -> OSError | None:
+        """Takes the first file and then the others; returns what keeps all that follow out."""
+        for move in group.all:
+            error = _tried(move, move.source, self._place / move.target, found)
+            if error is not None and error.errno in _NO_MORE:
+                return error
+            if error is not None and move is group.first:
+                found.left.extend((other, f"{move.source} stays") for other in group.others)
+                return None
+        return None
+
+    def _new_folders(self, moves: Sequence[Move]) -> list[str]:
+        """The folders of some targets that have to be made, those above first."""
+        wanted = {
+            parent.as_posix(): None
+            for move in moves
+            for parent in reversed(Path(move.target).parents[:-1])
+        }
+        return [name for name in wanted if not os.path.lexists(self._place / name)]
+
+
+class Rehearsal(Folder):
+    """A folder that only says where files would go.
+
+    Args:
+        place: need not be there.
+        journal: its name.
+
+    Raises:
+        ValueError: for a journal that cannot be read.
+    """
+
+    def __init__(self, place: Path, journal: str) -> None:
+        lines = Journal(place, journal)
+        lines.read()
+        super().__init__(place, lines)
+
+    def take(self, groups: Iterable[Group]) -> Moved:
+        """What `Folder.take` would do if nothing went wrong."""
+        return Moved([move for group in groups for move in self._named(group).all])
+
+
+@contextmanager
+def open_folder(
+    place: Path, journal: str = JOURNAL_NAME, *, is_shared: bool = False
+) -> Iterator[Folder]:
+    """A folder to take files; what a kill interrupted there is ended first.
+
+    Args:
+        place: is made, with those above it.
+        journal: name of its journal.
+        is_shared: it may hold other things; else it has to be empty, or of an earlier call.
+
+    Returns:
+        A context, within which no other process has the folder open.
+
+    Raises:
+        ValueError: for a folder that holds other things, that is open elsewhere, or whose journal
+            cannot be read.
+        OSError: if the folder or its journal cannot be written.
+    """
+    has_journal = (place / journal).is_file()
+    if place.is_dir() and not (is_shared or has_journal) and {*os.listdir(place)} - {LOCK_NAME}:
+        raise ValueError(
+            f"Expected {place} to be new, empty or a folder of files moved aside, but it "
+            "holds other things; choose another one."
+        )
+    above, lines = [*_missing(place)], Journal(place, journal)
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(place):
+            lines.read()
+            if not has_journal:
+                lines.start(len(above))
+            _settle(place, lines)
+            try:
+                yield Folder(place, lines)
+            finally:
+                if not (has_journal or lines.moves or lines.pending):
+                    lines.path.unlink(missing_ok=True)
+    finally:
+        if not lines.path.is_file():  # nothing was taken
+            _remove_empty([*above, *(place.absolute() / name for name in lines.made)])
 
 
 def move_aside(folder: Path, wanted: Sequence[Move]) -> Moved:
-    """Moves files into a folder, each under a name that nothing has there.
+    """Moves files into a folder of their own, each under a name that nothing has there.
 
     Args:
         folder: is made; one that is there must be empty, or of an earlier call.
@@ -69,208 +236,170 @@ def move_aside(folder: Path, wanted: Sequence[Move]) -> Moved:
         ValueError: for a folder that holds other things, or a journal that cannot be read.
         OSError: if the journal cannot be written; nothing is moved then.
     """
-    with exclusive_lock(folder):
-        if folder.is_dir() and os.listdir(folder) and not (folder / JOURNAL_NAME).is_file():
-            raise ValueError(
-                f"Expected {folder} to be new, empty or a folder of files moved aside, but it "
-                "holds other things; choose another one."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        _settle(folder)
-        gone = [move for move in wanted if not os.path.lexists(move.source)]
-        plan = [*_with_free_names(folder, [move for move in wanted if move not in gone])]
-        _append(folder, [_line_of(move) for move in plan])
-        found = Moved([], [(move, f"{move.source} is not there") for move in gone])
-        for move in plan:
-            _try(move, move.source, folder / move.target, found)
-        _append(folder, [_DONE])
-    return found
+    with open_folder(folder) as opened:
+        return opened.take(map(Group, wanted))
 
 
-def put_back(folder: Path) -> Moved:
-    """Moves every file of a folder back to where it came from; called again, it goes on.
+def put_back(
+    folder: Path, journal: str = JOURNAL_NAME, watch: Watch = iter, option: str = "--move-to"
+) -> Moved:
+    """Takes back what was done to every file of a folder; called again, it goes on.
 
-    A file whose place is taken by another one stays in the folder, and so does its line. When
-    nothing is left, the journal goes, and the folders that are empty.
+    A file that was moved goes where it came from; one whose place is taken by another one stays. A
+    copy or a link is removed if nobody changed it and its original is there; else it stays. So do
+    their lines. When nothing is left, the journal goes, and the folders that were made, if they are
+    empty.
 
     Args:
-        folder: that `move_aside` filled.
+        folder: that took files.
+        journal: name of its journal.
+        watch: shows how far it is.
+        option: that named the folder, for an error.
 
     Raises:
-        ValueError: if it has no journal, or one that cannot be read.
+        ValueError: if it has no journal, or one that cannot be read, or if it is open elsewhere.
         OSError: if it cannot be listed, or its journal not be written.
     """
-    if not (folder / JOURNAL_NAME).is_file():
+    if not (folder / journal).is_file():
         raise ValueError(
-            f"Expected {folder} to be a folder of files that were moved aside, but it has no "
-            f"{JOURNAL_NAME}; pass the one that --move-to named."
+            f"Expected {folder} to be a folder that files were moved into, but it has no "
+            f"{journal}; pass the one that {option} named."
         )
-    with exclusive_lock(folder):
-        found = Moved([], [])
-        for move, _ in reversed(_read(folder)):
-            source, target = move.source, folder / move.target
-            _remove_parts(source, target)
-            if not os.path.lexists(target):
-                if not os.path.lexists(source):
-                    found.left.append((move, "it is neither in the folder nor in its place"))
-                continue  # else it was never moved, or is back
-            if os.path.lexists(source) and _is_same(source, target):  # a kill between two copies
-                target.unlink()
-                found.done.append(move)
-                continue
-            _try(move, target, source, found)
+    with _locked(folder):
+        lines, found = Journal(folder, journal), Moved()
+        lines.read()
+        _settle(folder, lines)
+        for move in watch(lines.moves[::-1]):
+            _take_back(folder, move, found)
         found.done.reverse()
-        waiting = [move for move, _ in reversed(found.left) if _is_there(folder, move)]
-        _keep_only(folder, waiting)
+        found.left.reverse()
+        waiting = [move for move, _ in found.left if os.path.lexists(folder / move.target)]
+        _remove_empty(folder / name for name in lines.made)
+        lines.keep_only(waiting)
+    if not waiting:
+        place = folder.absolute()
+        _remove_empty([place, *place.parents][: lines.above])
     return found
 
 
-def _is_there(folder: Path, move: Move) -> bool:
-    return os.path.lexists(folder / move.target)
-
-
-def _keep_only(folder: Path, moves: Sequence[Move]) -> None:
-    """A journal of what is left; without any, nothing of the folder that is ours."""
-    journal = folder / JOURNAL_NAME
-    if moves:
-        text = "".join(f"{line}\n" for line in [*map(_line_of, moves), _DONE])
-        write_durably(journal, lambda path: path.write_text(text, encoding="ascii"))
+def _take_back(folder: Path, move: Move, found: Moved) -> None:
+    source, target = move.source, folder / move.target
+    remove_parts(source, target)
+    if move.how is not How.MOVE:
+        if os.path.lexists(target):
+            _remove_copy(move, target, found)
+        return
+    if not os.path.lexists(target):
+        if not os.path.lexists(source):
+            found.left.append((move, "it is neither in the folder nor in its place"))
+        return  # else it was never moved, or is back
+    if target.is_dir() and not target.is_symlink():
+        found.left.append((move, "a folder is in its place now"))
+    elif os.path.lexists(source) and is_same(source, target):  # a kill between two copies
+        target.unlink()
+        found.done.append(move)
     else:
-        journal.unlink()
-    for place, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(place):
-            os.rmdir(place)
+        _tried(move, target, source, found)
 
 
-def _try(move: Move, source: Path, target: Path, found: Moved) -> None:
-    """Moves one file, or notes why not."""
+def _remove_copy(move: Move, target: Path, found: Moved) -> None:
+    """Removes a copy or a link, if it is still the one that was made."""
+    if not _is_ours(move, target):
+        what = "copied" if move.how is How.COPY else "linked"
+        found.left.append((move, f"it was changed since it was {what}, so it stays"))
+    elif move.how is How.COPY and not move.source.is_file():
+        found.left.append((move, f"{move.source} is gone, so this copy of it stays"))
+    else:
+        try:
+            target.unlink()
+        except OSError as error:
+            found.left.append((move, _reason(error)))
+        else:
+            found.done.append(move)
+
+
+def _is_ours(move: Move, target: Path) -> bool:
+    if move.how is How.LINK:
+        return target.is_symlink() and os.readlink(target) == str(move.source)
+    return move.mark is not None and not target.is_symlink() and move.mark.holds(target)
+
+
+def _settle(folder: Path, journal: Journal) -> None:
+    """Ends what a kill interrupted: of two copies the first goes, and what is half goes too."""
+    if not journal.pending:
+        return
+    never = []
+    for move in journal.pending:
+        source, target = move.source, folder / move.target
+        remove_parts(source, target)
+        is_there = os.path.lexists(target)
+        if is_there and move.how is not How.MOVE:
+            is_there = _is_ours(move, target)
+        elif is_there and os.path.lexists(source):
+            is_there = is_same(source, target)
+            if is_there:
+                source.unlink()
+        if not is_there:
+            never.append(move.target)
+    journal.end(never)
+
+
+def _tried(move: Move, source: Path, target: Path, found: Moved) -> OSError | None:
+    """Carries one file, or notes why not, and returns the error."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _move(source, target)
-    except FileExistsError:
-        found.left.append((move, f"{target} is there already"))
-    except FileNotFoundError:
-        found.left.append((move, f"{source} is not there"))
+        carry(source, target, move.how, move.mark)
     except OSError as error:
-        found.left.append((move, error.strerror or str(error)))
-    else:
-        found.done.append(move)
+        reason = _reason(error)
+        if not os.path.lexists(source):
+            reason = f"{source} is not there"
+        elif os.path.lexists(target):
+            reason = f"{target} is there already"
+        found.left.append((move, reason))
+        return error
+    found.done.append(move)
+    return None
 
 
-def _move(source: Path, target: Path) -> None:
-    """Moves a file, also to another file system, where it is copied, compared and then removed."""
+def _with_mark(move: Move) -> Move:
+    """A file to be copied with what it is now."""
+    if not os.path.lexists(move.source):
+        raise FileNotFoundError(errno.ENOENT, f"{move.source} is not there")
+    return move._replace(mark=Mark.of(move.source)) if move.how is How.COPY else move
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _missing(place: Path) -> Iterator[Path]:
+    """The folder and those above it that are not there, itself first."""
+    for one in (place.absolute(), *place.absolute().parents):
+        if os.path.lexists(one):
+            return
+        yield one
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes what is empty of some folders, those below first."""
+    for folder in sorted(folders, key=lambda one: len(one.parts), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    place = folder / LOCK_NAME
+    lock = FileLock(place, timeout=0)
     try:
-        rename_new(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-    else:
-        return
-    part, before = target.parent / _PART, _state(source)
-    part.unlink(missing_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Expected {folder} to be filled or emptied by one command at a time, but another one "
+            "is at it; wait for it."
+        ) from error
     try:
-        shutil.copy2(source, part, follow_symlinks=False)
-        if not part.is_symlink():
-            fsync_path(part)
-        if not _is_same(source, part) or _state(source) != before:
-            raise OSError(errno.EAGAIN, "it was changed while it was copied")
-        rename_new(part, target)
+        yield
     finally:
-        part.unlink(missing_ok=True)
-    fsync_path(target.parent)
-    source.unlink()
-    fsync_path(source.parent)
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.lstat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes, or two links lead to the same place."""
-    if one.is_symlink() or other.is_symlink():
-        both = one.is_symlink() and other.is_symlink()
-        return both and os.readlink(one) == os.readlink(other)
-    both = one.is_file() and other.is_file()
-    return both and filecmp.cmp(one, other, shallow=False)
-
-
-def _settle(folder: Path) -> None:
-    """Ends what a kill interrupted: of two copies the first goes, and what is half goes too."""
-    moves = _read(folder)
-    for move, is_done in moves:
-        target = folder / move.target
-        _remove_parts(move.source, target)
-        if is_done:
-            continue
-        both = os.path.lexists(move.source) and os.path.lexists(target)
-        if both and _is_same(move.source, target):
-            move.source.unlink()
-    if moves and not moves[-1][1]:
-        _append(folder, [_DONE])
-
-
-def _remove_parts(*ends: Path) -> None:
-    """Copies that a kill left half made, on the way in or out."""
-    for path in ends:
-        with suppress(OSError):  # the folder is gone, or no folder any more
-            (path.parent / _PART).unlink(missing_ok=True)
-
-
-def _with_free_names(folder: Path, wanted: Sequence[Move]) -> Iterator[Move]:
-    taken = set[str]()
-    for move in wanted:
-        path, number, name = PurePosixPath(move.target), 1, move.target
-        while name.casefold() in taken or os.path.lexists(folder / name):
-            number += 1
-            name = str(path.with_name(f"{path.stem} ({number}){path.suffix}"))
-        taken.add(name.casefold())
-        yield move._replace(target=name)
-
-
-def _line_of(move: Move) -> str:
-    return json.dumps({"source": str(move.source), "target": move.target, "why": move.why})
-
-
-def _append(folder: Path, lines: Sequence[str]) -> None:
-    """Adds lines to the journal, which are on disk then; half a line of a kill is cut off."""
-    path = folder / JOURNAL_NAME
-    with path.open("ab+") as file:
-        file.seek(0)
-        end = file.read().rfind(b"\n") + 1
-        file.truncate(end)
-        file.write("".join(f"{line}\n" for line in lines).encode("ascii"))
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_path(folder)
-
-
-def _read(folder: Path) -> list[tuple[Move, bool]]:
-    """The moves of the journal, each with whether its call came to its end."""
-    path = folder / JOURNAL_NAME
-    if not path.is_file():
-        return []
-    whole = path.read_bytes()
-    moves: list[Move] = []
-    ended = 0
-    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
-        if line.decode("ascii", "replace") == _DONE:
-            ended = len(moves)
-            continue
-        try:
-            entry = json.loads(line)
-            move = Move(Path(entry["source"]), str(entry["target"]), str(entry["why"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Expected {path} to be a journal of moved files, but line {number} is not one of "
-                f"its lines ({error!r})."
-            ) from error
-        target = PurePosixPath(move.target)
-        if not move.source.is_absolute() or target.is_absolute() or ".." in target.parts:
-            raise ValueError(
-                f"Expected {path} to name files in its folder and whole paths outside, but line "
-                f"{number} does not."
-            )
-        moves.append(move)
-    return [(move, place < ended) for place, move in enumerate(moves)]
+        place.unlink(missing_ok=True)
+        lock.release()

@@ -69,12 +69,14 @@ class Found:
         folders: of the folders that were looked into, likewise.
         metadata: of the files called `metadata.csv`, likewise.
         notes: what was left out and why, in sentences.
+        beside: of a picture, the files beside it that are called like it, if asked for.
     """
 
     pictures: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    beside: dict[str, list[str]] = field(default_factory=dict)
 
 
 class _Place(NamedTuple):
@@ -84,7 +86,7 @@ class _Place(NamedTuple):
     above: tuple[tuple[int, int], ...]
 
 
-def find_pictures(root: str) -> Found:
+def find_pictures(root: str, *, but: str | None = None, beside: bool = False) -> Found:
     """Lists the pictures below a folder, by their names alone.
 
     Links to folders are followed. Hidden folders, what systems and tools leave behind and what
@@ -92,6 +94,8 @@ def find_pictures(root: str) -> Found:
 
     Args:
         root: the folder.
+        but: a folder below it that is not looked into.
+        beside: also list what lies beside a picture under its name; it is not called left out.
 
     Returns:
         Pictures and folders, and what was left out.
@@ -105,8 +109,11 @@ def find_pictures(root: str) -> Found:
     left_out: dict[str, Counter[str]] = defaultdict(Counter)
     said: dict[str, list[str]] = defaultdict(list)
     stack = [_Place("", ())]
+    without = None if but is None else os.path.realpath(but)
     while stack:
         place = stack.pop()
+        if without is not None and os.path.realpath(os.path.join(root, place.name)) == without:
+            continue
         entries = _entries(os.path.join(root, place.name))
         is_ours = _ours({entry.name for entry in entries})
         if is_ours == _CHECKPOINT and not place.name:
@@ -123,11 +130,15 @@ def find_pictures(root: str) -> Found:
             )
         if place.name:
             found.folders.append(place.name)
-        for entry in entries:
-            path = f"{place.name}/{entry.name}" if place.name else entry.name
-            kind = _kind_of(entry)
-            if kind == "folder":
-                if not _is_utf8(entry.name):
+        kinds = {entry.name: _kind_of(entry) for entry in entries}
+        owners = _owners(kinds) if beside else {}
+        for name, kind in kinds.items():
+            path = f"{place.name}/{name}" if place.name else name
+            if name in owners:
+                owner = f"{place.name}/{owners[name]}" if place.name else owners[name]
+                found.beside.setdefault(owner, []).append(path)
+            elif kind == "folder":
+                if not _is_utf8(name):
                     raise ValueError(
                         f"Expected names in UTF-8 below {root}, but got the folder "
                         f"{os.fsencode(path)!r}; rename it, for example with convmv."
@@ -257,6 +268,27 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
     if name in _UNREAD:
         return f"since only {METADATA_NAME} is read"
     return "metadata" if name == METADATA_NAME else f".{ending}"
+
+
+def _owners(kinds: dict[str, str]) -> dict[str, str]:
+    """Which files belong to which pictures of a folder: `a.jpg.xmp` and `a.xmp` to `a.jpg`.
+
+    The latter only where no other picture has the stem.
+    """
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for name, kind in kinds.items():
+        if kind == "picture":
+            by_stem[os.path.splitext(name)[0]].append(name)
+    owners = {}
+    for name, kind in kinds.items():
+        if not kind.startswith(".") or kind == ".":
+            continue
+        stem = os.path.splitext(name)[0]
+        if kinds.get(stem) == "picture":
+            owners[name] = stem
+        elif len(by_stem.get(stem, ())) == 1:
+            owners[name] = by_stem[stem][0]
+    return owners
 
 
 def _is_utf8(name: str) -> bool:

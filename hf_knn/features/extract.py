@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -474,7 +475,10 @@ def _patterns() -> list[Image.Image]:
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Shows the progress bars of what takes long."""
+    """Shows the progress bars of what takes long, unless `HF_KNN_VERBOSITY` is `quiet`."""
+    if os.environ.get("HF_KNN_VERBOSITY") == "quiet":
+        yield
+        return
     transformers_logging.enable_progress_bar()
     try:
         yield

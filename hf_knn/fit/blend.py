@@ -86,18 +86,21 @@ class TuneResult:
         Args:
             where: what the rows were, as in "on a validation set".
         """
-        cell = f"k = {self.k}, temperature = {self.temperature:g}, λ = {self.knn_weight:g}"
+        cell = (
+            f"{self.k} neighbours vote (k = {self.k}, temperature = {self.temperature:g}) and count "
+            f"{self.knn_weight:.0%} beside the head (λ = {self.knn_weight:g})"
+        )
         wanted = f"{self.rows} {where}; {FEW_LABELS} a class are wanted"
         few = f"Too few labels to choose by ({wanted}), so"
         if self.criterion == Criterion.FIXED:
             if self.has_few_labels and self.knn_weight == 0:
                 return f"{few} the head answers alone (λ = 0); the neighbours only explain."
             if self.has_few_labels:
-                return f"{few} the fixed cell is taken: {cell}."
-            return f"The fixed cell, as asked for: {cell}."
+                return f"{few} usual values are taken: {cell}."
+            return f"Usual values, as asked for: {cell}."
         alone = " The neighbours add nothing here; they still explain." * (self.knn_weight == 0)
         if self.has_few_labels and len({(c.k, c.temperature) for c in self.table}) == 1:
-            return f"{few} k and temperature are fixed, and λ alone is chosen: {cell}.{alone}"
+            return f"{few} only what neighbours count is chosen: {cell}.{alone}"
         return f"Chosen by {self.criterion} {where}: {cell}.{alone}"
 
 

@@ -67,6 +67,13 @@ class HeadScore(NamedTuple):
     best: Cell
 
 
+_SMOOTHED = {
+    True: "as smooth as suits each picture predicted from the others (leave-one-out)",
+    False: "as smooth as usual",
+}
+"""How the regulariser of a head was found."""
+
+
 @dataclass(frozen=True)
 class HeadChoice:
     """Which head was chosen, and the table that it was chosen by.
@@ -81,8 +88,7 @@ class HeadChoice:
         result: the cell of the head, with the table of all cells; where nothing was compared the
             fixed one at λ = 0.
         answers: what the head and the neighbours said about all rows held out; None likewise.
-        judged: what each half of them was told by what the other half chose, where all rows were
-            chosen on; None where a half was.
+        judged: what each half of them was told by what the other half chose; None likewise.
     """
 
     head: str
@@ -100,12 +106,12 @@ class HeadChoice:
         if not self.table:
             return (
                 f"Too few labels to compare heads by ({FEWEST_LABELS} a class are wanted, and some "
-                f"that can be held out), so a {self.head} head is taken, alone (λ = 0), its "
-                f"regulariser {'by leave-one-out' if self.fixed is None else 'fixed'}; the "
-                "neighbours only explain."
+                f"that can be held out), so a {self.head} head is taken and answers "
+                f"alone (λ = 0), {_SMOOTHED[self.fixed is None]}; the neighbours only explain."
             )
         best = next(score for score in self.table if score.head == self.head).best
-        how = "alone" if best.knn_weight == 0 else f"with neighbours (λ = {best.knn_weight:g})"
+        count = f"{best.knn_weight:.0%} (λ = {best.knn_weight:g})"
+        how = "alone" if best.knn_weight == 0 else f"with neighbours, which count {count}"
         return f"Best of {len(self.table)} heads on {self.rows} rows held out: {self.head} {how}."
 
     def as_json(self) -> dict[str, Any]:
@@ -206,7 +212,8 @@ def compare_heads(
     table, chosen_on = _table_of(results), next(iter(results.values())).rows
     best = best_of(table, chosen_on).head
     blend = BlendOf(num_labels, metric, weighting)
-    judged = judged_by_halves(heads_said, choose, blend) if is_few else None
+    first = None if is_few else (best, results[best])
+    judged = judged_by_halves(heads_said, choose, blend, first)
     chosen = HeadChoice(best, table, chosen_on, criterion, left_out)
     return replace(chosen, result=results[best], answers=heads_said[best], judged=judged)
 

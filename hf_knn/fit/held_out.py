@@ -1,9 +1,9 @@
 """Heads and neighbours asked about rows that they have not seen: on folds, or on a validation set.
 
 Whatever is asked about a row was made from other rows: the head, the datastore and its mean, and
-the axes that a head projects on. From which confidence on answers are right can be told on rows
-only that nothing was chosen on. Cells are therefore chosen on one half of the rows; with few labels
-that costs too much, so all are chosen on, and each half is judged by what the other half chooses.
+the axes that a head projects on. From which confidence on answers are right can be told only of
+answers that their rows did not choose. Cells are therefore chosen on one half of the rows, and each
+half is judged by what the other half chooses; with few labels all are chosen on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..core.search import Neighbors
-from ..core.votes import Metric, Weighting, blend_log_probs, knn_log_probs
+from ..core.votes import Metric, Weighting, blend_log_probs, knn_log_probs, soften
 from ..data.splits import Fold
 from ..store.backend import SearchBackend
 from .blend import (
@@ -100,6 +100,10 @@ class HeldOut(NamedTuple):
         groups = None if self.groups is None else self.groups[rows]
         return HeldOut(neighbors, self.head_log_probs[rows], self.labels[rows], groups)
 
+    def softened(self, temperature: float) -> "HeldOut":
+        """The same with the head's logits divided by a temperature > 0."""
+        return self._replace(head_log_probs=soften(self.head_log_probs, temperature))
+
     def halves(self) -> "tuple[HeldOut, HeldOut]":
         """Two random halves; what belongs together is on one side."""
         owners = torch.arange(len(self.labels)) if self.groups is None else self.groups
@@ -162,13 +166,19 @@ def is_chosen_on_all(held_out: int, num_labels: int, criterion: str | None) -> b
     return criterion is None and has_few_labels(held_out, num_labels)
 
 
-def judged_by_halves(heads: Mapping[str, HeldOut], choose: Choose, blend: BlendOf) -> Blended:
+def judged_by_halves(
+    heads: Mapping[str, HeldOut],
+    choose: Choose,
+    blend: BlendOf,
+    first: tuple[str, TuneResult] | None = None,
+) -> Blended:
     """Answers about each half of the rows by what the other half chooses.
 
     Args:
         heads: what each said of the same rows.
         choose: what is judged.
         blend: of head and neighbours.
+        first: what the first half chooses, where that is known.
     """
     halves = {name: rows.halves() for name, rows in heads.items()}
     said: list[Tensor] = []
@@ -177,7 +187,7 @@ def judged_by_halves(heads: Mapping[str, HeldOut], choose: Choose, blend: BlendO
         seen = {name: both[chosen_on] for name, both in halves.items()}
         if not all(len(rows.labels) for rows in seen.values()):
             continue  # a single row is in no other half
-        name, cell = choose(seen)
+        name, cell = first if first is not None and not chosen_on else choose(seen)
         rows = halves[name][1 - chosen_on]
         said.append(blend.at(cell, rows))
         labels.append(rows.labels)

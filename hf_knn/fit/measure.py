@@ -89,11 +89,10 @@ def choose_blend(
 ) -> TuneResult:
     """Chooses k, temperature and λ, and sets them in the configuration of a model.
 
-    Where something is chosen, that is on one half of the rows, since from which confidence on
-    answers are right (`answer_thresholds`) can be told on rows only that nothing was chosen on: the
-    other half. What is fixed leaves all of them for that. With few labels all are chosen on, and
-    each half is judged by what the other half chooses; with fewer than 3 a class the head answers
-    alone.
+    Where something is chosen, that is on one half of the rows, or with few labels on all. From
+    which confidence on answers are right (`answer_thresholds`) can be told only of answers that
+    their rows did not choose: each half is judged by what the other half chooses. What is fixed
+    leaves all rows for that. With fewer than 3 labels a class the head answers alone.
 
     Args:
         model: what was asked.
@@ -102,7 +101,8 @@ def choose_blend(
         calibrate: also scale the temperatures of head and blend.
         progress: show a progress bar.
         choice: of the head, on the first half of the same rows, if there was one: its cell is
-            taken, unless another criterion is asked for or other temperatures.
+            taken, unless another criterion is asked for or other temperatures; then the second half
+            alone has chosen nothing, and is judged.
     """
     config = model.config
     known = choice.result if choice is not None and choice.criterion == criterion else None
@@ -132,10 +132,7 @@ def choose_blend(
         rows, fresh = held_out.halves()
     if calibrate:
         temperature = _calibrate_head(model, rows)
-        rows, fresh = (
-            part._replace(head_log_probs=soften(part.head_log_probs, temperature))
-            for part in (rows, fresh)
-        )
+        rows, fresh = rows.softened(temperature), fresh.softened(temperature)
     if known is not None and not known.table:  # nothing was chosen, and nothing is
         result, is_few = replace(known, rows=count), False
     elif known is not None and not calibrate:
@@ -147,10 +144,11 @@ def choose_blend(
         config.blend_temperature = fit_temperature(
             floor_log_probs(blend.at(result, rows)), rows.labels
         )
-    if is_few:
-        judged = None if known is None or choice is None else choice.judged
-        told = judged or judged_by_halves({config.head: held_out}, choose, blend)
-    else:
+    told = None if calibrate or known is None or choice is None else choice.judged
+    if told is None and (is_few or not (calibrate or is_compared or is_fixed)):
+        first = None if is_few else (config.head, result)
+        told = judged_by_halves({config.head: held_out}, choose, blend, first)
+    elif told is None:
         told = Blended(blend.at(result, fresh), fresh.labels)
     sure = soften(told.log_probs, config.blend_temperature)
     config.answer_thresholds = thresholds(sure, told.labels, ERROR_RATES)

@@ -25,7 +25,7 @@ ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """For which `KnnTrainer.tune` looks for thresholds."""
 
 SURENESS = 0.9
-_CANDIDATES, _FIRST_ERRORS = 30, 10
+_CANDIDATES, _FIRST_ERRORS = 100, 10
 
 
 def thresholds(log_probs: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback
 
+from ..data.decode import BadImageError
 from ..features.extract import ImageFeatures
 from ..milvus.datastore import MilvusDatastore
 from ..model.card import make_card
@@ -20,6 +21,9 @@ from ..store.hub import CARD_NAME
 from ..training.arguments import KnnTrainingArguments
 from ..training.trainer import KnnTrainer
 from .pool import Pool
+
+MOST_THUMBNAILS = 20_000
+"""Of more pictures no small copies are kept: to open the model is to read them all."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ def train_checkpoint(
     few = [name for name in names if counts[name] < 2]
     if few:
         said.append(f"One picture alone is labelled of {', '.join(few)}: label more of it.")
+    if len(rows) <= MOST_THUMBNAILS:
+        ids = model.datastore.ids.tolist()
+        said += _keep_thumbnails(model, pool, dict(zip(ids, rows.paths, strict=True)))
     return Taught(True, [*said, *_save(model, target)])
 
 
@@ -101,7 +108,27 @@ def teach_checkpoint(
         features=pool.features[numbers], contents=pool.contents[numbers], paths=names,
         labels=[taught[name] for name in names], relabel=True,
     )  # fmt: skip
-    return Taught(True, [f"{receipt}", *_save(model, target)])
+    said = [f"{receipt}"]
+    if model.thumbnails is not None:
+        skipped = set(receipt.skipped)
+        taken = [name for place, name in enumerate(names) if place not in skipped]
+        ids = receipt.ids[len(receipt.old_labels) :]
+        said += _keep_thumbnails(model, pool, dict(zip(ids, taken, strict=True)))
+    return Taught(True, [*said, *_save(model, target)])
+
+
+def _keep_thumbnails(
+    model: KnnForImageClassification, pool: Pool, names: Mapping[int, str]
+) -> list[str]:
+    """Small pictures of rows, to explain answers; a file that changed meanwhile leaves them out."""
+    try:
+        model.keep_thumbnails({row_id: pool.path(name) for row_id, name in names.items()})
+    except (BadImageError, OSError) as error:
+        return [f"No small copies of the pictures are kept: {error}."]
+    return [
+        "Small copies of the pictures are kept in the model, to explain answers: whoever opens its "
+        "folder sees them, and a push leaves them behind."
+    ]
 
 
 def _save(model: KnnForImageClassification, target: Path) -> list[str]:

@@ -15,9 +15,8 @@ from ..core.manifest import (
     SHA256_PATTERN,
     STORAGE_DTYPES,
     DatastoreError,
-    Fields,
 )
-from ..core.plain_json import parse_json
+from ..core.plain_json import Fields, parse_json
 from ..store.table import combine
 from .kinds import FLOAT32, VECTOR_DTYPES, MilvusIndex
 
@@ -52,7 +51,8 @@ class About:
         vectors: `float16` or `float32`, what Milvus keeps the vectors in that it searches.
         effort: how hard it is searched, see `kinds.set_effort`.
         recall: at 20, measured when the rows were loaded; None for an exact one.
-        measured_on: rows, or queries unlike them, whichever was worse; None if nobody said.
+        measured_on: which kind of queries was the worst; None if nobody said.
+        recalls: by kind of queries; empty if nobody said.
         source: where the rows came from.
         learned_map: sha256 of the map that rows go through; empty without one.
         map_width: E, how wide it makes them.
@@ -74,6 +74,7 @@ class About:
     effort: int = 0
     recall: float | None = None
     measured_on: str | None = None
+    recalls: dict[str, float] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     learned_map: str = ""
     map_width: int = 0
@@ -124,6 +125,7 @@ class About:
         # records of before there was a choice say nothing about it
         known = {"index": MilvusIndex.FLAT, "effort": 0, "recall": None, "measured_on": None}
         kind, effort, recall, measured_on = (values.get(n, usual) for n, usual in known.items())
+        recalls = Fields(values.get("recalls", {}), "about.recalls.")
         problem = _wrong_index(kind, effort, recall, measured_on)
         if problem:
             raise DatastoreError(f"Expected the record of a datastore to have an {problem}.")
@@ -147,6 +149,7 @@ class About:
             effort=effort,
             recall=recall,
             measured_on=measured_on,
+            recalls={name: recalls.share(name) for name in MEASURED_ON if name in recalls.values},
             source=fields.texts("source"),
             learned_map=learned_map,
             map_width=fields.count("map_width") if learned_map else 0,

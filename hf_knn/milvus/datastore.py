@@ -111,7 +111,7 @@ class MilvusDatastore:
                 the server chooses); on a server, which Milvus Lite is not, also `scann`,
                 `ivf_rabitq` (Milvus 2.6) and `ivf_rabitq_fastscan` (3.0).
             min_recall: an approximate index is searched as hard as this recall at 20 takes,
-                measured on a sample of the rows; in (0, 1].
+                measured on some rows and on rows moved a little; in (0, 1].
 
         Raises:
             ImportError: without pymilvus (`pip install hf-knn[milvus]`).
@@ -231,7 +231,7 @@ class MilvusDatastore:
         """How it is searched, with the recall that was measured when the rows were loaded."""
         about, name = self._about, self._about.index.lower()
         parameters = tuned(about.index, about.effort)
-        return IndexInfo(name, name, parameters, about.recall, about.measured_on)
+        return IndexInfo(name, name, parameters, about.recall, about.measured_on, about.recalls)
 
     @property
     def location(self) -> str | None:

@@ -179,7 +179,7 @@ def set_effort(
     count: int,
     measure: Callable[[int], tuple[float, str]],
     min_recall: float = MIN_RECALL,
-) -> tuple[int, float, str]:
+) -> int:
     """The smallest effort tried whose recall is enough; it is doubled until then.
 
     Args:
@@ -189,8 +189,8 @@ def set_effort(
         min_recall: in (0, 1].
 
     Returns:
-        The effort (lists that are probed, or rows that a graph keeps in mind; 0 for an index
-        without), its recall, and what that was measured on.
+        The effort: lists that are probed, or rows that a graph keeps in mind; 0 for an index
+        without.
 
     Raises:
         ValueError: if no effort is enough, with what was reached.
@@ -205,7 +205,7 @@ def set_effort(
         recall, measured_on = measure(effort)
         logger.info("%s, effort %d: recall %.4f on %s", kind, effort, recall, measured_on)
         if recall >= min_recall:
-            return effort, recall, measured_on
+            return effort
         if effort >= most:
             raise ValueError(
                 f"Expected recall {min_recall:g} of the index {kind} in Milvus, but it reached "

@@ -17,7 +17,7 @@ from ..core.search import Ints
 from ..store.datastore import Datastore
 from ..store.index import MIN_RECALL
 from ..store.kinds import FLAT
-from ..store.recall import Queries, RecallTest
+from ..store.recall import Find, Queries, RecallTest, worst
 from ..store.remote import DatastoreReference
 from ..store.searcher import IndexSpace
 from ..store.table import StoredRows, sum_of
@@ -306,26 +306,33 @@ def bring_home(
 def _with_recall(
     store: Datastore, collection: MilvusCollection, about: About, min_recall: float
 ) -> About:
-    """The record with an effort that reaches a recall, and that recall."""
+    """The record with an effort that reaches a recall, and what is reached on other queries."""
     space, labels = space_of(collection, about), store.labels.unique()
 
     def exact(queries: Queries, k: int) -> Ints:
         # by its labels a datastore is searched exactly, whatever its index
         return store.search(queries.features, k, queries.own, labels=labels).ids.numpy()
 
-    test = RecallTest(store.features.numpy(), store.ids.numpy(), exact)
+    test = RecallTest(store.features.numpy(), store.ids.numpy(), exact, exact)
 
-    def measure(effort: int) -> tuple[float, str]:
+    def find_with(effort: int) -> Find:
         tried = dataclasses.replace(about, effort=effort)
 
         def find(queries: Queries, k: int) -> Ints:
             wanted = space.normalize(queries.features)
             return search_collection(collection, tried, space, wanted, k, queries.own).ids
 
-        return test.worst(find)
+        return find
 
-    effort, recall, measured_on = set_effort(about.index, len(store), measure, min_recall)
-    return dataclasses.replace(about, effort=effort, recall=recall, measured_on=measured_on)
+    def measure(effort: int) -> tuple[float, str]:
+        return test.aimed(find_with(effort))
+
+    effort = set_effort(about.index, len(store), measure, min_recall)
+    recalls = test.recalls(find_with(effort))
+    recall, measured_on = worst(recalls)
+    return dataclasses.replace(
+        about, effort=effort, recall=recall, measured_on=measured_on, recalls=recalls
+    )
 
 
 def _ids_in(collection: MilvusCollection) -> np.ndarray:

@@ -28,6 +28,7 @@ from ..core.backbone import (
     pool,
 )
 from ..core.config import Head, KnnConfig, Pooling
+from .known import find_known, open_offline
 
 AUTO_HEAD = "auto"
 """As `head`: the training chooses the best of several, unless one is named."""
@@ -113,15 +114,25 @@ def open_backbone(
     """A pretrained vision model and what comes with it.
 
     Args:
-        name: a Hub id, a local folder, or the name of a timm model.
+        name: a local folder, a short name (`dinov2-s`, see `hf-knn backbones`), a Hub id, or the
+            name of a timm model.
         processor: an image processor; None loads the one that comes with it.
         hub_options: `revision`, `token`, `cache_dir`, `trust_remote_code`, ….
 
     Returns:
         The model, an image processor (or None), and the model's id if it lies on the Hub.
+
+    Raises:
+        ImportError: for a short name whose weights lie in a package that is not installed.
     """
     is_here = Path(name).exists()
-    if "/" not in name and not is_here:
+    known = None if is_here else find_known(name)
+    if known is not None and known.is_offline:
+        model, own = open_offline(known)
+        return model, processor or own, None
+    if known is not None:
+        name = known.place
+    elif "/" not in name and not is_here:
         name = f"timm/{name}"
     model = load_backbone(name, **hub_options)
     if processor is None:

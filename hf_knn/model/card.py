@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.manifest import MANIFEST_NAME, signed_json
 from ..core.plain_json import read_json
+from ..core.reading import THUMBNAILS_NAME
 from ..store.hub import CARD_NAME, OpenTarget
 from .code import legacy_code
 from .endpoint import settle_endpoint, write_endpoint
@@ -40,9 +42,9 @@ _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 BLOB_GLOB = "datastore-*.safetensors"
 _LARGEST_MEASUREMENT = 10**6
 _BIN_WIDTH = 3  # confidence, accuracy, pictures
-_THUMBNAILS_NOTE = (
-    " It also holds small copies of training pictures, without metadata, as was asked for; a row "
-    "that is forgotten takes its own along."
+THUMBNAILS_NOTE = (
+    " It also holds small copies of training pictures, without metadata; a row that is forgotten "
+    "takes its own along."
 )
 
 RELIABILITY_NAME, NEIGHBORS_NAME = "reliability.png", "neighbors.png"
@@ -139,6 +141,7 @@ def make_card(
     existing: str | None = None,
     folder: Path | None = None,
     license: str | None = None,  # noqa: A002 - what the Hub calls it
+    thumbnails: bool = True,
 ) -> str:
     """The text of `README.md`.
 
@@ -148,9 +151,11 @@ def make_card(
         existing: the card that is there; what users wrote, and metadata that is not ours, survives.
         folder: where the checkpoint lies, with pictures of the card.
         license: of the model, such as `apache-2.0`; None keeps what the card says.
+        thumbnails: whether small pictures that the model keeps are where the card is.
     """
+    has_pictures = thumbnails and model.thumbnails is not None
     drawn = [name for name in _PICTURES if folder is not None and (folder / name).is_file()]
-    block = f"{_BEGIN}\n{_body(model, name, drawn, folder)}\n{_END}"
+    block = f"{_BEGIN}\n{_body(model, name, drawn, folder, has_pictures)}\n{_END}"
     metadata, text = {}, f"# {_text(name)}\n\n{block}\n"
     if existing is not None:
         before = ModelCard(existing, ignore_metadata_errors=True)
@@ -206,7 +211,11 @@ def _metadata(
 
 
 def _body(
-    model: "KnnForImageClassification", name: str, drawn: list[str], folder: Path | None
+    model: "KnnForImageClassification",
+    name: str,
+    drawn: list[str],
+    folder: Path | None,
+    has_thumbnails: bool,
 ) -> str:
     config, quoted = model.config, json.dumps(_plain(name), ensure_ascii=False)
     lines = [
@@ -252,7 +261,7 @@ def _body(
         "where you may share that. Removing a row leaves no byte of it in the next "
         "version, but earlier commits of a repository still hold it until its history is squashed "
         "(`HfApi().super_squash_history`); a `linear` or `mlp` head keeps what it learned."
-        + (_THUMBNAILS_NOTE if model.thumbnails is not None else ""),
+        + (THUMBNAILS_NOTE if has_thumbnails else ""),
     ]
     return "\n".join(lines)
 
@@ -326,6 +335,24 @@ def _hub_ids(*names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)]
 
 
+def leave_thumbnails(folder: Path) -> None:
+    """Takes the small pictures out of a copy of a checkpoint, and out of what its files promise.
+
+    Args:
+        folder: the copy, whose files may be links to those of others.
+    """
+    (folder / THUMBNAILS_NAME).unlink(missing_ok=True)
+    place = folder / MANIFEST_NAME
+    values = read_json(place) if place.is_file() else {}
+    binding = values.get("binding")
+    if binding is None or all(file["name"] != THUMBNAILS_NAME for file in binding["files"]):
+        return
+    binding["files"] = [file for file in binding["files"] if file["name"] != THUMBNAILS_NAME]
+    del values["checksum"]
+    place.unlink()
+    place.write_text(signed_json(values), encoding="utf-8")
+
+
 def publish(
     model: "KnnForImageClassification",
     target: OpenTarget,
@@ -333,7 +360,9 @@ def publish(
     description: str | None,
     license_name: str | None,
     options: dict[str, Any],
-    endpoint: bool = False,
+    *,
+    thumbnails: bool,
+    endpoint: bool,
 ) -> Any:
     """Saves a model with its card, and pushes both.
 
@@ -344,6 +373,7 @@ def publish(
         description: likewise.
         license_name: for the card; None keeps what the card says.
         options: of `save_pretrained`.
+        thumbnails: whether small pictures that the model keeps go along.
         endpoint: also push what Inference Endpoints needs; else what there is of it goes.
 
     Returns:
@@ -356,8 +386,11 @@ def publish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder, **options)
+        if not thumbnails:
+            leave_thumbnails(folder)
         draw_reliability(model, folder)
-        card = make_card(model, target.repo_id, target.read_text(CARD_NAME), folder, license_name)
+        before = target.read_text(CARD_NAME)
+        card = make_card(model, target.repo_id, before, folder, license_name, thumbnails)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         replaced = [*sorted(legacy_code(target.read_text)), *gone]
         if endpoint:

@@ -39,6 +39,7 @@ from ..store.backend import RowStore, learned_map_of
 from ..store.datastore import Datastore
 from ..store.folders import give_default_mode, identity, link_or_copy, replaced_folder, restore
 from ..store.hub import CARD_NAME
+from ..store.kept import tidy
 from ..store.remote import (
     PENDING_NAME,
     DatastoreReference,
@@ -172,6 +173,7 @@ def write_checkpoint(
             f"Could not save the checkpoint to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+    tidy()
     if note:
         model.changes = changes
 

@@ -28,7 +28,7 @@ from .pictures import Thumbnails, features_of, thumbnails_of
 from .receipts import Receipt, note_of_unanswered
 from .stored import lesson_of
 
-_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license", "endpoint")
+_PUSH_OPTIONS = (*PUSH_OPTIONS, "parent_commit", "license", "thumbnails", "endpoint")
 
 
 class KnnForImageClassification(core.KnnForImageClassification):
@@ -135,8 +135,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         """Puts a new head and no datastore on a pretrained backbone.
 
         Args:
-            backbone: a Hub id, a local folder, the name of a timm model, or a vision model; of a
-                k-NN checkpoint its backbone is taken.
+            backbone: a short name (of `hf-knn backbones`), a Hub id, a local folder, a timm name,
+                or a vision model; of a k-NN checkpoint its backbone is taken.
             labels: the class names, or how many classes there are.
             pooling: how the backbone's output becomes a feature; None chooses `cls` where there is
                 a CLS token and `mean` elsewhere.
@@ -249,8 +249,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
             save_directory: the folder; other files in it are kept.
             is_main_process: False does nothing: only the main process saves.
             push_to_hub: also push, in one commit; `repo_id` (the folder's name if it is missing),
-                `commit_message`, `private`, `token`, `create_pr`, `revision` and `parent_commit`
-                go to `push_to_hub`.
+                `commit_message`, `private`, `token`, `create_pr`, `revision`, `parent_commit`
+                and `thumbnails` go to `push_to_hub`.
             keep_replaced: how many versions to keep in `.before/` for `hf-knn undo`; True is 1.
             kwargs: see `PreTrainedModel.save_pretrained`.
 
@@ -279,25 +279,26 @@ class KnnForImageClassification(core.KnnForImageClassification):
         create_pr: bool = False,
         parent_commit: str | None = None,
         license: str | None = None,  # noqa: A002 - what the Hub calls it
+        thumbnails: bool = False,
         endpoint: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Pushes weights, processor, datastore, code and card in one commit, without a pickle.
 
-        What the repository has already is not sent again. The card is made anew from what was
-        measured; what users wrote around it stays.
+        What is there already is not sent again. The card is made anew; what users wrote stays.
 
         Args:
             repo_id: `org/name`, or a name in one's own space; made if it is not there.
             commit_message: of the commit.
-            commit_description: of the commit.
+            commit_description: likewise.
             private: whether a repository that is made is private.
             token: a token, or True for the one that is logged in.
             revision: a branch, made if it is not there.
             create_pr: open a pull request instead.
-            parent_commit: the commit that the branch must be at. None is the one that the model
-                was opened from or pushed as, if it was this repository; else where it is now.
+            parent_commit: where the branch must be. None is where the model was opened from or
+                pushed to, if it was this repository; else where it is now.
             license: for the card, such as `apache-2.0`; None keeps what the card says.
+            thumbnails: also push the small pictures that the model keeps, for all to see.
             endpoint: also a handler.py for Inference Endpoints; else one of an earlier push goes.
             kwargs: further options of `save_pretrained` (`max_shard_size`, …).
 
@@ -310,8 +311,8 @@ class KnnForImageClassification(core.KnnForImageClassification):
         if parent_commit is None and self.origin is not None and self.origin[0] == repo_id:
             parent_commit = self.origin[1] if revision is None and not create_pr else None
         target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit).open()
-        message = commit_message or "Upload model"
-        commit = publish(self, target, message, commit_description, license, kwargs, endpoint)
+        about = (commit_message or "Upload model", commit_description, license, kwargs)
+        commit = publish(self, target, *about, thumbnails=thumbnails, endpoint=endpoint)
         if revision is None and not create_pr:
             self.origin = (target.repo_id, commit.oid)
         return commit
@@ -320,15 +321,14 @@ class KnnForImageClassification(core.KnnForImageClassification):
         """Keeps small pictures of stored rows in the model, for everybody who opens it to see.
 
         They are encoded anew, 192 pixels on the longer side, without metadata, and saved with the
-        checkpoint. `forget` removes those of its rows.
+        checkpoint. `forget` removes those of its rows; a push leaves them behind unless it is told.
 
         Args:
             images: row id to picture (path, file content, PIL image); they join those that are
                 kept. None removes all.
 
         Raises:
-            ValueError: for a picture that cannot be read, or an id that is not stored; nothing is
-                changed.
+            ValueError: for a picture that cannot be read, or an id that is not stored.
         """
         kept = None
         if images is not None:

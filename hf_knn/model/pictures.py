@@ -1,7 +1,9 @@
 """Pictures of a model: their features, and small copies of stored ones, kept in one file."""
 
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -230,4 +232,9 @@ def thumbnails_of(store: RowStore | None, images: Mapping[int, Any]) -> Thumbnai
         raise ValueError(
             f"Expected ids of stored rows, but the datastore does not have {unknown[:10]}."
         )
-    return Thumbnails({i: small_webp(read_picture(image, i)) for i, image in images.items()})
+
+    def make(row_id: int) -> bytes:
+        return small_webp(read_picture(images[row_id], row_id))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and encoding hold no lock
+        return Thumbnails(dict(zip(images, pool.map(make, images), strict=True)))

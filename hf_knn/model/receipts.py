@@ -68,6 +68,14 @@ class Scope(StrEnum):
     ALL = "the whole checkpoint"
 
 
+_CHANGED = {
+    Scope.STORE: "The head stays as it was.",
+    Scope.STORE_AND_HEAD: "The head knows it too.",
+    Scope.NOTHING: "Nothing was changed.",
+    Scope.ALL: "The whole checkpoint was changed.",
+}
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What one change did.
@@ -131,8 +139,9 @@ class Receipt:
         named = self.named()
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
         return (
-            f"{self.action}: {named or 'no rows'}; {self.rows_before:,} → {self.rows_after:,} rows,"
-            f" {self.hash_before[:12]} → {self.hash_after[:12]}; reached: {self.scope}.{new}"
+            f"{self.action}: {named or 'nothing'}; {self.rows_before:,} → {self.rows_after:,} stored "
+            f"pictures (fingerprint {self.hash_before[:12]} → {self.hash_after[:12]}). "
+            f"{_CHANGED[self.scope]}{new}"
         )
 
 
@@ -329,21 +338,27 @@ _UNANSWERED = (
 
 _FLAT = ", or set `knn_temperature` from {:g} to 0.14: that flat a vote ignores distances"
 
-_CHOICE = "k, temperatures, λ and regulariser stay as they were chosen"
+_CHOICE = (
+    "how many neighbours vote, what they count and how smooth the head is stay as they were chosen "
+    "(k, temperatures, λ, regulariser)"
+)
 
 _NAMES = "classes without rows keep their names: {}"
 
 _PICTURE = "the picture of neighbours for the model card was removed: it may have shown them"
 
-_MEAN = "the mean that centres rows stays as it was; recenter=True (--recenter) makes it anew"
+_MEAN = (
+    "the mean of all features, which is subtracted from each, stays as it was; recenter=True "
+    "(--recenter) computes it anew"
+)
 
 _MAP = (
-    "the learned map stays as it was, and holds a trace of the rows; a training, or `hf-knn refit` "
-    "of a head in closed form, makes it anew"
+    "what was learned about likeness (--learn-metric) stays as it was, and holds a trace of the "
+    "rows; a training makes it anew, or `hf-knn refit` with the heads ridge, kernel and lda"
 )
 _AXES = (
-    "the principal axes of the kernel head stay as the training made them, of all rows that it "
-    "had; `hf-knn refit` makes them anew"
+    "the kernel head looks along directions (principal axes) that the training found in all rows "
+    "that it had; `hf-knn refit` finds them anew"
 )
 
 _COMPACTION = "their bytes stay in the files of the server until it compacts them"

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.config import Normalization
@@ -20,7 +21,7 @@ SMALLEST_COSINE = 0.9999
 
 _TURN = (2 * (1 - SMALLEST_COSINE)) ** 0.5
 _FEW, _MANY = 0.01, 100
-_BLOCK_ROWS = 16_384
+_BLOCK_ROWS, _CACHED_ROWS = 16_384, 512
 
 TOO_COARSE = f"a value above {LARGEST_FLOAT16:g}, or a row that the cast turns once normalised"
 """What does not fit float16, for messages."""
@@ -88,8 +89,12 @@ def fits_float16(features: Tensor, *centers: Centers, learned: LearnedMap | None
             continue
         if block.abs().max() > LARGEST_FLOAT16:
             return False
-        rows, casts = block.numpy(), block.half().numpy()
+        every, halves = block.numpy(), block.half().numpy()
         for center, kind, through in kinds:
+            rows, casts = every, halves
+            if through is None:
+                doubtful = _may_turn(rows, casts, center, kind)
+                rows, casts = rows[doubtful], casts[doubtful]
             exact = normalize_rows(rows, center.exact, kind, through)
             cast = normalize_rows(casts, center.cast, kind, through)
             cosines = np.einsum("nd,nd->n", exact, cast)
@@ -97,6 +102,28 @@ def fits_float16(features: Tensor, *centers: Centers, learned: LearnedMap | None
             if not ((cosines >= SMALLEST_COSINE) | neither).all():
                 return False
     return True
+
+
+def _may_turn(
+    rows: NDArray, casts: NDArray, center: Centers, normalization: str
+) -> NDArray[np.bool_]:
+    """Which rows [N, D] are so short, once centred, that their casts may lie in another direction.
+
+    The sine of the turn is at most what the cast lost, as a part of the length; asked for half of
+    what is allowed, so that rounding does not matter.
+    """
+    doubtful = np.ones(len(rows), bool)
+    is_centred = normalization == Normalization.L2_CENTERED
+    for start in range(0, len(rows), _CACHED_ROWS):
+        part = slice(start, start + _CACHED_ROWS)
+        apart = rows[part].astype(np.float64)
+        lost = casts[part] - apart
+        if is_centred:
+            apart -= center.exact
+            lost -= center.cast - center.exact
+        most = (_TURN / 2) ** 2 * np.einsum("nd,nd->n", apart, apart)
+        doubtful[part] = ~((np.einsum("nd,nd->n", lost, lost) <= most) & (most > 0))
+    return doubtful
 
 
 def to_storage(

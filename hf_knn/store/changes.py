@@ -105,6 +105,13 @@ def find_rows(table: RowTable, ids: Values) -> Tensor:
     return rows
 
 
+def all_but(table: RowTable, ids: Values) -> Tensor:
+    """Which rows stay when others, named as in `find_rows`, are removed: [N] bool."""
+    stays = torch.ones(len(table), dtype=torch.bool)
+    stays[find_rows(table, ids)] = False
+    return stays
+
+
 def paths_at(table: RowTable, rows: slice | Tensor) -> list[str]:
     """Where the pictures of some rows lie; empty where nobody said.
 

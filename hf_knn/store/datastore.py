@@ -1,11 +1,11 @@
 """The memory of the classifier: rows of (features, label, id) that are searched by similarity."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -21,17 +21,18 @@ from ..core.manifest import Binding, IndexInfo, Manifest
 from ..core.rows import Values, as_whole_numbers
 from ..core.search import Neighbors, check_request
 from ..core.votes import Metric
-from . import changes, disk
+from . import changes, disk, row_files
 from .backend import check_alike, check_split, even_parts
+from .blocks import Block, Options, write_blocks
 from .disk import Contents, OpenedFiles
-from .hub import PushTarget, find_manifest, push_alone
+from .hub import PushedAlone, find_manifest
 from .index import MIN_RECALL, Placement, RowIndex
 from .kinds import AUTO, FLAT
-from .searcher import GrowingSearcher, IndexSpace
+from .searcher import GrowingSearcher
 from .table import RowTable, StoredRows, sum_of
 
 
-class Datastore:
+class Datastore(PushedAlone):
     """Rows of (features, label, id) that are searched by similarity.
 
     Rows are raw features, cast once on entry to the storage dtype; normalisation (and a learned
@@ -52,11 +53,12 @@ class Datastore:
         metric: `cosine` (inner product of unit vectors) or `l2` (negative squared distance).
         normalization: `l2_centered` (subtract the mean, then length 1), `l2` (length 1) or `none`.
         learned_map: that rows go through after centring and before scaling, or None.
-        index: `flat` searches exactly, `auto` does up to 100,000 rows and uses an inverted file
-            above; or any faiss factory string. Without faiss, that is an ImportError.
+        index: `flat` searches exactly; `auto` where that is as quick, else in an inverted file;
+            `auto:latency` in a graph; or any faiss factory string (needs faiss: ImportError).
         paths: where each row's picture lies, relative to its dataset, if known.
         max_memory: what the index may take, such as `"2GB"`; `auto` quantises to keep to it.
-        min_recall: recall at 20 that an approximate index is set to reach, by measurement.
+        min_recall: recall at 20 that an approximate index is set to reach on rows and rows that
+            were moved a little, by measurement; `index.recalls` says what others get.
 
     Attributes:
         mean: [D] float32.
@@ -114,6 +116,21 @@ class Datastore:
         store.mean = changes.mean_for(store._table, None)
         return store
 
+    @classmethod
+    def from_blocks(
+        cls, blocks: Iterable[Block], folder: str | Path, **options: Unpack[Options]
+    ) -> Self:
+        """Builds a datastore in a folder, of rows that need not fit into memory.
+
+        Each block is what `add` takes, and the options are those of `from_features`. The disk needs
+        room for the rows twice. Rows of one list of the index lie beside each other: `ids` tells.
+        """
+        index = write_blocks(blocks, Path(folder), options)
+        store = cls.load(folder)
+        store._index = index
+        store.save(folder)
+        return store
+
     def __len__(self) -> int:
         return len(self._table.ids)
 
@@ -151,12 +168,12 @@ class Datastore:
     @property
     def labels(self) -> Tensor:
         """[N] int64."""
-        return self._rows().labels
+        return self._rows(searched=True).labels
 
     @property
     def ids(self) -> Tensor:
         """[N] int64."""
-        return self._rows().ids
+        return self._rows(searched=True).ids
 
     @property
     def paths(self) -> list[str] | None:
@@ -241,10 +258,14 @@ class Datastore:
             self._table.verify()
         self._rows()
 
-    def _rows(self) -> RowTable:
+    def _rows(self, *, searched: bool = False) -> RowTable:
+        """What is stored; if it is just searched, without paths, and hashed where it is read."""
         with self._lock:
-            if self._unverified is not None:
-                self._table, self._unverified = self._unverified.read_whole(), None
+            if self._unverified is not None and searched:
+                self._unverified.read_searched()
+            elif self._unverified is not None:
+                self._table = self._table.with_paths(self._unverified.read_whole().paths)
+                self._unverified = None
             return self._table.not_cut_off()
 
     def search(
@@ -284,14 +305,14 @@ class Datastore:
         if 0 not in shape:
             searcher = self.build_index()
             similarities, positions = searcher.search(wanted.queries, shape[1], wanted.excluded)
-        rows, table = torch.from_numpy(positions), self._rows()
+        rows, table = torch.from_numpy(positions), self._rows(searched=True)
         return Neighbors(torch.from_numpy(similarities), table.labels[rows], table.ids[rows])
 
     def leave_one_out(
         self, k: int = 20, batch_size: int = 4096, *, progress: bool = False
     ) -> Iterator[Neighbors]:
         """The neighbours of each row among the others, in row order, chunk by chunk."""
-        table = self._rows()  # the rows of now, whatever is changed between two chunks
+        table = self._rows(searched=True)  # the rows of now, whatever is changed between two chunks
         with tqdm(total=len(table), unit=" rows", desc="neighbours", disable=not progress) as bar:
             for part in even_parts(len(table), -(-len(table) // batch_size)):
                 yield self.search(table.features[part], k, table.ids[part])
@@ -312,11 +333,10 @@ class Datastore:
     def build_index(self) -> GrowingSearcher:
         """Builds the index now, not at the first search; a ValueError if these rows allow none."""
         with self._lock:
-            table, mean = self._rows(), self.mean.double().numpy()
+            table = self._rows(searched=True)
             if self._index.searcher is None:
-                compared = (mean, self.metric, self.normalization, self.learned_map)
-                space = IndexSpace(*compared, table.features)
-                self._index, self._table = self._index.built(table, space)
+                facts = (self.mean.double().numpy(), self.metric, self.normalization)
+                self._index, self._table = self._index.built(table, (*facts, self.learned_map))
             assert self._index.searcher is not None
             return self._index.searcher
 
@@ -349,20 +369,17 @@ class Datastore:
 
     def put_back(self, rows: StoredRows) -> Tensor:
         """Adds rows that were removed, as `rows_of` found them before; returns their ids."""
-        paths = rows.paths if any(rows.paths) else None
-        return self.add(rows.features, rows.labels, rows.ids, paths)
+        return self.add(*rows.tensors, rows.paths if any(rows.paths) else None)
 
     def merge(self, other: "Datastore", *, renumber: bool = False) -> Tensor:
         """Adds all rows of another one; a ValueError names what is not alike, or ids of both."""
         check_alike(self, other)
-        rows = other._rows().in_memory()
-        ids = None if renumber else rows.ids
-        return self.add(rows.features.joined(), rows.labels, ids, rows.paths)
+        new = other._rows().in_memory()
+        return self.add(new.features.joined(), new.labels, None if renumber else new.ids, new.paths)
 
     def remove(self, ids: Values) -> None:
-        """Removes rows; the next save holds no byte of them."""
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[changes.find_rows(self._rows(), ids)] = False
+        """Removes rows; the next save holds no byte of them, nor the cache of this user then."""
+        kept = changes.all_but(self._rows(), ids)
         table = self._table.keep(kept)
         self._index, self._table = self._index.after_removing(table, kept.numpy())
 
@@ -403,13 +420,12 @@ class Datastore:
         OSError says that something could not be written, a DatastoreError that a mapped file
         changed on disk; then the version that was there is intact.
         """
-        if len(self._rows()) and self.index.spec != FLAT:
+        if len(self._rows()) and disk.needs_index(self._table, self._index):
             self._index = self._index.ready_to_save()
             self.build_index()  # its lists, or the index itself, are part of what is saved
         compared = (self.mean, self.metric, self.normalization, self.learned_map)
         contents = Contents(self._table, *compared, self._index, binding, self.source)
-        places = [place for place in (reuse, self.home) if place]
-        manifest = disk.write_datastore(Path(folder), contents, places)
+        manifest = disk.write_datastore(Path(folder), contents, [reuse, self.home])
         self._table = self._table.with_records(manifest.blobs)
         return manifest
 
@@ -444,7 +460,7 @@ class Datastore:
         )  # fmt: skip
         store.manifest, store.source, store.mean = manifest, dict(manifest.source), opened.mean
         store._table, store._unverified = opened.table, opened
-        store._index = store._index.read(opened.info, opened.centroids, opened.trusted)
+        store._index = store._index.read(*opened.of_index)
         if at_once:
             store.verify()
         return store
@@ -452,7 +468,7 @@ class Datastore:
     def __getstate__(self) -> dict[str, Any]:
         """Rows that lie on disk as they are go to another process by their place, not by value."""
         state = {"_index": self._index.unopened(), "_unverified": None, "_filtered": None}
-        if disk.lies_in(self.home, records := [shard.record for shard in self._table.shards]):
+        if row_files.lies_in(self.home, records := [shard.record for shard in self._table.shards]):
             return self.__dict__ | state | {"_table": None, "_records": records}
         return self.__dict__ | state | {"_table": self._rows().in_memory()}
 
@@ -460,22 +476,8 @@ class Datastore:
         records = state.pop("_records", None)
         self.__dict__.update(state)
         if records is not None:
-            found = type(self).load(disk.place_of(self.home, records))
+            found = type(self).load(row_files.place_of(self.home, records))
             self._table, self._unverified = found._table, found._unverified
-
-    def push_to_hub(
-        self, repo_id: str, *, commit_message: str = "Upload datastore",
-        private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-        create_pr: bool = False, parent_commit: str | None = None,
-    ) -> Any:  # fmt: skip
-        """Pushes the datastore in one commit; files that did not change are not sent again.
-
-        It goes to a repository of its own, made if it is not there: one with a model is a
-        ValueError, since that goes with `model.push_to_hub`, whose options these are. Returns a
-        `huggingface_hub.CommitInfo`; a PushConflictError says that the branch moved on meanwhile.
-        """
-        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit)
-        return push_alone(target, self.save, commit_message)
 
     @classmethod
     def from_pretrained(

@@ -44,7 +44,7 @@ from ..core.manifest import (
 )
 from ..core.search import RowSpace, Singles
 from ..core.votes import Metric
-from .faiss import TrustedIndex, has_faiss, write_flat
+from .faiss import has_faiss, write_flat
 from .folders import (
     exclusive_lock,
     fsync_path,
@@ -55,9 +55,11 @@ from .folders import (
     stage_file,
 )
 from .index import RowIndex
+from .kept import KeptIndex, TrustedIndex, tidy
 from .kinds import FLAT, allowed, is_rebuildable
+from .mapped import CheckedRows, RowFile
 from .row_files import map_blob, read_blob, read_lists, tensors_of
-from .table import RowFile, RowTable, Shard
+from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +102,18 @@ class Contents:
     source: dict[str, str]
 
 
-def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
+def needs_index(table: RowTable, index: RowIndex) -> bool:
+    """Whether the index of a table must stand before it is saved: it is written, or unknown."""
+    return index.info.spec != FLAT and not (_is_large(table) and index.is_known(table))
+
+
+def write_datastore(folder: Path, contents: Contents, places: Sequence[Path | None]) -> Manifest:
     """Writes a datastore as one version.
 
     Args:
         folder: made if needed; other files in it are left alone.
         contents: what to write.
-        places: folders in which unchanged files may lie; they are hard-linked.
+        places: folders in which unchanged files may lie, or None; they are hard-linked.
 
     Returns:
         The manifest that was written.
@@ -118,12 +125,14 @@ def write_datastore(folder: Path, contents: Contents, places: Sequence[Path]) ->
     try:
         with exclusive_lock(target):
             target.mkdir(parents=True, exist_ok=True)
-            return _write_version(target, contents, places)
+            manifest = _write_version(target, contents, [place for place in places if place])
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Could not save the datastore to {folder}: {error}. The version that was there is "
             "intact; free space or choose another folder."
         ) from error
+    tidy()
+    return manifest
 
 
 def _write_version(folder: Path, contents: Contents, places: Sequence[Path]) -> Manifest:
@@ -206,12 +215,9 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def _reuse(
-    record: FileRecord,
-    folder: Path,
-    scratch: Path,
-    places: Sequence[Path],
+    record: FileRecord, folder: Path, scratch: Path, places: Sequence[Path],
     opened: Sequence[RowFile],
-) -> bool:
+) -> bool:  # fmt: skip
     """Keeps, hard-links or copies a file that is there already; what comes is what was promised.
 
     Args:
@@ -254,12 +260,10 @@ def _is_whole(record: FileRecord, path: Path) -> bool:
 def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None:
     """The serialized index, for users of faiss; read back for those who trust it only."""
     table, info, index = contents.table, contents.index.info, contents.index.approximate
-    count, dim = table.features.shape
-    is_large = count * dim * 4 >= LARGEST_FAISS_FILE
+    is_large = _is_large(table)
     if info.spec == FLAT and has_faiss() and not is_large:
-        mean = contents.mean.double().numpy()
-        compared = (mean, contents.metric, contents.normalization, contents.learned_map)
-        space = RowSpace(*compared, table.features)
+        facts = (contents.metric, contents.normalization, contents.learned_map, table.features)
+        space = RowSpace(contents.mean.double().numpy(), *facts)
         rows = space.normalize(table.features[:]).astype(np.float32)
         write: Callable[[Path], object] = partial(
             write_flat, rows=rows, ids=table.ids.numpy(), is_l2=space.is_l2
@@ -269,6 +273,11 @@ def _stage_faiss(folder: Path, scratch: Path, contents: Contents) -> Path | None
     else:
         return None
     return stage_file(folder / FAISS_NAME, write, scratch)
+
+
+def _is_large(table: RowTable) -> bool:
+    count, dim = table.features.shape
+    return count * dim * 4 >= LARGEST_FAISS_FILE
 
 
 def _replace_faiss(folder: Path, scratch: Path, index: Path | None) -> None:
@@ -307,9 +316,12 @@ class OpenedFiles(NamedTuple):
         info: which index the files describe, as far as it is built.
         centroids: [L, D] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these rows, or None.
+        kept: where such an index is kept in the user's cache; None for an exact one.
+        read_searched: hashes what was copied of files that are mapped, and checks it; the rows
+            that it returns, without paths, hash what is read of their features; done once.
         read_whole: hashes files that are mapped, those that were opened even if others took their
             names since, checks what they hold, and returns the rows with their paths; done once.
-            It raises DatastoreError naming the file that is not what the manifest says.
+            Both raise DatastoreError naming the file that is not what the manifest says.
     """
 
     table: RowTable
@@ -318,7 +330,16 @@ class OpenedFiles(NamedTuple):
     info: IndexInfo
     centroids: Singles | None
     trusted: TrustedIndex | None
+    kept: KeptIndex | None
+    read_searched: Once[RowTable]
     read_whole: Once[RowTable]
+
+    @property
+    def of_index(
+        self,
+    ) -> tuple[IndexInfo, Singles | None, TrustedIndex | None, KeptIndex | None]:
+        """What is known of the index."""
+        return self.info, self.centroids, self.trusted, self.kept
 
     @property
     def no_rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,7 +383,8 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
     open_blob = read_blob if is_read_at_once(manifest) else map_blob
     opened = [open_blob(record, resolve(record.name)) for record in manifest.blobs]
     files = [tensors for tensors, _ in opened]
-    features = join_features(files, manifest)
+    mapped = tuple(file for _, file in opened if file is not None)
+    features = CheckedRows(join_features(files, manifest).parts, mapped)
     mean = take_vector(files[0], "mean", torch.float32, manifest.blobs[0])
     table = RowTable(
         features,
@@ -374,7 +396,7 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
             Shard(len(take(tensors, "ids", record)), record)
             for tensors, record in zip(files, manifest.blobs, strict=True)
         ],
-        tuple(file for _, file in opened if file is not None),
+        mapped,
     )
     centroids = None
     with _damage_named_first(table):
@@ -382,6 +404,20 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         if is_rebuildable(info.spec):
             centroids, lists = read_lists(files, manifest, width_of(learned, manifest.dim))
             table = replace(table, lists=lists)
+
+    kept, place = None, resolve(manifest.blobs[0].name)
+    if not trust_faiss_index and info.spec != FLAT and place is not None:
+        kept = KeptIndex(manifest, info, place.parent)
+
+    def read_searched() -> RowTable:
+        table.not_cut_off()
+        if kept is not None:
+            kept.tell(mapped)
+        with _damage_named_first(table):
+            check_content(table.features, table.labels, table.ids, mean, reads_features=False)
+        for file in mapped:
+            file.check_others()  # afterwards, so that what was copied of it is hashed
+        return table
 
     def read_whole() -> RowTable:
         table.not_cut_off()
@@ -392,7 +428,8 @@ def open_files(manifest: Manifest, resolve: Resolve, *, trust_faiss_index: bool)
         return replace(table, paths=paths)
 
     trusted = _open_faiss_file(manifest, resolve) if trust_faiss_index else None
-    return OpenedFiles(table, mean, learned, info, centroids, trusted, Once(read_whole))
+    once = Once(read_searched), Once(read_whole)
+    return OpenedFiles(table, mean, learned, info, centroids, trusted, kept, *once)
 
 
 @contextmanager
@@ -461,34 +498,3 @@ def open_newest(folder: Path, open_version: Callable[[Manifest, Resolve], Opened
             if identity(path) == before or attempt + 1 == _LOAD_ATTEMPTS:
                 raise
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def lies_in(folder: Path | None, records: Sequence[FileRecord | None]) -> bool:
-    """Whether the manifest of a folder names just these row files.
-
-    Args:
-        folder: where a datastore may lie; None if there is none.
-        records: of the row files, None for one that was never written.
-    """
-    try:
-        return folder is not None and Manifest.read(folder / MANIFEST_NAME).blobs == records
-    except (FileNotFoundError, DatastoreError):
-        return False
-
-
-def place_of(folder: Path | None, records: Sequence[FileRecord | None]) -> Path:
-    """The folder of a datastore that was pickled by its place.
-
-    Args:
-        folder: where it lay.
-        records: of its row files.
-
-    Raises:
-        DatastoreError: if it is gone, or another one.
-    """
-    if folder is None or not lies_in(folder, records):
-        raise DatastoreError(
-            f"Expected the datastore in {folder} to be the one that was pickled, but it is gone or "
-            "was changed; pickle it again."
-        )
-    return folder

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..core.frozen import Resolve
 from ..core.manifest import MANIFEST_NAME, Manifest
-from ..core.reading import HubFiles
+from ..core.reading import THUMBNAILS_NAME, HubFiles
 
 try:
     from huggingface_hub import HfApi
@@ -37,7 +37,7 @@ KEPT_TO_ONESELF = (
 )  # fmt: skip
 """What is never pushed: pickles, hidden files, training checkpoints, reports."""
 
-_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin")
+_REPLACED = ("datastore*", "model*.safetensors*", "training_args.bin", THUMBNAILS_NAME)
 """Remote files that a push deletes unless it brings them: those of an older version."""
 
 
@@ -162,6 +162,28 @@ class OpenTarget:
             "has pushed since; nothing was overwritten. Load the new version and push again, pass "
             "parent_commit= with its commit to replace it, or create_pr=True."
         )
+
+
+class PushedAlone:
+    """A datastore that goes to the Hub by itself."""
+
+    def save(self, folder: str | Path) -> object:
+        """Writes it into a folder."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str = "Upload datastore",
+        private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
+        create_pr: bool = False, parent_commit: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Pushes the datastore in one commit; files that did not change are not sent again.
+
+        It goes to a repository of its own, made if it is not there: one with a model is a
+        ValueError, since that goes with `model.push_to_hub`, whose options these are. Returns a
+        `huggingface_hub.CommitInfo`; a PushConflictError says that the branch moved on meanwhile.
+        """
+        target = PushTarget(repo_id, private, token, revision, create_pr, parent_commit)
+        return push_alone(target, self.save, commit_message)
 
 
 def push_alone(target: PushTarget, save: Callable[[Path], object], message: str) -> Any:

@@ -1,7 +1,6 @@
 """Which index a datastore gets, how it is built, and how often it misses."""
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,34 +10,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.manifest import IndexInfo
-from ..core.search import Ints, Rows, Singles
+from ..core.learned import LearnedMap
+from ..core.manifest import DatastoreError, IndexInfo
+from ..core.search import Floats, Ints, Rows, Singles
+from .approximate import FaissApproximate, new_lists
+from .choice import (
+    choose_index,
+    parse_memory,
+    pays,
+    was_refused,
+    with_codes,
+)
+from .effort import set_effort
 from .faiss import (
-    FaissApproximate,
-    TrustedIndex,
-    empty_index,
     has_faiss,
     how_to_get_faiss,
+    made_by,
     read_flat,
-    require_faiss,
 )
-from .kinds import AUTO, FLAT, is_rebuildable
-from .quickest import build_quickest, quickest_for_batches
-from .recall import RECALL_K, Queries, RecallTest
+from .kept import MOMENT, KeptIndex, TrustedIndex
+from .kinds import AUTO, CODES, FLAT, FLOAT16, is_rebuildable
+from .mapped import files_behind
+from .quickest import build_quickest
 from .searcher import (
     ApproximateSearcher,
     GrowingFirstPass,
     GrowingSearcher,
+    IndexRows,
     IndexSpace,
     PlacedFirstPass,
-    nearest_in_blocks,
 )
 from .table import RowTable, Shard
 
 logger = logging.getLogger(__name__)
-
-LARGEST_EXACT = 100_000
-"""`auto` searches exactly up to this many rows."""
 
 MIN_RECALL = 0.99
 
@@ -97,57 +101,6 @@ class Placement:
         return cls(tuple(devices), float16)
 
 
-def parse_memory(text: str | int) -> int:
-    """Bytes from a number or a text like `2GB`, `512MB` or `1.5 GiB`.
-
-    Args:
-        text: the limit.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(text).upper())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"Expected `max_memory` to be like '2GB', but got {text!r}.")
-    return int(float(found[1]) * units[found[2]])
-
-
-def choose_index(
-    requested: str, count: int, width: int, max_memory: int | None, *, fall_back: bool = False
-) -> IndexInfo:
-    """The index for a number of rows.
-
-    Args:
-        requested: `auto`, `flat` or a faiss factory string.
-        count: N.
-        width: D, values per row.
-        max_memory: bytes that the index may take; None for no limit.
-        fall_back: search exactly, with a message, where the rows are too few for the index.
-
-    Raises:
-        ImportError: for a faiss index without faiss.
-        ValueError: for a string that faiss does not understand, or too few rows for it.
-    """
-    if requested == FLAT or (requested == AUTO and (count <= LARGEST_EXACT or not has_faiss())):
-        return IndexInfo(requested, FLAT)
-    if requested != AUTO:
-        require_faiss(f"index={requested!r}")
-        spec = re.sub(r"(?<!\d)0+(?=\d)", "", requested)
-        try:
-            empty_index(spec, width, count, is_l2=False)
-        except ValueError as error:
-            if not fall_back:
-                raise
-            logger.warning("%s They are searched exactly.", error)
-            spec = FLAT
-        return IndexInfo(requested, spec)
-    lists = 2 ** round(np.log2(2 * count**0.5))
-    full = count * (4 * width + 8) + lists * 4 * width
-    codec = "Flat" if max_memory is None or full <= max_memory else "SQ8"
-    return IndexInfo(requested, f"IVF{lists},{codec}")
-
-
 def build_searcher(
     features: Rows,
     ids: Ints,
@@ -157,6 +110,7 @@ def build_searcher(
     min_recall: float,
     placement: Placement,
     trusted: TrustedIndex | None,
+    kept: KeptIndex | None,
 ) -> tuple[GrowingSearcher, IndexInfo, StoredLists | None]:
     """Builds the index, and measures it where it is approximate.
 
@@ -170,6 +124,7 @@ def build_searcher(
         placement: where the first pass runs.
         trusted: an open file with the serialized index, to be read instead of building one; None
             builds it.
+        kept: where the index of these rows is kept, or to be kept; None for nowhere.
 
     Returns:
         The searcher, what was measured, and the lists to store (None for other kinds).
@@ -195,71 +150,58 @@ def build_searcher(
             rows = space.first_pass_rows(features)
             first_pass = PlacedFirstPass(rows, placement.devices, dtype)
         return GrowingSearcher(features, ids, space, first_pass), info, stored
-    started, is_new = time.perf_counter(), trusted is None and not is_rebuildable(info.spec)
-    if trusted is not None:
-        index = FaissApproximate.from_file(trusted, info.spec, space.width, len(ids), space.is_l2)
-        done = "read"
-    else:
-        index, stored = _approximate(space.index_rows(features), info, stored, space.is_l2)
-        done = "built"
-    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    index, info = _read(info, space, len(ids), trusted, kept)
+    is_built = index is None
+    if index is None:
+        index, stored = _approximate(space.read_for_index(features), info, stored, space.is_l2)
+    done, seconds = "built" if is_built else "read", time.perf_counter() - started
     logger.info("index %s: %s in %.1f s for %d rows", info.spec, done, seconds, len(ids))
     index.set_parameters(info.parameters)
     searcher = ApproximateSearcher(features, ids, space, index)
     # a graph is another one each time that it is built; lists are rebuilt as they were
+    is_new = is_built and not is_rebuildable(info.spec)
     if info.recall is None or info.measured_on is None or is_new:
-        info = _tune(searcher, index, info, min_recall)
+        info = set_effort(searcher, index, info, min_recall)
+    if is_built and kept is not None and time.perf_counter() - started >= MOMENT:
+        kept.write(index.write, info, space.largest, made_by(), files_behind(features))
     gpus = [device.index for device in placement.devices if device.type == "cuda"]
     if gpus and not index.to_gpus(gpus, placement.float16):
         logger.warning("index %s cannot be searched on a GPU here; the CPU searches it.", info.spec)
     return searcher, info, stored
 
 
+def _read(
+    info: IndexInfo,
+    space: IndexSpace,
+    count: int,
+    trusted: TrustedIndex | None,
+    kept: KeptIndex | None,
+) -> tuple[FaissApproximate | None, IndexInfo]:
+    """The index of a file that was built from these rows, and what it is; None if there is none."""
+    facts = info.spec, space.width, count, space.is_l2
+    if trusted is not None:
+        return FaissApproximate.from_file(trusted, *facts), info
+    if kept is not None and (known := kept.known()) is not None:
+        try:
+            file = kept.open(made_by())
+            if file is not None:
+                return FaissApproximate.from_file(file, *facts), known.info
+        except DatastoreError as error:
+            kept.discard(error)
+    return None, info
+
+
 def _approximate(
-    rows: Singles, info: IndexInfo, stored: StoredLists | None, is_l2: bool
+    rows: IndexRows, info: IndexInfo, stored: StoredLists | None, is_l2: bool
 ) -> tuple[FaissApproximate, StoredLists | None]:
     if stored is not None:
         index = FaissApproximate.from_lists(info.spec, rows, *stored, is_l2)
         return index, stored
-    index = FaissApproximate.from_rows(info.spec, rows, is_l2)
-    centroids = index.centroids() if is_rebuildable(info.spec) else None
-    return index, None if centroids is None else StoredLists(centroids, index.lists_of(rows))
-
-
-def _tune(
-    searcher: GrowingSearcher, index: FaissApproximate, info: IndexInfo, min_recall: float
-) -> IndexInfo:
-    """Raises nprobe or efSearch until the recall on all samples is reached."""
-    features, ids, space = searcher.features, searcher.ids, searcher.space
-    first_pass = quickest_for_batches(len(ids), space.width)
-
-    def exact(queries: Queries, k: int) -> Ints:
-        return nearest_in_blocks(features, ids, space, first_pass, queries.features, k, queries.own)
-
-    def find(queries: Queries, k: int) -> Ints:
-        return searcher.search(queries.features, k, queries.own)[1]
-
-    test = RecallTest(features, ids, exact)
-    tunable = index.tunable()
-    value, largest = 0, 0
-    if tunable is not None:
-        name, largest = tunable
-        value = max(1, index.parameters.get(name, 1))
-        index.set_parameters({name: value})
-    while True:
-        recall, measured_on = test.worst(find)
-        if recall >= min_recall or value >= largest:
-            break
-        value = min(largest, 2 * value)
-        index.set_parameters({name: value})
-    found = replace(info, parameters=dict(index.parameters), recall=recall, measured_on=measured_on)
-    logger.info("index %s: %s", info.requested, found)
-    if recall < min_recall:
-        logger.warning(
-            "index %s reaches recall@%d %.4f, below %.4f, on %s; index='flat' is exact.",
-            info.spec, RECALL_K, recall, min_recall, measured_on,
-        )  # fmt: skip
-    return found
+    if not is_rebuildable(info.spec):
+        return FaissApproximate.from_rows(info.spec, rows, is_l2), None
+    stored = StoredLists(*new_lists(info.spec, rows, is_l2))
+    return FaissApproximate.from_lists(info.spec, rows, *stored, is_l2), stored
 
 
 @dataclass(frozen=True)
@@ -277,6 +219,7 @@ class RowIndex:
         width: of the rows as they are compared.
         centroids: [n, D'] float32 of an inverted file; None for other kinds.
         trusted: an open, hashed file with the index of these very rows, or None.
+        kept: where the index of these very rows is kept for other processes, or None.
         searcher: None until it is built.
     """
 
@@ -287,6 +230,7 @@ class RowIndex:
     placement: Placement = field(default_factory=Placement)
     centroids: Singles | None = None
     trusted: TrustedIndex | None = None
+    kept: KeptIndex | None = None
     searcher: GrowingSearcher | None = None
 
     @classmethod
@@ -301,7 +245,7 @@ class RowIndex:
         """The index for some rows.
 
         Args:
-            requested: `auto`, `flat` or a faiss factory string.
+            requested: `auto`, `auto:latency`, `flat` or a faiss factory string.
             count: of the rows.
             width: of the rows as they are compared.
             max_memory: such as `"2GB"`; None for no limit.
@@ -316,15 +260,39 @@ class RowIndex:
         memory = None if max_memory is None else parse_memory(max_memory)
         return cls(choose_index(requested, count, width, memory), memory, min_recall, width)
 
+    def listed(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
+        """With the lists of a table, which then lies in their order; kinds without lists as it was.
+
+        Args:
+            table: the rows.
+            compared: see `built`.
+        """
+        if not is_rebuildable(self.info.spec):
+            return self, table
+        space = IndexSpace(*compared, table.features)
+        rows = space.read_for_index(table.features)
+        centroids, lists = new_lists(self.info.spec, rows, space.is_l2)
+        return replace(self, centroids=centroids), table.with_lists(lists).in_list_order()
+
     @property
     def approximate(self) -> FaissApproximate | None:
         """The index of faiss, if it is one that stands."""
         index = None if self.searcher is None else self.searcher.index
         return index if isinstance(index, FaissApproximate) else None
 
+    def is_known(self, table: RowTable) -> bool:
+        """Whether what is stored of an inverted file is known, also while it does not stand."""
+        return is_rebuildable(self.info.spec) and table.lists is not None and bool(self.info.recall)
+
     def of_width(self, width: int) -> Self:
         """The same for rows of another width, as they are compared; to be built anew."""
-        return replace(self, width=width, centroids=None, trusted=None, searcher=None)
+        return replace(self._apart(), width=width, centroids=None)
+
+    def _apart(self) -> Self:
+        """The same for other rows than those that files hold an index of; to be built anew."""
+        return replace(self, trusted=None, kept=None, searcher=None)
 
     def unbuilt(self) -> Self:
         """The same, to be built when needed."""
@@ -336,45 +304,98 @@ class RowIndex:
 
     def on(self, placement: Placement) -> Self:
         """The same, to be built where searches are to run."""
-        return replace(self, searcher=None, placement=placement)
+        info, is_gpu = self.info, any(device.type == "cuda" for device in placement.devices)
+        if is_gpu and info.requested == AUTO and info.spec.endswith(CODES):
+            # faiss has no such codes there; the lists are the same
+            info = IndexInfo(AUTO, info.spec.removesuffix(CODES) + FLOAT16)
+        return replace(self, info=info, searcher=None, placement=placement)
 
     def exact(self) -> Self:
         """An exact one at the same place, for some of the rows."""
-        return replace(self.unopened(), info=IndexInfo(FLAT, FLAT), centroids=None)
+        return replace(self._apart(), info=IndexInfo(FLAT, FLAT), centroids=None)
 
     def read(
-        self, info: IndexInfo, centroids: Singles | None, trusted: TrustedIndex | None
-    ) -> Self:
+        self, info: IndexInfo, centroids: Singles | None, trusted: TrustedIndex | None,
+        kept: KeptIndex | None,
+    ) -> Self:  # fmt: skip
         """The one that files describe, see the attributes."""
-        return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted)
+        return replace(self.unbuilt(), info=info, centroids=centroids, trusted=trusted, kept=kept)
 
     def chosen_again(self, table: RowTable) -> Self:
         """To be built anew for a table, exact where its rows have become too few."""
         requested, count = self.info.requested, len(table)
         info = choose_index(requested, count, self.width, self.max_memory, fall_back=True)
-        return replace(self, info=info, centroids=None, trusted=None, searcher=None)
+        return replace(self._apart(), info=info, centroids=None)
 
     def forgotten(self, table: RowTable) -> tuple[Self, RowTable]:
         """For a table that it cannot follow; the table without the lists of its rows."""
         return self.chosen_again(table), table.with_lists(None)
 
-    def built(self, table: RowTable, space: IndexSpace) -> tuple[Self, RowTable]:
+    def built(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
         """With a searcher; the table with the lists of its rows, for an inverted file.
+
+        Where `auto` chose, and now knows how its index searches, that may be another one.
 
         Args:
             table: the rows.
-            space: how they are compared.
+            compared: how they are: mean [D], metric, normalisation, learned map.
 
         Raises:
             ValueError: for an index that cannot be built from these rows.
             DatastoreError: for a trusted file of other rows or another kind.
         """
+        is_chosen = self.info.recall is not None or (self.kept and self.kept.known()) is not None
+        if is_chosen:
+            return self._build(table, compared)
+        started = time.perf_counter()
+        index, table = replace(self, kept=None)._chosen_by_trial(table, compared)
+        index = replace(index, kept=self.kept)
+        if time.perf_counter() - started >= MOMENT:
+            index.keep(table)
+        return index, table
+
+    def keep(self, table: RowTable) -> None:
+        """Keeps the index of these rows for other processes, if it is one that is kept."""
+        index, searcher = self.approximate, self.searcher
+        if self.kept is not None and index is not None and searcher is not None:
+            files = files_behind(table.features)
+            self.kept.write(index.write, self.info, searcher.space.largest, made_by(), files)
+
+    def _chosen_by_trial(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
+        """The index that was asked for; of `auto` the one that pays, of those that are tried."""
+        index, listed = self._build(table, compared)
+        info, count = index.info, len(table)
+        coded = with_codes(info, count, self.width, self.max_memory)
+        if coded is not None and self.placement.devices == CPU:
+            logger.info("index %s: %s reads many rows, codes are tried", AUTO, info)
+            other, _ = replace(index, info=coded, searcher=None)._build(listed, compared)
+            if pays(other.info, self.min_recall):
+                return other, listed
+        is_small = self.max_memory is None or 4 * self.width * count <= self.max_memory
+        if pays(info, self.min_recall) or not is_small:
+            return index, listed
+        logger.info(
+            "index %s: %s would take as long as an exact search, which is taken instead",
+            info.requested, info,
+        )  # fmt: skip
+        exact = replace(index, info=IndexInfo(info.requested, FLAT), centroids=None)
+        return exact._build(listed.with_lists(None), compared)
+
+    def _build(
+        self, table: RowTable, compared: tuple[Floats, str, str, LearnedMap | None]
+    ) -> tuple[Self, RowTable]:
         stored = None
         if self.centroids is not None and table.lists is not None:
             stored = StoredLists(self.centroids, table.lists)
+        known = None if self.kept is None else self.kept.known()
+        space = IndexSpace(*compared, table.features, known.largest if known else None)
         searcher, info, lists = build_searcher(
             table.features, table.ids.numpy(), space, self.info, stored, self.min_recall,
-            self.placement, self.trusted,
+            self.placement, self.trusted, self.kept,
         )  # fmt: skip
         index = replace(self, info=info, searcher=searcher)
         if lists is None or table.lists is not None:
@@ -390,14 +411,14 @@ class RowIndex:
         """
         searcher = self.searcher
         follows = searcher is not None and searcher.add(table.features, table.ids.numpy())
-        if not follows or self._is_outgrown(table):
+        if not follows or self._is_outgrown(len(before), table):
             if before.lists is not None:  # which lie in the files of these rows too
                 table = replace(table, shards=[Shard(shard.rows) for shard in table.shards])
             return self.forgotten(table)
         if before.lists is not None:
             lists = np.concatenate([before.lists, self._lists_of(table, len(before))])
             table = replace(table, lists=lists)
-        return replace(self, trusted=None), table
+        return replace(self, trusted=None, kept=None), table
 
     def after_removing(self, table: RowTable, kept: NDArray[np.bool_]) -> tuple[Self, RowTable]:
         """In step with a table that has lost rows.
@@ -412,22 +433,23 @@ class RowIndex:
             table.features, table.ids.numpy(), kept
         ):
             return self.forgotten(table)
-        return replace(self, trusted=None), table
+        return replace(self, trusted=None, kept=None), table
 
     def ready_to_save(self) -> Self:
         """Without a searcher that still holds removed rows: none of their bytes may be written."""
         is_clean = self.searcher is None or not self.searcher.has_removed_rows
         return self if is_clean else self.unbuilt()
 
-    def _is_outgrown(self, table: RowTable) -> bool:
-        """Whether rows that were too few for the index have become enough."""
+    def _is_outgrown(self, before: int, table: RowTable) -> bool:
+        """Whether rows that are searched exactly, for now, may be too many for that."""
         if self.info.spec != FLAT or self.info.requested == FLAT:
             return False
-        return self.chosen_again(table).info.spec != FLAT
+        is_known = was_refused(self.info, before, len(table))
+        return not is_known and self.chosen_again(table).info.spec != FLAT
 
     def _lists_of(self, table: RowTable, start: int) -> Ints:
         """The lists of the rows from `start`, which the index has just taken in."""
         assert self.searcher is not None
         assert self.approximate is not None
         added = table.features[start : len(table)]
-        return self.approximate.lists_of(self.searcher.space.index_rows(added))
+        return self.approximate.lists_of(self.searcher.space.read_for_index(added))

@@ -12,16 +12,28 @@ from ..core.manifest import MANIFEST_NAME, DatastoreError, IndexInfo
 
 logger = logging.getLogger(__name__)
 
-AUTO, FLAT = "auto", "flat"
+AUTO, LATENCY, FLAT = "auto", "auto:latency", "flat"
+"""The second takes a graph: slow to build, quick for one query at a time."""
 
 LARGEST_EF = 4096
 """Rows of a graph that a search keeps in mind at most."""
 
-_REBUILDABLE = re.compile(r"IVF\d+,(Flat|SQ8)")
-_LISTS = re.compile(r"IVF0*([1-9]\d{0,8}),(?:Flat|SQ8)")
-_GRAPH = re.compile(r"HNSW(?:0*([1-9]\d{0,2}))?(?:,Flat)?")
+LARGEST_K_FACTOR = 64
+"""Times as many rows as are wanted are compared behind codes at most."""
+
+FLOAT16, CODES, CODES_ALONE = "SQfp16", "RaBitQfs,Refine(SQfp16)", "RaBitQfs"
+"""What lists hold: float16 rows; or a bit for each value, and such rows for what these propose.
+
+With codes alone, what these propose is compared with the stored rows, which may lie on disk.
+"""
+
+_HELD = f"(?:Flat|SQ8|SQfp16|{re.escape(CODES)}|{CODES_ALONE})"
+_REBUILDABLE = re.compile(rf"IVF\d+,{_HELD}")
+_LISTS = re.compile(rf"IVF0*([1-9]\d{{0,8}}),{_HELD}")
+_GRAPH = re.compile(r"HNSW(?:0*([1-9]\d{0,2}))?(?:,Flat|_SQfp16)?")
 _FEWEST_LISTS, _LISTS_PER_ROOT = 1024, 16  # as many as faiss advises at most, per root of the rows
 _MOST_LINKS = 64
+_FLOAT16_ROUNDING = 2.0**-11  # of a row of length 1 at most, with a query of length 1
 
 
 def is_rebuildable(spec: str) -> bool:
@@ -29,14 +41,27 @@ def is_rebuildable(spec: str) -> bool:
     return _REBUILDABLE.fullmatch(spec) is not None
 
 
+def has_codes(spec: str) -> bool:
+    """Whether an index compares codes, and then some of the rows."""
+    return spec.endswith((CODES, CODES_ALONE))
+
+
+def rounding_of(spec: str) -> float | None:
+    """How far the inner product of a row is off by how it is held; None for more than rounding."""
+    is_coarse = spec.endswith(("SQ8", CODES_ALONE))
+    if is_coarse or not (_LISTS.fullmatch(spec) or _GRAPH.fullmatch(spec)):
+        return None
+    return _FLOAT16_ROUNDING if FLOAT16 in spec else 0.0
+
+
 def is_modest(name: str, count: int) -> bool:
     """Whether an index costs what the rows are worth, so that it is built for anybody's file.
 
     Args:
-        name: `auto`, `flat` or a factory string.
+        name: `auto`, `auto:latency`, `flat` or a factory string.
         count: rows.
     """
-    if name in (AUTO, FLAT):
+    if name in (AUTO, LATENCY, FLAT):
         return True
     if lists := _LISTS.fullmatch(name):
         return int(lists[1]) <= max(_FEWEST_LISTS, _LISTS_PER_ROOT * isqrt(count))
@@ -62,14 +87,15 @@ def allowed(info: IndexInfo, count: int, is_trusted: bool) -> IndexInfo:
         name = info.requested if is_modest(info.spec, count) else info.spec
         logger.warning(
             "%s names the index %.80r, which is not built for a file of others (flat, "
-            "IVF<n>,Flat, IVF<n>,SQ8 and HNSW<m> of usual size are): its rows are searched "
-            "exactly. If the file is your own, pass trust_faiss_index=True.",
-            MANIFEST_NAME, name,
+            "IVF<n> with Flat, SQ8, SQfp16, %s or %s, and HNSW<m>, of usual size are): its rows "
+            "are searched exactly. If the file is your own, pass trust_faiss_index=True.",
+            MANIFEST_NAME, name, CODES_ALONE, CODES,
         )  # fmt: skip
         return IndexInfo(FLAT, FLAT)
     lists = re.search(r"IVF(\d{1,9})", info.spec)
     ranges = {"nprobe": int(lists[1])} if lists else {}
     ranges |= {"efSearch": LARGEST_EF} if "HNSW" in info.spec else {}
+    ranges |= {"k_factor": LARGEST_K_FACTOR} if has_codes(info.spec) else {}
     for name, value in info.parameters.items():
         if not 1 <= value <= ranges.get(name, 0):
             wanted = " and ".join(f"{name} in [1, {most}]" for name, most in ranges.items())

@@ -111,19 +111,6 @@ def times_of(count: int, width: int) -> Times:
         return _known[name]
 
 
-def quickest_for_batches(count: int, width: int) -> Make:
-    """The one that is fastest with many queries.
-
-    Args:
-        count: rows.
-        width: of a row.
-    """
-    if count < FEWEST_ROWS:
-        return contenders()[_FLOAT32]
-    times = times_of(count, width)
-    return contenders()[min(times, key=lambda name: times[name].batch)]
-
-
 def choose(times: Times) -> tuple[str, str]:
     """The first passes for a single query and for a batch; one for both, unless two are worth it.
 

@@ -24,13 +24,12 @@ from ..core.manifest import (
     STORAGE_DTYPES,
     Binding,
     DatastoreError,
-    Fields,
     Manifest,
     check_format,
     parse_binding,
     signed_json,
 )
-from ..core.plain_json import read_json
+from ..core.plain_json import Fields, read_json
 from ..core.votes import Metric
 from .advice import install
 from .backend import RowStore
@@ -319,7 +318,7 @@ def is_pending(folder: Path) -> bool:
 def explain_pending(folder: Path) -> str:
     """What to do about it."""
     return (
-        f"A change of {folder} is under way, or was interrupted. Run `hf-knn undo {folder}`, or "
-        "the next change, when nobody changes it: the rows are then taken back to what the "
-        "checkpoint names."
+        f"A change of {folder} is under way, or was interrupted. When nobody changes it now, run "
+        f"`hf-knn undo {folder}`: it takes the half-done change back, so that the rows on the server "
+        "are again those of the checkpoint. The next teach, forget or relabel does so too."
     )

@@ -1,7 +1,9 @@
 """What is in a row file, and how one is opened: read into memory, or mapped."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -10,11 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.frozen import join_vectors, parse_blob, take
-from ..core.manifest import DatastoreError, FileRecord, Manifest
+from ..core.manifest import MANIFEST_NAME, DatastoreError, FileRecord, Manifest, read_at
+from ..core.plain_json import parse_json
 from ..core.search import Ints, Singles
-from .table import RowFile, RowTable
+from .mapped import RowFile, Span
+from .table import RowTable
 
 _LARGE = ("features", "path_bytes", "path_ends")
+_LENGTH_BYTES = 8  # which say how long the header of a safetensors file is
 
 
 def read_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], None]:
@@ -48,7 +53,8 @@ def map_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], 
         tensors = load_file(path)
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise DatastoreError(f"{record.name} was replaced while it was opened; open it again.")
-        kept = RowFile(record, file, take(tensors, "features", record))
+        start, others = _layout(file, record)
+        kept = RowFile(record, file, take(tensors, "features", record), start, others)
     except (SafetensorError, OSError, RuntimeError) as error:  # torch maps it, or cannot
         file.close()
         raise DatastoreError(
@@ -59,6 +65,20 @@ def map_blob(record: FileRecord, path: Path | None) -> tuple[dict[str, Tensor], 
         raise
     small = {name: t.clone() for name, t in tensors.items() if name not in _LARGE}
     return tensors | small, kept
+
+
+def _layout(file: BinaryIO, record: FileRecord) -> tuple[int, list[Span]]:
+    """Where features begin in a safetensors file, and where all lies that is copied of it."""
+    length = int.from_bytes(read_at(file, 0, _LENGTH_BYTES), "little")
+    begin = _LENGTH_BYTES + length
+    header = parse_json(read_at(file, _LENGTH_BYTES, length), record.name)
+    spans: dict[str, Span] = {
+        name: (begin + facts["data_offsets"][0], begin + facts["data_offsets"][1])
+        for name, facts in header.items()
+        if name != "__metadata__"
+    }
+    others = [span for name, span in spans.items() if name not in _LARGE]
+    return spans.get("features", (0, 0))[0], [(0, begin), *others]
 
 
 def read_lists(
@@ -120,3 +140,34 @@ def _encode_paths(paths: list[str]) -> dict[str, Tensor]:
     ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
     text = np.array(bytearray(b"".join(encoded)), dtype=np.uint8)
     return {"path_bytes": torch.from_numpy(text), "path_ends": torch.from_numpy(ends)}
+
+
+def lies_in(folder: Path | None, records: Sequence[FileRecord | None]) -> bool:
+    """Whether the manifest of a folder names just these row files.
+
+    Args:
+        folder: where a datastore may lie; None if there is none.
+        records: of the row files, None for one that was never written.
+    """
+    try:
+        return folder is not None and Manifest.read(folder / MANIFEST_NAME).blobs == records
+    except (FileNotFoundError, DatastoreError):
+        return False
+
+
+def place_of(folder: Path | None, records: Sequence[FileRecord | None]) -> Path:
+    """The folder of a datastore that was pickled by its place.
+
+    Args:
+        folder: where it lay.
+        records: of its row files.
+
+    Raises:
+        DatastoreError: if it is gone, or another one.
+    """
+    if folder is None or not lies_in(folder, records):
+        raise DatastoreError(
+            f"Expected the datastore in {folder} to be the one that was pickled, but it is gone or "
+            "was changed; pickle it again."
+        )
+    return folder

@@ -5,6 +5,7 @@ whether it could still belong to the answer. Approximate ones (in `faiss.py`) pr
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,23 @@ class GrowingFirstPass(FirstPass, Protocol):
 
     def add(self, rows: Singles) -> None:
         """Appends rows [M, D'] float32."""
+        ...
+
+
+class GrowingIndex(GrowingFirstPass, Protocol):
+    """An index that knows distances itself, and that rows can be appended to.
+
+    Attributes:
+        per_neighbour: rows that must be compared for each that is wanted.
+    """
+
+    @property
+    def per_neighbour(self) -> int:
+        """See above."""
+        ...
+
+    def add(self, rows: "Singles | IndexRows") -> None:
+        """Appends rows [M, D'] float32, which may be made as they are read."""
         ...
 
 
@@ -113,6 +131,7 @@ RECALL_K = 20
 """So many neighbours are asked for where a recall is measured."""
 
 _MOST_REMOVED, _MOST_ADDED = 0.3, 0.1
+_NORMALIZED = 4096  # rows at once, which stay in the processor's cache
 _FARTHEST = 1e3  # where what drawing nearer and what float32 loses are about the same
 _EXACT_BLOCK = 262_144
 
@@ -127,13 +146,17 @@ class IndexSpace(RowSpace):
         """Whether rows fit the scale that was fixed by others."""
         return not self.is_l2 or self.largest_length(features) <= self.largest
 
+    def first_pass_rows(self, features: Rows) -> Singles:
+        """See `RowSpace`; in threads."""
+        return _in_parts(super().first_pass_rows, features, self.width + self.is_l2)
+
     def index_rows(self, features: Rows) -> Singles:
         """[N, D] raw features to the float32 rows of an approximate index, which are normalised."""
-        rows = np.empty((len(features), self.width), np.float32)
-        for start in range(0, len(features), ROW_BLOCK):
-            part = slice(start, start + ROW_BLOCK)
-            rows[part] = self.normalize(features[part]) / self.scale
-        return rows
+        return _in_parts(lambda part: self.normalize(part) / self.scale, features, self.width)
+
+    def read_for_index(self, features: Rows) -> "IndexRows":
+        """The same, made when they are read: those of all rows need not fit into memory."""
+        return IndexRows(self, features)
 
     def index_queries(self, queries: Floats) -> Singles:
         """[B, D] normalised queries as an approximate index takes them.
@@ -141,6 +164,8 @@ class IndexSpace(RowSpace):
         One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
         hardly changes, and float32 can still tell their distances apart.
         """
+        if not self.is_l2:
+            return queries.astype(np.float32)
         scaled = queries / self.scale
         # the largest value first: its square may not fit
         highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
@@ -148,6 +173,47 @@ class IndexSpace(RowSpace):
         length = highest * np.sqrt(np.einsum("nd,nd->n", unit, unit))[:, None]
         shrunk = scaled * (_FARTHEST / np.maximum(length, _FARTHEST))
         return shrunk.astype(np.float32)
+
+
+class IndexRows:
+    """[N, E] float32 rows of an approximate index, made of raw features as they are read.
+
+    Args:
+        space: how rows are compared.
+        features: [N, D] raw rows.
+    """
+
+    def __init__(self, space: IndexSpace, features: Rows) -> None:
+        self.space, self.features = space, features
+        self.shape = (len(features), space.width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Ints) -> Singles:
+        """Rows by slice or by positions."""
+        return self.space.index_rows(self.features[rows])
+
+
+def _in_parts(make: Callable[[NDArray], NDArray], features: Rows, width: int) -> Singles:
+    """[N, width] float32, made of [N, D] raw rows in as many threads as torch has.
+
+    Each thread has rows beside each other, so that it hashes its own part of a mapped file.
+    """
+    made = np.empty((len(features), width), np.float32)
+
+    def fill(span: Ints) -> None:
+        for start in span.tolist():
+            made[start : start + _NORMALIZED] = make(features[start : start + _NORMALIZED])
+
+    starts = np.arange(0, len(features), _NORMALIZED)
+    spans = np.array_split(starts, max(1, min(torch.get_num_threads(), len(starts))))
+    if len(spans) == 1:
+        fill(spans[0])
+        return made
+    with ThreadPoolExecutor(len(spans)) as pool:
+        list(pool.map(fill, spans))
+    return made
 
 
 class MovedRows:
@@ -243,11 +309,18 @@ class ApproximateSearcher(GrowingSearcher):
 
     is_exact = False
 
-    def __init__(
-        self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingFirstPass
-    ) -> None:
+    def __init__(self, features: Rows, ids: Ints, space: IndexSpace, index: GrowingIndex) -> None:
         super().__init__(features, ids, space, index)
-        self.measured = len(ids)
+        self.lists, self.measured = index, len(ids)
+
+    def search(self, queries: NDArray, k: int, exclude_ids: Ints | None) -> tuple[Floats, Ints]:
+        """See `Searcher.search`: an index of codes alone needs many rows compared for each."""
+        most, per_neighbour = len(self.ids) - (exclude_ids is not None), self.lists.per_neighbour
+        if per_neighbour > 1:  # of which some are rows that were removed
+            per_neighbour = -(-per_neighbour * len(self.places) // max(1, len(self.ids)))
+        width = min(max(k, most), k * per_neighbour)
+        similarities, positions = super().search(queries, width, exclude_ids)
+        return similarities[:, :k], positions[:, :k]
 
     def propose(self, queries: Floats, count: int) -> tuple[Ints, Floats, Floats]:
         """See `Searcher.propose`."""
@@ -264,7 +337,7 @@ class ApproximateSearcher(GrowingSearcher):
         if len(self.ids) + len(added) > (1 + _MOST_ADDED) * self.measured:
             return False  # its lists and its stated recall are those of other rows
         try:
-            self.index.add(self.space.index_rows(added))
+            self.lists.add(self.space.read_for_index(added))
         except NotImplementedError:
             return False
         return True

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.manifest import DatastoreError
+from ..core.manifest import MEASURED_ON, DatastoreError, say_recalls
 from ..core.rows import Values
-from ..core.search import Floats, Neighbors, Request, TorchFirstPass, check_request
+from ..core.search import Floats, Ints, Neighbors, Request, TorchFirstPass, check_request
 from .backend import NOBODY, Hits, even_parts
 from .casting import Centers, fits_float16, sums_of, widened
 from .changes import checked_rows
 from .datastore import Datastore
 from .index import MIN_RECALL
 from .kinds import FLAT
-from .recall import RECALL_K, ROWS, Queries, queries_for
+from .recall import RECALL_K, ROWS, Queries, Recalls, queries_for, worst
 from .searcher import nearest_in_blocks, recall_of
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,10 @@ class ShardedDatastore:
 
     Attributes:
         shard: this rank's rows.
-        recall: share of the 20 nearest of all rows that was found when the datastore was made, for
-            rows or for queries unlike them, whichever was worse; None where all shards are exact.
-        measured_on: which of them that was.
+        recall: share of the 20 nearest of all rows that was found when the datastore was made, the
+            worst of `recalls`; None where all shards are exact.
+        measured_on: which of them that was, see `IndexInfo`.
+        recalls: by what it was measured on; empty where all shards are exact.
 
     Raises:
         RuntimeError: before `torch.distributed.init_process_group`.
@@ -82,10 +83,12 @@ class ShardedDatastore:
         self._refuse_shared_ids()
         self.recall: float | None = None
         self.measured_on: str | None = None
+        self.recalls: Recalls = {}
         if self._is_approximate():
             self._build()  # after which one may know that an exact search is no slower
         if self._is_approximate():
-            self.recall, self.measured_on = self._measure()
+            self.recalls = self._measure()
+            self.recall, self.measured_on = worst(self.recalls)
 
     @classmethod
     def from_features(
@@ -243,17 +246,18 @@ class ShardedDatastore:
             problem = str(error)
         _raise_any(_exchange(problem, self.group))
 
-    def _measure(self) -> tuple[float, str]:
-        """The worst recall over all ranks, and of which kind of queries; each rank brings some."""
+    def _measure(self) -> Recalls:
+        """The recalls over all ranks, by kind of queries, of which each rank brings some."""
         shard, total = self.shard, self.count()
+        recalls = dict.fromkeys(MEASURED_ON, 1.0)
         if total < 2:  # nothing is missed
-            return 1.0, ROWS
+            return recalls
         nothing = Queries(ROWS, np.empty((0, shard.dim)), np.empty(0, np.int64))
         mine = [nothing]
         if len(shard):
-            mine = queries_for(shard.build_index().features, shard.ids.numpy())
+            mine = queries_for(shard.build_index().features, shard.ids.numpy(), self._own_nearest)
         kinds = max(_exchange([queries.kind for queries in mine], self.group), key=len)
-        k, worst = min(RECALL_K, total - 1), (1.0, ROWS)
+        k = min(RECALL_K, total - 1)
         for i, kind in enumerate(kinds):
             asked = mine[i] if i < len(mine) else nothing
             request = Request(asked.features, k, asked.own)
@@ -262,10 +266,18 @@ class ShardedDatastore:
             wanted = self._answer(request, k, counts, self._truly_nearest).ids
             share = recall_of(found, wanted) if len(found) else 0.0
             recall = sum(_exchange(share * len(found), self.group)) / sum(counts)
-            worst = min(worst, (recall, kind), key=lambda pair: pair[0])
+            recalls[kind] = min(recalls[kind], recall)
         if dist.get_rank(self.group) == 0:
-            logger.info("%d rows on all ranks: recall@%d %.4f on %s", total, k, *worst)
-        return worst
+            said = say_recalls(recalls)
+            logger.info("%d rows on all ranks: recall@%d %s", total, k, said)
+        return recalls
+
+    def _own_nearest(self, queries: Queries, k: int) -> Ints:
+        """The ids of the nearest of this rank's rows, whatever its index."""
+        ids = self._truly_nearest(np.asarray(queries.features, np.float64), k + 1).ids
+        # a row among its own neighbours goes behind them; of others the last does
+        order = np.argsort(ids == queries.own[:, None], axis=1, kind="stable")
+        return np.take_along_axis(ids, order, axis=1)[:, :k]
 
     def _verify_shards(self) -> None:
         problem = ""

@@ -6,21 +6,20 @@ nothing and a change that fails leaves everything as it was.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.manifest import DatastoreError, FileRecord, read_at
+from ..core.manifest import FileRecord
 from ..core.rows import RowParts
 from ..core.search import Ints
+from .mapped import RowFile
+from .views import appended, kept, parts_of, reordered, with_parts
 
 _MODULUS = 2**256
 
@@ -104,14 +103,13 @@ def combine(total: int, count: int, mean: Tensor, *facts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-SHARD_BYTES = 5 * 10**9
-"""A row file holds at most this many bytes of features."""
+SHARD_BYTES = 10**9
+"""A row file holds at most this many bytes of features: they are in memory while it is written."""
 
 SMALL_SHARD_BYTES = 16 * 10**6
 """Added rows go into the last row file while it is smaller than this, else into a new one."""
 
 _FEW = 8
-_PIECE_BYTES = 2**20
 
 
 class Shard(NamedTuple):
@@ -119,73 +117,6 @@ class Shard(NamedTuple):
 
     rows: int
     record: FileRecord | None = None
-
-
-class RowFile:
-    """A row file that stays open, since the features in it are mapped into memory.
-
-    They are what the file holds now: whoever writes into it changes them. So whoever copied some of
-    them compares the file with its record afterwards, which finds a change of any time before.
-
-    Args:
-        record: what the file held when it was opened.
-        file: open for reading; closed when nobody has its rows any more.
-        features: [n, D] mapped.
-    """
-
-    def __init__(self, record: FileRecord, file: BinaryIO, features: Tensor) -> None:
-        self.record, self.file, self.features = record, file, features
-
-    def __del__(self) -> None:
-        self.file.close()
-
-    def is_among(self, parts: Sequence[Tensor]) -> bool:
-        """Whether some of these tensors [n, D] is mapped from the file."""
-        return any(part is self.features for part in parts)
-
-    def check_size(self) -> None:
-        """Refuses a file that was cut off: whoever reads behind its end is killed.
-
-        Raises:
-            DatastoreError: with both sizes.
-        """
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.record.size:
-            raise DatastoreError(
-                f"Expected {self.record.name} to keep the {self.record.size} bytes that it had "
-                f"when it was opened, but got {size}; put a whole copy back, and open it again."
-            )
-
-    def verify(self) -> None:
-        """Hashes the file as it is now.
-
-        Raises:
-            DatastoreError: if it is not what was opened.
-        """
-        self.check_size()
-        try:
-            self.record.compare(partial(read_at, self.file))
-        except DatastoreError as error:
-            raise DatastoreError(
-                f"{error} It changed on disk after it was opened, so that nothing that was read of "
-                "it is kept or saved; put a whole copy back, and open it again."
-            ) from error
-
-    def copy_to(self, path: Path) -> None:
-        """Copies the file, which may have lost its name.
-
-        Raises:
-            DatastoreError: if it is not what was opened.
-        """
-        self.check_size()
-        with path.open("wb") as copy:
-            while piece := read_at(self.file, copy.tell(), _PIECE_BYTES):
-                copy.write(piece)
-        try:
-            self.record.verify(path)
-        except DatastoreError:
-            self.verify()  # which says more, unless it was the copy that failed
-            raise
 
 
 @dataclass(frozen=True)
@@ -243,15 +174,11 @@ class RowTable:
             DatastoreError: for a file that is not what was opened.
         """
         parts = [part.clone() if self.files else part for part in self.features.parts]
-        return replace(self, features=RowParts(parts))._copied_from(self)
+        return replace(self, features=with_parts(self.features, parts))._copied_from(self)
 
     def files_behind(self, rows: slice) -> list[RowFile]:
         """The files that some rows, by position, are mapped from."""
-        parts, start = [], 0
-        for part in self.features.parts:
-            if start < rows.stop and start + len(part) > rows.start:
-                parts.append(part)
-            start += len(part)
+        parts = parts_of(self.features, rows)
         return [file for file in self.files if file.is_among(parts)]
 
     def _copied_from(self, before: "RowTable") -> "RowTable":
@@ -284,7 +211,7 @@ class RowTable:
         mine = self.features
         same_files = features.dtype == mine.dtype and (self.paths is not None or paths is None)
         if features.dtype != mine.dtype:
-            mine = RowParts([part.to(features.dtype) for part in mine.parts])
+            mine = with_parts(mine, [part.to(features.dtype) for part in mine.parts])
         all_paths = None
         if self.paths is not None or paths is not None:
             all_paths = (self.paths or [""] * len(self)) + (paths or [""] * len(ids))
@@ -304,19 +231,35 @@ class RowTable:
             shards,
         )._copied_from(self)
 
-    def keep(self, kept: Tensor) -> "RowTable":
-        """Without the rows whose `kept` [N] is False; their files will be written anew."""
+    def keep(self, stays: Tensor) -> "RowTable":
+        """Without the rows whose `stays` [N] is False; their files will be written anew."""
         paths = None
         if self.paths is not None:
-            paths = [p for p, stays in zip(self.paths, kept.tolist(), strict=True) if stays]
+            paths = [p for p, stay in zip(self.paths, stays.tolist(), strict=True) if stay]
+        mapped = [_is_mapped(part, self.files) for part in self.features.parts]
         return RowTable(
-            _keep(self.features, kept),
-            self.labels[kept],
-            self.ids[kept],
+            kept(self.features, stays, mapped),
+            self.labels[stays],
+            self.ids[stays],
             paths,
-            None if self.lists is None else self.lists[kept.numpy()],
-            change_shards(self.shards, ~kept, kept),
+            None if self.lists is None else self.lists[stays.numpy()],
+            change_shards(self.shards, ~stays, stays),
         )._copied_from(self)
+
+    def in_list_order(self) -> "RowTable":
+        """With rows of one list beside each other, so that a search reads what is near."""
+        assert self.lists is not None
+        order = np.argsort(self.lists, kind="stable")
+        places = torch.from_numpy(order)
+        return replace(
+            self,
+            features=reordered(self.features, order),
+            labels=self.labels[places],
+            ids=self.ids[places],
+            paths=None if self.paths is None else [self.paths[place] for place in order.tolist()],
+            lists=self.lists[order],
+            shards=[Shard(shard.rows) for shard in self.shards],
+        )
 
     def relabel(self, rows: Tensor, labels: Tensor) -> "RowTable":
         """With other labels [M] for the rows at some positions [M]."""
@@ -330,6 +273,10 @@ class RowTable:
         if self.lists is None and lists is None:
             return self
         return replace(self, lists=lists, shards=[Shard(shard.rows) for shard in self.shards])
+
+    def with_paths(self, paths: list[str] | None) -> "RowTable":
+        """With the paths that its files hold."""
+        return replace(self, paths=paths)
 
     def with_new_first_file(self) -> "RowTable":
         """To be written with another mean or learned map, which lie in the first file."""
@@ -362,17 +309,12 @@ def _row_bytes(features: RowParts) -> int:
 def _append(features: RowParts, rows: Tensor, files: Sequence[RowFile]) -> RowParts:
     """With more rows [M, D] at the end; only a small last part is copied, unless it is mapped."""
     last = features.parts[-1]
-    is_mapped = any(file.is_among([last]) for file in files)
-    if len(last) * _row_bytes(features) < SMALL_SHARD_BYTES and not is_mapped:
-        return RowParts([*features.parts[:-1], torch.cat([last, rows])])
-    return RowParts([*features.parts, rows])
+    is_small = len(last) * _row_bytes(features) < SMALL_SHARD_BYTES
+    return appended(features, rows, joins_last=is_small and not _is_mapped(last, files))
 
 
-def _keep(features: RowParts, kept: Tensor) -> RowParts:
-    """Without the rows whose `kept` [N] is False; parts that lose none are shared."""
-    masks = kept.split([len(part) for part in features.parts])
-    pairs = zip(features.parts, masks, strict=True)
-    return RowParts([part if bool(mask.all()) else part[mask] for part, mask in pairs])
+def _is_mapped(part: Tensor, files: Sequence[RowFile]) -> bool:
+    return any(file.is_among([part]) for file in files)
 
 
 def split_into_shards(rows: int, row_bytes: int) -> list[Shard]:

@@ -20,7 +20,7 @@ from ..fit.grids import LossNormalization
 from ..fit.heads import PROBE_GRIDS
 from ..model.backbones import AUTO_HEAD
 from ..store.index import parse_memory
-from ..store.kinds import AUTO, FLAT
+from ..store.kinds import AUTO, FLAT, LATENCY
 
 ARGUMENTS_NAME = "training_args.json"
 """File of a saved model with the arguments; a pickle is nobody's friend."""
@@ -98,7 +98,8 @@ class KnnTrainingArguments(TrainingArguments):
         knn_refresh_tune: choose k and temperature of the loss anew at each refresh.
         knn_queries: `snapshot` asks about the features of the last refresh, `live` about those of
             the step.
-        knn_index: `auto`, `flat` or a faiss factory string, see `Datastore.from_features`.
+        knn_index: `auto`, `auto:latency`, `flat` or a faiss factory string, see
+            `Datastore.from_features`.
         knn_max_memory: what the index may take, such as `2GB`; None for no limit.
         tune_criterion: see `hf_knn.tune`; None chooses by the number of labels.
         calibrate: also scale the temperatures of head and blend on the rows that `tune` chooses on.
@@ -183,7 +184,7 @@ class KnnTrainingArguments(TrainingArguments):
         default="snapshot", metadata={"help": "Training queries: 'snapshot' or 'live' features."}
     )
     knn_index: str = field(
-        default=AUTO, metadata={"help": "'auto', 'flat' or a faiss factory string."}
+        default=AUTO, metadata={"help": "'auto', 'auto:latency', 'flat' or a faiss factory string."}
     )
     knn_max_memory: str | None = field(
         default=None, metadata={"help": "What the index may take, such as 2GB."}
@@ -359,7 +360,7 @@ class KnnTrainingArguments(TrainingArguments):
     @property
     def names_index(self) -> bool:
         """Whether the caller asked for an index, so that the run's own files may bring it."""
-        return self.knn_index not in (AUTO, FLAT)
+        return self.knn_index not in (AUTO, LATENCY, FLAT)
 
     @property
     def reweights(self) -> bool:

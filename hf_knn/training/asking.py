@@ -91,6 +91,7 @@ def by_itself(
     model: KnnForImageClassification,
     validation: ImageFeatures | None,
     device: torch.device,
+    softened: float,
 ) -> HeldOut:
     """What was said when heads were compared, on a validation set by the head that was trained.
 
@@ -99,9 +100,10 @@ def by_itself(
         model: with the head.
         validation: what was asked about; None: folds, whose rows the model has seen.
         device: of the head.
+        softened: what the logits of the model's head were divided by since it was trained.
     """
     if validation is None:
-        return answers
+        return answers.softened(softened)
     rows = labelled(validation, model.config)
     return answers._replace(head_log_probs=ask_head(model, rows.head, device))
 

@@ -20,7 +20,7 @@ from transformers.utils import PushInProgress
 from ..core.manifest import hash_blocks
 from ..core.plain_json import read_json
 from ..model.before import is_checkpoint_file
-from ..model.card import draw_reliability, make_card
+from ..model.card import draw_reliability, leave_thumbnails, make_card
 from ..model.code import legacy_code
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import exchange, fsync_path, fsync_tree, write_durably
@@ -296,6 +296,8 @@ def prepare_push(
         for path in source.rglob("*"):
             if path.is_file():
                 _link(path, staging / inner / path.relative_to(source))
+        leave_thumbnails(staging / inner)
+    leave_thumbnails(staging)
     extra = () if inner is None else _RESUME_STATE
     outdated = set() if inner is None else {f"{LAST_CHECKPOINT}/*"}
 
@@ -303,7 +305,8 @@ def prepare_push(
         try:
             opened = target.open()
             draw_reliability(model, staging)
-            card = make_card(model, opened.repo_id, opened.read_text(CARD_NAME), staging)
+            before = opened.read_text(CARD_NAME)
+            card = make_card(model, opened.repo_id, before, staging, thumbnails=False)
             (staging / CARD_NAME).write_text(card, encoding="utf-8")
             replaced = sorted(legacy_code(opened.read_text) | outdated)
             return opened.push(staging, message, extra=extra, replaced=replaced)

@@ -123,6 +123,7 @@ class KnnTrainer(SavingTrainer):
         self.head_choice: HeadChoice | None = None
         self._chosen_on: tuple[Any, ImageFeatures | None] = None, None
         self.tune_result: TuneResult | None = None
+        self._softened = 1.0  # what the logits of this head were divided by since it was trained
         self.probe_choice: ProbeChoice | None = None
         self.metric_choice: MetricChoice | None = None
         self._known_features = KnownFeatures(args)
@@ -158,7 +159,7 @@ class KnnTrainer(SavingTrainer):
             raise ValueError("Expected `train_dataset` to train on, but got None.")
         if self.model_init is not None:
             self._begin_anew(*args[:1], **kwargs)
-        self.head_choice = self.metric_choice = None
+        self.head_choice, self.metric_choice, self._softened = None, None, 1.0
         descends = resume_from_checkpoint or self._brings_optimizer
         if chooses_head(self.model, self.args) and not descends:
             self._choose_head()
@@ -199,8 +200,7 @@ class KnnTrainer(SavingTrainer):
             raise ValueError("Expected `train_dataset` to build a datastore from, but got None.")
         features = self.train_features
         if features is None or not self.args.freeze_backbone:
-            features = self._features_of(self.train_dataset)
-            self.train_features = features
+            features = self.train_features = self._features_of(self.train_dataset)
         store = store_of(features, config := self.model.config, self.args)
         self.metric_choice = learn_metric(store, features, config, self.args, self.metric_choice)
         store.digest = made_by(self.model)
@@ -225,8 +225,8 @@ class KnnTrainer(SavingTrainer):
         unless a criterion is named: on so few, chance would choose. λ is 0 below 3 labels a class,
         and 0.5 where there are more and no row can be held out.
 
-        Half of the rows are chosen on; thresholds for `explain(max_error=…)` come from the others.
-        Few are all chosen on; then each half is judged by what the other would choose.
+        Half of the rows are chosen on, or all where they are few. For the thresholds of
+        `explain(max_error=…)` each half is judged by what the other would choose.
 
         Args:
             eval_dataset: a validation set; None takes the trainer's own.
@@ -246,9 +246,9 @@ class KnnTrainer(SavingTrainer):
             self.build_datastore()
         calibrate = self.args.calibrate if calibrate is None else calibrate
         held_out, choice = self._hold_out(dataset, criterion, progress)
-        self.tune_result = choose_blend(
-            self.model, held_out, criterion, calibrate, progress, choice
-        )
+        model, before = self.model, self.model.config.head_temperature
+        self.tune_result = choose_blend(model, held_out, criterion, calibrate, progress, choice)
+        self._softened *= model.config.head_temperature / before
         self._forget_measurement()
         return self.tune_result
 
@@ -260,19 +260,20 @@ class KnnTrainer(SavingTrainer):
         chosen_on, features = self._chosen_on
         is_same = dataset is chosen_on and not model.changes  # nothing was taught since
         if choice is not None and choice.answers is not None and is_same:
-            return by_itself(choice.answers, model, features, device), choice
+            said = by_itself(choice.answers, model, features, device, self._softened)
+            return said, choice if self._softened == 1 else None
         if dataset is not None:
             features = unstored(self._features_of(checked_rows(dataset, model)), model)
             return ask_voices(model, features, device), None
         features = self.train_features or self._features_of(self.train_dataset)
-        self.train_features = features
+        self.train_features, args, learned = features, self.args, self.metric_choice
         fixed = None if choice is None else choice.fixed
         if choice is not None and choice.table:
             choice = None  # of other rows
         if not criterion and not can_hold_out(features):
             return None, choice
-        train, args, learned = self._train_fold, self.args, self.metric_choice
-        return ask_on_folds(model, features, args, train, fixed, learned, progress), choice
+        found = ask_on_folds(model, features, args, self._train_fold, fixed, learned, progress)
+        return found.softened(self._softened), choice
 
     def evaluate(
         self,
@@ -405,8 +406,7 @@ class KnnTrainer(SavingTrainer):
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self.loss = KnnLoss(self.args, model.config)
-        self.train_features = self.tune_result = self.probe_choice = None
-        self.head_choice = None
+        self.train_features = self.tune_result = self.probe_choice = self.head_choice = None
 
     def _forget_measurement(self) -> None:
         """Drops what was measured of a model that is about to be another one."""

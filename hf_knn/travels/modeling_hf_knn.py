@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e361407fa4611cb1eca07755691af06171b376fb8c30421e1b7c54a04656e3ca.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -254,6 +254,7 @@ def width_of(learned: LearnedMap | None, dim: int) -> int:
 # ---- rows.py: Rows in one or more arrays, and the checks of what goes into them: features, labels, ids.
 
 Values = Tensor | NDArray | Sequence[int]
+_AT_ONCE = 8192  # rows that stay in the processor's cache
 
 def as_features(values: Tensor | NDArray, name: str, dim: int | None = None) -> Tensor:
     """Brings features of any float dtype, device and layout to the CPU."""
@@ -287,11 +288,12 @@ def _as_tensor(values: NDArray, name: str) -> Tensor:
 
 def refuse_non_finite(rows: Tensor, name: str) -> None:
     """Refuses NaN, infinities and what float32 cannot hold."""
-    bad = ~rows.float().isfinite().all(dim=1)
+    parts = rows.split(_AT_ONCE)
+    bad = ~np.concatenate([np.isfinite(part.float().numpy()).all(axis=1) for part in parts])
     if bad.any():
         raise ValueError(
             f"Expected `{name}` to be finite numbers within float32's range, "
-            f"but rows {shown(bad.nonzero().flatten())} are not; drop or repair them."
+            f"but rows {shown(bad.nonzero()[0])} are not; drop or repair them."
         )
 
 def as_whole_numbers(values: Values, name: str, lowest: int = 0) -> Tensor:
@@ -324,7 +326,7 @@ def check_row_numbers(labels: Tensor, ids: Tensor, count: int) -> tuple[Tensor, 
         raise ValueError(f"Expected unique `ids`, but got some twice: {shown(values[counts > 1])}.")
     return labels, ids
 
-def shown(numbers: Tensor) -> str:
+def shown(numbers: Tensor | NDArray) -> str:
     """The first ten numbers of a list, for a message."""
     listed = ", ".join(str(number) for number in numbers[:10].tolist())
     return f"[{listed}{', …' if len(numbers) > 10 else ''}]"
@@ -375,8 +377,11 @@ class RowParts:
 
 # ---- plain_json.py: JSON that anybody may have written: of a size, of a depth, and saying each thing once.
 
+MANIFEST_NAME = "datastore.json"
 LARGEST_JSON = 64 * 2**20
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 _DEEPEST = 50
+_LARGEST_COUNT = 2**48
 
 class DatastoreError(ValueError):
     """A datastore on disk that is damaged, incomplete or not what it says it is."""
@@ -409,6 +414,86 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("a name that is there twice")
     return values
+
+class Fields:
+    """Typed access to one JSON object, with the field's full name in each error."""
+
+    def __init__(self, values: Any, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise DatastoreError(
+                f"Expected {f'`{prefix[:-1]}` in ' if prefix else ''}{MANIFEST_NAME} to be an "
+                f"object, but got {type(values).__name__}."
+            )
+        self.values, self.prefix = values, prefix
+
+    def get(self, name: str) -> Any:
+        """The value of a field."""
+        if name not in self.values:
+            raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
+        return self.values[name]
+
+    def wrong(self, name: str, wanted: str) -> DatastoreError:
+        """The error for a field of another kind."""
+        shown = repr(self.values.get(name))[:80]
+        return DatastoreError(
+            f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
+        )
+
+    def count(self, name: str) -> int:
+        """A whole number >= 0."""
+        value: int = self._checked(
+            name, f"a whole number in [0, {_LARGEST_COUNT}]",
+            lambda value: type(value) is int and 0 <= value <= _LARGEST_COUNT,
+        )  # fmt: skip
+        return value
+
+    def share(self, name: str) -> float:
+        """A number in [0, 1]."""
+        value: float = self._checked(
+            name, "a number in [0, 1]", lambda value: type(value) is float and 0 <= value <= 1
+        )
+        return value
+
+    def text(self, name: str) -> str:
+        """A string."""
+        value: str = self._checked(name, "a string", lambda value: isinstance(value, str))
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        """A string that a pattern matches whole."""
+        self.text(name)
+        value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
+        return value
+
+    def sha256_or_none(self, name: str) -> str | None:
+        """A sha256; None where the field is missing."""
+        return self.matching(name, SHA256_PATTERN) if name in self.values else None
+
+    def choice(self, name: str, choices: Iterable[str]) -> str:
+        """One of some strings."""
+        allowed = [str(choice) for choice in choices]
+        value: str = self._checked(name, f"one of {allowed}", allowed.__contains__)
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        """A list."""
+        value: list[Any] = self._checked(name, "a list", lambda value: isinstance(value, list))
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        """An object of strings."""
+        value: dict[str, str] = self._checked(
+            name, "an object of strings",
+            lambda value: isinstance(value, dict)
+            and all(isinstance(text, str) for text in value.values()),
+        )  # fmt: skip
+        return value
+
+    def _checked(self, name: str, wanted: str, is_right: Callable[[Any], object]) -> Any:
+        value = self.get(name)
+        if not is_right(value):
+            raise self.wrong(name, wanted)
+        return value
 
 
 # ---- config.py: The configuration of a k-NN image classifier.
@@ -644,11 +729,12 @@ class KnnHead(nn.Module):
 HASH_BLOCK = 64 * 2**20
 """Bytes per separately hashed block of a blob."""
 
+Read = Callable[[int, int], bytes | memoryview]
 _READ_BYTES = 2**20
 _SEEKING = threading.Lock()
 
 def hash_blocks(path: Path) -> tuple[str, list[str]]:
-    """Hashes a file once, as a whole and in blocks of `HASH_BLOCK` bytes."""
+    """The hex sha256 of a file, and of each block of `HASH_BLOCK` bytes; it is read once."""
     whole, blocks = hashlib.sha256(), []
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK):
@@ -664,7 +750,7 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
         file.seek(position)
         return file.read(count)
 
-def hash_read_blocks(read: Callable[[int, int], bytes | memoryview], count: int) -> list[str]:
+def hash_read_blocks(read: Read, count: int) -> list[str]:
     """Hashes the blocks of a file, as many at once as there are processors."""
 
     def hash_block(number: int) -> str:
@@ -684,13 +770,10 @@ REFERENCE_FORMAT = "hf_knn.datastore-reference"
 """Of a `datastore.json` that says in which vector database the rows lie."""
 
 STORAGE_DTYPES = ("float16", "float32")
-MEASURED_ON = ("rows", "queries unlike the rows")
-MANIFEST_NAME = "datastore.json"
+MEASURED_ON = ("rows", "perturbed rows", "queries unlike the rows")
 FAISS_NAME = "datastore.faiss"
 BLOB_PATTERN = re.compile(r"datastore-[0-9a-f]{12}\.safetensors")
-SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_LARGEST_COUNT = 2**48
 
 class StaleDatastoreError(DatastoreError):
     """A datastore whose features were made by other weights, processor settings or pooling."""
@@ -736,15 +819,16 @@ class FileRecord:
         self.compare(lambda start, count: memoryview(data)[start : start + count])
         return data
 
-    def compare(self, read: Callable[[int, int], bytes | memoryview]) -> None:
-        """Compares the bytes of a file with its record, several blocks at once."""
-        found = hash_read_blocks(read, len(self.blocks))
-        for number, (mine, theirs) in enumerate(zip(self.blocks, found, strict=True)):
-            if mine != theirs:
+    def compare(self, read: Read, only: int | None = None) -> None:
+        """Compares the bytes of a file, or of one block, with the record; several blocks at once."""
+        numbers = range(len(self.blocks)) if only is None else [only]
+        found = hash_read_blocks(read, len(numbers))
+        for number, theirs in zip(numbers, found, strict=True):
+            if (mine := self.blocks[number]) != theirs:
                 raise DatastoreError(
                     f"Expected {self.name} to have sha256 {mine[:12]}… in block {number} of "
-                    f"{len(found)}, but got {theirs[:12]}…; the file is damaged or from another "
-                    "save, download or save it again."
+                    f"{len(self.blocks)}, but got {theirs[:12]}…; the file is damaged or from "
+                    "another save, download or save it again."
                 )
 
 @dataclass(frozen=True)
@@ -756,12 +840,17 @@ class IndexInfo:
     parameters: dict[str, int] = field(default_factory=dict)
     recall: float | None = None
     measured_on: str | None = None
+    recalls: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         facts = [f"{name} {value}" for name, value in self.parameters.items()]
-        where = f" on {self.measured_on}" if self.measured_on else ""
-        facts += [] if self.recall is None else [f"recall@20 {self.recall:.4f}{where}"]
+        known = self.recalls or {self.measured_on or "rows": self.recall or 0.0}
+        facts += [] if self.recall is None else [f"recall@20 {say_recalls(known)}"]
         return f"{self.spec} ({', '.join(facts)})" if facts else self.spec
+
+def say_recalls(recalls: dict[str, float]) -> str:
+    """Recalls in words, by what they were measured on."""
+    return ", ".join(f"{recall:.4f} on {kind}" for kind, recall in recalls.items())
 
 @dataclass(frozen=True)
 class Binding:
@@ -794,8 +883,9 @@ class Manifest:
         """The text of `datastore.json`."""
         values = {"format": FORMAT, "format_version": FORMAT_VERSION, "block_size": HASH_BLOCK}
         found = asdict(self)
-        if self.index.measured_on is None:
-            del found["index"]["measured_on"]  # as every version wrote it
+        for name in ("measured_on", "recalls"):
+            if not found["index"][name]:
+                del found["index"][name]  # as every version wrote it
         return signed_json(values | found)
 
     @classmethod
@@ -832,7 +922,7 @@ class Manifest:
             dtype=fields.choice("dtype", STORAGE_DTYPES),
             metric=metric,
             normalization=normalization,
-            index=_parse_index(fields.get("index")),
+            index=parse_index(fields.get("index")),
             blobs=_parse_files(fields, "blobs", BLOB_PATTERN),
             faiss_index=faiss_index,
             binding=None if binding is None else parse_binding(binding),
@@ -856,7 +946,7 @@ def signed_json(values: dict[str, Any]) -> str:
         values["format_version"] = MAPPED_VERSION
     return json.dumps(values | {"checksum": _checksum(values)}, indent=2) + "\n"
 
-def check_format(fields: "Fields", wanted: str) -> None:
+def check_format(fields: Fields, wanted: str) -> None:
     """Checks what a `datastore.json` says about itself: format, version and its own checksum."""
     if fields.text("format") != wanted:
         raise fields.wrong("format", wanted)
@@ -877,79 +967,6 @@ def _checksum(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
-class Fields:
-    """Typed access to one JSON object, with the field's full name in each error."""
-
-    def __init__(self, values: Any, prefix: str) -> None:
-        if not isinstance(values, dict):
-            raise DatastoreError(
-                f"Expected {f'`{prefix[:-1]}` in ' if prefix else ''}{MANIFEST_NAME} to be an "
-                f"object, but got {type(values).__name__}."
-            )
-        self.values, self.prefix = values, prefix
-
-    def get(self, name: str) -> Any:
-        """The value of a field."""
-        if name not in self.values:
-            raise DatastoreError(f"Expected {MANIFEST_NAME} to have `{self.prefix}{name}`.")
-        return self.values[name]
-
-    def wrong(self, name: str, wanted: str) -> DatastoreError:
-        """The error for a field of another kind."""
-        shown = repr(self.values.get(name))[:80]
-        return DatastoreError(
-            f"Expected `{self.prefix}{name}` in {MANIFEST_NAME} to be {wanted}, but got {shown}."
-        )
-
-    def count(self, name: str) -> int:
-        """A whole number >= 0."""
-        value: int = self._checked(
-            name, f"a whole number in [0, {_LARGEST_COUNT}]",
-            lambda value: type(value) is int and 0 <= value <= _LARGEST_COUNT,
-        )  # fmt: skip
-        return value
-
-    def text(self, name: str) -> str:
-        """A string."""
-        value: str = self._checked(name, "a string", lambda value: isinstance(value, str))
-        return value
-
-    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
-        """A string that a pattern matches whole."""
-        self.text(name)
-        value: str = self._checked(name, f"a name like {pattern.pattern}", pattern.fullmatch)
-        return value
-
-    def sha256_or_none(self, name: str) -> str | None:
-        """A sha256; None where the field is missing."""
-        return self.matching(name, SHA256_PATTERN) if name in self.values else None
-
-    def choice(self, name: str, choices: Iterable[str]) -> str:
-        """One of some strings."""
-        allowed = [str(choice) for choice in choices]
-        value: str = self._checked(name, f"one of {allowed}", allowed.__contains__)
-        return value
-
-    def items(self, name: str) -> list[Any]:
-        """A list."""
-        value: list[Any] = self._checked(name, "a list", lambda value: isinstance(value, list))
-        return value
-
-    def texts(self, name: str) -> dict[str, str]:
-        """An object of strings."""
-        value: dict[str, str] = self._checked(
-            name, "an object of strings",
-            lambda value: isinstance(value, dict)
-            and all(isinstance(text, str) for text in value.values()),
-        )  # fmt: skip
-        return value
-
-    def _checked(self, name: str, wanted: str, is_right: Callable[[Any], object]) -> Any:
-        value = self.get(name)
-        if not is_right(value):
-            raise self.wrong(name, wanted)
-        return value
-
 def _parse_file(values: Any, prefix: str, pattern: re.Pattern[str]) -> FileRecord:
     fields = Fields(values, f"{prefix}.")
     size = fields.count("size")
@@ -968,16 +985,22 @@ def _parse_files(fields: Fields, name: str, pattern: re.Pattern[str]) -> list[Fi
     pairs = zip(fields.items(name), places, strict=True)
     return [_parse_file(values, place, pattern) for values, place in pairs]
 
-def _parse_index(values: Any) -> IndexInfo:
+def parse_index(values: Any) -> IndexInfo:
+    """Checks the part of a JSON file that says which index there is; raises DatastoreError."""
     fields = Fields(values, "index.")
-    recall, parameters = fields.get("recall"), fields.get("parameters")
-    if recall is not None and not (isinstance(recall, float) and 0 <= recall <= 1):
-        raise fields.wrong("recall", "a number in [0, 1] or null")
-    named, measured_on = Fields(parameters, "index.parameters."), fields.values.get("measured_on")
+    recall = None if fields.get("recall") is None else fields.share("recall")
+    measured_on = fields.values.get("measured_on")
     if measured_on not in (None, *MEASURED_ON):  # version 0.1 measured on rows alone, and said None
         raise fields.wrong("measured_on", f"one of {MEASURED_ON} or null")
-    counts = {name: named.count(name) for name in named.values}
-    return IndexInfo(fields.text("requested"), fields.text("spec"), counts, recall, measured_on)
+    named = Fields(fields.get("parameters"), "index.parameters.")
+    by_kind = Fields(fields.values.get("recalls", {}), "index.recalls.")
+    if not by_kind.values.keys() <= set(MEASURED_ON):
+        raise fields.wrong("recalls", f"numbers by {MEASURED_ON}")
+    return IndexInfo(
+        fields.text("requested"), fields.text("spec"),
+        {name: named.count(name) for name in named.values}, recall, measured_on,
+        {name: by_kind.share(name) for name in by_kind.values},
+    )  # fmt: skip
 
 def parse_binding(values: Any) -> Binding:
     """Checks the part of a `datastore.json` that ties it to a checkpoint."""
@@ -1125,12 +1148,13 @@ def normalize_rows(
     if normalization == Normalization.NONE:
         return rows
     squares = np.einsum("nd,nd->n", rows, rows)
-    if not ((squares > _SMALLEST_SQUARE) & (squares < 1 / _SMALLEST_SQUARE)).all():
+    least, most = squares.min(initial=1.0), squares.max(initial=1.0)
+    if not _SMALLEST_SQUARE < least <= most < 1 / _SMALLEST_SQUARE:
         _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
         rows = np.ldexp(rows, -exponents[:, None])  # exact; keeps the squares in range
         squares = np.einsum("nd,nd->n", rows, rows)
-    lengths = np.sqrt(squares)
-    rows /= np.where(lengths > 0, lengths, 1.0)[:, None]
+        squares[squares == 0] = 1.0
+    rows /= np.sqrt(squares)[:, None]
     return rows
 
 class RowSpace:
@@ -1257,13 +1281,14 @@ class Searcher:
             similarities = np.where(allowed, self._compare_all(queries), -np.inf)
         else:
             similarities, count = nothing, np.cumsum(allowed, axis=1)
-            first = allowed & (count <= (k if self.is_exact else width))
+            first = allowed & (count <= k)
             self._rescore(queries, candidates, first, similarities)
             # whatever cannot reach the least of these needs no rescoring
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            self._rescore(queries, candidates, more, similarities)
+            if more.any():
+                self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -1285,10 +1310,10 @@ class Searcher:
 
         def fill(block: int) -> None:
             part = order[block * step : (block + 1) * step]
-            used, which = np.unique(rows[part], return_inverse=True)
-            normalized = self.space.normalize(self.features[used])
-            if len(used) < len(part):
-                normalized = normalized[which]
+            used, which = rows[part], np.arange(len(part))
+            if len(queries) > 1:  # the candidates of one are other rows each
+                used, which = np.unique(used, return_inverse=True)
+            normalized = self.space.normalize(self.features[used])[which]
             pairs = self.space.compare(normalized, queries[numbers[part]])
             similarities[numbers[part], places[part]] = pairs
 
@@ -1411,11 +1436,13 @@ class FrozenDatastore:
         (folder / FAISS_NAME).unlink(missing_ok=True)  # made from the rows, and not copied
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
-def check_content(features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor) -> None:
+def check_content(
+    features: RowParts, labels: Tensor, ids: Tensor, mean: Tensor, *, reads_features: bool = True
+) -> None:
     """Refuses rows of a file that no datastore could have written."""
     try:
         check_row_numbers(labels, ids, len(features))
-        for part in features.parts:
+        for part in features.parts if reads_features else ():
             refuse_non_finite(part, "features")
         refuse_non_finite(mean.unsqueeze(0), "mean")
         if mean.shape != features.shape[1:]:

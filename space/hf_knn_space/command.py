@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
 
     data = os.environ.get("HF_KNN_DATA") or None
     try:
-        page = open_page(beside, given.checkpoint, given.pictures, data, given.backend)
+        page = open_page(
+            beside, given.checkpoint, given.pictures, data, given.backend, given.device
+        )
         app = make_app(page, beside)
     except (ValueError, OSError, ImportError) as error:
         said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
@@ -55,5 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", default=os.environ.get("HF_KNN_BACKEND") or "torch",
         help="what makes features: torch, onnx, openvino or auto [HF_KNN_BACKEND]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default=os.environ.get("HF_KNN_DEVICE") or "cpu",
+        help="where features are made: cpu, cuda, …; auto takes a GPU if there is one "
+        "[HF_KNN_DEVICE]",
     )  # fmt: skip
     return parser

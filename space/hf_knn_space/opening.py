@@ -4,6 +4,9 @@ import re
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from hf_knn import KnnForImageClassification
 
 from .builtin import open_builtin
@@ -22,6 +25,7 @@ def open_page(
     pictures: str | None,
     data: str | None,
     backend: str = "torch",
+    device: str = "cpu",
 ) -> Page:
     """Opens a model, or the embedded one.
 
@@ -34,6 +38,7 @@ def open_page(
             beside app.py, else the dataset on the Hub that the rows came from.
         data: where to keep what visitors teach; None keeps it in memory.
         backend: what makes features, see `hf_knn.PictureEncoder`.
+        device: where; `auto` is a GPU if there is one, else the processor.
 
     Raises:
         ValueError: for a damaged checkpoint, or a backend that cannot run it.
@@ -47,6 +52,9 @@ def open_page(
         model = KnnForImageClassification.from_pretrained(checkpoint)
         examples = [] if beside is None else (beside / "examples").glob("*.*")
         samples = sorted(map(str, examples))[:_SAMPLES]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    nn.Module.to(model, torch.device(device))
     visitors = Visitors(model, None if data is None else Path(data))
     service = Service(model, visitors, backend)
     return Page.of(service, find_pictures(model, pictures, beside), samples)

@@ -26,10 +26,11 @@ from catalog.backbones import find_backbone
 from catalog.cache import build_once, cache_root, versioned
 from catalog.glyphs import render_glyph
 from catalog.loading import load_task
-from catalog.offline_backbones import LITES, build_backbone, efficientnet_lite, rename_in_order
+from catalog.offline_backbones import LITES, build_backbone
 from catalog.offline_tasks import OFFLINE_TASKS, load_pictures, select_rows
 from catalog.openmoji import match_emoji, read_emoji
 from catalog.splits import split_indices
+from hf_knn.model.known import efficientnet_lite, find_known, rename_in_order
 from study.suites import SUITES
 
 GLYPHS = string.ascii_letters + string.digits
@@ -404,7 +405,7 @@ def test_efficientnet_opens_offline_and_equals_timm(name, shared_cache, no_netwo
     folder = build_backbone(name, shared_cache)
     assert torch.equal(torch.get_rng_state(), state)
     model = AutoModel.from_pretrained(folder).eval()
-    full = efficientnet_lite(name)
+    full = efficientnet_lite(find_known(name))
     side = LITES[name].image_size
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -428,7 +429,7 @@ def test_efficientnet_knows_a_daisy_and_a_palace(name, photograph, imagenet, sha
     side = find_backbone(name).image_size
     assert pixels.shape == (1, 3, side, side)
     with torch.no_grad():
-        assert efficientnet_lite(name)(pixels).argmax(-1).item() == imagenet
+        assert efficientnet_lite(find_known(name))(pixels).argmax(-1).item() == imagenet
 
 
 @pytest.mark.parametrize("name", LITES)
@@ -438,10 +439,10 @@ def test_efficientnet_processor_agrees_with_timm(name, shared_cache):
     assert known is not None
     assert known.input_size == (3, lite.image_size, lite.image_size)
     assert known.crop_mode == "center"
-    assert int(lite.image_size / known.crop_pct) == lite.resized
     processor = AutoImageProcessor.from_pretrained(build_backbone(name, shared_cache))
+    assert int(lite.image_size / known.crop_pct) == processor.size["shortest_edge"]
     picture = Image.fromarray(load_sample_image("flower.jpg")[:, :427])  # one-sided crops round
-    config = timm.data.resolve_data_config({}, model=efficientnet_lite(name))
+    config = timm.data.resolve_data_config({}, model=efficientnet_lite(find_known(name)))
     expected = timm.data.create_transform(**config)(picture)
     pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
     assert (pixels - expected).abs().mean() < 0.01  # PIL and torchvision round differently

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.commands import as_checkpoint
 from support.pictures import dataset_of, small_model
 from typer.testing import CliRunner
 
 import hf_knn_cli
-from hf_knn import extract_features
+from hf_knn import Datastore, extract_features
 
 LABELS = [0, 1, 2, 1]
 
@@ -131,3 +132,31 @@ def test_the_backend_option_is_for_one_command(
     assert seen == ["openvino"] * len(calls)
     done = CliRunner().invoke(hf_knn_cli.app, ["doctor", ".", "--backend", "tensorrt"])
     assert done.exit_code == 2
+
+
+def test_it_lists_and_clears_kept_indexes(
+    knn_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_knn.store.index.MOMENT", 0.0)
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    Datastore.from_features(rows, [0] * 300, index="IVF4,Flat").save(tmp_path / "animals")
+    wanted = Datastore.load(tmp_path / "animals").search(rows[:9], 5)
+    (entry,) = (e for e in cache("--json")["entries"] if e["kind"] == "index")
+    files = list((knn_cache / "indexes" / entry["name"]).iterdir())
+    assert entry["kind"] == "index"
+    assert entry["model"] == str(tmp_path / "animals")
+    assert (entry["rows"], entry["backend"]) == (300, "IVF4,Flat")
+    assert entry["bytes"] == sum(path.stat().st_size for path in files)
+    assert "animals" in cache()
+    (place,) = (path for path in files if path.name == "about.json")
+    long_ago = time.time() - 40 * 86_400
+    os.utime(place, (long_ago, long_ago))
+    assert len(cache("--older-than", "30", "--json")["entries"]) == 1
+    Datastore.load(tmp_path / "animals").search(rows[:9], 5)  # which is of use
+    assert cache("--older-than", "30", "--json")["entries"] == []
+    place.write_bytes(b"x")
+    assert [e["rows"] for e in cache("--json")["entries"]] == [0]
+    cache("--clear")
+    assert cache("--json")["entries"] == []
+    found = Datastore.load(tmp_path / "animals").search(rows[:9], 5)
+    assert torch.equal(found.ids, wanted.ids)

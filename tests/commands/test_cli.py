@@ -122,7 +122,7 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
     output, plot = tmp_path / "ridge", tmp_path / "plots" / "tuning.png"
     done = hf_knn("train", pictures, "--backbone", first, "-o", output, "--head", "ridge")
     assert done.exit_code == 0, done.stderr
-    assert "Ridge head: regulariser" in done.stdout
+    assert "Ridge head: smoothing (regulariser)" in done.stdout
     assert json.loads((output / "config.json").read_text())["head"] == "ridge"
     done = hf_knn("evaluate", output, pictures, "--json")
     assert done.exit_code == 0, done.stderr

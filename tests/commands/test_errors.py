@@ -89,7 +89,9 @@ def test_an_interruption_says_what_was_kept(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(typer.Exit) as left:
         run(raising(KeyboardInterrupt()))
     assert left.value.exit_code == 130
-    assert capsys.readouterr().err.startswith("Stopped. No checkpoint was changed by halves;")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Stopped. Nothing was changed."
+    assert said[1].startswith("To go on, or to begin again: hf-knn ")
 
 
 def test_an_exit_keeps_its_status() -> None:

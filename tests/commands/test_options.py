@@ -129,7 +129,8 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
     }
 
 
-READERS = {"train", "evaluate", "tune", "predict", "teach", "doctor", "inspect", "demo", "forget"}
+READERS = {"train", "evaluate", "tune", "predict", "sort", "teach", "doctor", "inspect", "demo",
+           "forget"}  # fmt: skip
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
@@ -155,8 +156,14 @@ def test_limits_are_heard_of_during_one_command(
     picture.parent.mkdir()
     picture.write_bytes(b"is not looked at")
     pictures = str(picture if command == "predict" else picture.parent)
-    places = {"train": [pictures], "doctor": [pictures], "inspect": [model], "demo": [],
-              "forget": [model]}  # fmt: skip
+    places = {
+        "train": [pictures],
+        "doctor": [pictures],
+        "inspect": [model],
+        "demo": [],
+        "forget": [model],
+        "sort": [pictures, "--model", model, "--into", pictures + "-sorted"],
+    }
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):
         call += ["--backbone", model]

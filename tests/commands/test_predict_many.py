@@ -329,7 +329,7 @@ def stop(path: Path, *words: object) -> None:
         done = hf_knn("predict", "model", "in", "-o", path, *words)
     assert done.exit_code == 130
     assert "Kept: 2 of 12 answers" in done.stderr
-    assert "The same command goes on from there." in done.stderr
+    assert "To go on, or to begin again: " in done.stderr
 
 
 def refused(*words: object) -> str:

@@ -95,7 +95,7 @@ def test_the_table_that_it_chose_by_is_printed(
     done = train(place, tmp_path / "model")
     report = json.loads((tmp_path / "model" / "train-report.json").read_text())
     lines = done.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if "Heads on pictures held out" in line)
+    start = next(i for i, line in enumerate(lines) if "How often each head is right" in line)
     for column in ("head", "alone", "with neighbours", "λ", "log-likelihood"):
         assert any(column in line for line in lines[start : start + 4]), column
     for score in report["head"]["table"]:
@@ -111,7 +111,7 @@ def test_too_few_labels_to_compare_are_said(place: Path, tmp_path: Path) -> None
     done = train(place, tmp_path / "model", pictures="few")
     assert done.exit_code == 0, done.stderr
     assert "Too few labels to compare heads by" in done.stdout
-    assert "Heads on pictures held out" not in done.stdout
+    assert "How often each head is right" not in done.stdout
     assert json.loads((tmp_path / "model" / "config.json").read_text())["head"] == "ridge"
 
 
@@ -165,8 +165,8 @@ def test_and_is_refused_beside_another(
 def test_a_head_that_is_named_is_trained(place: Path, tmp_path: Path) -> None:
     done = train(place, tmp_path / "model", "--head", "lda")
     assert done.exit_code == 0, done.stderr
-    assert "Heads on pictures held out" not in done.stdout
-    assert "Lda head: regulariser" in done.stdout
+    assert "How often each head is right" not in done.stdout
+    assert "Lda head: smoothing (regulariser)" in done.stdout
     assert json.loads((tmp_path / "model" / "config.json").read_text())["head"] == "lda"
 
 

@@ -20,10 +20,11 @@ BLOCK = 512
 BATCH_SIZES = (1, 7, 64, 1000)
 THREADS = (1, 2)
 COPIES = ("doubled", "500 equal")
-PER_SPACE, LONG = 400, 10_000
-"""Queries of each of the two stores in each of the five spaces: 4,000 in all, or 100,000."""
+PER_SPACE, LONG = 240, 10_000
+"""Queries of each of the two stores in each of the five spaces: 2,400 in all, or 100,000."""
 
-APPROXIMATE = ("IVF16,Flat", "IVF16,SQ8", "HNSW8")
+CODES = "IVF16,RaBitQfs,Refine(SQfp16)"
+APPROXIMATE = ("IVF16,Flat", "IVF16,SQ8", "IVF16,SQfp16", CODES, "HNSW8")
 in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
 on_ties = pytest.mark.parametrize("copies", COPIES)
 long_run = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -27,7 +27,9 @@ Generator = np.random.Generator
 
 # what is drawn
 
-INDEXES = ("flat", "flat", "flat", "IVF4,Flat", "IVF4,SQ8", "HNSW8")
+CODES = "IVF4,RaBitQfs,Refine(SQfp16)"
+LISTED = ("IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", CODES)
+INDEXES = ("flat", "flat", "flat", *LISTED, "HNSW8")
 LISTS = 4
 """An inverted file cannot have fewer rows than this."""
 

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training.test_trainer import CLASSES, cloud, probe, store_of
 
-from hf_knn import KnnForImageClassification, KnnTrainer, blend_log_probs, knn_log_probs
+from hf_knn import (
+    KnnForImageClassification,
+    KnnTrainer,
+    KnnTrainingArguments,
+    blend_log_probs,
+    knn_log_probs,
+)
 from hf_knn.core.votes import floor_log_probs, soften
 
 
@@ -137,3 +143,27 @@ def test_numbers_of_another_model_are_not_kept(tmp_path: Path) -> None:
     assert "chosen on the same pictures" in kept["note"]
     trainer.train()
     assert measured(trainer) is None
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge"])
+def test_twice_on_folds_is_as_once(head: str, tmp_path: Path) -> None:
+    args = KnnTrainingArguments(
+        str(tmp_path), freeze_backbone=True, report_to=[], disable_tqdm=True, head=head
+    )
+    trainer = KnnTrainer(small_model(CLASSES), args, train_dataset=cloud(90))
+    trainer.train()
+    rows = cloud(20, seed=9).features
+    trainer.tune(calibrate=True)
+    temperature = trainer.model.config.head_temperature
+    with torch.no_grad():
+        once = trainer.model(features=rows).logits
+    trainer.tune(calibrate=True)
+    assert trainer.model.config.head_temperature == pytest.approx(temperature, rel=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            trainer.model(features=rows).logits, once, atol=1e-4, rtol=1e-4
+        )  # fmt: skip
+    if head == "ridge":  # which is made anew, as sharp as at first
+        trainer.train()
+        trainer.tune(calibrate=True)
+        assert trainer.model.config.head_temperature == pytest.approx(temperature, rel=1e-5)

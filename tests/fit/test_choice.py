@@ -357,6 +357,23 @@ def test_nothing_that_a_half_is_judged_by_has_seen_it() -> None:
     assert [len(rows) for rows in seen] == [10] * 4
 
 
+def test_what_the_first_half_chose_is_not_chosen_again() -> None:
+    near = Neighbors(torch.rand(20, 1), torch.zeros(20, 1).long(), torch.zeros(20, 1).long())
+    rows = HeldOut(near, torch.randn(20, 2).log_softmax(1), torch.arange(20) % 2)
+    asked: list[Tensor] = []
+
+    def choose(heads: Mapping[str, HeldOut]) -> tuple[str, TuneResult]:
+        asked.append(heads["ridge"].labels)
+        return "ridge", replace(untuned(), knn_weight=0.0)
+
+    known = "ridge", replace(untuned(), knn_weight=0.0)
+    judged = judged_by_halves({"ridge": rows}, choose, BlendOf(2), known)
+    plain = judged_by_halves({"ridge": rows}, choose, BlendOf(2))
+    assert torch.equal(judged.log_probs, plain.log_probs)
+    assert [len(labels) for labels in asked] == [10, 10, 10]
+    assert torch.equal(asked[0], rows.halves()[1].labels)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_fewest_rows_are_judged(count: int) -> None:
     near = Neighbors(

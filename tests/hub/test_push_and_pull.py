@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from support.hub_checks import REPO, assert_answers_alike, assert_whole
 from support.hub_server import LFS_BYTES, TOKEN, Fault, Hub, sha256
 from support.tiny import assert_same_rows, assert_same_tensors, pixels, tiny_model
@@ -263,6 +264,38 @@ def test_a_picture_of_neighbours_is_kept(hub: Hub, model: Any, cache: Path) -> N
     found.push_to_hub(REPO)
     assert hub.files(REPO)["neighbors.png"] == model.neighbor_picture
     assert "(neighbors.png)" in card_of(hub).text
+
+
+def test_small_pictures_stay_behind_unless_asked(
+    hub: Hub, model: Any, cache: Path, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    import hf_knn_cli
+
+    row = int(model.datastore.ids[0])
+    model.keep_thumbnails({row: Image.new("RGB", (300, 200), "red")})
+    model.forget([int(model.datastore.ids[1])])
+    receipts, small = len(model.changes), model.thumbnails
+    said, name = b"small copies of training pictures", "thumbnails.safetensors"
+    for asked in (False, True, False):  # the last one takes away what the second brought
+        model.push_to_hub(REPO, thumbnails=asked)
+        files = assert_whole(hub)
+        assert (name in files) == (said in files["README.md"]) == asked
+        found = AutoModel.from_pretrained(REPO, cache_dir=cache)
+        assert (found.thumbnails is not None) == asked
+        assert len(found.changes) == receipts
+        assert_answers_alike(found, model)
+        assert model.thumbnails is small
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id=REPO, thumbnails=True)
+    assert name in hub.files(REPO)
+    for options, is_there in (["--thumbnails"], True), ([], False):
+        done = CliRunner().invoke(hf_knn_cli.app, ["push", str(tmp_path / "model"), REPO, *options])
+        assert done.exit_code == 0, done.stderr
+        assert (name in hub.files(REPO)) == is_there
+        words = "went along" if is_there else "stayed here; --thumbnails"
+        assert words in " ".join(done.stdout.split())
+    assert (tmp_path / "model" / name).is_file()
 
 
 def test_a_scanner_of_pickles_finds_nothing(hub: Hub, model: Any, tmp_path: Path) -> None:

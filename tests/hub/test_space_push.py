@@ -41,15 +41,31 @@ def test_a_folder_goes_along_in_one_commit(hub: Hub, model: Any, tmp_path: Path)
     done = push(str(tmp_path / "model"), "--push", SPACE, "--private")
     assert done.exit_code == 0, done.stderr
     assert "Pushed: http" in done.stdout
-    assert "whoever sees the Space sees them" in " ".join(done.stdout.split())
+    assert "small pictures stay here; --thumbnails takes them" in " ".join(done.stdout.split())
     files = hub.files(SPACE, kind="space")
-    assert "model/thumbnails.safetensors" in files
+    assert "model/thumbnails.safetensors" not in files
+    assert b"small copies of training pictures" not in files["model/README.md"]
     wanted = {"hf_knn/__init__.py", "hf_knn_space/__init__.py", "hf_knn_space/page/app.py"}
     wanted |= {"model/config.json", "model/datastore.json", "model/model.safetensors"}
     assert wanted <= set(files)
     assert tops(files) == BEGUN | {"model"}
     assert not [name for name in files if "__pycache__" in name]
     assert hub.repo(SPACE, "space").private
+
+
+def test_the_small_pictures_of_a_checkpoint_go_along_when_asked(
+    hub: Hub, model: Any, tmp_path: Path
+) -> None:
+    model.keep_thumbnails({int(model.datastore.ids[0]): Image.new("RGB", (300, 200), "red")})
+    model.save_pretrained(tmp_path / "model")
+    kept = (tmp_path / "model" / "thumbnails.safetensors").read_bytes()
+    done = push(str(tmp_path / "model"), "--push", SPACE, "--thumbnails")
+    assert done.exit_code == 0, done.stderr
+    assert "whoever sees the Space sees them" in " ".join(done.stdout.split())
+    files = hub.files(SPACE, kind="space")
+    assert files["model/thumbnails.safetensors"] == kept
+    assert b"small copies of training pictures" in files["model/README.md"]
+    assert push("--thumbnails").exit_code == 2
 
 
 def test_small_pictures_go_along_when_asked(hub: Hub, model: Any, tmp_path: Path) -> None:

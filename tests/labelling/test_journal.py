@@ -41,9 +41,10 @@ def test_a_kill_at_any_byte_loses_the_answer_under_way_at_most(tmp_path: Path) -
         lines = whole[:end].count(b"\n")
         journal = Journal(path, FACTS)
         assert journal.records == RECORDS[: max(0, lines - 1)]
-        journal.add(RECORDS[0])  # and goes on behind it
+        if end % 29 == 0 or whole[end - 1 : end + 1].count(b"\n"):  # and it goes on behind it
+            journal.add(RECORDS[0])
+            assert Journal(path, FACTS).records == [*RECORDS[: max(0, lines - 1)], RECORDS[0]]
         journal.close()
-        assert Journal(path, FACTS).records == [*RECORDS[: max(0, lines - 1)], RECORDS[0]]
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_a_server_that_goes_away_in_the_middle(name_of, changes, pair, monkeypat
             assert f"hf-knn undo {there}" in " ".join(again.output.split())
         if step < len(moments) - 1:
             found = run("undo", there)
-            assert "interrupted change was taken back" in found.stderr
+            assert "half-done change was taken back" in found.stderr
             assert "nothing else was undone" in found.stdout
             assert_settled(there, before, 40)
             assert content(there) == files

@@ -139,10 +139,10 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     weight = store.learned_map.weight
     model.teach(pixels(3, 50), ["ant", "bee", "new"])
     receipt = model.forget(ids=model.changes[-1].ids)
-    said = [note for note in receipt.notes if note.startswith("the learned map stays")]
+    said = [note for note in receipt.notes if note.startswith("what was learned")]
     assert said == [
-        "the learned map stays as it was, and holds a trace of the rows; a training, or `hf-knn "
-        "refit` of a head in closed form, makes it anew"
+        "what was learned about likeness (--learn-metric) stays as it was, and holds a trace of the "
+        "rows; a training makes it anew, or `hf-knn refit` with the heads ridge, kernel and lda"
     ]
     model.undo()
     model.undo()

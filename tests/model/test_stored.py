@@ -83,7 +83,7 @@ def test_a_stored_picture_is_left_out_and_said(how: str, model: Any, tmp_path: P
     assert "1 of 1 pictures are stored already" in receipt.notes[0]
     assert f"row {model.datastore.ids[-3]}" in receipt.notes[0]
     assert "--again" in receipt.notes[0]
-    assert str(receipt).startswith("teach: no rows; 43 → 43 rows")
+    assert str(receipt).startswith("teach: nothing; 43 → 43 stored pictures")
     added = model.teach([SAME[how](photo(0), tmp_path)], ["ant"], again=True)
     assert (len(added.ids), added.skipped, len(model.datastore)) == (1, [], 44)
 

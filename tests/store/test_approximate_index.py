@@ -22,16 +22,19 @@ from support.stored import FAISS, blob_of
 from torch import Tensor
 
 from hf_knn.core.search import Neighbors, Searcher
-from hf_knn.store import index as indexing
+from hf_knn.store import choice
 from hf_knn.store import table as row_table
+from hf_knn.store.approximate import FaissApproximate
 from hf_knn.store.datastore import Datastore
+from hf_knn.store.index import MIN_RECALL, Placement
 
 COUNT, WIDTH = 4000, 16
 STATED_ON, K = 256, 20
 """The package measures recall at K on so many rows."""
 
 in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
-LISTS = ("IVF32,Flat", "IVF32,SQ8")
+CODES = "RaBitQfs,Refine(SQfp16)"
+LISTS = ("IVF32,Flat", "IVF32,SQ8", "IVF32,SQfp16", f"IVF32,{CODES}", "IVF32,RaBitQfs")
 with_lists = pytest.mark.parametrize("index", LISTS)
 
 
@@ -96,10 +99,10 @@ def assert_equal_hits(one: Neighbors, other: Neighbors) -> None:
 
 
 def stated(store: Datastore) -> float:
-    recall = store.index.recall
-    assert recall is not None
-    assert 0 <= recall <= 1
-    return recall
+    """What `min_recall` is about: on rows and perturbed rows; strangers are only told about."""
+    recalls = store.index.recalls
+    assert store.index.recall == min(recalls.values()) >= 0
+    return min(recalls["rows"], recalls["perturbed rows"])
 
 
 # which index, and what it states
@@ -108,7 +111,7 @@ def stated(store: Datastore) -> float:
 @pytest.fixture
 def small_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than this are too many for an exact search."""
-    monkeypatch.setattr(indexing, "LARGEST_EXACT", COUNT - 1)
+    monkeypatch.setattr(choice, "LARGEST_EXACT", COUNT - 1)
 
 
 @pytest.mark.usefixtures("small_threshold")
@@ -117,12 +120,12 @@ def test_auto_is_exact_up_to_the_threshold_and_an_inverted_file_above() -> None:
     few = built(rows[: COUNT - 1], "auto")
     assert (few.index.requested, few.index.spec, few.index.recall) == ("auto", "flat", None)
     store = store_of(rows, "auto")
-    assert store.index.spec == "IVF128,Flat"  # the power of two next to 2 · √4000
+    assert store.index.spec == "IVF128,SQfp16"  # the power of two next to 2 · √4000
     assert store.index.recall is None  # not built yet
     store.search(rows[:1], 1)
     assert store.index.requested == "auto"
     assert 1 <= store.index.parameters["nprobe"] <= 128
-    assert stated(store) >= indexing.MIN_RECALL
+    assert stated(store) >= MIN_RECALL
 
 
 @pytest.mark.usefixtures("small_threshold")
@@ -134,7 +137,7 @@ def test_auto_is_chosen_again_when_the_rows_become_fewer_or_more() -> None:
     assert_nearest(store.search(rows[:20], 5), store, rows[:20], 5)
     store.add(rows[:2000], [0] * 2000)
     store.recenter()
-    assert store.index.spec == "IVF128,Flat"
+    assert store.index.spec == "IVF128,SQfp16"
     assert_sound(store.search(rows[:20], 5), store, rows[:20], 5)
 
 
@@ -147,7 +150,8 @@ def test_the_stated_recall_is_that_of_other_rows(
     # no clusters: the recall is far from 1 unless many lists are searched
     store = built(normal(0, COUNT, WIDTH), index, metric, normalization, min_recall=min_recall)
     assert stated(store) >= min_recall
-    assert measured_recall(store, other_rows(store)) == pytest.approx(stated(store), abs=0.02)
+    # it is the worse of rows and perturbed rows
+    assert -0.02 <= measured_recall(store, other_rows(store)) - stated(store) <= 0.08
 
 
 @in_every_space
@@ -165,15 +169,149 @@ def test_the_recall_wanted_is_reached_on_clusters(
     assert probes == sorted(probes)
 
 
+@pytest.mark.usefixtures("small_threshold")
+def test_auto_compares_codes_first_where_lists_read_many_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = clustered(0)
+    plain = built(rows, "auto")
+    assert plain.index.spec == "IVF128,SQfp16"
+    monkeypatch.setattr(choice, "MANY_READ", 10)
+    store = built(rows, "auto")
+    assert store.index.spec == f"IVF128,{CODES}"
+    assert set(store.index.parameters) == {"nprobe", "k_factor"}
+    assert stated(store) >= MIN_RECALL
+    assert measured_recall(store, other_rows(store)) >= stated(store) - 0.02
+    store.save(tmp_path / "codes")
+    plain.save(tmp_path / "plain")
+    for name in ("centroids", "lists"):  # which are not looked for again
+        both = [lists_in(tmp_path / folder)[name] for folder in ("codes", "plain")]
+        assert torch.equal(*both)
+    assert Datastore.load(tmp_path / "codes").index == store.index
+    lists_alone = bytes_of_lists(COUNT, 128, WIDTH)
+    assert built(rows, "auto", max_memory=lists_alone).index.spec == "IVF128,SQfp16"
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_auto_keeps_its_lists_where_codes_miss_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MANY_READ", 10)
+    real = Searcher.search
+    coded = []
+
+    def miss(self: Any, queries: NDArray, k: int, exclude_ids: Any) -> Any:
+        similarities, positions = real(self, queries, k, exclude_ids)
+        if getattr(getattr(self, "index", None), "spec", "").endswith(CODES):
+            coded.append(len(queries))
+            positions = np.zeros_like(positions)
+        return similarities, positions
+
+    monkeypatch.setattr(Searcher, "search", miss)
+    store = built(clustered(0), "auto")
+    assert coded, "codes were not tried"
+    assert store.index.spec == "IVF128,SQfp16"
+    assert stated(store) >= MIN_RECALL
+    queries = clustered(3, 20)
+    assert_sound(store.search(queries, 5), store, queries, 5)
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_auto_is_exact_where_most_lists_would_be_looked_into(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "MANY_READ", COUNT)
+    monkeypatch.setattr(choice, "LARGEST_SHARE", 0.1)
+    rows = normal(0, COUNT + 200, WIDTH)  # no clusters: neighbours lie in any list
+    with caplog.at_level(logging.INFO):
+        store = built(rows[:COUNT], "auto")
+    assert (store.index.spec, store.index.recall) == ("flat", None)
+    assert "an exact search" in caplog.text
+    assert "built in" in caplog.text
+    assert_nearest(store.search(rows[:20], 5), store, rows[:20], 5)
+    store.add(rows[COUNT : COUNT + 90], [0] * 90)  # 4,000 and 4,090 rows are about as many
+    assert store.index.spec == "flat"
+    store.add(rows[COUNT + 90 :], [0] * 110)
+    assert store.index.spec == "IVF128,SQfp16", "it was not tried again with many more rows"
+    assert_nearest(store.search(rows[:20], 5), store, rows[:20], 5)
+    assert store.index.spec == "flat"
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_a_limit_of_memory_is_kept_to_where_lists_hardly_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "LARGEST_SHARE", 0.1)
+    store = built(normal(0, COUNT, WIDTH), "auto", max_memory=4 * WIDTH * COUNT - 1)
+    assert store.index.spec.startswith("IVF128,")
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_lists_that_go_to_a_gpu_hold_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MANY_READ", 10)
+    store = built(clustered(0), "auto")
+    moved = store._index.on(Placement((torch.device("cuda"),)))
+    assert (moved.info.spec, moved.info.recall) == ("IVF128,SQfp16", None)
+    assert moved.centroids is store._index.centroids
+    assert store._index.on(Placement()).info == store.index
+
+
+@pytest.mark.usefixtures("small_threshold")
+def test_a_graph_is_built_where_latency_matters(tmp_path: Path) -> None:
+    rows = clustered(0)
+    store = built(rows, "auto:latency", min_recall=0.9)
+    assert store.index.spec == "HNSW16_SQfp16"
+    assert store.index.requested == "auto:latency"
+    assert stated(store) >= 0.9
+    assert measured_recall(store, other_rows(store)) >= stated(store) - 0.02
+    store.save(tmp_path)
+    loaded = Datastore.load(tmp_path)
+    loaded.search(rows[:1], 1)
+    assert (loaded.index.spec, loaded.index.requested) == (store.index.spec, "auto:latency")
+    assert built(rows[: COUNT - 1], "auto:latency").index.spec == "flat"
+
+
+def serialized(store: Datastore) -> NDArray[np.uint8]:
+    """Every byte that faiss holds: lists, codes, rows."""
+    index = store.build_index().index
+    assert isinstance(index, FaissApproximate)
+    found: NDArray[np.uint8] = faiss.serialize_index(index.index)
+    return found
+
+
+@in_every_space
+@with_lists
+def test_an_index_is_filled_again_bit_by_bit(
+    index: str, metric: str, normalization: str, tmp_path: Path
+) -> None:
+    store = built(clustered(0, 2000), index, metric, normalization, min_recall=0.01)
+    store.save(tmp_path / "first")
+    loaded = Datastore.load(tmp_path / "first")
+    assert np.array_equal(serialized(loaded), serialized(store))
+    if index.endswith("SQ8"):
+        return  # its ranges are those of the rows that it was built from
+    store.add(clustered(1, 150), [3] * 150)
+    store.save(tmp_path / "second")
+    assert np.array_equal(serialized(Datastore.load(tmp_path / "second")), serialized(store))
+
+
+@with_lists
+def test_one_query_finds_what_a_batch_finds(index: str) -> None:
+    store = built(clustered(0), index, min_recall=0.9)
+    queries = torch.cat([clustered(3, 200), normal(4, 100, WIDTH)])
+    wanted = store.search(queries, K)
+    alone = [store.search(query[None], K) for query in queries]
+    for mine, others in zip(wanted, map(torch.cat, zip(*alone, strict=True)), strict=True):
+        assert torch.equal(mine, others)
+
+
 @pytest.mark.parametrize("min_recall", [0, -0.5, 1.01, float("nan")])
 def test_a_recall_that_cannot_be_reached_is_refused(min_recall: float) -> None:
     with pytest.raises(ValueError, match=r"`min_recall`.*\(0, 1\]"):
         store_of(clustered(0, 100), "flat", min_recall=min_recall)
 
 
-def bytes_of_flat_lists(count: int, lists: int, width: int) -> int:
-    """Vectors and ids, and the centroids."""
-    return count * (4 * width + 8) + lists * 4 * width
+def bytes_of_lists(count: int, lists: int, width: int) -> int:
+    """Vectors in float16 and ids, and the centroids."""
+    return count * (2 * width + 8) + lists * 4 * width
 
 
 @pytest.mark.usefixtures("small_threshold")
@@ -182,9 +320,9 @@ def test_auto_quantizes_to_keep_to_max_memory(
     metric: str, normalization: str, tmp_path: Path
 ) -> None:
     rows = clustered(0)
-    enough = bytes_of_flat_lists(COUNT, 128, WIDTH)
+    enough = bytes_of_lists(COUNT, 128, WIDTH)
     space = (metric, normalization)
-    assert store_of(rows, "auto", *space, max_memory=enough).index.spec == "IVF128,Flat"
+    assert store_of(rows, "auto", *space, max_memory=enough).index.spec == "IVF128,SQfp16"
     store = built(rows, "auto", *space, max_memory=enough - 1)
     assert store.index.spec == "IVF128,SQ8"
     assert measured_recall(store, other_rows(store)) >= stated(store) - 0.02
@@ -319,7 +457,9 @@ def ways_to_write(store: Datastore, rows: Tensor) -> list[NDArray]:
     return [stored, stored.astype(np.float32), unit.astype(np.float32), unit.astype(np.float16)]
 
 
-@pytest.mark.parametrize("index", ["HNSW16", "IVF8,Flat", "IVF8,SQ8", "flat"])
+@pytest.mark.parametrize(
+    "index", ["HNSW16", "IVF8,Flat", "IVF8,SQ8", "IVF8,SQfp16", f"IVF8,{CODES}", "flat"]
+)
 @pytest.mark.parametrize("reloaded", [False, True])
 def test_removed_rows_are_masked_at_once_and_in_no_file(
     index: str, reloaded: bool, tmp_path: Path
@@ -350,7 +490,9 @@ def test_removed_rows_are_masked_at_once_and_in_no_file(
     assert in_file.ntotal == 900
     if not index.endswith("SQ8"):  # the vectors themselves
         inner: Any = faiss.downcast_index(getattr(in_file, "index", in_file))
-        if index.startswith("IVF"):
+        if index.endswith(CODES):
+            inner = faiss.downcast_index(inner.refine_index)
+        elif index.startswith("IVF"):
             inner.make_direct_map()
         vectors = as_numpy(inner.reconstruct_n(0, 900))
         away = normalized(rows, store.mean, store.normalization)

@@ -17,11 +17,13 @@ from torch import Tensor
 from hf_knn import KnnForImageClassification
 from hf_knn.core.manifest import FAISS_NAME, MANIFEST_NAME, DatastoreError, FileRecord, Manifest
 from hf_knn.store import disk as persistence
-from hf_knn.store import faiss as faiss_index
+from hf_knn.store.approximate import FaissApproximate
 from hf_knn.store.datastore import Datastore
 
 ROWS, WIDTH = 300, 8
-KINDS = ["flat", "IVF4,Flat", "IVF4,SQ8", "HNSW8", "HNSW8_SQ8", "SQ8", "PCA4,IVF4,Flat"]
+CODES = "IVF4,RaBitQfs,Refine(SQfp16)"
+LISTS = ["IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", CODES, "IVF4,RaBitQfs"]
+KINDS = ["flat", *LISTS, "HNSW8", "HNSW8_SQ8", "SQ8", "PCA4,IVF4,Flat"]
 
 
 def rows(seed: int = 0, count: int = ROWS) -> Tensor:
@@ -39,15 +41,16 @@ def saved(folder: Path, index: str, seed: int = 0, **options: Any) -> Datastore:
 
 
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The specs that are built from rows from now on."""
+    """The specs that are built from rows, or filled with them, from now on."""
     built: list[str] = []
-    real = faiss_index.FaissApproximate.from_rows.__func__  # type: ignore[attr-defined]
+    for name in ("from_rows", "from_lists"):
+        real = getattr(FaissApproximate, name).__func__
 
-    def from_rows(cls: type, spec: str, *values: Any) -> Any:
-        built.append(spec)
-        return real(cls, spec, *values)
+        def build(cls: type, spec: str, *values: Any, real: Any = real) -> Any:
+            built.append(spec)
+            return real(cls, spec, *values)
 
-    monkeypatch.setattr(faiss_index.FaissApproximate, "from_rows", classmethod(from_rows))
+        monkeypatch.setattr(FaissApproximate, name, classmethod(build))
     return built
 
 
@@ -147,6 +150,10 @@ OTHERS: list[tuple[str, str, Callable[[], Any]]] = [
     ("HNSW8", "metric", lambda: built("HNSW8", metric=faiss.METRIC_L2)),
     ("IVF4,Flat", "nlist", lambda: built("IVF8,Flat")),
     ("IVF4,Flat", "class", lambda: built("IVF4,SQ8")),
+    ("IVF4,SQfp16", "code_size", lambda: built("IVF4,SQ8")),
+    (CODES, "class", lambda: built("IVF4,RaBitQfs")),
+    (CODES, "class", lambda: built("IVF4,RaBitQ,Refine(SQfp16)")),
+    (CODES, "code_size", lambda: built("IVF4,RaBitQfs,Refine(SQ8)")),
     ("IVF4,Flat", "class", lambda: built("IVF4_HNSW8,Flat")),
     ("SQ8", "code_size", lambda: built("SQ4")),
     ("PCA4,IVF4,Flat", "d", lambda: built("PCA5,IVF4,Flat")),
@@ -180,6 +187,17 @@ def test_a_graph_that_leaves_the_rows_is_refused(tmp_path: Path) -> None:
         faiss.copy_array_to_vector(links, index.hnsw.neighbors)
         put(tmp_path, index)
         with pytest.raises(DatastoreError, match=FAISS_NAME):
+            Datastore.load(tmp_path, trust_faiss_index=True).search(rows(1), 3)
+
+
+def test_lists_of_other_rows_are_refused_before_they_are_looked_for(tmp_path: Path) -> None:
+    saved(tmp_path, CODES)
+    for bad in (ROWS, -2, 2**40):
+        index = built(CODES)
+        lists: Any = faiss.extract_index_ivf(index).invlists
+        faiss.rev_swig_ptr(lists.get_ids(1), lists.list_size(1))[0] = bad
+        put(tmp_path, index)
+        with pytest.raises(DatastoreError, match=r"ids in \[0, 300\)"):
             Datastore.load(tmp_path, trust_faiss_index=True).search(rows(1), 3)
 
 
@@ -285,5 +303,5 @@ def test_a_graph_built_anew_is_measured_anew(
     with caplog.at_level(logging.INFO, "hf_knn"):
         Datastore.load(tmp_path).search(rows(1), 3)
     assert "built in" in caplog.text
-    assert re.search(r"recall@20 [\d.]+ on (rows|queries unlike the rows)\)", caplog.text)
+    assert re.search(r"recall@20 [\d.]+ on rows, [\d.]+ on perturbed rows, ", caplog.text)
     shutil.rmtree(tmp_path)

@@ -24,8 +24,9 @@ from hf_knn.model import explain as explaining
 from hf_knn.model import memory as remembering
 from hf_knn.store import disk
 from hf_knn.store import index as row_index
+from hf_knn.store.approximate import FaissApproximate
 from hf_knn.store.datastore import Datastore
-from hf_knn.store.faiss import FaissApproximate, has_faiss
+from hf_knn.store.faiss import has_faiss
 
 THREADS, COUNT, WIDTH = 6, 4000, 16
 FAISS = pytest.mark.skipif(not has_faiss(), reason="needs faiss")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hf_knn.core import search
 from hf_knn.core.rows import RowParts
-from hf_knn.store import faiss as faiss_index
 from hf_knn.store import index as indexing
 from hf_knn.store import searcher as first_pass
 from hf_knn.store import table as row_table
+from hf_knn.store.approximate import FaissApproximate
 from hf_knn.store.datastore import Datastore
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -149,7 +149,7 @@ def test_an_inverted_file_goes_to_the_gpu() -> None:
     store.to("cuda")
     found = store.search(rows(40, 2), 10)
     index = store.build_index().first_pass
-    assert isinstance(index, faiss_index.FaissApproximate)
+    assert isinstance(index, FaissApproximate)
     if index.on_gpus is None:
         pytest.skip("this faiss has no GPUs")
     assert (found.ids == wanted.ids).float().mean() > 0.95

@@ -22,6 +22,8 @@ HOSTILE = [
     "PQ16x16", "IDMap," * 3000 + "Flat", "IDMap2,Flat", "RCQ4x8,Flat", "HNSW4096", "HNSW65",
     "HNSW1", "HNSW0", "HNSW32_PQ8", "IVF4_HNSW2000,Flat", "IVF4(IVF4(IVF4)),Flat", "IVF5000,Flat",
     "Flat", "RaBitQ", "ZnLattice3x10_6", "PCA4,IVF4,Flat", "IVF0,Flat", "IVF٣,Flat", "IVF-4,Flat",
+    "IVF4,RaBitQfs2", "IVF4,RaBitQfs,Refine(SQ8)", "IVF4,RaBitQfs9,Refine(SQfp16)", "SQfp16",
+    "IVF4,RaBitQfs,Refine(SQfp16),Refine(SQfp16)", "HNSW65_SQfp16", "IVF4,SQfp160",
     "SQ8", "IVF4,Flat\n", " IVF4,Flat", "ivf4,flat", "AUTO", "", "\x00",
     "IVF" + "9" * 4000 + ",Flat",
 ]  # fmt: skip
@@ -92,7 +94,14 @@ def test_an_index_that_nobody_asked_for_is_not_built(
     assert read_manifest(tmp_path / "again")["index"]["requested"] == "flat"
 
 
-@pytest.mark.parametrize("index", ["auto", "flat", "IVF4,Flat", "IVF4,SQ8", "HNSW8", "HNSW32,Flat"])
+CODES = "RaBitQfs,Refine(SQfp16)"
+OURS = [
+    "auto", "auto:latency", "flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,SQfp16", "IVF4,RaBitQfs",
+    f"IVF4,{CODES}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", [*OURS, "HNSW8", "HNSW32,Flat", "HNSW16_SQfp16"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_we_build_ourselves_is_built_again(
     tmp_path: Path,
@@ -103,7 +112,7 @@ def test_what_we_build_ourselves_is_built_again(
     make(index).save(tmp_path)
     store = change(Datastore.load(tmp_path))
     store.search(rows(1, 5), 7)
-    assert store.index.spec == ("flat" if index == "auto" else index)
+    assert store.index.spec == ("flat" if index.startswith("auto") else index)
     assert "trust_faiss_index" not in caplog.text
 
 
@@ -122,7 +131,9 @@ BAD_PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("IVF4,Flat", {"nprobe": 5}), ("IVF4,Flat", {"nprobe": 2**47}),
     ("IVF4,Flat", {"efSearch": 16}),
     ("IVF4,Flat", {"nprobe": 2, "verbose": 1}), ("HNSW8", {"nprobe": 1}),
-    ("HNSW8", {"efSearch": 0}),
+    ("HNSW8", {"efSearch": 0}), ("IVF4,SQfp16", {"k_factor": 2}),
+    (f"IVF4,{CODES}", {"k_factor": 0}), (f"IVF4,{CODES}", {"k_factor": 65}),
+    (f"IVF4,{CODES}", {"nprobe": 5}),
     ("HNSW8", {"efSearch": 4097}), ("HNSW8", {"quantizer_nprobe": 2}), ("HNSW8", {"": 1}),
     ("IVF4,Flat", {"nprobe": True}), ("IVF4,Flat", {"nprobe": 2.0}), ("IVF4,Flat", {"nprobe": "2"}),
     ("IVF4,Flat", {"nprobe": float("nan")}), ("IVF4,Flat", {"nprobe": -1}),
@@ -145,6 +156,8 @@ def test_lists_are_as_many_as_rows_are_worth() -> None:
     assert not is_modest("IVF1025,Flat", 10)
     assert is_modest("IVF16000,SQ8", 10**6)
     assert not is_modest("IVF16001,SQ8", 10**6)
+    assert is_modest(f"IVF16000,{CODES}", 10**6)
+    assert not is_modest(f"IVF16001,{CODES}", 10**6)
     assert is_modest("HNSW64", 10)
     assert is_modest("HNSW", 10)
     assert is_modest("auto", 0)

@@ -9,8 +9,8 @@ import torch
 
 from hf_knn.core import search
 from hf_knn.core.search import Rows, RowSpace
+from hf_knn.store import effort, products
 from hf_knn.store import index as indexing
-from hf_knn.store import products
 from hf_knn.store import searcher as first_pass
 from hf_knn.store.datastore import Datastore
 from hf_knn.store.faiss import FaissFlat
@@ -47,7 +47,7 @@ def force(name: str, patch: pytest.MonkeyPatch, block: int = 64) -> None:
         return MADE[name](space.first_pass_rows(features))
 
     patch.setattr(indexing, "build_quickest", build)
-    patch.setattr(indexing, "quickest_for_batches", lambda *_: MADE[name])
+    patch.setattr(effort, "TorchFirstPass", MADE[name])
     patch.setattr(first_pass, "ROW_BLOCK", block)
     patch.setattr(products, "_BLOCK_ROWS", block)
     patch.setattr(products, "_SLAB_BLOCKS", 2)

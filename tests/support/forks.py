@@ -5,6 +5,7 @@ import os
 import random
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,3 +137,17 @@ def die() -> None:
 
 def find_no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def die_at_step(number: int, place: Path) -> None:
+    """The end of this process comes before it touches a path below a folder once more."""
+    left = number
+
+    def count(event: str, values: tuple[object, ...]) -> None:
+        nonlocal left
+        if values and isinstance(values[0], str | Path) and str(values[0]).startswith(str(place)):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    sys.addaudithook(count)

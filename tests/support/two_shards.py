@@ -181,8 +181,8 @@ def approximate(rank: int, index: str) -> tuple[dict[str, Tensor], dict[str, Any
     sharded = ShardedDatastore.from_features(features, labels, ids, index=index, min_recall=0.9)
     logger.removeHandler(said)
     facts: dict[str, Any] = {
-        "recall": sharded.recall, "measured_on": sharded.measured_on, "said": said.lines,
-        "spec": sharded.shard.index.spec, "calls": [],
+        "recall": sharded.recall, "measured_on": sharded.measured_on, "recalls": sharded.recalls,
+        "said": said.lines, "spec": sharded.shard.index.spec, "calls": [],
     }  # fmt: skip
     nearest = Datastore.nearest
 

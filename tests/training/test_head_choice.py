@@ -19,7 +19,7 @@ from hf_knn.fit import fit_closed, fit_linear
 from hf_knn.fit import measure as measure_module
 from hf_knn.fit.choice import FIXED_CELL
 from hf_knn.fit.heads import with_fresh_head
-from hf_knn.fit.held_out import HeldOut
+from hf_knn.fit.held_out import BlendOf, HeldOut
 from hf_knn.training import asking
 from hf_knn.training.arguments import HEAD
 from hf_knn.training.heads import chooses_head
@@ -287,15 +287,15 @@ def test_one_pass_of_the_backbone_and_one_search_a_fold(
     assert fits == []
 
 
-def test_thresholds_are_found_where_nothing_was_chosen(
+def test_each_half_is_judged_by_what_the_other_chose(
     without_kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Tensor] = []
+    told: list[tuple[Tensor, Tensor]] = []
     chosen: list[HeldOut] = []
     thresholds, choose_cell = measure_module.thresholds, choice_module.choose_cell
 
     def spied(log_probs: Tensor, labels: Tensor, rates: Any) -> Any:
-        told.append(log_probs)
+        told.append((log_probs, labels))
         return thresholds(log_probs, labels, rates)
 
     def spied_choice(rows: Any, *args: Any, **options: Any) -> Any:
@@ -311,10 +311,16 @@ def test_thresholds_are_found_where_nothing_was_chosen(
     assert choice is not None
     assert choice.answers is not None
     first, second = choice.answers.halves()
-    assert {len(rows.labels) for rows in chosen[-3:]} == {len(first.labels)}
-    assert len(told[-1]) == len(second.labels) == 60
-    own = [rows for rows in chosen if torch.equal(rows.head_log_probs, first.head_log_probs)]
-    assert len(own) == 1
+    heads = 3  # linear, ridge, lda; each cell is chosen once on each half
+    assert [len(rows.labels) for rows in chosen] == [60] * 2 * heads
+    halves = [first] * heads + [second] * heads
+    assert all(map(torch.equal, (r.labels for r in chosen), (h.labels for h in halves)))
+    log_probs, labels = told[-1]
+    assert torch.equal(labels, torch.cat([second.labels, first.labels]))
+    # the second half hears what is kept, the first what it had no part in
+    blend = BlendOf(len(CLASSES), trainer.model.config.metric, trainer.model.config.knn_weighting)
+    torch.testing.assert_close(log_probs[:60], blend.at(choice.result, second))
+    assert len(log_probs) == 120
 
 
 def test_few_labels_are_all_chosen_on_and_judged_by_halves(

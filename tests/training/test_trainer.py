@@ -862,7 +862,8 @@ def test_the_fixed_cell_as_a_criterion(tmp_path: Path) -> None:
     trainer.train()
     result = trainer.tune()
     assert (result.criterion, result.has_few_labels, result.rows) == ("fixed", False, 60)
-    assert result.say("") == "The fixed cell, as asked for: k = 20, temperature = 0.14, λ = 0.5."
+    said = "20 neighbours vote (k = 20, temperature = 0.14) and count 50% beside the head (λ = 0.5)"
+    assert result.say("") == f"Usual values, as asked for: {said}."
 
 
 def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -879,7 +880,7 @@ def test_tuning_shows_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
+def test_thresholds_come_from_answers_that_their_rows_did_not_choose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Tensor]] = {"chosen": [], "told": []}
@@ -898,7 +899,7 @@ def test_thresholds_come_from_rows_that_nothing_was_chosen_on(
     trainer = KnnTrainer(small_model(CLASSES), probe(tmp_path), train_dataset=rows)
     trainer.train()
     for options, chosen, told in (
-        ({}, 60, 60),
+        ({}, 60, 120),  # by halves
         ({"calibrate": True}, 60, 60),
         ({"criterion": "fixed"}, 120, 120),  # nothing was chosen
         ({"criterion": "fixed", "calibrate": True}, 60, 60),  # temperatures were
