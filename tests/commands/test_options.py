@@ -130,7 +130,7 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
 
 
 READERS = {"train", "evaluate", "tune", "predict", "sort", "teach", "doctor", "inspect", "demo",
-           "forget"}  # fmt: skip
+           "forget", "serve", "label", "suggest"}  # fmt: skip
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
@@ -162,7 +162,10 @@ def test_limits_are_heard_of_during_one_command(
         "inspect": [model],
         "demo": [],
         "forget": [model],
+        "serve": [model],
         "sort": [pictures, "--model", model, "--into", pictures + "-sorted"],
+        "label": [pictures, "--model", model, "-o", pictures + "-labels"],
+        "suggest": [pictures, "--model", model],
     }
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):
