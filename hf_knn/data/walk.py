@@ -29,6 +29,7 @@ _OURS = (
     ({MANIFEST_NAME}, "as a datastore"),
     ({"model.onnx", "classify.py"}, "as an exported model"),
     ({"report.html", "findings.csv"}, _REPORT),
+    ({"answers.jsonl", "labels.csv"}, "as what `hf-knn label` wrote"),
 )
 """Folders that the commands write, by the files in them."""
 

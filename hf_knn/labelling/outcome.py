@@ -158,7 +158,11 @@ def _fill(
             notes += _take_away(folder / target, pool.path(name))
     for target, name in wanted.items():
         place, source = folder / target, pool.path(name)
-        if not _is_ours(place, source, how):
+        if _is_ours(place, source, how):
+            continue
+        if os.path.lexists(place) and not _is_ours(place, source):
+            notes.append(_changed(place))
+        else:
             _make(place, source, how)
     _write_made(list_of_made, wanted)
     for path in sorted(folder.glob("*")):
@@ -202,7 +206,7 @@ def _make(place: Path, source: Path, how: str) -> None:
     else:
         shutil.copy2(source, part)
         fsync_path(part)
-    place.unlink(missing_ok=True) if _is_ours(place, source) else None
+    place.unlink(missing_ok=True)  # a link that becomes a copy, or the other way round
     try:
         rename_new(part, place)
     finally:
@@ -222,9 +226,13 @@ def _take_away(place: Path, source: Path) -> list[str]:
     if not os.path.lexists(place):
         return []
     if not _is_ours(place, source):
-        return [f"{place} was changed since it was made, so it was left where it is."]
+        return [_changed(place)]
     place.unlink()
     return []
+
+
+def _changed(place: Path) -> str:
+    return f"{place} was changed since it was made, so it was left as it is."
 
 
 def _read_made(path: Path) -> dict[str, str]:

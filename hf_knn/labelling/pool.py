@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..data.folders import Layout, Rows
 from ..data.keys import Print, prints_of
 from ..data.loading import source_of_layout
 from ..data.walk import find_pictures
-from ..features.extract import extract_features
+from ..features.extract import extract_features, progress_bars
 from ..model.modeling import KnnForImageClassification
 from ..store.folders import write_durably
 
@@ -96,9 +97,10 @@ def open_pool(
     files = [str(root / name) for name in names]
     rows = Rows(files, names, [_NO_LABEL] * len(names), {})
     dataset = source_of_layout(Layout({"train": rows}, found.notes)).splits["train"]
-    made = extract_features(
-        model, dataset, batch_size=batch_size, on_bad_image="skip", progress=progress
-    )
+    with progress_bars() if progress else nullcontext():
+        made = extract_features(
+            model, dataset, batch_size=batch_size, on_bad_image="skip", progress=progress
+        )
     assert made.contents is not None  # they were decoded
     pool = Pool(
         root, [names[row] for row in made.ids.tolist()], made.features, made.contents, [],

@@ -59,7 +59,8 @@ class Session:
                 "already; they keep the label that they have there."
             )
         count = groups_for(len(pool.names)) if groups is None else groups
-        self._asking = Asking(pool, guesser, self._start, count)
+        # each with how many answers there were when it began
+        self._askings = [(0, Asking(pool, guesser, self._start, count))]
         self._number, self._is_asked = 0, False
         self._question: Question | None = None
         self._before: list[Known | None] = []
@@ -183,7 +184,7 @@ class Session:
             most: how many.
         """
         with self._lock:
-            return self._asking.pictures(self._state, most)
+            return self._chosen(most)
 
     def answer(self, number: int, answer: Answer) -> None:
         """Keeps an answer, on disk, and teaches it.
@@ -224,6 +225,8 @@ class Session:
             if not self._journal.records:
                 raise ValueError("Expected an answer to take back, but there is none yet.")
             record = self._journal.undo()
+            count = len(self._journal.records)
+            self._askings = [each for each in self._askings if each[0] <= count]
             known = self._before.pop()
             if known is not None:
                 self._guesser.go_back(known)
@@ -289,24 +292,29 @@ class Session:
 
     def _ask(self) -> Question | None:
         state, number = self._state, self._number
-        group = self._asking.group(state)
+        group = self._askings[0][1].group(state)
         if group:
             guesses = self._guesser.guesses(group)
             return Group(number, self._paths(group), guesses[0] if guesses else None)
-        copies = self._asking.copies(state)
+        copies = self._askings[0][1].copies(state)
         if copies:
             return Copies(number, self._paths(copies))
-        chosen = self._asking.pictures(state, 1)
+        chosen = self._chosen(1)
         if not chosen:
-            left = [name for name in self.pool.names if state.is_open(name)]
-            if not left:
-                return None
-            self._asking = Asking(self.pool, self._guesser, state, 0)  # another part of them
-            chosen = self._asking.pictures(state, 1)
+            return None
         return Picture(
             number, self.pool.path(chosen[0]), tuple(self._guesser.guesses(chosen)),
             tuple(self._guesser.neighbours(chosen[0], NEIGHBOURS)),
         )  # fmt: skip
+
+    def _chosen(self, most: int) -> list[str]:
+        """The most useful pictures, among a part of those that wait: the next part comes then."""
+        while not (chosen := self._askings[-1][1].pictures(self._state, most)):
+            if not any(map(self._state.is_open, self.pool.names)):
+                return []
+            begun = Asking(self.pool, self._guesser, self._state, 0)
+            self._askings.append((len(self._journal.records), begun))
+        return chosen
 
     def _paths(self, names: Sequence[str]) -> tuple[Path, ...]:
         return tuple(map(self.pool.path, names))

@@ -92,6 +92,16 @@ def test_another_label_moves_what_was_made_and_leaves_what_was_not(
     assert not (folder / "cat").exists()
 
 
+def test_what_somebody_changed_is_left_under_its_label(tmp_path: Path) -> None:
+    write(tmp_path, LABELS, COPY)
+    own = tmp_path / "out" / "pictures" / "bee" / "001.png"
+    own.write_text("cropped")
+    for _ in range(2):
+        done = write(tmp_path, LABELS, COPY)
+        assert own.read_text() == "cropped"
+        assert [note for note in done.notes if "bee/001.png was changed" in note]
+
+
 def test_links_become_copies(tmp_path: Path) -> None:
     write(tmp_path, LABELS, LINK)
     done = write(tmp_path, LABELS, COPY)

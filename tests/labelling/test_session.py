@@ -208,5 +208,10 @@ def test_more_pictures_than_are_compared_come_in_parts(
     session, seen = open_made(tmp_path, groups=0, count=10), set()
     while isinstance(question := session.question(), Picture):
         seen.add(question.picture)
+        before = everything(session)
+        answer_truly(session)
+        session.question()
+        session.undo()
+        assert everything(session) == before  # also where another part began
         answer_truly(session)
     assert len(seen) == 10
