@@ -313,7 +313,7 @@ def _with_recall(
         # by its labels a datastore is searched exactly, whatever its index
         return store.search(queries.features, k, queries.own, labels=labels).ids.numpy()
 
-    test = RecallTest(store.features.numpy(), store.ids.numpy(), exact)
+    test = RecallTest(store.features.numpy(), store.ids.numpy(), exact, exact)
 
     def find_with(effort: int) -> Find:
         tried = dataclasses.replace(about, effort=effort)

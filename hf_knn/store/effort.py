@@ -38,7 +38,7 @@ def set_effort(
     def find(queries: Queries, k: int) -> Ints:
         return ids[searcher.search(queries.features, k, queries.own)[1]]
 
-    test, largest = RecallTest(features, ids, exact), most_that_pays(info, index.tunable())
+    test, largest = RecallTest(features, ids, exact, find), most_that_pays(info, index.tunable())
 
     def aimed(values: dict[str, int]) -> float:
         index.set_parameters(values)

@@ -18,13 +18,13 @@ from .searcher import RECALL_K, recall_of
 RECALL_SAMPLE = 256
 _SPREAD_ROWS = 4096
 _FAR = 4.0
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 1e-300
 
-_SHARE = 0.3
+_SHARE = 0.25
 """Of the way to another row, so far that a search must read up to twice as many lists.
 
 50,000 rows in 512 lists, read for recall 0.99: jittered features 5 for rows, 8 for such queries, 80
-for the middle of two rows, 3 for new queries; without clusters 80, 96, 160 and 64.
+for the middle of two rows, 3 for new queries; without clusters 80, 128, 160 and 64.
 """
 
 ROWS, PERTURBED, STRANGERS = MEASURED_ON
@@ -53,10 +53,11 @@ Find = Callable[[Queries, int], Ints]
 """From queries and k to the ids of the k nearest rows of each."""
 
 
-def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
+def queries_for(features: Rows, ids: Ints, near: Find) -> list[Queries]:
     """Rows without themselves, perturbed rows, and queries that are unlike any of them.
 
-    Perturbed ones are on their way to another row, and then as far off as their neighbour lies.
+    Perturbed ones are on their way to another row, and then as far off as their neighbour lies, in
+    a direction in which rows differ: in others, one-bit codes would be judged by what never comes.
     Strangers lie where rows could, but in none of their clusters: independent in every value, with
     the mean and the spread that rows have there. Pictures of other things than the rows are between
     these and the rows. Others lie farther out, which is another matter where lengths count.
@@ -64,15 +65,15 @@ def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
     Args:
         features: [N, D] raw rows, N >= 1.
         ids: [N] int64, unique.
-        exact: finds the true answer among these rows.
+        near: finds rows that are near, among these; it may miss some.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(ids))[:RECALL_SAMPLE])
     rows = Queries(ROWS, np.asarray(features[chosen]), ids[chosen])
     generator = np.random.default_rng(1)
-    near = np.sort(generator.permutation(len(ids))[:_SPREAD_ROWS])
-    known = np.asarray(features[near], np.float64)
+    sample = np.sort(generator.permutation(len(ids))[:_SPREAD_ROWS])
+    known = np.asarray(features[sample], np.float64)
     mean, spread = known.mean(axis=0), known.std(axis=0)
-    found = [rows, Queries(PERTURBED, _perturbed(features, ids, rows, exact), _nobody(rows.own))]
+    found = [rows, Queries(PERTURBED, _perturbed(features, ids, rows, near), _nobody(rows.own))]
     for scale, count in ((1.0, 2 * RECALL_SAMPLE), (_FAR, RECALL_SAMPLE)):  # they vary more
         noise = generator.standard_normal((count, features.shape[1]))
         drawn = _singles(mean + scale * spread * noise)
@@ -80,7 +81,7 @@ def queries_for(features: Rows, ids: Ints, exact: Find) -> list[Queries]:
     return found
 
 
-def _perturbed(features: Rows, ids: Ints, rows: Queries, exact: Find) -> NDArray:
+def _perturbed(features: Rows, ids: Ints, rows: Queries, near: Find) -> NDArray:
     """Some rows, moved: a part of the way to others, and as far as their neighbour lies."""
     generator = np.random.default_rng(2)
     own = np.asarray(rows.features, np.float64)
@@ -88,10 +89,11 @@ def _perturbed(features: Rows, ids: Ints, rows: Queries, exact: Find) -> NDArray
     moved = own + _SHARE * (others - own)
     if len(ids) > 1:
         order = np.argsort(ids)
-        places = order[np.searchsorted(ids, exact(rows, 1)[:, 0], sorter=order)]
-        noise = generator.standard_normal(own.shape)
+        places = order[np.searchsorted(ids, near(rows, 1)[:, 0], sorter=order)]
+        pairs = generator.integers(len(ids), size=(2, len(own)))
+        noise = np.subtract(*(np.asarray(features[one], np.float64) for one in pairs))
         length = _lengths(np.asarray(features[places], np.float64) - own)
-        moved += noise * (length / _lengths(noise))
+        moved += noise * (length / np.maximum(_lengths(noise), _SMALLEST))
     return _singles(moved)
 
 
@@ -115,14 +117,15 @@ class RecallTest:
         features: [N, D] raw rows.
         ids: [N] int64, unique.
         exact: finds the true answer.
+        near: finds rows that are near, quickly; it may miss some.
     """
 
-    def __init__(self, features: Rows, ids: Ints, exact: Find) -> None:
+    def __init__(self, features: Rows, ids: Ints, exact: Find, near: Find) -> None:
         self.k = min(RECALL_K, len(ids) - 1)
         self.queries: list[Queries] = []
         self.wanted: list[Ints] = []
         if self.k > 0:
-            self.queries = queries_for(features, ids, exact)
+            self.queries = queries_for(features, ids, near)
             # at once, since each time all rows are read
             asked = np.concatenate([np.asarray(each.features) for each in self.queries])
             own = np.concatenate([each.own for each in self.queries])

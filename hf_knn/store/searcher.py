@@ -164,6 +164,8 @@ class IndexSpace(RowSpace):
         One that lies far beyond all rows is drawn nearer on its own line: the order of the rows
         hardly changes, and float32 can still tell their distances apart.
         """
+        if not self.is_l2:
+            return queries.astype(np.float32)
         scaled = queries / self.scale
         # the largest value first: its square may not fit
         highest = np.abs(scaled).max(axis=1, initial=0.0)[:, None]
