@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 1bebe628abcc272bf945beb37421c4e44fe4bbb153e3f29f92e7107f32752f74.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 3c633c19da719d304ee0888cb802855f5a9d0881503a1a6ab82d423a7fdde988.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
