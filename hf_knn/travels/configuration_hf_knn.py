@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e361407fa4611cb1eca07755691af06171b376fb8c30421e1b7c54a04656e3ca.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 0408cb36563c0df315fd850168cdf4fc2994c58d903a934d1a77bda7bf67ebdd.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
