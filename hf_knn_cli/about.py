@@ -39,8 +39,8 @@ def backbones(json_output: JsonOption = False) -> None:
     )  # fmt: skip
     for each in known:
         table.add_row(
-            each.name, str(each.features), str(each.image_size), f"{each.parameters:.0f} M",
-            str(each.megabytes), f"{each.gflops:.3g}", str(each.milliseconds), each.licence,
+            each.name, str(each.features), str(each.image_size), f"{each.parameters:.3g} M",
+            str(each.megabytes), f"{each.gflops:.3g}", str(each.milliseconds or "-"), each.licence,
             "yes" if each.is_gated else "no",
         )  # fmt: skip
     console = Console()

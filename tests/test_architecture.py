@@ -25,7 +25,10 @@ ONLY_IN = {
     "datasets": ("data/loading.py",),
     # whose options are declared there, and which speaks through what guards the terminal
     "hf_knn_cli": (
-        "commands/console.py", "commands/heads.py", "commands/thumbnails.py", "commands/train.py",
+        "commands/console.py",
+        "commands/heads.py",
+        "commands/thumbnails.py",
+        "commands/train.py",
     ),
 }
 """What one module alone imports."""

@@ -75,7 +75,12 @@ def print_choice(choice: HeadChoice) -> None:
     """
     if choice.table:
         columns = ("alone", "with neighbours", "which count", "log-likelihood")
-        table = Table("head", *map(right, columns), "", title="How often each head is right on pictures held out")
+        table = Table(
+            "head",
+            *map(right, columns),
+            "",
+            title="How often each head is right on pictures held out",
+        )
         for score in choice.table:
             best = score.best
             table.add_row(

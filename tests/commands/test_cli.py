@@ -306,18 +306,26 @@ def test_predict_on_something_that_is_no_picture(trained, tmp_path):
     assert "not a picture in one of the formats" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
-def test_help_imports_nothing_that_takes_long(arguments):
+def test_help_version_and_usage_import_nothing_that_takes_long():
+    """One after the other in one process, which is quicker than a process for each."""
     code = (
         "import sys, hf_knn_cli\n"
-        "try: hf_knn_cli.main()\n"
-        "except SystemExit as end: print(end.code, *sys.modules)"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['hf-knn', *line.split()]\n"
+        "    try: hf_knn_cli.main()\n"
+        "    except SystemExit as end: print('\\nended', end.code)\n"
+        "print(*sys.modules)"
     )
-    command = [sys.executable, "-c", code, *arguments]
+    lines = ["--help", "train --help", "--version", "predict -v --version", "backbones", "trian"]
+    lines += ["train --nonsense", "predict -q -v a b", "log"]
+    command = [sys.executable, "-c", code, *lines]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--help" in done.stdout
-    code, *loaded = done.stdout.splitlines()[-1].split()
-    assert code == "0"
+    assert "dinov2-s" in done.stdout
+    said = done.stdout.splitlines()
+    codes = [line.split()[1] for line in said if line.startswith("ended ")]
+    assert codes == [*"00000", *"2222"]
+    loaded = said[-1].split()
     late = {"torch", "transformers", "datasets", "hf_knn", "faiss", "numpy", "yaml"}
     assert set(loaded) & late == set()
 

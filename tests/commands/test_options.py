@@ -67,6 +67,7 @@ def parameters() -> Parameters:
         (name, parameter.name): parameter
         for name, command in commands().items()
         for parameter in signature(command).parameters.values()
+        if get_args(parameter.annotation)  # all but the context
     }
 
 

@@ -290,9 +290,7 @@ def test_small_pictures_stay_behind_unless_asked(
     model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id=REPO, thumbnails=True)
     assert name in hub.files(REPO)
     for options, is_there in (["--thumbnails"], True), ([], False):
-        done = CliRunner().invoke(
-            hf_knn_cli.app, ["push", str(tmp_path / "model"), REPO, *options]
-        )
+        done = CliRunner().invoke(hf_knn_cli.app, ["push", str(tmp_path / "model"), REPO, *options])
         assert done.exit_code == 0, done.stderr
         assert (name in hub.files(REPO)) == is_there
         words = "went along" if is_there else "stayed here; --thumbnails"
