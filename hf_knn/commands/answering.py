@@ -74,7 +74,7 @@ class PredictOptions:
             ("path", "text"), ("answer", "text"), ("probability", "number"),
             ("head_answer", "text"), ("head_probability", "number"), ("knn_answer", "text"),
             ("knn_probability", "number"), ("nearest_ids", "ids"),
-            ("nearest_similarities", "numbers"), ("typicality", "number"), ("abstained", "flag"),
+            ("nearest_similarities", "numbers"), ("p_value", "number"), ("abstained", "flag"),
         ]  # fmt: skip
         if self.top is not None:
             names += [("classes", "texts"), ("class_probabilities", "numbers")]
@@ -204,7 +204,7 @@ def row_of(answer: Answer, name: str, class_names: list[str], threshold: float) 
         "probability": probability,
         "nearest_ids": answer.ids,
         "nearest_similarities": answer.similarities,
-        "typicality": answer.typicality,
+        "p_value": answer.typicality,
         "abstained": probability < threshold,
         "classes": [class_names[each] for each in order],
         "class_probabilities": answer.blend[order].tolist(),
@@ -333,7 +333,7 @@ def doubts_of(row: Row) -> list[str]:
         row: see `row_of`.
     """
     doubts = [UNSURE] if row["abstained"] else []
-    if row["typicality"] is not None and row["typicality"] < STRANGE_BELOW:
+    if row["p_value"] is not None and row["p_value"] < STRANGE_BELOW:
         doubts.append(STRANGE)
     if row["knn_answer"] is not None and row["head_answer"] != row["knn_answer"]:
         doubts.append(DIVIDED)

@@ -54,7 +54,7 @@ def test_parquet_has_types(tmp_path: Path) -> None:
     assert table.to_pylist() == [FULL, BAD]
     kinds = {name: str(table.schema.field(name).type) for name in table.column_names}
     assert kinds["path"] == kinds["error"] == "string"
-    assert kinds["probability"] == kinds["typicality"] == "double"
+    assert kinds["probability"] == kinds["p_value"] == "double"
     assert kinds["abstained"] == "bool"
     assert kinds["nearest_ids"] == "list<element: int64>"
     assert kinds["nearest_similarities"] == "list<element: double>"

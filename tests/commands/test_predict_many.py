@@ -96,7 +96,7 @@ def test_answers_are_those_of_the_model_one_by_one(made: Path, tmp_path: Path) -
         assert row["nearest_similarities"] == pytest.approx(
             alone.neighbors.similarities[0, :5].tolist(), abs=1e-5
         )
-        assert row["typicality"] == pytest.approx(wanted.typicality)
+        assert row["p_value"] == pytest.approx(wanted.typicality)
         assert row["abstained"] == (not wanted.answers)
         assert row["classes"] == list(wanted.probabilities)[:3]
         assert row["class_probabilities"] == pytest.approx(
