@@ -39,8 +39,8 @@ from .devices import trains_on_cpu
 from .stopping import FEATURES_KEPT, stands
 
 _CAPTION = (
-    "top-1: how often it is right. NLL, ECE: how wrong its probabilities are, 0 is best. ± and ranges "
-    "hold the true number in 95 of 100 cases."
+    "top-1: how often it is right. NLL, ECE: how wrong its probabilities are, 0 is best. ± and "
+    "ranges hold the true number in 95 of 100 cases."
 )
 
 MOST_NAMED = 20
@@ -198,7 +198,8 @@ def _print_together(report: Report) -> None:
     )
     console.print(
         f"Head and neighbours are both wrong at {wrong.say_share(report.count)}; whoever chose the "
-        f"right one of them each time would be right at {best.say_share(report.count)}.", highlight=False,
+        f"right one of them each time would be right at {best.say_share(report.count)}.",
+        highlight=False,
     )  # fmt: skip
 
 
