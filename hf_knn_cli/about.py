@@ -17,7 +17,8 @@ _EXPLAINED = (
     "always takes longer. Any other model works too, by its Hub id, timm name or folder.",
     "weights: how many, in millions. MB: the download, about. GFLOPs: thousand million operations "
     "for one picture, counted. ms: for one picture on one processor thread, measured with PyTorch "
-    "on a machine with AVX2; a GPU is far faster. gated: log in and ask on its page for access.",
+    "on a machine with AVX2 (-: not measured); a GPU is far faster. gated: log in and "
+    "ask on its page for access.",
 )
 _NUMBERS = ("features", "pixels", "weights", "MB", "GFLOPs", "ms")
 
