@@ -90,6 +90,14 @@ def test_every_usable_picture_is_used_once(trained):
     assert BROKEN not in store.paths
 
 
+def test_small_copies_of_local_pictures_are_kept_and_this_is_said(trained):
+    output, said = trained
+    assert f"Small copies of the 239 pictures are kept in {output}" in said
+    assert "A push leaves them behind" in said
+    kept = KnnForImageClassification.from_pretrained(output).thumbnails
+    assert len(kept) == 239
+
+
 def test_predict_shows_both_voices_and_the_neighbours(trained, pictures):
     output, _ = trained
     done = hf_knn("predict", output, pictures / "square" / "003.jpg", "--json")
@@ -140,10 +148,12 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
 def test_a_sweep_says_what_was_best(trained, pictures, tmp_path):
     first, _ = trained
     output = tmp_path / "swept"
-    options = ("--head", "mlp", "--hidden", "8", "--sweep", "small")
+    options = ("--head", "mlp", "--hidden", "8", "--sweep", "small", "--no-thumbnails")
     done = hf_knn("train", pictures, "--backbone", first, "-o", output, *options)
     assert done.exit_code == 0, done.stderr
     assert "Best of 24 heads: learning rate" in done.stdout
+    assert "Small copies" not in done.stdout
+    assert not (output / "thumbnails.safetensors").exists()
     assert json.loads((output / "config.json").read_text())["head_hidden_sizes"] == [8]
 
 
