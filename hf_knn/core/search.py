@@ -405,8 +405,7 @@ class Searcher:
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            if more.any():
-                self._rescore(queries, candidates, more, similarities)
+            self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -438,8 +437,7 @@ class Searcher:
             if len(normalized) < len(part):
                 normalized = normalized[np.cumsum(is_new) - 1]
             asked = queries[numbers[part]] if len(queries) > 1 else queries[0]
-            pairs = self.space.compare(normalized, asked)
-            similarities[numbers[part], places[part]] = pairs
+            similarities[numbers[part], places[part]] = self.space.compare(normalized, asked)
 
         _in_threads(fill, -(-len(order) // step), len(order))
 

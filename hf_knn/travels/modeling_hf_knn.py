@@ -1,6 +1,6 @@
 # A k-NN image classifier: what a checkpoint needs where the package is not installed.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 0408cb36563c0df315fd850168cdf4fc2994c58d903a934d1a77bda7bf67ebdd.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 4506683f2806682c84b377589900f4d86631717b522339409d2df81dc3867502.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -202,7 +202,6 @@ def check_labels(labels: Tensor, num_labels: int, name: str) -> None:
 Doubles = NDArray[np.float64]
 LARGEST_WEIGHT = 1e6
 _EXACT_BITS, _ROW_BITS = 53, 24
-"""Whole numbers that float64 adds without an error, and those of a row."""
 
 class LearnedMap:
     """A linear map A; `z = A (x - mean)`, and then the normalisation scales z to length 1."""
@@ -513,7 +512,6 @@ _TIMM_SHAPE_ARGUMENTS = frozenset(
 )
 _CHANNELS_LAST = ("dinat", "edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
 _ONE_FIRST = ("dinov3_convnext", "pvt")
-"""Model types without one patch size whose first token is no patch."""
 
 def build_backbone(config: PreTrainedConfig, poolings: Iterable[str]) -> PreTrainedModel:
     """Builds the architecture with random weights, without network and without foreign code."""
@@ -1026,8 +1024,6 @@ ROW_BLOCK = 65_536
 
 _FLOAT32_ROUNDING = 2.0**-24
 _SHORTCUTS = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-6, "medium": 2.0**-6}
-"""What torch's settings of float32 products let one of unit vectors be off."""
-
 _PAIRS_AT_ONCE = 2**22
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while they are compared
 _CANDIDATES_PER_ROW = 6  # what it costs to gather one, in rows that are compared in their order
@@ -1290,8 +1286,7 @@ class Searcher:
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            if more.any():
-                self._rescore(queries, candidates, more, similarities)
+            self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -1319,8 +1314,7 @@ class Searcher:
             if len(normalized) < len(part):
                 normalized = normalized[np.cumsum(is_new) - 1]
             asked = queries[numbers[part]] if len(queries) > 1 else queries[0]
-            pairs = self.space.compare(normalized, asked)
-            similarities[numbers[part], places[part]] = pairs
+            similarities[numbers[part], places[part]] = self.space.compare(normalized, asked)
 
         _in_threads(fill, -(-len(order) // step), len(order))
 
@@ -1791,8 +1785,6 @@ _METHODS = (
     "teach", "forget", "relabel", "merge", "undo", "explain", "keep_thumbnails", "fingerprint_rows",
 )  # fmt: skip
 _OPTIONS = ("trust_faiss_index", "trust_remote_datastore", "datastore_uri", "datastore_token")
-"""Of the package's class, which are missed with a sentence."""
-
 _ONLY_IN_PACKAGE = (
     "`{}` needs the package, of which only what answers came along with this checkpoint: "
     "`pip install hf-knn`, and `import hf_knn` before the checkpoint is opened."

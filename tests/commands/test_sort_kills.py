@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_fifty_kills_lose_and_double_nothing(
     contents = sorted(content for content, _ in before.values())
     for kill in range(KILLS):
         step = (2 * kill + 1) * total // (2 * KILLS)
-        assert outcome(lambda step=step: sort(step)) == f"ended by {-signal.SIGKILL}"
+        assert outcome(partial(sort, step)) == f"ended by {-signal.SIGKILL}"
         there = files_of(inbox) | {f"out/{name}": one for name, one in files_of(out).items()}
         assert {content for content, _ in there.values()} == {*contents}
         if option == "--move":

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_knn.store import disk, views
 from hf_knn.store import table as row_table
 from hf_knn.store.approximate import FaissApproximate
+from hf_knn.store.blocks import Block
 from hf_knn.store.choice import choose_index
 from hf_knn.store.datastore import Datastore
 
@@ -201,7 +202,7 @@ def test_a_block_that_needs_float32_widens_those_before_it(
 
 
 def test_blocks_are_numbered_and_may_have_paths(tmp_path: Path) -> None:
-    parts = [
+    parts: list[Block] = [
         (rows(1, 3), [0, 1, 2]),
         (rows(2, 2), [3, 4], [9, 7], ["a.png", "b.png"]),
         (rows(3, 0), []),
