@@ -2,14 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-
-from hf_knn.serving.listening import listen
 
 TOKEN = "a-token-that-nobody-guesses"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -29,7 +28,7 @@ class Running(NamedTuple):
     def end(self, how: signal.Signals = signal.SIGINT) -> str:
         """Ends it, and returns what it said then."""
         self.process.send_signal(how)
-        _, said = self.process.communicate(timeout=120)
+        _, said = self.process.communicate(timeout=600)
         return said
 
 
@@ -42,7 +41,8 @@ def running(folder: Path, *options: str, **variables: str) -> Iterator[Running]:
         options: of the command.
         variables: of the environment.
     """
-    with listen("127.0.0.1") as probe:
+    with socket.socket() as probe:  # several tests at once get ports of their own
+        probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "hf_knn_cli", "serve", str(folder), "--port", str(port)]
     process = subprocess.Popen(
