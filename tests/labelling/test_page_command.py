@@ -62,8 +62,8 @@ def test_it_says_where_the_page_is_what_was_kept_and_what_is_next(
         assert is_over()
 
     monkeypatch.setattr(label_page, "serve", served)
-    command = ("label", place / "pictures", "-o", tmp_path / "out", "--no-browser")
-    command = (*command, "--backbone", place / "backbone", "--groups", 0)
+    command: list[object] = ["label", place / "pictures", "-o", tmp_path / "out", "--no-browser"]
+    command += ["--backbone", place / "backbone", "--groups", 0]
     done = hf_knn(*command)
     assert done.exit_code == 130
     assert "http://127.0.0.1:" in done.output
