@@ -1,8 +1,8 @@
 """The ridge head of the benchmark of orders is the one that a session guesses with."""
 
 import torch
-from claims.labelling import _IMPOSSIBLE, REGULARIZER, TEMPERATURE, ridge
 
+from claims.labelling import _IMPOSSIBLE, REGULARIZER, TEMPERATURE, ridge
 from hf_knn.fit.choice import FIXED_CELL
 from hf_knn.model.ridge import RidgeState
 
