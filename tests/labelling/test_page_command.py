@@ -68,7 +68,7 @@ def test_it_says_where_the_page_is_what_was_kept_and_what_is_next(
     assert done.exit_code == 130
     assert "http://127.0.0.1:" in done.output
     assert "1 labelled, 11 left" in done.output
-    assert "the same command goes on" in done.output
+    assert "To go on" in done.output
     does_stop = False
     done = hf_knn(*command, "--host", "0.0.0.0", "--token", "a-token-of-some-length")
     assert done.exit_code == 0, done.output
