@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
 from rich.table import Table
 
 from ..labelling.keys import keys_of
@@ -22,9 +21,10 @@ from ..labelling.questions import (
 from ..labelling.session import Session
 from ..store.advice import install, needs
 from .checks import watching
-from .console import Terminal, console, escape, right, say_what_was_left_out
+from .console import console, escape, right, say_what_was_left_out
 from .keyboard import END, ENTER, Keyboard
 from .label_ending import ending_of, say_ending
+from .stopping import stands
 
 _GUESSES = 3
 
@@ -72,6 +72,7 @@ def open_session(options: LabelOptions) -> Session:
             backbone=options.backbone, groups=options.groups, batch_size=options.batch_size,
             watch=watch, progress=True,
         )  # fmt: skip
+    stands(lambda: f"Kept: {_so_far(session)} Every answer is in {session.output}.")
     say_what_was_left_out(session.notes)
     for row in session.pool.skipped:
         console.print(f"[yellow]Skipped[/] {escape(row.path)}: {escape(row.reason)}.")
@@ -93,11 +94,7 @@ def label_in_terminal(options: LabelOptions) -> None:
     """
     with open_session(options) as session:
         keyboard = Keyboard()
-        try:
-            Asked(session, keyboard).until_the_end()
-        except KeyboardInterrupt:
-            say_kept(session)
-            raise
+        Asked(session, keyboard).until_the_end()
         outcome = session.finish(options.folders, options.with_model)
         say_ending(ending_of(outcome, session.pool.folder))
 
@@ -115,7 +112,7 @@ def label_on_page(
         opens: likewise.
 
     Raises:
-        typer.Exit: with 130, if somebody stopped it, who was told what is kept.
+        KeyboardInterrupt: if somebody stopped it.
         ImportError: without what a server needs.
         ValueError: see `Session.open`; for a token that no header can carry.
         OSError: likewise; for a port that is taken.
@@ -127,16 +124,7 @@ def label_on_page(
     place = Place.take(PageOptions(host, port, token, opens))
     with place.bound, open_session(options) as session:
         if not show_page(session, place, options.folders, options.with_model):
-            say_kept(session)
-            raise typer.Exit(130)  # as of a command that Ctrl-C stops
-
-
-def say_kept(session: Session) -> None:
-    """What somebody should know who stops in the middle."""
-    Terminal(stderr=True).print(
-        f"\nKept: {_so_far(session)} Every answer is in {escape(session.output)}; the same "
-        "command goes on from there.", soft_wrap=True,
-    )  # fmt: skip
+            raise KeyboardInterrupt  # the server took it, and ended
 
 
 class Asked:

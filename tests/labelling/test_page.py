@@ -205,8 +205,9 @@ def test_what_is_no_answer_is_refused_in_a_sentence(
     "body", [b"", b"\xff", b"[" * 50_000, b"null", b"[]", b'{"run": NaN}', b'{"number": 1e999}']
 )
 def test_what_is_no_json_is_refused(body: bytes, page: LabelPage) -> None:
+    http = Tab(page).http
     for path in ("answer", "undo", "finish"):
-        reply = Tab(page).http.post(f"/api/{path}", content=body)
+        reply = http.post(f"/api/{path}", content=body)
         assert reply.status_code == 422
         assert reply.json()["error"].startswith("Expected ")
 
