@@ -17,7 +17,8 @@ _EXPLAINED = (
     "always takes longer. Any other model works too, by its Hub id, timm name or folder.",
     "weights: how many, in millions. MB: the download, about. GFLOPs: thousand million operations "
     "for one picture, counted. ms: for one picture on one processor thread, measured with PyTorch "
-    "on a machine with AVX2; a GPU is far faster. gated: log in and ask on its page for access.",
+    "on a machine with AVX2 (-: not measured); a GPU is far faster. gated: log in and "
+    "ask on its page for access.",
 )
 _NUMBERS = ("features", "pixels", "weights", "MB", "GFLOPs", "ms")
 
@@ -39,8 +40,8 @@ def backbones(json_output: JsonOption = False) -> None:
     )  # fmt: skip
     for each in known:
         table.add_row(
-            each.name, str(each.features), str(each.image_size), f"{each.parameters:.0f} M",
-            str(each.megabytes), f"{each.gflops:.3g}", str(each.milliseconds), each.licence,
+            each.name, str(each.features), str(each.image_size), f"{each.parameters:.3g} M",
+            str(each.megabytes), f"{each.gflops:.3g}", str(each.milliseconds or "-"), each.licence,
             "yes" if each.is_gated else "no",
         )  # fmt: skip
     console = Console()

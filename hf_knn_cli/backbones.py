@@ -22,7 +22,7 @@ class Backbone:
         megabytes: of the download, about.
         gflops: thousand million operations for one picture, counted; a multiply-add is two.
         milliseconds: of one processor thread for one picture, measured with PyTorch in float32 on
-            a machine with AVX2 and without bfloat16.
+            a machine with AVX2 and without bfloat16; None was not measured.
         licence: of its weights.
         is_gated: whether one has to ask for access on its page first.
         is_offline: whether an installed package holds its weights, so that no network is needed.
@@ -39,7 +39,7 @@ class Backbone:
     parameters: float
     megabytes: int
     gflops: float
-    milliseconds: int
+    milliseconds: int | None
     licence: str
     is_gated: bool
     is_offline: bool

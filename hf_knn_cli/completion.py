@@ -49,10 +49,11 @@ def complete_label(context: typer.Context, incomplete: str) -> list[str]:
         context: of the command, with what was typed so far.
         incomplete: of the label.
     """
-    named = context.params.get("checkpoint") or context.params.get("model")
-    place = None if named is None else Path(os.path.expanduser(str(named)))
-    values = None if place is None else _kind_of(place)
-    labels = {} if values is None else values.get("id2label")
+    # arguments that were typed before an option without its value are not parsed yet
+    named = [context.params.get("checkpoint"), context.params.get("model"), *context.args]
+    found = (_kind_of(Path(os.path.expanduser(str(each)))) for each in named if each)
+    values = next((each for each in found if each is not None), {})
+    labels = values.get("id2label")
     names = sorted(map(str, labels.values())) if isinstance(labels, dict) else []
     return [name for name in names if name.startswith(incomplete)][:_MOST]
 

@@ -61,13 +61,13 @@ def demo(
     ] = False,
 ) -> None:
     """Open a page in the browser: classify pictures, see why, and teach new ones."""
+    if thumbnails and push is None:
+        raise typer.BadParameter("Expected --push with --thumbnails; here they are shown anyway.")
     if push is not None and device_named(context):
         raise typer.BadParameter("Expected no --device with --push: a Space has its own hardware.")
     from hf_knn.commands.console import run
     from hf_knn.commands.demo import push_space, show_demo
 
-    if thumbnails and push is None:
-        raise typer.BadParameter("Expected --push with --thumbnails; here they are shown anyway.")
     if push is None:
         run(show_demo, checkpoint, port, pictures, backend)
     elif backend is not None:

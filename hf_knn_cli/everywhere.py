@@ -7,7 +7,7 @@ all, `--device` to those that compute features, which are those with a `--backen
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -25,11 +25,12 @@ from .completion import (
 )
 from .places import fail
 from .terminal import command_typed
-from .variables import set_during
+from .variables import restore, set_during
 
 PANEL = "Every command"
 
 DEBUG, VERBOSITY, DEVICE = "HF_KNN_DEBUG", "HF_KNN_VERBOSITY", "HF_KNN_DEVICE"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 QUIET, VERBOSE = "quiet", "verbose"
 """Values of `HF_KNN_VERBOSITY`."""
 
@@ -96,12 +97,12 @@ def _choose_device(context: typer.Context, value: str | None) -> str | None:
     _notes(context)[DEVICE] = value
     number = _GPU.fullmatch(value)
     if number:  # the only one that is seen: a trainer would take the first, or all
-        seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+        seen = [each for each in os.environ.get(VISIBLE, "").split(",") if each]
         place = int(number[1])
         if seen and place >= len(seen):
             fail(f"Expected one of the {len(seen)} GPUs that CUDA_VISIBLE_DEVICES names, but got "
                  f"--device {value}; count from cuda:0.")  # fmt: skip
-        set_during(context, "CUDA_VISIBLE_DEVICES", seen[place] if seen else number[1])
+        set_during(context, VISIBLE, seen[place] if seen else number[1])
     set_during(context, DEVICE, "cuda" if number else value)
     if value not in ("auto", "cpu"):
         from hf_knn.commands.devices import check_device
@@ -195,6 +196,15 @@ class Commands(TyperGroup):
             command.help = _reflowed(command.help)
             command.params += [shared[name] for name in of_this if name not in names]
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Runs the command line; what it said by variables is over with it, also after an error."""
+        before = dict(os.environ)
+        try:
+            return super().main(*arguments, **options)
+        finally:
+            for name in _said_by_variables({*before, *os.environ}):
+                restore(name, before.get(name))
+
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
         """Finds the command, and refuses a device for one that computes nothing."""
         name, command, rest = super().resolve_command(context, arguments)
@@ -238,6 +248,10 @@ def _items(
 def _reflowed(text: str | None) -> str | None:
     """A docstring in paragraphs, which a terminal breaks where it is wide enough."""
     return None if text is None else re.sub(r"(?<=\S)\n(?=\S)", " ", text)
+
+
+def _said_by_variables(names: Iterable[str]) -> list[str]:
+    return [each for each in names if each.startswith("HF_KNN_") or each == VISIBLE]
 
 
 def _plain_kind(parameter: Any) -> str | None:

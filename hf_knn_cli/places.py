@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,8 @@ def fail(sentence: str) -> NoReturn:
     Raises:
         typer.Exit: with 1.
     """
+    if os.environ.get("HF_KNN_DEBUG") and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     print(f"Error: {one_line(as_called(sentence))}", file=sys.stderr)
     raise typer.Exit(1)
 

@@ -25,8 +25,8 @@ def serve(
             default_factory=list,
             show_default=False,
             rich_help_panel=NETWORK,
-            help="A further name that it may be called by, such as that of a proxy before it; "
-            "repeat it.",
+            help="A further name that it may be called by, such as that of a proxy before it, "
+            "which makes the token needed for everything; repeat it.",
         ),
     ],
     host: Annotated[
@@ -96,7 +96,8 @@ def serve(
 
     /docs is a page that says what each does, and tries it. What was taught or forgotten is saved in
     the checkpoint before it is answered; what other commands change there meanwhile is seen before
-    the next answer. No address is fetched.
+    the next answer. No address is fetched. Of a picture at most 64 MiB are taken, or --max-bytes if
+    that is less.
     """
     from hf_knn.commands.console import run
     from hf_knn.commands.serve import ServeOptions, serve_checkpoint

@@ -84,6 +84,11 @@ def sort(
     """
     if undo is not None and (inbox or checkpoint or into or move or link or dry_run):
         raise typer.BadParameter("Expected --undo DIR alone, or with --json.")
+    if undo is None and None in (inbox, checkpoint, into):
+        raise typer.BadParameter(
+            "Expected INBOX --model CHECKPOINT --into DIR to sort pictures, or --undo DIR to take "
+            "that back."
+        )
     if move and link:
         raise typer.BadParameter("Expected --move or --link, but got both; pass one of them.")
     from hf_knn.commands.console import run
@@ -93,11 +98,9 @@ def sort(
     if undo is not None:
         run(take_back, undo, json_output, json_output=json_output)
         return
-    if inbox is None or checkpoint is None or into is None:
-        raise typer.BadParameter(
-            "Expected INBOX --model CHECKPOINT --into DIR to sort pictures, or --undo DIR to take "
-            "that back."
-        )
+    assert inbox is not None  # or it was refused
+    assert checkpoint is not None
+    assert into is not None
     how = How.MOVE if move else How.LINK if link else How.COPY
     options = SortOptions(inbox, checkpoint, into, how, max_error, dry_run, json_output)
     run(sort_pictures, options, json_output=json_output)

@@ -164,17 +164,16 @@ class TrainOptions:
         typer.Option(
             min=1,
             rich_help_panel=HEAD,
-            help=f"How often training goes through all pictures. Default: {HEAD_EPOCHS}, or "
-            f"{FINE_TUNING_EPOCHS} with --fine-tune.",
+            help=f"Default: {HEAD_EPOCHS}, or {FINE_TUNING_EPOCHS} with --fine-tune: how often "
+            "training goes through all pictures.",
         ),
     ] = None
     learning_rate: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=HEAD,
-            help=f"How large the steps of training are. Default: {HEAD_LEARNING_RATE:g}, or "
-            f"{FINE_TUNING_LEARNING_RATE:g} with "
-            "--fine-tune.",
+            help=f"Default: {HEAD_LEARNING_RATE:g}, or {FINE_TUNING_LEARNING_RATE:g} with "
+            "--fine-tune: how large the steps of training are.",
         ),
     ] = None
     sweep: Annotated[

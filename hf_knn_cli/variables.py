@@ -15,10 +15,16 @@ def set_during(context: typer.Context, name: str, value: str) -> None:
     """
     before = os.environ.get(name)
     os.environ[name] = value
-    context.call_on_close(lambda: _restore(name, before))
+    context.call_on_close(lambda: restore(name, before))
 
 
-def _restore(name: str, before: str | None) -> None:
+def restore(name: str, before: str | None) -> None:
+    """Gives a variable the value that it had.
+
+    Args:
+        name: of the variable.
+        before: its value; None is no value.
+    """
     if before is None:
         os.environ.pop(name, None)
     else:

@@ -33,7 +33,7 @@ ONLY_IN = {
 }
 """What one module alone imports."""
 
-MOST_FILES, MOST_LINES = 180, 500
+MOST_FILES, MOST_LINES = 193, 500
 """90 files held what 0.2 could; each capability since brings its own."""
 
 

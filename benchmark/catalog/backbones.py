@@ -137,7 +137,7 @@ _MODERN = (
     _modern("dinov3-s", **_TOKENS),
     _modern("dinov3-b", **_TOKENS),
     _modern("siglip2-b", pooling="mean"),
-    _modern("clip-b", **_TOKENS),
+    _modern("clip-b", **_TOKENS, revision="57c216476eefef5ab752ec549e440a49ae4ae5f3"),
     _modern("convnextv2-t", SUPERVISED, pooling="mean"),
     _modern("convnextv2-b", SUPERVISED, pooling="mean"),
 )

@@ -35,8 +35,8 @@ from hf_knn import Datastore, KnnForImageClassification
 
 TOGETHER, ALONE = "hf-knn serve", "hf-knn serve --batch-size 1"
 TOKEN = "a-token-of-the-benchmark"
-_MIX = ("/predict",) * 26 + ("/explain",) * 3 + ("/teach", "/forget", "/health")
-"""Of 32 requests."""
+_MIX = ("/predict",) * 54 + ("/explain",) * 6 + ("/health",) * 2 + ("/teach", "/forget")
+"""Of 64 requests."""
 
 
 class Answered(NamedTuple):

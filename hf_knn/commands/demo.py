@@ -102,8 +102,9 @@ def push_space(
             repo_id, repo_type="space", space_sdk="gradio", exist_ok=True, private=private or None
         )
         commit = api.upload_folder(
-            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload Space"
-        )
+            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload Space",
+            delete_patterns=[f"model/{THUMBNAILS_NAME}"],  # of an earlier push, unless it is here
+        )  # fmt: skip
     console.print(f"Pushed: {escape(commit.commit_url)}", soft_wrap=True)
 
 

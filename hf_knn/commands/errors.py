@@ -67,7 +67,7 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, LookupError | RuntimeError | ArithmeticError):
         # it may be a fault of ours: then its place is what helps
         kind = type(error).__name__
-        return f"{kind}: {said}. `hf-knn --debug` before the command shows where."
+        return f"{kind}: {said}. The same line with --debug shows where."
     return f"{said}."
 
 

@@ -38,6 +38,11 @@ from .console import (
 from .devices import trains_on_cpu
 from .stopping import FEATURES_KEPT, stands
 
+_CAPTION = (
+    "top-1: how often it is right. NLL, ECE: how wrong its probabilities are, 0 is best. ± and "
+    "ranges hold the true number in 95 of 100 cases."
+)
+
 MOST_NAMED = 20
 """Pictures that a message names."""
 
@@ -168,7 +173,7 @@ def _table(voices: dict[str, dict[str, Number]], count: int, title: str) -> Tabl
         title: of the table.
     """
     names = map(right, ("top-1", "mean per class", "NLL", "ECE"))
-    table = Table("", *names, title=title, title_justify="left", caption="± and ranges: 95 %")
+    table = Table("", *names, title=title, title_justify="left", caption=_CAPTION)
     for voice, numbers in voices.items():
         shares = (numbers[name].say_share(count) for name in ("top1", "mean_class"))
         table.add_row(
@@ -192,8 +197,9 @@ def _print_together(report: Report) -> None:
         for name in ("both_wrong", "oracle")
     )
     console.print(
-        f"Together: both wrong at {wrong.say_share(report.count)}, right at best "
-        f"{best.say_share(report.count)}.", highlight=False,
+        f"Head and neighbours are both wrong at {wrong.say_share(report.count)}; whoever chose the "
+        f"right one of them each time would be right at {best.say_share(report.count)}.",
+        highlight=False,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from rich.table import Table
 
 from ..labelling.keys import keys_of
@@ -114,21 +115,20 @@ def label_on_page(
         opens: likewise.
 
     Raises:
+        typer.Exit: with 130, if somebody stopped it, who was told what is kept.
         ImportError: without what a server needs.
         ValueError: see `Session.open`; for a token that no header can carry.
         OSError: likewise; for a port that is taken.
     """
-    modules = {name: name for name in ("starlette", "uvicorn")}
+    modules = {name: name for name in ("pydantic", "starlette", "uvicorn")}
     needs(modules, "The page of hf-knn label (without --terminal)", install("serve"))
     from .label_page import PageOptions, Place, show_page
 
     place = Place.take(PageOptions(host, port, token, opens))
     with place.bound, open_session(options) as session:
-        try:
-            show_page(session, place, options.folders, options.with_model)
-        except KeyboardInterrupt:
+        if not show_page(session, place, options.folders, options.with_model):
             say_kept(session)
-            raise
+            raise typer.Exit(130)  # as of a command that Ctrl-C stops
 
 
 def say_kept(session: Session) -> None:

@@ -96,9 +96,6 @@ def show_page(
 
     Returns:
         Whether everything was written, which is said then.
-
-    Raises:
-        KeyboardInterrupt: at Ctrl-C, once the server has ended.
     """
     written: list[Ending] = []
     is_over = threading.Event()

@@ -233,7 +233,8 @@ def refit_head(checkpoint: Path) -> None:
             fit = refit(model)
         model.save_pretrained(folder)
     console.print(
-        f"Fitted on {len(fit.state):,} stored pictures: smoothing (regulariser) {before[0]:.3g} → {fit.regularizer:.3g}, "
+        f"Fitted on {len(fit.state):,} stored pictures: smoothing (regulariser) {before[0]:.3g} → "
+        f"{fit.regularizer:.3g}, "
         f"temperature {before[1]:.3g} → {fit.temperature:.3g}."
     )
     console.print(

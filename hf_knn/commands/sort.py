@@ -255,7 +255,7 @@ class _Run:
     def _say_before(self) -> None:
         promise, options = self.promise, self.options
         if promise.rate == NO_PROMISE:
-            console.print("Every picture is sorted by its best answer; nothing is promised.")
+            console.print("Sorted is by the best answer, however unsure; nothing is promised.")
         else:
             console.print(
                 f"Sorted is what has a probability of at least {percent(promise.threshold)}: at "
@@ -325,7 +325,7 @@ class _Run:
             "folders": self.tally.as_json(),
             "files": {
                 name: {"to": target, "answer": place.label, "probability": place.probability,
-                       "typicality": place.typicality}
+                       "p_value": place.typicality}
                 for name, (target, place) in self.files.items()
             },
             "along": self.along,
@@ -369,8 +369,7 @@ class _Run:
             look = options.into / UNSURE_NAME
             words = [("To take it back", typed("sort", "--undo", options.into))]
             if UNSURE_NAME in self.tally.shelves:
-                page = ("--html", "unsure.html")
-                words.append(("Next", typed("predict", options.checkpoint, look, *page)))
+                words.append(("Next", typed("label", look, "--model", options.checkpoint)))
         for what, command in words:
             console.print(f"{what}: [bold]{command}[/]", soft_wrap=True, highlight=False)
 

@@ -415,7 +415,8 @@ def _check(options: TrainOptions) -> None:
         return
     if options.learn_metric:
         raise ValueError(
-            "Expected no --learn-metric with --fine-tune: the backbone is trained on every picture then, "
+            "Expected no --learn-metric with --fine-tune: the backbone is trained on every picture "
+            "then, "
             "so that none is left to find out whether it helps; leave one of them out."
         )
     if options.sweep is not None:

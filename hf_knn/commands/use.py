@@ -105,7 +105,7 @@ def tune_checkpoint(
                 result = trainer.tune(rows, criterion, calibrate, progress=True)
         model.save_pretrained(checkpoint)
         said = result.say("in these pictures" if result.has_few_labels else "on these pictures")
-        console.print(f"{said} Saved in {escape(checkpoint)}.")
+        console.print(f"{said} Saved in {escape(checkpoint)}.", soft_wrap=True)
         if plot is not None:
             draw_tuning(result, plot)
             console.print(f"Drawn: {escape(str(plot))}")

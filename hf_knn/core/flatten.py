@@ -27,7 +27,7 @@ HEADER = """# {title}
 """
 PUBLIC = ("KnnConfig", "KnnForImageClassification", "KnnImageClassifierOutput", "Neighbors")
 _CALLED = ("from_pretrained", "save_pretrained", "forward")
-"""Classes and methods whose docstrings travel whole; of others the first paragraph does."""
+"""Whose docstrings travel whole; others by their first paragraph, private constants without."""
 
 _LOOKS_LIKE_AN_IMPORT = re.compile(r"^\s*(from\s+\.|import\s+\.)", re.MULTILINE)
 
@@ -96,7 +96,8 @@ def read_module(path: Path) -> Module:
                 raise SyntaxError(f"Expected `from .name import X` in {place}.")
             module.siblings.add(node.module)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            module.pieces[-1].text += "\n" + _text_of(lines, node)  # the docstring of a constant
+            if not module.pieces[-1].names[0].startswith("_"):  # the docstring of a constant
+                module.pieces[-1].text += "\n" + _text_of(lines, node)
         elif names := _names_of(node):
             module.pieces.append(Piece(names, _text_of(lines, node), _reads_of(node)))
         else:

@@ -36,6 +36,8 @@ _PAIRS_AT_ONCE = 2**22
 _COMPARE_BYTES = 2**20  # rows that stay in the cache while they are compared
 _CANDIDATES_PER_ROW = 6  # what it costs to gather one, in rows that are compared in their order
 _PAIRS_FOR_THREADS = 4096  # fewer pairs are compared before a thread has started
+_PAIRS_OF_FEW = 128  # so many are compared at once, before it is known which are needed
+_ONE_THREAD = 32_768  # values that torch converts without threads
 _SMALLEST_SQUARE = 2.0**-800  # of a length; smaller and larger ones are scaled first
 _EXTENDED = 1.2  # a little more than sqrt(5) / 2, which rounding must not exceed
 
@@ -396,14 +398,14 @@ class Searcher:
             similarities = np.where(allowed, self._compare_all(queries), -np.inf)
         else:
             similarities, count = nothing, np.cumsum(allowed, axis=1)
-            first = allowed & (count <= k)
+            is_few = self.is_exact and allowed.size <= _PAIRS_OF_FEW
+            first = allowed & (count <= (width if is_few else k))
             self._rescore(queries, candidates, first, similarities)
             # whatever cannot reach the least of these needs no rescoring
             lowest = similarities.min(axis=1, where=first, initial=np.inf)
             lowest = self.space.as_score(lowest, queries, length)
             more = allowed & ~first & (reach >= lowest[:, None])
-            if more.any():
-                self._rescore(queries, candidates, more, similarities)
+            self._rescore(queries, candidates, more, similarities)
             width = max(k, 1 + int(np.flatnonzero((first | more).any(axis=0)).max(initial=0)))
         candidates, similarities = candidates[:, :width], similarities[:, :width]
         own = np.arange(len(queries))[:, None]
@@ -429,12 +431,13 @@ class Searcher:
 
         def fill(block: int) -> None:
             part = order[block * step : (block + 1) * step]
-            used, which = rows[part], np.arange(len(part))
-            if len(queries) > 1:  # the candidates of one are other rows each
-                used, which = np.unique(used, return_inverse=True)
-            normalized = self.space.normalize(self.features[used])[which]
-            pairs = self.space.compare(normalized, queries[numbers[part]])
-            similarities[numbers[part], places[part]] = pairs
+            wanted = rows[part]
+            is_new = np.diff(wanted, prepend=-1) != 0
+            normalized = self.space.normalize(self.features[wanted[is_new]])
+            if len(normalized) < len(part):
+                normalized = normalized[np.cumsum(is_new) - 1]
+            asked = queries[numbers[part]] if len(queries) > 1 else queries[0]
+            similarities[numbers[part], places[part]] = self.space.compare(normalized, asked)
 
         _in_threads(fill, -(-len(order) // step), len(order))
 
@@ -466,9 +469,14 @@ def nearest_first(similarities: Floats, ids: Ints, k: int) -> Ints:
 
 def _widened(features: NDArray) -> Floats:
     """A float64 copy; of float16 by torch, whose conversion is several times as fast."""
-    if features.dtype == np.float16:
-        return torch.from_numpy(features).double().numpy()
-    return features.astype(np.float64)
+    if features.dtype != np.float16:
+        return features.astype(np.float64)
+    widened = np.empty(features.shape)
+    step = max(1, _ONE_THREAD // features.shape[1])
+    for start in range(0, len(features), step):  # its threads would be in the way of ours
+        part = slice(start, start + step)
+        torch.from_numpy(widened[part]).copy_(torch.from_numpy(features[part]))
+    return widened
 
 
 def _in_threads(task: Callable[[int], None], count: int, pairs: int) -> None:

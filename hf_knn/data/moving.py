@@ -211,7 +211,7 @@ def open_folder(
             lines.read()
             if not has_journal:
                 lines.start(len(above))
-            _settle(place, lines)
+            _settle(place, lines, goes_on=True)
             try:
                 yield Folder(place, lines)
             finally:
@@ -268,7 +268,7 @@ def put_back(
     with _locked(folder):
         lines, found = Journal(folder, journal), Moved()
         lines.read()
-        _settle(folder, lines)
+        _settle(folder, lines, goes_on=False)
         for move in watch(lines.moves[::-1]):
             _take_back(folder, move, found)
         found.done.reverse()
@@ -324,10 +324,14 @@ def _is_ours(move: Move, target: Path) -> bool:
     return move.mark is not None and not target.is_symlink() and move.mark.holds(target)
 
 
-def _settle(folder: Path, journal: Journal) -> None:
-    """Ends what a kill interrupted: of two copies the first goes, and what is half goes too."""
-    if not journal.pending:
-        return
+def _settle(folder: Path, journal: Journal, *, goes_on: bool) -> None:
+    """Ends what a kill interrupted: of two copies the first goes, and what is half goes too.
+
+    Args:
+        folder: that took files.
+        journal: of it.
+        goes_on: also take what was still to be taken, so that what belongs together stays so.
+    """
     never = []
     for move in journal.pending:
         source, target = move.source, folder / move.target
@@ -339,6 +343,8 @@ def _settle(folder: Path, journal: Journal) -> None:
             is_there = is_same(source, target)
             if is_there:
                 source.unlink()
+        elif not is_there and goes_on:
+            is_there = _tried(move, source, target, Moved()) is None
         if not is_there:
             never.append(move.target)
     journal.end(never)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from .decode import decoding
+from .decode import decoding, limits_of_process
 
 MAX_UPLOADED_FILE = 64 * 2**20
 """Bytes of one file; the server refuses more while it is being sent."""
@@ -65,8 +65,13 @@ def uploaded(source: bytes | str | Path) -> Iterator[Image.Image]:
         BadImageError: if it is not a picture that is accepted, with the reason.
         OSError: if it cannot be read.
     """
-    with decoding(source, max_bytes=MAX_UPLOADED_FILE, alone_above=LARGE_PIXELS) as image:
+    with decoding(source, max_bytes=largest_upload(), alone_above=LARGE_PIXELS) as image:
         yield image
+
+
+def largest_upload() -> int:
+    """Bytes of one file: `MAX_UPLOADED_FILE`, or less where the process decodes less."""
+    return min(MAX_UPLOADED_FILE, limits_of_process().bytes)
 
 
 def check_count(pictures: list[Sent] | None) -> list[Sent]:

@@ -87,7 +87,8 @@ class TuneResult:
             where: what the rows were, as in "on a validation set".
         """
         cell = (
-            f"{self.k} neighbours vote (k = {self.k}, temperature = {self.temperature:g}) and count "
+            f"{self.k} neighbours vote (k = {self.k}, temperature = {self.temperature:g}) and "
+            "count "
             f"{self.knn_weight:.0%} beside the head (λ = {self.knn_weight:g})"
         )
         wanted = f"{self.rows} {where}; {FEW_LABELS} a class are wanted"

@@ -102,7 +102,9 @@ def write_outcome(
         OSError: if something cannot be written.
     """
     if folders not in (None, COPY, LINK):
-        raise ValueError(f"Expected `folders` to be 'copy', 'link' or None, but got {folders!r}.")
+        raise ValueError(
+            f"Expected `folders` to be one of {[COPY, LINK]} or None, but got {folders!r}."
+        )
     if not labels:
         raise ValueError(
             "Expected at least one picture with a label, but none has one; nothing was written."

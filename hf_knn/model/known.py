@@ -8,8 +8,9 @@ from importlib.resources import as_file, files
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import BitImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import PreTrainedModel
 
 from ..store.advice import install, needs
 
@@ -77,10 +78,11 @@ def open_offline(known: Known) -> tuple[PreTrainedModel, Any]:
         for name, tensor in efficientnet_lite(known).state_dict().items()
         if not name.startswith("classifier.")
     }
-    model = TimmWrapperModel(TimmWrapperConfig(architecture=known.architecture))
+    settings = transformers.TimmWrapperConfig(architecture=known.architecture)
+    model = transformers.TimmWrapperModel(settings)
     model.timm_model.load_state_dict(weights)
     resized, side = _LITES[known.name][1], known.image_size
-    processor = BitImageProcessor(
+    processor = transformers.BitImageProcessor(
         size={"shortest_edge": resized},  # bicubic by default
         crop_size={"height": side, "width": side},
         image_mean=_HALF,

@@ -139,9 +139,9 @@ class Receipt:
         named = self.named()
         new = f" New classes: {', '.join(self.new_classes)}." if self.new_classes else ""
         return (
-            f"{self.action}: {named or 'nothing'}; {self.rows_before:,} → {self.rows_after:,} stored "
-            f"pictures (fingerprint {self.hash_before[:12]} → {self.hash_after[:12]}). "
-            f"{_CHANGED[self.scope]}{new}"
+            f"{self.action}: {named or 'nothing'}; {self.rows_before:,} → {self.rows_after:,} "
+            f"stored pictures (fingerprint {self.hash_before[:12]} → {self.hash_after[:12]}). "
+            f"{_CHANGED[Scope(self.scope)]}{new}"
         )
 
 

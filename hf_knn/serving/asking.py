@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from ..data.uploads import MAX_FILES, MAX_UPLOADED_FILE, UploadError, check_count
+from ..data.uploads import MAX_FILES, UploadError, check_count, largest_upload
 from .refusals import Refusal
 from .schema import FILES, IMAGES, JSON, MULTIPART
 
@@ -104,10 +104,11 @@ def _check_number(pictures: list[str] | list[UploadFile]) -> None:
 
 
 def _checked(files: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    most = largest_upload()
     for name, content in files:
-        if len(content) > MAX_UPLOADED_FILE:
+        if len(content) > most:
             raise Refusal(
-                413, f"Expected pictures of at most {MAX_UPLOADED_FILE} bytes, but {name} has "
+                413, f"Expected pictures of at most {most} bytes, but {name} has "
                 f"{len(content)}; make it smaller.",
             )  # fmt: skip
     return files

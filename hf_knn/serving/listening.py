@@ -88,7 +88,6 @@ def serve(
         bound: of `listen`; it is closed.
         ready: called once it answers.
         is_over: asked now and then; it ends too when this is true.
-
     """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     config = uvicorn.Config(

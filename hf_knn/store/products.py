@@ -5,6 +5,7 @@ groups, and of most groups only the largest product is ever looked at.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ _SLAB_BLOCKS = 16
 _TURN = 64
 _TURNING = 2.0**-13
 """What turning a row and a query in float32 can change of their product, and more."""
+
+_MARGIN = 2.0**-20  # more than a few roundings in float32
 
 _SMALLEST = 1e-12  # of a scale: nothing is divided by 0
 
@@ -114,11 +117,10 @@ class Int8Format:
 
     def code(self, vectors: Tensor) -> Coded:
         """See `NumberFormat.code`."""
-        turned = torch.from_numpy(_turned(vectors.flatten(0, 1).numpy()))
-        turned = turned.view(*vectors.shape[:2], -1)
+        turned = _turned(vectors.flatten(0, 1)).view(*vectors.shape[:2], -1)
         scale = turned.abs().amax((1, 2), keepdim=True).clamp(min=_SMALLEST) / 127
         codes = (turned / scale).round().to(torch.int8)
-        lost = (turned - codes * scale).norm(dim=2).amax(1)
+        lost = torch.linalg.vector_norm(turned - codes * scale, dim=2).amax(1)
         return Coded(codes.flatten(0, 1), scale.flatten(), lost)
 
     def multiply(self, queries: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -131,18 +133,21 @@ class Int8Format:
 
 
 @functools.cache
-def _turn() -> Singles:
-    """[64, 64] orthogonal, as good as any other."""
-    return np.linalg.qr(np.random.default_rng(0).standard_normal((_TURN, _TURN)))[0].astype("f4")
+def _turn() -> Tensor:
+    """[64, 64] float64, orthogonal, as good as any other."""
+    normal = np.random.default_rng(0).standard_normal((_TURN, _TURN))
+    return torch.from_numpy(np.linalg.qr(normal)[0])
 
 
-def _turned(vectors: Singles) -> Singles:
+def _turned(vectors: Tensor) -> Tensor:
     """[n, D'] to [n, D''], the next multiple of 64: values that lie far apart are mixed."""
     count, width = vectors.shape
-    padded = np.zeros((count, -(-width // _TURN) * _TURN), np.float32)
+    # by torch: threads of numpy would be in the way of those that come next; to ask costs more
+    dtype = torch.float64 if count == 1 or shortcut() else torch.float32
+    padded = torch.zeros(count, -(-width // _TURN) * _TURN, dtype=dtype)
     padded[:, :width] = vectors
-    mixed = padded.reshape(count, _TURN, -1).transpose(0, 2, 1).reshape(-1, _TURN) @ _turn()
-    return mixed.reshape(count, -1)
+    mixed = padded.view(count, _TURN, -1).transpose(1, 2).reshape(-1, _TURN) @ _turn().to(dtype)
+    return mixed.view(count, -1).float()
 
 
 class Slab(NamedTuple):
@@ -152,7 +157,7 @@ class Slab(NamedTuple):
         coded: of the rows, those of each group together.
         first: [groups] the first row of each.
         step: from a row to the next of its group: neighbours in the store, which are often of one
-            class, are of many groups. What the last step falls short of is filled up with zeros.
+            class, are of many groups. What the last step falls short of are copies.
     """
 
     coded: Coded
@@ -190,7 +195,24 @@ class Products:
         self.rest = rows[end - start :].copy()
         self.last = [self._slab(self.rest, end)] if len(self.rest) else []
         self.count = end + len(self.rest)
-        # of all groups, as their slabs say of each
+        self._collect()
+
+    def repeat(self, times: int) -> None:
+        """Holds all rows so many times, each time in other memory; they fill whole blocks."""
+        starts = self.count * np.arange(times)[:, None]
+        self.whole = [
+            Slab(
+                Coded(codes.repeat(times, 1), scale.repeat(times), lost.repeat(times)),
+                (starts + first).ravel(),
+                step,
+            )
+            for (codes, scale, lost), first, step in self.whole
+        ]
+        self.count *= times
+        self._collect()
+
+    def _collect(self) -> None:
+        """What the slabs say of their groups, for all groups."""
         slabs, none = self.whole + self.last, np.empty((0, _GROUP), np.int64)
         self.members = np.concatenate([none, *(slab.members() for slab in slabs)])
         self.scale = torch.cat([torch.empty(0), *(slab.coded.scale for slab in slabs)])
@@ -201,13 +223,17 @@ class Products:
         """See `FirstPass.candidates`."""
         parts = range(0, len(queries), _QUERIES)
         found = [self._best(queries[start : start + _QUERIES], count) for start in parts]
+        if len(found) == 1:
+            return found[0]
         positions, reach = zip(*found, strict=True)
         return np.concatenate(positions), np.concatenate(reach)
 
     def _slab(self, rows: Singles, start: int) -> Slab:
         step = -(-len(rows) // _GROUP)
-        padded = np.zeros((_GROUP, step, rows.shape[1]), np.float32)
-        padded.reshape(-1, rows.shape[1])[: len(rows)] = rows
+        padded = np.empty((_GROUP, step, rows.shape[1]), np.float32)
+        flat = padded.reshape(_GROUP * step, rows.shape[1])
+        flat[: len(rows)] = rows
+        flat[len(rows) :] = rows[np.arange(len(rows), len(flat)) % step]
         grouped = torch.from_numpy(np.ascontiguousarray(padded.swapaxes(0, 1)))
         return Slab(self.format.code(grouped), start + np.arange(step), step)
 
@@ -223,111 +249,107 @@ class Products:
     def _best(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
         """The best of a few queries; see `FirstPass.candidates`."""
         coded = self.format.code(torch.from_numpy(queries)[:, None])
-        # bounds are in units of the scale of each query: what a row lost weighs that much more
-        weight = ((1 + coded.lost) / coded.scale)[:, None]
-        longest = max(len(slab.coded.codes) for slab in self.whole + self.last)
-        at_once = min(longest, max(_PRODUCTS // len(queries), _BLOCK_ROWS))  # rows
-        room = torch.empty(len(queries) * at_once, dtype=self.format.products)
-        last = self.last[0] if self.last else None
-        survivors = Survivors(len(queries), count, len(self.members))
-        for slab in self.whole + self.last:
-            step = max(1, _PRODUCTS // (len(queries) * _GROUP * slab.step)) * slab.step  # groups
-            for start in range(0, len(slab.first), step):
-                part = slice(start, start + step)
-                codes = slab.coded.codes[_GROUP * part.start : _GROUP * part.stop]
-                products = room[: len(queries) * len(codes)].view(len(queries), len(codes))
-                self.format.multiply(coded.codes, codes, products)
-                grouped = products.view(len(queries), -1, _GROUP)
-                if slab is last:
-                    missing = torch.from_numpy(slab.members()[part] >= self.count)
-                    grouped.masked_fill_(missing, _lowest(products.dtype))
-                best = grouped.amax(2)  # [B, groups]
-                scale, lost = slab.coded.scale[part], slab.coded.lost[part]
-                survivors.look_at(self._bounds(best, scale, lost, weight), products)
-        of, group, products = survivors.groups()
-        scale, lost = self.scale[group, None], self.lost[group, None]
-        inside = self._bounds(products, scale, lost, weight[of]).numpy()
-        rows = self.members[group]
-        positions, bounds = survivors.rows(of, rows, np.where(rows < self.count, inside, -np.inf))
+        survivors = Survivors(self, coded, count)
+        for products in self._products(coded.codes):
+            survivors.look_at(products)
+        rows, bounds = survivors.best()
         own, more = (part.double().numpy()[:, None] for part in coded[1:])
-        return positions, bounds * own + more + self.format.off(queries.shape[1])
+        return rows, bounds * own + more + self.format.off(queries.shape[1])
 
-    def _bounds(self, products: Tensor, scale: Tensor, lost: Tensor, weight: Tensor) -> Tensor:
-        """What rows can score at most, less what is the same for all rows."""
-        upper = products.float()
-        if self.format.rounding:
-            upper = upper + self.format.rounding * upper.abs()
-        return (upper * scale).addcmul_(weight, lost)
+    def _products(self, queries: Tensor) -> Iterator[Tensor]:
+        """[B, n] products with the rows of the next groups, as many as stay in the cache."""
+        count, filled = len(queries), 0
+        at_once = max(_PRODUCTS // count, _BLOCK_ROWS) // _GROUP * _GROUP  # rows
+        room = torch.empty(
+            count * min(at_once, _GROUP * len(self.members)), dtype=self.format.products
+        )
+        for slab in self.whole + self.last:
+            for codes in slab.coded.codes.split(at_once):
+                # what lies one after the other are the products of one query only
+                if filled and (count > 1 or filled + len(codes) > at_once):
+                    yield room[: count * filled].view(count, filled)
+                    filled = 0
+                place = room[count * filled : count * (filled + len(codes))]
+                self.format.multiply(queries, codes, place.view(count, len(codes)))
+                filled += len(codes)
+        yield room[: count * filled].view(count, filled)
 
 
 class Survivors:
-    """The groups with the best bounds of each query, among those that come one after the other.
+    """The rows with the best bounds of each query, among those that come one after the other.
+
+    Bounds are in units of the scale of each query: what a row lost weighs that much more.
 
     Args:
-        queries: B.
+        rows: that will come, group by group.
+        queries: B of them.
         count: rows wanted of each.
-        groups: that will come.
     """
 
-    def __init__(self, queries: int, count: int, groups: int) -> None:
-        self.count, self.seen, self.due = count, 0, count
-        self.upper = np.empty((queries, groups), np.float32)
-        self.least = np.full((queries, 1), -np.inf, np.float32)
-        self.found: list[tuple[Ints, Ints, Singles, Tensor]] = []
+    def __init__(self, rows: Products, queries: Coded, count: int) -> None:
+        self.all, self.count, self.seen, self.due = rows, count, 0, count
+        self.weight = ((1 + queries.lost) / queries.scale)[:, None]
+        self.upper = torch.empty(len(self.weight), len(rows.members))
+        self.least = np.full((len(self.weight), 1), -np.inf, np.float32)
+        self.found: list[tuple[Ints, Ints, Ints, Singles]] = []
 
-    def look_at(self, upper: Tensor, products: Tensor) -> None:
-        """Keeps those of the next groups that may be among the best.
+    def look_at(self, products: Tensor) -> None:
+        """Keeps those of the next rows that may be among the best.
 
         Args:
-            upper: [B, G] their bounds.
-            products: [B, G * 32] of their members.
+            products: [B, G * 32] of the members of the next groups.
         """
-        width, start = upper.shape[1], self.seen
-        self.upper[:, start : start + width] = bounds = upper.numpy()
+        grouped = products.view(len(products), -1, _GROUP)
+        start, width = self.seen, grouped.shape[1]
         self.seen += width
+        part = slice(start, self.seen)
+        best = grouped.amax(2)  # [B, G]
+        upper = self._rounded_up(best).mul_(self.all.scale[part])
+        torch.addcmul(upper, self.weight, self.all.lost[part], out=self.upper[:, part])
         if self.seen >= self.due:
-            self._raise_least()
-        hits = np.flatnonzero(bounds >= self.least)
-        members = products.view(-1, _GROUP)[torch.from_numpy(hits)]
-        of, group = np.divmod(hits, width)
-        self.found.append((of, group + start, bounds.ravel()[hits], members))
+            place = self.seen - self.count
+            seen = self.upper[:, : self.seen].numpy()
+            self.least = np.partition(seen, place, axis=1)[:, place, None].copy()
+            self.due = 2 * self.seen
+        of, group = np.nonzero(self.upper[:, part].numpy() >= self.least)
+        hits = torch.from_numpy(of * width + group)
+        members = products.view(-1, _GROUP).index_select(0, hits).float().numpy()
+        group += start
+        near = np.flatnonzero(members >= self._lowest(of, group)[:, None])
+        hit, member = near // _GROUP, near % _GROUP
+        self.found.append((of[hit], group[hit], member, members.ravel()[near]))
 
-    def groups(self) -> tuple[Ints, Ints, Tensor]:
-        """The best groups of all: [P] of which query, [P] which group, [P, 32] products."""
-        if self.seen >= self.count:
-            self._raise_least()
-        of, group, upper, members = zip(*self.found, strict=True)
-        whose = np.concatenate(of)
-        kept = np.flatnonzero(np.concatenate(upper) >= self.least[whose, 0])
-        return whose[kept], np.concatenate(group)[kept], torch.cat(members)[torch.from_numpy(kept)]
-
-    def rows(self, of: Ints, rows: Ints, bounds: Singles) -> tuple[Ints, Singles]:
-        """The best rows of those groups.
-
-        Args:
-            of: [P] of which query.
-            rows: [P, 32].
-            bounds: [P, 32], -inf for what is no row.
-
-        Returns:
-            [B, count] rows and their bounds, the best first.
-        """
+    def best(self) -> tuple[Ints, Singles]:
+        """[B, count] rows and their bounds, the best first."""
+        of, group, member, products = (
+            np.concatenate(part) for part in zip(*self.found, strict=True)
+        )
+        rows = self.all.members[group, member]
         # each query has so many groups with a row above the least, or all rows are here
-        kept = np.flatnonzero((bounds >= self.least[of]) & (bounds > -np.inf))
-        whose = of[kept // _GROUP].astype(np.uint16)
-        rows, bounds = rows.ravel()[kept], bounds.ravel()[kept]
+        wanted = rows < self.all.count
+        if len(self.found) > 1:
+            wanted &= products >= self._lowest(of, group)
+        kept = np.flatnonzero(wanted)
+        of, group, rows = of[kept], group[kept], rows[kept]
+        upper = self._rounded_up(torch.from_numpy(products[kept])).numpy()
+        bounds = upper * self.all.scale.numpy()[group] + self._lost(of, group)
         order = np.argsort(-bounds)
-        order = order[np.argsort(whose[order], kind="stable")]
-        starts = np.searchsorted(whose[order], np.arange(len(self.least)))
+        order = order[np.argsort(of[order].astype(np.uint16), kind="stable")]
+        starts = np.searchsorted(of[order], np.arange(len(self.least)))
         chosen = order[starts[:, None] + np.arange(self.count)]
         return rows[chosen], bounds[chosen]
 
-    def _raise_least(self) -> None:
-        seen = self.upper[:, : self.seen]
-        place = self.seen - self.count
-        self.least = np.partition(seen, place, axis=1)[:, place, None]
-        self.due = 2 * self.seen
+    def _rounded_up(self, products: Tensor) -> Tensor:
+        upper = products.float()
+        return upper + self.all.format.rounding * upper.abs() if self.all.format.rounding else upper
 
+    def _lost(self, of: Ints, group: Ints) -> Singles:
+        lost: Singles = self.weight.numpy()[of, 0] * self.all.lost.numpy()[group]
+        return lost
 
-def _lowest(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).min if dtype.is_floating_point else torch.iinfo(dtype).min
+    def _lowest(self, of: Ints, group: Ints) -> Singles:
+        """The products that reach the least of their queries, and what rounding may take away."""
+        least, lost = self.least[of, 0], self._lost(of, group)
+        margin = (2 * self.all.format.rounding + _MARGIN) * (np.abs(least) + lost)
+        lowest: Singles = (least - lost - margin) / self.all.scale.numpy()[group]
+        return lowest

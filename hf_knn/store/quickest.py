@@ -31,15 +31,18 @@ logger = logging.getLogger(__name__)
 FEWEST_ROWS = 256
 """Fewer are mostly compared one by one, whatever the first pass."""
 
-_FEWEST_COMPARED, _MOST_VALUES = 1024, 2**23
-"""Rows, and values in them, that the first passes are compared with."""
+_FEWEST_COMPARED, _MOST_VALUES = 1024, 2**24
+"""Rows, and values in them, that the first passes are compared with: more than most caches hold."""
 
-_BATCH, _ROUNDS = 64, 3
+_DRAWN_ROWS = 4096
+"""So many of them differ."""
+
+_BATCH, _ROUNDS = 64, 5
 _FEW_QUERIES = 8
 """So many queries are searched as one is; more are a batch."""
 
 _HOPELESS = 3.0
-"""One that takes so many times as long as the best is tried once."""
+"""A batch of one that takes so many times as long as the best is tried with few rows only."""
 
 _WORTH_MEMORY = 1.25
 """How much faster one must be to be kept beside the other."""
@@ -49,7 +52,7 @@ _FEWEST_EXTRA, _MOST_EXTRA, _ROWS_PER_EXTRA = 44, 256, 300
 """So many rows in doubt are compared in the time that a short number saves for these rows."""
 
 _FLOAT32 = "float32"
-_REVISION = 1
+_REVISION = 2
 """Of our first passes; what was measured with others is measured again."""
 
 Make = Callable[[Singles], GrowingFirstPass]
@@ -225,28 +228,45 @@ def measure(made: dict[str, Make], rows: int, width: int) -> Times:
         rows: how many they are over.
         width: of a row.
     """
+    drawn_rows = min(rows, _DRAWN_ROWS)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(rows + _BATCH, width, generator=generator)
+    drawn = torch.randn(drawn_rows + _BATCH, width, generator=generator)
     vectors = torch.nn.functional.normalize(drawn).numpy()
-    queries, found = vectors[:_BATCH], {name: make(vectors[_BATCH:]) for name, make in made.items()}
+    queries, distinct = vectors[:_BATCH], vectors[_BATCH:]
+    found = {name: make(distinct) for name, make in made.items()}
 
-    def took(first_pass: GrowingFirstPass, asked: int) -> float:
+    def took(name: str, asked: int) -> float:
         started = time.perf_counter()
-        first_pass.candidates(queries[:asked], _K + first_pass.extra)
+        found[name].candidates(queries[:asked], _K + found[name].extra)
         return 1000 * (time.perf_counter() - started)
 
-    columns = []
-    for asked in (1, _BATCH):
-        for first_pass in found.values():
-            took(first_pass, asked)  # the first call of a library costs more
-        best = {name: took(first_pass, asked) for name, first_pass in found.items()}
-        for _ in range(_ROUNDS - 1):
-            limit = _HOPELESS * min(best.values())
-            for name in [name for name, least in best.items() if least <= limit]:
-                best[name] = min(best[name], took(found[name], asked))
-        columns.append(best)
-    single, batch = columns
+    for name in found:  # the first calls of a library cost more
+        took(name, 1)
+        took(name, _BATCH)
+    # a batch takes so long that the slow ones are not waited for
+    times = rows // drawn_rows
+    batch = {name: times * took(name, _BATCH) for name in found}
+    fast = [name for name in found if batch[name] <= _HOPELESS * min(batch.values())]
+    for first_pass in found.values():
+        _repeat(first_pass, distinct, times)
+    single = _least(took, list(found), 1)
+    batch |= _least(took, fast, _BATCH)
     return {name: Milliseconds(single[name], batch[name]) for name in made}
+
+
+def _least(took: Callable[[str, int], float], names: list[str], asked: int) -> dict[str, float]:
+    """What each took in the best of a few rounds, in which they take turns."""
+    rounds = [{name: took(name, asked) for name in names} for _ in range(_ROUNDS)]
+    return {name: min(times[name] for times in rounds) for name in names}
+
+
+def _repeat(first_pass: GrowingFirstPass, rows: Singles, times: int) -> None:
+    """Lets one hold its rows so many times: as many bytes are read as of different rows."""
+    if isinstance(first_pass, Products):
+        first_pass.repeat(times)
+        return
+    for _ in range(times - 1):
+        first_pass.add(rows)
 
 
 def _machine() -> list[object]:

@@ -18,13 +18,13 @@ from .searcher import RECALL_K, recall_of
 RECALL_SAMPLE = 256
 _SPREAD_ROWS = 4096
 _FAR = 4.0
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 1e-300
 
-_SHARE = 0.3
+_SHARE = 0.25
 """Of the way to another row, so far that a search must read up to twice as many lists.
 
 50,000 rows in 512 lists, read for recall 0.99: jittered features 5 for rows, 8 for such queries, 80
-for the middle of two rows, 3 for new queries; without clusters 80, 96, 160 and 64.
+for the middle of two rows, 3 for new queries; without clusters 80, 128, 160 and 64.
 """
 
 ROWS, PERTURBED, STRANGERS = MEASURED_ON
@@ -56,7 +56,8 @@ Find = Callable[[Queries, int], Ints]
 def queries_for(features: Rows, ids: Ints, near: Find) -> list[Queries]:
     """Rows without themselves, perturbed rows, and queries that are unlike any of them.
 
-    Perturbed ones are on their way to another row, and then as far off as their neighbour lies.
+    Perturbed ones are on their way to another row, and then as far off as their neighbour lies, in
+    a direction in which rows differ: in others, one-bit codes would be judged by what never comes.
     Strangers lie where rows could, but in none of their clusters: independent in every value, with
     the mean and the spread that rows have there. Pictures of other things than the rows are between
     these and the rows. Others lie farther out, which is another matter where lengths count.
@@ -89,9 +90,10 @@ def _perturbed(features: Rows, ids: Ints, rows: Queries, near: Find) -> NDArray:
     if len(ids) > 1:
         order = np.argsort(ids)
         places = order[np.searchsorted(ids, near(rows, 1)[:, 0], sorter=order)]
-        noise = generator.standard_normal(own.shape)
+        pairs = generator.integers(len(ids), size=(2, len(own)))
+        noise = np.subtract(*(np.asarray(features[one], np.float64) for one in pairs))
         length = _lengths(np.asarray(features[places], np.float64) - own)
-        moved += noise * (length / _lengths(noise))
+        moved += noise * (length / np.maximum(_lengths(noise), _SMALLEST))
     return _singles(moved)
 
 

@@ -319,6 +319,7 @@ def explain_pending(folder: Path) -> str:
     """What to do about it."""
     return (
         f"A change of {folder} is under way, or was interrupted. When nobody changes it now, run "
-        f"`hf-knn undo {folder}`: it takes the half-done change back, so that the rows on the server "
+        f"`hf-knn undo {folder}`: it takes the half-done change back, so that the rows on the "
+        "server "
         "are again those of the checkpoint. The next teach, forget or relabel does so too."
     )

@@ -1,6 +1,6 @@
 # The configuration of a k-NN image classifier.
 #
-# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 e361407fa4611cb1eca07755691af06171b376fb8c30421e1b7c54a04656e3ca.
+# Made from hf_knn/core of the package hf-knn; do not edit. Sources: sha256 4506683f2806682c84b377589900f4d86631717b522339409d2df81dc3867502.
 # `hf-knn code FOLDER` says whether these files are those of the installed package.
 # Licence: Apache-2.0.
 
@@ -54,14 +54,10 @@ _CODE_KEYS = frozenset(
     {"auto_map", "_name_or_path", "attn_implementation", "_attn_implementation"}
     | {"experts_implementation", "_experts_implementation"}
 )
-"""Keys of a nested configuration that can name code or another repo; they are dropped."""
-
 _MODEL_KEYS = (
     "backbone", "backbone_config", "backbone_kwargs", "use_pretrained_backbone",
     "vision_config", "text_config",
 )  # fmt: skip
-"""Keys of a nested configuration that bring another model along; they are refused."""
-
 _MOST_FEATURES = 2**16
 _POSITIVE = ("> 0", lambda value: 0 < value < float("inf"))
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -71,7 +67,6 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "head_regularizer": (">= 0", lambda value: 0 <= value < float("inf")),
     "knn_weight": ("in [0, 1]", lambda value: 0 <= value <= 1),
 }
-"""Ranges of numbers, in words and as a check."""
 
 class Pooling(Choice):
     """How a backbone's last hidden state becomes one feature vector."""

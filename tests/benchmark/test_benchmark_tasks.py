@@ -30,7 +30,7 @@ from catalog.offline_backbones import LITES, build_backbone
 from catalog.offline_tasks import OFFLINE_TASKS, load_pictures, select_rows
 from catalog.openmoji import match_emoji, read_emoji
 from catalog.splits import split_indices
-from hf_knn.model.known import efficientnet_lite, find_known, rename_in_order
+from hf_knn.model.known import Known, efficientnet_lite, find_known, rename_in_order
 from study.suites import SUITES
 
 GLYPHS = string.ascii_letters + string.digits
@@ -399,13 +399,19 @@ def test_concurrent_builders_build_once(tmp_path):
 # backbones
 
 
+def _known(name: str) -> Known:
+    found = find_known(name)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", LITES)
 def test_efficientnet_opens_offline_and_equals_timm(name, shared_cache, no_network):
     state = torch.get_rng_state()
     folder = build_backbone(name, shared_cache)
     assert torch.equal(torch.get_rng_state(), state)
     model = AutoModel.from_pretrained(folder).eval()
-    full = efficientnet_lite(find_known(name))
+    full = efficientnet_lite(_known(name))
     side = LITES[name].image_size
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -429,7 +435,7 @@ def test_efficientnet_knows_a_daisy_and_a_palace(name, photograph, imagenet, sha
     side = find_backbone(name).image_size
     assert pixels.shape == (1, 3, side, side)
     with torch.no_grad():
-        assert efficientnet_lite(find_known(name))(pixels).argmax(-1).item() == imagenet
+        assert efficientnet_lite(_known(name))(pixels).argmax(-1).item() == imagenet
 
 
 @pytest.mark.parametrize("name", LITES)
@@ -442,7 +448,7 @@ def test_efficientnet_processor_agrees_with_timm(name, shared_cache):
     processor = AutoImageProcessor.from_pretrained(build_backbone(name, shared_cache))
     assert int(lite.image_size / known.crop_pct) == processor.size["shortest_edge"]
     picture = Image.fromarray(load_sample_image("flower.jpg")[:, :427])  # one-sided crops round
-    config = timm.data.resolve_data_config({}, model=efficientnet_lite(find_known(name)))
+    config = timm.data.resolve_data_config({}, model=efficientnet_lite(_known(name)))
     expected = timm.data.create_transform(**config)(picture)
     pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
     assert (pixels - expected).abs().mean() < 0.01  # PIL and torchvision round differently

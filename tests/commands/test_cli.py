@@ -90,6 +90,14 @@ def test_every_usable_picture_is_used_once(trained):
     assert BROKEN not in store.paths
 
 
+def test_small_copies_of_local_pictures_are_kept_and_this_is_said(trained):
+    output, said = trained
+    assert f"Small copies of the 239 pictures are kept in {output}" in said
+    assert "A push leaves them behind" in said
+    kept = KnnForImageClassification.from_pretrained(output).thumbnails
+    assert len(kept) == 239
+
+
 def test_predict_shows_both_voices_and_the_neighbours(trained, pictures):
     output, _ = trained
     done = hf_knn("predict", output, pictures / "square" / "003.jpg", "--json")
@@ -140,10 +148,12 @@ def test_a_ridge_head_is_evaluated_and_tuned(trained, pictures, tmp_path):
 def test_a_sweep_says_what_was_best(trained, pictures, tmp_path):
     first, _ = trained
     output = tmp_path / "swept"
-    options = ("--head", "mlp", "--hidden", "8", "--sweep", "small")
+    options = ("--head", "mlp", "--hidden", "8", "--sweep", "small", "--no-thumbnails")
     done = hf_knn("train", pictures, "--backbone", first, "-o", output, *options)
     assert done.exit_code == 0, done.stderr
     assert "Best of 24 heads: learning rate" in done.stdout
+    assert "Small copies" not in done.stdout
+    assert not (output / "thumbnails.safetensors").exists()
     assert json.loads((output / "config.json").read_text())["head_hidden_sizes"] == [8]
 
 
@@ -306,18 +316,26 @@ def test_predict_on_something_that_is_no_picture(trained, tmp_path):
     assert "not a picture in one of the formats" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
-def test_help_imports_nothing_that_takes_long(arguments):
+def test_help_version_and_usage_import_nothing_that_takes_long():
+    """One after the other in one process, which is quicker than a process for each."""
     code = (
         "import sys, hf_knn_cli\n"
-        "try: hf_knn_cli.main()\n"
-        "except SystemExit as end: print(end.code, *sys.modules)"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['hf-knn', *line.split()]\n"
+        "    try: hf_knn_cli.main()\n"
+        "    except SystemExit as end: print('\\nended', end.code)\n"
+        "print(*sys.modules)"
     )
-    command = [sys.executable, "-c", code, *arguments]
+    lines = ["--help", "train --help", "--version", "predict -v --version", "backbones", "trian"]
+    lines += ["train --nonsense", "predict -q -v a b", "log"]
+    command = [sys.executable, "-c", code, *lines]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--help" in done.stdout
-    code, *loaded = done.stdout.splitlines()[-1].split()
-    assert code == "0"
+    assert "dinov2-s" in done.stdout
+    said = done.stdout.splitlines()
+    codes = [line.split()[1] for line in said if line.startswith("ended ")]
+    assert codes == [*"00000", *"2222"]
+    loaded = said[-1].split()
     late = {"torch", "transformers", "datasets", "hf_knn", "faiss", "numpy", "yaml"}
     assert set(loaded) & late == set()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 import typer
 from support.commands import as_checkpoint
 from typer.testing import CliRunner
@@ -20,6 +21,8 @@ from hf_knn.checkup.findings import OF_ONE_PICTURE
 from hf_knn.data.decode import MAX_BYTES, Limits, limits_of_process
 from hf_knn.data.places import reading_of
 from hf_knn.features.backends import check_backend
+from hf_knn.labelling.outcome import Place, write_outcome
+from hf_knn.labelling.pool import Pool
 from hf_knn.milvus.kinds import MilvusIndex
 from hf_knn.training.arguments import FINE_TUNING, HEAD
 from hf_knn_cli.choices import FINDING_KINDS
@@ -43,13 +46,17 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "backend": lambda _: check_backend(NOT_OFFERED),
     "class_weights": training("class_weights"),
     "criterion": training("tune_criterion"),
+    "folders": lambda place: write_outcome(
+        Place.of(place), Pool(place, [], torch.empty(0), torch.empty(0), [], [], []),
+        {}, {}, None, None, NOT_OFFERED, False,
+    ),
     "head": training("head"),
     "on_bad_image": training("on_bad_image"),
     "precision": training("feature_precision"),
     "queries": training("knn_queries"),
     "splits": lambda _: reading_of(NOT_OFFERED),
     "sweep": training("probe_grid"),
-}
+}  # fmt: skip
 """How the package says what it takes instead, for each option that is a choice."""
 
 
@@ -67,6 +74,7 @@ def parameters() -> Parameters:
         (name, parameter.name): parameter
         for name, command in commands().items()
         for parameter in signature(command).parameters.values()
+        if get_args(parameter.annotation)  # all but the context
     }
 
 
@@ -130,7 +138,7 @@ def test_train_offers_its_options_and_what_no_command_takes() -> None:
 
 
 READERS = {"train", "evaluate", "tune", "predict", "sort", "teach", "doctor", "inspect", "demo",
-           "forget"}  # fmt: skip
+           "forget", "serve", "label", "suggest"}  # fmt: skip
 
 
 def test_every_command_that_reads_pictures_takes_their_limits() -> None:
@@ -162,7 +170,10 @@ def test_limits_are_heard_of_during_one_command(
         "inspect": [model],
         "demo": [],
         "forget": [model],
+        "serve": [model],
         "sort": [pictures, "--model", model, "--into", pictures + "-sorted"],
+        "label": [pictures, "--model", model, "-o", pictures + "-labels"],
+        "suggest": [pictures, "--model", model],
     }
     call = [command, *places.get(command, [model, pictures])]
     if command in ("train", "doctor"):

@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     place = tmp_path_factory.mktemp("trained")
     backbone = save_backbone(place / "backbone", patch_size=4, layers=2)
-    options = ("--backbone", backbone, "-o", place / "model", "--head", "ridge")
+    options = ("--backbone", backbone, "-o", place / "model", "--head", "ridge", "--no-thumbnails")
     done = hf_knn("train", source, *options)
     assert done.exit_code == 0, done.output
     return place / "model", " ".join(done.stdout.split())

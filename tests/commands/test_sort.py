@@ -125,7 +125,7 @@ def test_unsure_and_strange_pictures_go_into_folders_of_their_own(
     assert (found["max_error"], found["threshold"]) == (0.05, pytest.approx(0.6))
     for one in found["files"].values():
         folder = one["to"].partition("/")[0]
-        is_strange = one["typicality"] < 0.05
+        is_strange = one["p_value"] < 0.05
         assert (folder == "strange") == is_strange
         assert (folder == "unsure") == (one["probability"] < 0.6 and not is_strange)
     counts = {name: shelf["pictures"] for name, shelf in found["folders"].items()}

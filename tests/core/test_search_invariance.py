@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 import faiss
 import pytest
 import torch
-from support.first_passes import FIRST_PASSES, SPACES, forced, placed
+from support.first_passes import FIRST_PASSES, MADE, SPACES, forced, placed
+from support.oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn.core.search import Neighbors
+from hf_knn.core.search import Neighbors, Rows, RowSpace
+from hf_knn.store import index as indexing
 from hf_knn.store.datastore import Datastore
+from hf_knn.store.searcher import GrowingFirstPass
 
 WIDTH, K = 8, 10
 BLOCK = 512
@@ -206,3 +209,37 @@ def test_exact_answers_do_not_depend_on_how_the_rows_came(
             store.search(queries[:50], K)
             store.remove(others)
         assert not differences(store.search(queries, K, exclude_ids), wanted)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_of_100_000_queries_none_differs_among_rows_of_many_blocks(
+    name: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks, groups and batches as large as they are in use; each row lies there twice."""
+
+    def built(made: str) -> Datastore:
+        def build(features: Rows, space: RowSpace) -> GrowingFirstPass:
+            return MADE[made](space.first_pass_rows(features))
+
+        monkeypatch.setattr(indexing, "build_quickest", build)
+        store = store_of(rows, "cosine", "l2_centered")
+        store.build_index()
+        return store
+
+    rows = normal(0, 10_000, 96).repeat(2, 1)
+    queries, exclude_ids = queries_for(rows, 100_000)
+    peer, store = built("faiss"), built(name)
+    wanted = peer.search(queries, K, exclude_ids)
+    some = slice(None, None, 500)
+    hits = Neighbors(*(part[some] for part in wanted))
+    assert_nearest(hits, peer, queries[some], K, exclude_ids[some].numpy())
+    total: Counter[str] = Counter()
+    for count in THREADS:
+        threads(count)
+        for number, size in enumerate((1, 8, 64, 1000, 20_000)):
+            own = slice(number * 20_000, (number + 1) * 20_000)
+            found = in_batches(store, queries[own], exclude_ids[own], size)
+            total += differences(found, Neighbors(*(part[own] for part in wanted)))
+    assert not total

@@ -66,6 +66,8 @@ def test_the_small_pictures_of_a_checkpoint_go_along_when_asked(
     assert files["model/thumbnails.safetensors"] == kept
     assert b"small copies of training pictures" in files["model/README.md"]
     assert push("--thumbnails").exit_code == 2
+    assert push(str(tmp_path / "model"), "--push", SPACE).exit_code == 0
+    assert "model/thumbnails.safetensors" not in hub.files(SPACE, kind="space")
 
 
 def test_small_pictures_go_along_when_asked(hub: Hub, model: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_kill_loses_the_answer_under_way_at_most(tmp_path: Path) -> None:
     for _ in range(KILLS):
         told = tmp_path / "told"
         told.write_text(str(done))
-        child = in_child(lambda told=told: answering(tmp_path, told))
+        child = in_child(partial(answering, tmp_path, told))
         time.sleep(generator.uniform(0.0, 2.0))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -7,6 +7,7 @@ import torch
 from support.labelling import answer_truly, made_pool, name_of, open_made, skip, word_of
 
 from hf_knn.labelling import Copies, Group, Kept, Named, Picture, Session, Skipped
+from hf_knn.labelling.questions import Answer
 
 
 def everything(session: Session) -> tuple[object, ...]:
@@ -46,7 +47,7 @@ def test_what_is_left_out_of_a_group_is_asked_later(tmp_path: Path) -> None:
     session.answer(question.number, Named("ant", question.pictures[1:]))
     assert session.progress().by_label == {"ant": len(question.pictures) - 1}
     assert session.progress().left == 19 - len(question.pictures)
-    asked = set()
+    asked: set[Path] = set()
     while (found := session.question()) is not None:
         asked.update(getattr(found, "pictures", ()) or {found.picture})  # type: ignore[union-attr]
         answer_truly(session)
@@ -138,7 +139,7 @@ def test_a_group_shows_one_of_the_copies_and_its_label_goes_with_the_one_that_st
 ) -> None:
     copies = [tuple(name_of(number) for number in range(0, 30, 3))]
     session = open_made(tmp_path, groups=3, copies=copies)
-    shown = []
+    shown: list[Path] = []
     while isinstance(question := session.question(), Group):
         shown += question.pictures
         session.answer(question.number, Named(word_of(question.pictures[0])))
@@ -157,18 +158,12 @@ def test_an_answer_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     question = session.question()
     assert isinstance(question, Group)
     before, journal = everything(session), (tmp_path / "out" / "answers.jsonl").read_bytes()
-    wrong = [
+    wrong: list[tuple[int, Answer, str]] = [
         (question.number - 1, Named("ant"), "got one to number"),
         (question.number, Named("ant", (tmp_path / "other.png",)), "is none of them"),
         (question.number, Named(" "), "printable text"),
         (question.number, Named("a/b"), "that a folder can have"),
-        (
-            question.number,
-            Named(
-                "..",
-            ),
-            "that a folder can have",
-        ),
+        (question.number, Named(".."), "that a folder can have"),
         (question.number, Kept(question.pictures[0]), "Expected a name for the group"),
     ]
     for number, answer, said in wrong:

@@ -141,7 +141,8 @@ def test_teach_forget_and_undo_go_on_with_it(head: str, tmp_path: Path) -> None:
     receipt = model.forget(ids=model.changes[-1].ids)
     said = [note for note in receipt.notes if note.startswith("what was learned")]
     assert said == [
-        "what was learned about likeness (--learn-metric) stays as it was, and holds a trace of the "
+        "what was learned about likeness (--learn-metric) stays as it was, and holds a trace of "
+        "the "
         "rows; a training makes it anew, or `hf-knn refit` with the heads ridge, kernel and lda"
     ]
     model.undo()

@@ -166,6 +166,7 @@ def test_no_request_that_its_own_description_allows_is_an_error_of_the_server(
 
             asked()
 
-        for found in schema.get_all_operations():
+        operations: list[Any] = [*schema.get_all_operations()]
+        for found in operations:
             check(found.ok())
     assert {path for path, _ in seen} >= {"/predict", "/explain", "/teach", "/forget"}

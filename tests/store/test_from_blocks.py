@@ -12,10 +12,11 @@ from torch import Tensor
 from hf_knn.store import disk, views
 from hf_knn.store import table as row_table
 from hf_knn.store.approximate import FaissApproximate
+from hf_knn.store.blocks import Block
 from hf_knn.store.choice import choose_index
 from hf_knn.store.datastore import Datastore
 
-COUNT, WIDTH, K = 3000, 16, 10
+COUNT, WIDTH, K = 2000, 16, 10
 SPEC = "IVF32,RaBitQfs"
 
 
@@ -50,7 +51,9 @@ def index_of(store: Datastore) -> FaissApproximate:
     return index
 
 
-@pytest.mark.parametrize("index", ["auto", "flat", SPEC, "IVF32,SQ8", "HNSW16,Flat"])
+@pytest.mark.parametrize(
+    "index", ["flat", SPEC, "IVF32,SQ8", pytest.param("HNSW16,Flat", marks=pytest.mark.slow)]
+)
 def test_blocks_become_the_datastore_that_all_rows_at_once_become(
     index: str, tmp_path: Path
 ) -> None:
@@ -76,7 +79,7 @@ def test_rows_of_a_list_lie_beside_each_other(tmp_path: Path, several_mapped_fil
     assert lists is not None
     assert (np.diff(lists) >= 0).all()
     assert len({*map(int, lists)}) > 16
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert torch.equal(torch.from_numpy(lists), torch.from_numpy(index_of(store).lists_of(
         store.build_index().space.index_rows(store._table.features)
     )))  # fmt: skip
@@ -125,7 +128,7 @@ def test_rows_go_from_mapped_files_without_a_copy_of_the_others(
     Datastore.from_blocks(blocks(), tmp_path, index="flat")
     store = Datastore.load(tmp_path)
     mapped = list(store._table.features.parts)
-    gone, values = store.ids[5:2500:7], dict(zip(store.ids.tolist(), store.features, strict=True))
+    gone, values = store.ids[5:1700:7], dict(zip(store.ids.tolist(), store.features, strict=True))
     secret = values[int(gone[3])].numpy().tobytes()
     store.remove(gone)
     assert all(
@@ -152,7 +155,7 @@ def test_a_whole_file_may_go_and_all_rows_too(tmp_path: Path, several_mapped_fil
     store = Datastore.load(tmp_path)
     kept = store.ids[1003:]
     store.remove(store.ids[:1003])
-    assert len(store._table.features.parts) == 2
+    assert len(store._table.features.parts) == 1
     assert torch.equal(store.ids, kept)
     store.save(tmp_path)
     store = Datastore.load(tmp_path)
@@ -199,7 +202,7 @@ def test_a_block_that_needs_float32_widens_those_before_it(
 
 
 def test_blocks_are_numbered_and_may_have_paths(tmp_path: Path) -> None:
-    parts = [
+    parts: list[Block] = [
         (rows(1, 3), [0, 1, 2]),
         (rows(2, 2), [3, 4], [9, 7], ["a.png", "b.png"]),
         (rows(3, 0), []),

@@ -1,16 +1,20 @@
 """The fastest exact first pass is measured and remembered, and never changes an answer."""
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.first_passes import MADE, SPACES
 from support.oracles import assert_nearest
 from torch import Tensor
 
-from hf_knn.store import quickest
+from hf_knn.core.search import Floats, Ints, Singles
+from hf_knn.store import products, quickest
 from hf_knn.store.datastore import Datastore
 from hf_knn.store.faiss import FaissFlat
 from hf_knn.store.products import Products
@@ -68,6 +72,52 @@ def test_each_is_measured_for_both_kinds_of_call() -> None:
     assert min(value for times in found.values() for value in times) > 0
 
 
+def test_a_batch_of_a_slow_one_is_tried_with_few_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+
+    class Clocked:
+        """Takes so many seconds a row and query, by a clock of its own."""
+
+        extra = 0
+
+        def __init__(self, rows: Singles, seconds: float) -> None:
+            self.held, self.seconds = len(rows), seconds
+
+        def add(self, rows: Singles) -> None:
+            self.held += len(rows)
+
+        def candidates(self, queries: Singles, count: int) -> tuple[Ints, Floats]:
+            now[0] += self.seconds * self.held * len(queries)
+            asked.append((self.seconds, self.held, len(queries)))
+            return np.zeros((len(queries), count), np.int64), np.zeros((len(queries), count))
+
+    monkeypatch.setattr(quickest, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    made: dict[str, quickest.Make] = {
+        str(seconds): partial(Clocked, seconds=seconds) for seconds in (1.0, 2.0, 5.0)
+    }
+    found = quickest.measure(made, 16_384, 4)
+    for name, times in found.items():
+        single = 1000 * float(name) * 16_384
+        assert times == (pytest.approx(single), pytest.approx(64 * single))
+    whole = {(seconds, queries) for seconds, held, queries in asked if held == 16_384}
+    assert whole == {(1.0, 1), (2.0, 1), (5.0, 1), (1.0, 64), (2.0, 64)}
+
+
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_rows_that_are_repeated_are_found_as_if_they_had_come_so_often(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_BLOCK_ROWS", 64)
+    rows = torch.nn.functional.normalize(normal(0, 128, WIDTH)).numpy()
+    repeated, whole = MADE[name](rows), MADE[name](np.tile(rows, (3, 1)))
+    assert isinstance(repeated, Products)
+    repeated.repeat(3)
+    places, reach = repeated.candidates(rows[:9], 60)
+    assert np.array_equal(reach, whole.candidates(rows[:9], 60)[1])
+    assert all(len(set(found)) == 60 for found in places.tolist())
+    assert places.max() >= 256
+
+
 def test_it_is_measured_once_and_remembered_in_the_process_and_on_disk(
     measured: list[tuple[int, int]], knn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +153,7 @@ def test_what_is_measured_takes_no_more_memory_for_more_rows(
     quickest.times_of(10**7, 384)
     quickest.times_of(10**8, 384)
     quickest.times_of(10, 10**6)
-    assert measured == [(16_384, 384), (1024, 10**6)]
+    assert measured == [(32_768, 384), (1024, 10**6)]
 
 
 @pytest.mark.parametrize(

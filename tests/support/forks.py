@@ -139,13 +139,19 @@ def find_no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def touches(values: tuple[object, ...], place: Path) -> bool:
+    """Whether the values of an audit event name a path below a folder."""
+    paths = (str(value) for value in values if isinstance(value, str | Path))
+    return any(path.startswith(str(place)) for path in paths)
+
+
 def die_at_step(number: int, place: Path) -> None:
     """The end of this process comes before it touches a path below a folder once more."""
     left = number
 
     def count(event: str, values: tuple[object, ...]) -> None:
         nonlocal left
-        if values and isinstance(values[0], str | Path) and str(values[0]).startswith(str(place)):
+        if touches(values, place):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1

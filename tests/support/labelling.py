@@ -1,5 +1,6 @@
 """Sessions of labelling on features that are made up: no picture is opened, no file but theirs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def word_of(path: Path) -> str:
     return path.parent.name
 
 
-def made_pool(folder: Path, count: int = 30, copies: list[tuple[str, ...]] | None = None) -> Pool:
+def made_pool(folder: Path, count: int = 30, copies: Sequence[tuple[str, ...]] = ()) -> Pool:
     """Pictures in three clusters, whose files are small texts."""
     names = [name_of(number) for number in range(count)]
     for name in names:
@@ -34,7 +35,7 @@ def made_pool(folder: Path, count: int = 30, copies: list[tuple[str, ...]] | Non
     rows = random_features([number % len(WORDS) for number in range(count)], spread=0.5)
     contents = torch.zeros(count, 16, dtype=torch.uint8)
     contents[:, 0] = torch.arange(count)
-    return Pool(folder.resolve(), names, rows.features, contents, copies or [], [], [])
+    return Pool(folder.resolve(), names, rows.features, contents, [*copies], [], [])
 
 
 def new_model() -> KnnForImageClassification:
@@ -47,7 +48,7 @@ def open_made(
     *,
     groups: int = 2,
     count: int = 30,
-    copies: list[tuple[str, ...]] | None = None,
+    copies: Sequence[tuple[str, ...]] = (),
     model: KnnForImageClassification | None = None,
     pool: Pool | None = None,
 ) -> Session:

@@ -203,10 +203,10 @@ async function show(question) {
   at("all").hidden = question.kind !== "group";
   document.body.dataset.kind = question.kind;
   document.title = `${question.progress.left} left · Name pictures`;
+  if (document.activeElement === at("name") && !at("name").value) at("asked").focus();
   if (before === null || !document.activeElement || document.activeElement === document.body) {
     at("asked").focus({ preventScroll: true });
   }
-  if (!question.labels.length && question.kind === "group") at("name").focus();
   fetchAhead();
 }
 
@@ -274,7 +274,8 @@ function showGroup() {
 function showChosen() {
   const isAll = chosen.size === shown.pictures.length;
   at("hint").textContent =
-    `${isAll ? "All" : `${chosen.size} of ${shown.pictures.length}`} selected. Press what does not belong.`;
+    `${isAll ? "All" : `${chosen.size} of ${shown.pictures.length}`} selected. `
+    + (shown.labels.length ? "Press what does not belong." : "Type a name (n), then Enter.");
   at("all").replaceChildren(isAll ? "Select none " : "Select all ", key("a"));
   showGuess();
 }
@@ -295,7 +296,7 @@ function showPicture(large) {
   heading(
     "What is this?",
     guess ? `It looks like ${quoted(guess.label)}, ${percent(guess.probability)}.`
-      : "There is no guess yet: name a few pictures first.",
+      : "There is no guess yet. Type a name (n), then Enter.",
   );
   const caption = make("figcaption", { textContent: shown.pictures[0].name });
   at("stage").replaceChildren(make("figure", {}, large, caption));
@@ -459,6 +460,7 @@ async function write(event) {
 
 function showWritten(said) {
   isOver = true;
+  document.body.dataset.kind = "done"; // all of the width
   at("finishing").close();
   heading("Written", "You can close this page.");
   const lines = said.said.map((line) => make("p", { textContent: line }));
