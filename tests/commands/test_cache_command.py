@@ -155,7 +155,8 @@ def test_it_lists_and_clears_kept_indexes(
     Datastore.load(tmp_path / "animals").search(rows[:9], 5)  # which is of use
     assert cache("--older-than", "30", "--json")["entries"] == []
     place.write_bytes(b"x")
-    assert [e["rows"] for e in cache("--json")["entries"]] == [0]
+    entries = cache("--json")["entries"]  # also what first passes took, as recall was measured
+    assert [e["rows"] for e in entries if e["kind"] == "index"] == [0]
     cache("--clear")
     assert cache("--json")["entries"] == []
     found = Datastore.load(tmp_path / "animals").search(rows[:9], 5)
