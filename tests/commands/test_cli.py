@@ -220,7 +220,7 @@ def test_a_csv_with_groups_few_shots_and_calibration(backbone, pictures, tmp_pat
     words = " ".join(done.stdout.split())
     # one half is chosen by, in the other the error at each confidence is counted
     assert "Too few labels to choose by (14 on cross-validation; 16 a class are wanted)" in words
-    assert "k and temperature are fixed, and λ alone is chosen: k = 20, temp" in words
+    assert "so only what neighbours count is chosen: 20 neighbours vote (k = 20, temp" in words
     assert "Asking heads and neighbours: 100%" in done.stderr
     assert "Choosing k, temperature and λ: 100%" in done.stderr
     assert rows_of(output)["test"] in (23, 24)  # two cameras, one with a broken picture

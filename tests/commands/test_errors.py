@@ -91,7 +91,7 @@ def test_an_interruption_says_what_was_kept(capsys: pytest.CaptureFixture[str]) 
     assert left.value.exit_code == 130
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "Stopped. Nothing was changed."
-    assert said[1].startswith("To go on, or to begin again: hf-knn ")
+    assert said[1].startswith("To go on, or to begin again: hf-knn")
 
 
 def test_an_exit_keeps_its_status() -> None:

@@ -141,7 +141,7 @@ def test_places_that_are_right_pass(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert places.answer_file(Path("new/answers.CSV")) == Path("new/answers.CSV")
     assert places.answer_file(None) is None
     assert places.backbone("vit") == "vit"
-    assert places.backbone("efficientnet_lite0") == "efficientnet_lite0"
+    assert places.backbone("efficientnet-lite0") == "efficientnet-lite0"
     assert places.code_of("org/name") == "org/name"
     assert places.repo_id("org/name") == "org/name"
     assert places.new_folder(Path("~/new/deep")) == here / "new" / "deep"

@@ -96,7 +96,7 @@ def test_the_table_that_it_chose_by_is_printed(
     report = json.loads((tmp_path / "model" / "train-report.json").read_text())
     lines = done.stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if "How often each head is right" in line)
-    for column in ("head", "alone", "with neighbours", "λ", "log-likelihood"):
+    for column in ("head", "alone", "with neighbours", "which count", "log-likelihood"):
         assert any(column in line for line in lines[start : start + 4]), column
     for score in report["head"]["table"]:
         line = next(line for line in lines[start:] if score["head"] in line)

@@ -269,7 +269,7 @@ def test_below_three_labels_a_class_nothing_is_compared(counts: Sequence[int], f
         found = compare_heads(rows, folds, 4)
         fixed = FIXED_CELL if max(counts) == 1 else None
         assert (found.head, found.fixed, found.table) == ("ridge", fixed, ())
-        assert ("by leave-one-out" in found.say()) == (fixed is None)
+        assert ("(leave-one-out)" in found.say()) == (fixed is None)
         assert (found.result.k, found.result.temperature, found.result.knn_weight) == (20, 0.14, 0)
         assert "Too few labels" in found.say()
         assert "the head answers alone (λ = 0)" in found.result.say("rows held out")

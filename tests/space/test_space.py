@@ -169,7 +169,7 @@ def test_a_backend_that_there_is_not_is_a_message(model, capsys, monkeypatch):
         Service(model, Visitors(model, None), "gpu")
     monkeypatch.setattr(
         "hf_knn_space.opening.open_page",
-        lambda *given: Service(model, Visitors(model, None), given[-1]),
+        lambda *given: Service(model, Visitors(model, None), given[-2]),
     )
     monkeypatch.setenv("HF_KNN_BACKEND", "magic")
     assert hf_knn_space.main(["somewhere"]) == 1

@@ -107,4 +107,4 @@ def test_an_interrupted_change_is_seen(tmp_path: Path) -> None:
     assert not is_pending(tmp_path)
     (tmp_path / PENDING_NAME).touch()
     assert is_pending(tmp_path)
-    assert f"Run `hf-knn undo {tmp_path}`" in explain_pending(tmp_path)
+    assert f"run `hf-knn undo {tmp_path}`" in explain_pending(tmp_path)

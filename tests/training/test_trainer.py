@@ -838,7 +838,7 @@ def test_few_labels_fix_k_and_temperature(shots: int, tmp_path: Path) -> None:
         assert [cell.knn_weight for cell in result.table] == [0.0, 0.1, 0.2, 0.3, 0.5]
         (k,) = {cell.k for cell in result.table}
         assert k <= min(20, 3 * shots - 1)  # who could vote in a fold
-        assert "and λ alone is chosen" in result.say("")
+        assert "only what neighbours count is chosen" in result.say("")
     if shots > 1:
         # whoever names a criterion gets what it says
         named = trainer.tune(criterion="log_likelihood")
