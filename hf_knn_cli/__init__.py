@@ -5,6 +5,7 @@ An option is declared once: as a parameter of its command or, of `train`, as a f
 `hf_knn.commands`, imported when it runs. `backbones.py` is a table that `hf_knn` reads too.
 """
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ def main() -> None:
     try:
         from .command_line import run_command_line
 
-        run_command_line()
+        try:
+            run_command_line()
+        finally:  # what is done is done: nothing is left that Ctrl-C could stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
         import sys
 

@@ -28,7 +28,7 @@ from .asking import read_json, read_pictures_and
 from .batches import Batcher, Job
 from .guard import Access, Guard, refused
 from .intake import Intake
-from .live import Change, LiveCheckpoint, ReplacedError
+from .live import Change, LiveCheckpoint, ReplacedError, UnreadableError
 from .measures import Measures
 from .refusals import LATER, Refusal, refusal_of
 from .schema import (
@@ -259,9 +259,11 @@ class Server:
         @app.get("/health", responses={200: {"model": Health}, 503: {"model": Problem}})
         async def health() -> Response:
             """Whether it answers, and what it holds."""
-            if not self.live.is_readable:
-                raise Refusal(503, "The checkpoint cannot be opened; see the server's log.", LATER)
-            latest = self.live.latest
+            try:
+                latest = await asyncio.to_thread(self.live.glance)
+            except UnreadableError as error:
+                told = "The checkpoint cannot be opened; see the server's log."
+                raise Refusal(503, told, LATER) from error
             return _json({
                 "status": "ok", "rows": self._rows(), "classes": latest.model.config.class_names,
                 "backend": latest.encoder.backend, "version": __version__,

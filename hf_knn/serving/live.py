@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 WAIT_SECONDS = 20.0
 """For another process that is changing the checkpoint."""
 
+_GLANCE_SECONDS = 1.0
+
 _PROBLEMS = (
     OSError, ValueError, AttributeError, TypeError, LookupError, RuntimeError, SafetensorError
 )  # fmt: skip
@@ -80,7 +82,6 @@ class LiveCheckpoint:
     Attributes:
         folder: where it is kept; None for a Hub id, which cannot be changed.
         opened: how often it was opened again, since another process had changed it.
-        is_readable: whether it could be opened the last time.
 
     Raises:
         ValueError: for a damaged checkpoint, or a backend that cannot run it.
@@ -92,7 +93,7 @@ class LiveCheckpoint:
         self.name, place = name, Path(name)
         restore(place)
         self.folder = place.resolve() if place.is_dir() else None
-        self.opened, self.is_readable = 0, True
+        self.opened = 0
         self._backend = backend
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._version = self._open()
@@ -115,6 +116,19 @@ class LiveCheckpoint:
             pass
         with self._lock:
             yield self._newest()
+
+    def glance(self) -> Version:
+        """The newest version, or after a second that of an answer or change under way.
+
+        Raises:
+            UnreadableError: if it cannot be opened.
+        """
+        if not self._lock.acquire(timeout=_GLANCE_SECONDS):
+            return self._version
+        try:
+            return self._newest()
+        finally:
+            self._lock.release()
 
     def change(self, changes: Sequence[Change]) -> list[Outcome]:
         """Makes some changes, one after the other, and saves them together.
@@ -190,9 +204,8 @@ class LiveCheckpoint:
                 self._version = self._open()
             except _PROBLEMS as error:
                 logger.error("The checkpoint cannot be opened: %s", error)
-                self.is_readable = False
                 raise UnreadableError from error
-            self.opened, self.is_readable = self.opened + 1, True
+            self.opened += 1
         return self._version
 
     def _open(self) -> Version:

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS = {
-    "train": ("train pics --backbone backbone -o new", "Features that were computed are kept"),
+    "train": ("train pics --backbone backbone -o new", "new was not made yet."),
     "fine-tune": ("train pics --backbone backbone -o tuned --fine-tune --epochs 50", "--resume"),
     "predict": ("predict model pics -o answers.csv", "To go on, or to begin again: "),
     "evaluate": ("evaluate model pics --report report", "To go on, or to begin again: "),
@@ -91,5 +91,5 @@ def test_ctrl_c_ends_with_a_sentence_and_nothing_half_done(
         if moment == "output" and name not in ("fine-tune",):
             assert kept in said
     model = KnnForImageClassification.from_pretrained(place / "model")
-    assert len(model.datastore) % 320 == 0
+    assert (len(model.datastore) - 320) % 400 == 0  # a teach is whole or not at all
     assert not list(place.glob(".*model*"))
