@@ -33,6 +33,12 @@ STATED_ON, K = 256, 20
 """The package measures recall at K on so many rows."""
 
 in_every_space = pytest.mark.parametrize(("metric", "normalization"), SPACES)
+QUICK = (("cosine", "l2_centered"), ("l2", "none"))
+in_two_spaces = pytest.mark.parametrize(
+    ("metric", "normalization"),
+    [pytest.param(*each, marks=[] if each in QUICK else [pytest.mark.slow]) for each in SPACES],
+)
+"""In the others where there is time."""
 CODES = "RaBitQfs,Refine(SQfp16)"
 LISTS = ("IVF32,Flat", "IVF32,SQ8", "IVF32,SQfp16", f"IVF32,{CODES}", "IVF32,RaBitQfs")
 with_lists = pytest.mark.parametrize("index", LISTS)
@@ -141,7 +147,7 @@ def test_auto_is_chosen_again_when_the_rows_become_fewer_or_more() -> None:
     assert_sound(store.search(rows[:20], 5), store, rows[:20], 5)
 
 
-@in_every_space
+@in_two_spaces
 @with_lists
 @pytest.mark.parametrize("min_recall", [0.7, 0.99])
 def test_the_stated_recall_is_that_of_other_rows(
@@ -154,7 +160,7 @@ def test_the_stated_recall_is_that_of_other_rows(
     assert -0.02 <= measured_recall(store, other_rows(store)) - stated(store) <= 0.08
 
 
-@in_every_space
+@in_two_spaces
 @with_lists
 def test_the_recall_wanted_is_reached_on_clusters(
     index: str, metric: str, normalization: str
@@ -368,7 +374,7 @@ def test_a_graph_of_unnormalized_rows_is_about_as_good_as_faiss_makes_it() -> No
 # changes are seen at once
 
 
-@in_every_space
+@in_two_spaces
 @pytest.mark.parametrize("index", [*LISTS, "HNSW16"])
 def test_an_added_row_is_its_own_nearest(index: str, metric: str, normalization: str) -> None:
     store = built(normal(0, COUNT, WIDTH), index, metric, normalization)
