@@ -51,6 +51,7 @@ def test_what_passed_is_left_out_and_what_failed_is_not(
 
 
 @pytest.mark.parametrize("target", ["test-slow", "faults"])
+@pytest.mark.slow
 def test_the_commands_of_the_makefile_work_a_second_time(tmp_path: Path, target: str) -> None:
     """A folder behind `--record` that is there must not be taken for the tests to be run."""
     recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python (.*)$", makefile(), re.MULTILINE)

@@ -288,6 +288,7 @@ def test_several_pictures_give_a_csv(visit, tmp_path):
     assert visit.page.locator("#knn-answer").inner_text() == lines[3].split(",")[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_a_phone(browser, space, tmp_path):
     visit = Visit(browser, space.url, width=390)
     visit.classify(write_picture(tmp_path / "asked.png", 1, 83))

@@ -120,7 +120,10 @@ def test_lite_refuses_what_it_does_not_have_before_anything_is_made(index: str, 
     assert MilvusServer(uri).call("list_collections") == []
 
 
-@pytest.mark.parametrize("index", ["ivf_flat", "ivf_sq8", "hnsw", "hnsw_sq"])
+OTHERS = [pytest.param(k, marks=pytest.mark.slow) for k in ("ivf_flat", "hnsw")]
+
+
+@pytest.mark.parametrize("index", ["ivf_sq8", "hnsw_sq", *OTHERS])
 def test_lite_is_given_what_it_builds_an_index_with(index: str, uri: str) -> None:
     inside = load(embedded(coarse_rows()), uri, index=index, min_recall=0.5)
     found = inside.collection.server.call("describe_index", "rows", "vector")
@@ -182,9 +185,9 @@ _GRAPH = {"M": 16, "efConstruction": 200}
         ("ivf_rabitq", _LISTS | {"refine": True, "refine_type": "FP16"}, {"refine_k": 4}),
         ("ivf_rabitq_fastscan", _LISTS | {"refine": True, "refine_type": "FP32"}, {"refine_k": 4}),
         ("scann", _LISTS | {"sub_dim": 2}, {}),
-        ("ivf_sq8", _LISTS, {}),
-        ("ivf_flat", _LISTS, {}),
-        ("hnsw", _GRAPH, {}),
+        pytest.param("ivf_sq8", _LISTS, {}, marks=pytest.mark.slow),
+        pytest.param("ivf_flat", _LISTS, {}, marks=pytest.mark.slow),
+        pytest.param("hnsw", _GRAPH, {}, marks=pytest.mark.slow),
         ("hnsw_sq", _GRAPH | {"sq_type": "SQ8"}, {}),
     ],
 )

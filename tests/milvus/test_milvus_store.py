@@ -122,7 +122,10 @@ def test_all_rows_are_read_where_milvus_cannot_return_enough(pair, monkeypatch, 
     assert "all rows are read" in caplog.text
 
 
-@pytest.mark.parametrize("index", ["ivf_flat", "ivf_sq8", "hnsw", "hnsw_sq", "autoindex"])
+OTHERS = [pytest.param(k, marks=pytest.mark.slow) for k in ("ivf_sq8", "hnsw", "autoindex")]
+
+
+@pytest.mark.parametrize("index", ["ivf_flat", "hnsw_sq", *OTHERS])
 def test_an_approximate_index_has_the_recall_that_it_states(index, uri, name):
     """The oracle is an exact search of the embedded rows, on other queries than were measured."""
     centers = 4 * torch.randn(20, DIM, generator=torch.Generator().manual_seed(1))

@@ -157,6 +157,7 @@ def test_refit_makes_the_principal_axes_anew(tmp_path: Path) -> None:
     assert_is_refit(model)
 
 
+@pytest.mark.slow
 def test_an_exported_head_answers_alike(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     for options in (HEADS[0], HEADS[3]):

@@ -98,6 +98,7 @@ print(json.dumps({"module": type(again).__module__, "later": said(later)}))
 """
 
 
+@pytest.mark.slow
 def test_the_code_that_travels_answers_with_it(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -473,7 +473,7 @@ KILLED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KILLED)
-@pytest.mark.parametrize("stride", [23, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("stride", [47, pytest.param(4, marks=pytest.mark.faults)])
 def test_a_kill_at_any_step_leaves_both_versions_whole(
     tmp_path: Path, kind: str, stride: int
 ) -> None:

@@ -398,7 +398,7 @@ def test_an_added_row_unlike_all_others_is_its_own_nearest(index: str) -> None:
     assert measured_recall(store, torch.arange(COUNT, COUNT + 300)) >= stated(store) - 0.02
 
 
-@in_every_space
+@in_two_spaces
 @pytest.mark.parametrize("index", [*LISTS, "HNSW16"])
 def test_a_removed_row_is_never_found_and_a_new_label_at_once(
     index: str, metric: str, normalization: str

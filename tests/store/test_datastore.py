@@ -976,6 +976,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[
     return {False: (folders[False], said.read_text()), True: (folders[True], done.stderr)}
 
 
+@pytest.mark.slow
 def test_without_faiss_neighbours_are_bit_equal(
     two_processes: dict[bool, tuple[Path, str]],
 ) -> None:

@@ -94,7 +94,7 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("index", KINDS)
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", pytest.param("l2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["in memory", "mapped"])
 def test_another_process_answers_alike_without_building(
     tmp_path: Path, index: str, metric: str, where: str, monkeypatch: pytest.MonkeyPatch,

@@ -95,12 +95,8 @@ for place in ("cpu", ["cpu", "cpu"]):
 """
 
 
-FIRST, *OTHERS = SETTINGS
-
-
-@pytest.mark.parametrize(
-    "setting", [FIRST, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_new_settings_of_precision_do_not_change_the_answer(setting: str) -> None:
     """`torch.get_float32_matmul_precision` raises once they are mixed with the old ones."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):

@@ -54,8 +54,11 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("IVF16,PQ8x4", "
 @pytest.mark.parametrize("index", [*LISTS, "HNSW8", *SLOW])
 @pytest.mark.parametrize(
     ("space", "offset"),
-    [(("cosine", "l2_centered"), 5.0), (("cosine", "l2"), 0.0), (("l2", "none"), 0.0)],
-)
+    [
+        (("cosine", "l2_centered"), 5.0), (("l2", "none"), 0.0),
+        pytest.param(("cosine", "l2"), 0.0, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("min_recall", [pytest.param(0.5, marks=pytest.mark.slow), 0.99])
 def test_strangers_get_the_recall_that_is_stated(
     index: str, space: tuple[str, str], offset: float, min_recall: float
