@@ -18,7 +18,7 @@ from .searcher import RECALL_K, recall_of
 RECALL_SAMPLE = 256
 _SPREAD_ROWS = 4096
 _FAR = 4.0
-_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 1e-300
+_LARGEST = float(np.finfo(np.float32).max)
 
 _SHARE = 0.25
 """Of the way to another row, so far that a search must read up to twice as many lists.
@@ -93,7 +93,8 @@ def _perturbed(features: Rows, ids: Ints, rows: Queries, near: Find) -> NDArray:
         pairs = generator.integers(len(ids), size=(2, len(own)))
         noise = np.subtract(*(np.asarray(features[one], np.float64) for one in pairs))
         length = _lengths(np.asarray(features[places], np.float64) - own)
-        moved += noise * (length / np.maximum(_lengths(noise), _SMALLEST))
+        far = _lengths(noise)
+        moved += length * (noise / np.where(far > 0, far, 1.0))  # equal rows have no direction
     return _singles(moved)
 
 

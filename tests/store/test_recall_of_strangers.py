@@ -189,9 +189,11 @@ def test_a_search_that_misses_strangers_alone_is_found() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("equal", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("count", [1, 2, 3, 700])
-def test_queries_are_finite_and_like_no_row(count: int, scale: float) -> None:
+def test_queries_are_finite_and_like_no_row(count: int, equal: float, scale: float) -> None:
     rows = clustered(0, count).clamp(-1, 1).numpy() * np.float32(scale)
+    rows[: int(equal * count)] = rows[0]  # between which there is no direction
     generator = np.random.default_rng(0)
 
     def some(queries: Any, k: int) -> Any:
