@@ -1,26 +1,28 @@
 """`hf-knn push --endpoint`: the handler goes along, and goes away when nobody asks for it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.hub_checks import REPO
 from support.hub_server import Hub
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import hf_knn_cli
+from hf_knn import KnnForImageClassification
 from hf_knn.model.endpoint import MARK
 
 NAMES = {"handler.py", "requirements.txt"}
 
 
-def push(folder: Path, *options: str) -> Any:
+def push(folder: Path, *options: str) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(
         hf_knn_cli.app, ["push", str(folder), REPO, *options]
     )
 
 
-def test_a_handler_goes_along_only_if_it_is_asked_for(hub: Hub, model: Any, tmp_path: Path) -> None:
+def test_a_handler_goes_along_only_if_it_is_asked_for(
+    hub: Hub, model: KnnForImageClassification, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "model")
     assert push(tmp_path / "model").exit_code == 0
     assert not NAMES & set(hub.files(REPO))
@@ -35,7 +37,9 @@ def test_a_handler_goes_along_only_if_it_is_asked_for(hub: Hub, model: Any, tmp_
     assert not NAMES & set(hub.files(REPO))
 
 
-def test_a_handler_of_somebody_else_is_never_replaced(hub: Hub, model: Any, tmp_path: Path) -> None:
+def test_a_handler_of_somebody_else_is_never_replaced(
+    hub: Hub, model: KnnForImageClassification, tmp_path: Path
+) -> None:
     from huggingface_hub import HfApi
 
     model.save_pretrained(tmp_path / "model")
